@@ -1,0 +1,1 @@
+"""Triton kernels of mimkit; each one is a file of its own."""

@@ -1,0 +1,49 @@
+"""Frozen dataclasses that `torch.compile`, DDP and export see as pytrees of tensors."""
+
+import dataclasses
+from typing import Any, TypeVar, dataclass_transform
+
+from torch.utils import _pytree as pytree
+
+T = TypeVar("T")
+
+
+def static(**kwargs: Any) -> Any:
+    """Declare a dataclass field that is context of the pytree, not a leaf."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static,))
+def container(cls: type[T]) -> type[T]:
+    """Make `cls` a frozen dataclass without `__eq__`, registered as a pytree with keys.
+
+    Fields are leaves unless declared with `static`. An unregistered output would make
+    `DistributedDataParallel(static_graph=True)` skip its gradient reduction in silence.
+    """
+    # `dataclass` is called on the class, so that its own docstring stays.
+    frozen = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    fields = dataclasses.fields(frozen)  # type: ignore[arg-type]
+    context_names = tuple(f.name for f in fields if f.metadata.get("static"))
+    leaf_names = tuple(f.name for f in fields if f.name not in context_names)
+
+    def flatten(value: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        leaves = [getattr(value, name) for name in leaf_names]
+        return leaves, tuple(getattr(value, name) for name in context_names)
+
+    def flatten_with_keys(value: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+        leaves, context = flatten(value)
+        keys = (pytree.GetAttrKey(name) for name in leaf_names)
+        return list(zip(keys, leaves, strict=True)), context
+
+    def unflatten(leaves: Any, context: tuple[Any, ...]) -> Any:
+        named = zip(leaf_names + context_names, (*leaves, *context), strict=True)
+        return frozen(**dict(named))
+
+    pytree.register_pytree_node(
+        frozen,
+        flatten,
+        unflatten,
+        flatten_with_keys_fn=flatten_with_keys,
+        serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+    )
+    return frozen

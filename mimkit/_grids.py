@@ -1,0 +1,76 @@
+"""Grids and sizes: the integers per axis that every room shares."""
+
+import math
+import operator
+from collections.abc import Sequence
+
+Grid = tuple[int, ...]
+MAX_AXES = 3
+
+
+def as_sizes(name: str, value: int | Sequence[int]) -> Grid:
+    """Check that `value` is one to three positive integers, and return them as a tuple.
+
+    Args:
+        name: What the sizes are, for the error message.
+        value: One integer (one axis) or one integer per axis.
+
+    Raises:
+        TypeError: A size that is not an integer.
+        ValueError: No axis, more than three, or a size below 1.
+
+    Example:
+        >>> as_sizes("grid", [14, 14])
+        (14, 14)
+    """
+    try:
+        sizes = tuple(map(operator.index, value if isinstance(value, Sequence) else (value,)))
+    except TypeError:
+        raise TypeError(f"{name} must be integers, one per axis; got {value!r}") from None
+    if not 1 <= len(sizes) <= MAX_AXES or min(sizes) < 1:
+        raise ValueError(f"{name} must be one to three positive integers; got {value!r}")
+    return sizes
+
+
+def per_axis(name: str, value: int | Sequence[int], num_axes: int) -> Grid:
+    """Spread an integer over `num_axes` axes, or check that a sequence has one integer per axis.
+
+    Raises:
+        ValueError: A sequence of another length, or a size below 1.
+
+    Example:
+        >>> per_axis("patch_size", 16, 2), per_axis("patch_size", (2, 16, 16), 3)
+        ((16, 16), (2, 16, 16))
+    """
+    sizes = as_sizes(name, value)
+    if not isinstance(value, Sequence):
+        sizes = sizes * num_axes
+    if len(sizes) != num_axes:
+        raise ValueError(f"{name}={value!r} has {len(sizes)} axes, but {num_axes} are needed")
+    return sizes
+
+
+def divide(name: str, sizes: Sequence[int], by: int | Sequence[int], by_name: str) -> Grid:
+    """Divide sizes exactly, axis by axis.
+
+    Raises:
+        ValueError: An axis that is not divisible, with the nearest sizes that are.
+
+    Example:
+        >>> divide("image size", (224, 192), 16, "patch size")
+        (14, 12)
+    """
+    divisors = per_axis(by_name, by, len(sizes))
+    if any(size % d for size, d in zip(sizes, divisors, strict=True)):
+        below = tuple(max(size // d, 1) * d for size, d in zip(sizes, divisors, strict=True))
+        above = tuple(-(-size // d) * d for size, d in zip(sizes, divisors, strict=True))
+        raise ValueError(
+            f"{name} {tuple(sizes)} is not divisible by {by_name} {divisors}; "
+            f"{below} or {above} would fit"
+        )
+    return tuple(size // d for size, d in zip(sizes, divisors, strict=True))
+
+
+def count_tokens(grid: Sequence[int]) -> int:
+    """Return the number of positions of a grid."""
+    return math.prod(grid)

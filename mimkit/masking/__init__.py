@@ -1,0 +1,22 @@
+"""What is hidden: masks, the keys they are functions of, and the samplers that draw them."""
+
+from mimkit.masking._counts import num_masked
+from mimkit.masking._dataset import with_ids
+from mimkit.masking._key import Key, fresh_key, key
+from mimkit.masking._mask import Mask
+from mimkit.masking._philox import FORMAT_VERSION, philox4x32
+from mimkit.masking._samplers import gridwise, square, uniform
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Key",
+    "Mask",
+    "fresh_key",
+    "gridwise",
+    "key",
+    "num_masked",
+    "philox4x32",
+    "square",
+    "uniform",
+    "with_ids",
+]

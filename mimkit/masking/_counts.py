@@ -1,0 +1,73 @@
+"""How many tokens a ratio masks."""
+
+import math
+from fractions import Fraction
+from typing import Literal, get_args
+
+import torch
+
+Rounding = Literal["nearest", "mae", "simmim"]
+
+
+@torch.compiler.assume_constant_result
+def num_masked(num_tokens: int, ratio: float | Fraction, *, rounding: Rounding = "nearest") -> int:
+    """Count the tokens that `ratio` masks, by one documented rule.
+
+    Args:
+        num_tokens: Tokens per sample, prefix tokens excluded.
+        ratio: Fraction of tokens to mask, in [0, 1].
+        rounding: "nearest" rounds the decimal that you typed exactly, halves up, and leaves at
+            least one token visible and one masked. "mae" and "simmim" are the authors' float
+            expressions: they may leave none (`num_masked(10, 0.9, rounding="mae")` is 10).
+
+    Returns:
+        The number of masked tokens.
+
+    Raises:
+        ValueError: A ratio outside [0, 1], an unknown rule, or a single token under "nearest".
+
+    Source:
+        "mae": facebookresearch/mae `int(L * (1 - ratio))` visible, by truncation. "simmim":
+        microsoft/SimMIM `ceil(L * ratio)` masked. Both carry float error: of 100 tokens at ratio
+        0.9 MAE keeps 9.
+
+    Example:
+        >>> num_masked(196, 0.75), num_masked(10, 0.9), num_masked(10, 0.9, rounding="mae")
+        (147, 9, 10)
+    """
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens must be at least 1; got {num_tokens}")
+    if not 0 <= ratio <= 1:  # also catches nan
+        raise ValueError(f"ratio must be a fraction in [0, 1]; got {ratio}")
+    match rounding:
+        case "mae":
+            return num_tokens - int(num_tokens * (1 - float(ratio)))
+        case "simmim":
+            return math.ceil(num_tokens * float(ratio))
+        case "nearest":
+            if num_tokens < 2:
+                raise ValueError("one token cannot be both visible and masked; pass num_masked=")
+            # str() gives the decimal that was typed, not the nearest binary float.
+            nearest = math.floor(num_tokens * Fraction(str(ratio)) + Fraction(1, 2))
+            return min(max(nearest, 1), num_tokens - 1)
+    raise ValueError(f"rounding must be one of {get_args(Rounding)}; got {rounding!r}")
+
+
+def resolve_count(
+    num_tokens: int, ratio: float | Fraction | None, count: int | None, rounding: Rounding
+) -> int:
+    """Return the number of masked tokens from exactly one of a ratio and a count.
+
+    Raises:
+        ValueError: Both, neither, or a count outside [0, num_tokens].
+    """
+    if (ratio is None) == (count is None):
+        raise ValueError(
+            f"pass exactly one of ratio and num_masked; got ratio={ratio}, num_masked={count}"
+        )
+    if count is None:
+        assert ratio is not None
+        return num_masked(num_tokens, ratio, rounding=rounding)
+    if not 0 <= count <= num_tokens:
+        raise ValueError(f"num_masked must be in [0, {num_tokens}]; got {count}")
+    return count

@@ -1,0 +1,40 @@
+"""Sample ids from any map-style data set."""
+
+from typing import Generic, TypeVar
+
+from torch.utils.data import Dataset, IterableDataset
+
+Item = TypeVar("Item")
+
+
+class _WithIds(Dataset[tuple[Item, int]], Generic[Item]):
+    def __init__(self, dataset: Dataset[Item]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Item, int]:
+        sample_id = index + len(self) if index < 0 else index
+        return self.dataset[index], sample_id
+
+
+def with_ids(dataset: Dataset[Item]) -> Dataset[tuple[Item, int]]:
+    """Wrap a map-style data set so that its items are (item, sample id).
+
+    The id is the index: a batch from any `DataLoader`, with any number of workers, then carries
+    what `masking.key` needs to draw its masks on the training device.
+
+    Raises:
+        TypeError: A data set without an index, which has no ids to give.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> loader = DataLoader(with_ids(TensorDataset(torch.zeros(4, 2))), batch_size=2)
+        >>> [sample_ids.tolist() for _, sample_ids in loader]
+        [[0, 1], [2, 3]]
+    """
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        raise TypeError(f"with_ids needs a map-style data set; got {type(dataset).__name__}")
+    return _WithIds(dataset)

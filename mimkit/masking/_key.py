@@ -1,0 +1,114 @@
+"""Keys: what a mask is a function of."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from mimkit._containers import container, static
+
+_MAX_VIEWS = 1 << 8
+_MAX_EPOCHS = 1 << 32
+
+
+@container
+class Key:
+    """Everything that a mask depends on: sample ids, seed, epoch and view. Make one with `key`.
+
+    Attributes:
+        sample_ids: Id of every sample of the batch.
+        seed_and_epoch: Seed and epoch in one tensor, so that a new epoch neither recompiles a
+            graph nor invalidates a captured one.
+        view_index: Which of the independent masks of these samples is drawn, in [0, 256).
+    """
+
+    sample_ids: Int64[Tensor, " batch"]
+    seed_and_epoch: Int64[Tensor, "2"]
+    view_index: int = static(default=0)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of samples."""
+        return self.sample_ids.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the ids live, and the masks that are drawn from them."""
+        return self.sample_ids.device
+
+    def view(self, n: int) -> "Key":
+        """Return the key of the `n`-th independent mask of the same samples.
+
+        Views are absolute: `key.view(2).view(1)` is `key.view(1)`, and `key.view(0)` is the key
+        that `masking.key` made.
+
+        Raises:
+            ValueError: `n` outside [0, 256).
+
+        Example:
+            >>> from mimkit import masking
+            >>> k = masking.key(torch.arange(2), seed=0)
+            >>> one, other = (masking.uniform(k.view(n), (4, 4), 0.5) for n in (0, 1))
+            >>> one.equal(other)
+            False
+        """
+        if not 0 <= n < _MAX_VIEWS:
+            raise ValueError(f"view {n} is outside [0, {_MAX_VIEWS})")
+        return Key(self.sample_ids, self.seed_and_epoch, n)
+
+
+def key(sample_ids: Int64[Tensor, " batch"] | Sequence[int], *, seed: int, epoch: int = 0) -> Key:
+    """Name the masks of a batch: a mask is a pure function of (seed, epoch, sample id).
+
+    Args:
+        sample_ids: One id per sample, anything that tells samples apart (a data set's index). The
+            masks are drawn on the device of this tensor.
+        seed: Any 64-bit integer, signed or unsigned.
+        epoch: In [0, 2**32).
+
+    Raises:
+        TypeError: Ids that are not integers.
+        ValueError: Ids that are not one-dimensional; seed or epoch out of range.
+
+    Example:
+        >>> from mimkit import masking
+        >>> batch = masking.uniform(masking.key([3, 1, 2], seed=0, epoch=5), (4, 4), 0.75)
+        >>> alone = masking.uniform(masking.key([1], seed=0, epoch=5), (4, 4), 0.75)
+        >>> batch[1].equal(alone)
+        True
+    """
+    ids = sample_ids if isinstance(sample_ids, Tensor) else torch.as_tensor(sample_ids)
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"sample_ids must be integers; got {ids.dtype}")
+    if ids.ndim != 1:
+        raise ValueError(f"sample_ids must have one axis (batch); got shape {tuple(ids.shape)}")
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise ValueError(f"seed must fit in 64 bits; got {seed}")
+    if not 0 <= epoch < _MAX_EPOCHS:
+        raise ValueError(f"epoch must be in [0, 2**32); got {epoch}")
+    signed = seed - (1 << 64) if seed >= 1 << 63 else seed
+    return Key(ids.long(), torch.tensor([signed, epoch], device=ids.device))
+
+
+def fresh_key(
+    batch_size: int,
+    *,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> Key:
+    """Make a key whose seed comes from PyTorch's random state, for masks nobody needs again.
+
+    Args:
+        batch_size: Number of samples; their ids are 0, 1, 2, ...
+        device: Where the masks are drawn. The seed never leaves it: no synchronisation.
+        generator: Source of the seed, living on `device`; PyTorch's default one if `None`.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> fresh_key(2, generator=generator).sample_ids
+        tensor([0, 1])
+    """
+    bounds = torch.iinfo(torch.int64)
+    seed = torch.randint(bounds.min, bounds.max, (1,), device=device, generator=generator)
+    return Key(torch.arange(batch_size, device=device), torch.cat([seed, torch.zeros_like(seed)]))

@@ -1,0 +1,377 @@
+"""`Mask`: which tokens of a batch are hidden.
+
+Axes: batch; tokens (of the whole grid, row-major, prefix tokens excluded); visible; masked.
+"""
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int, Int64
+from torch import Tensor
+
+from mimkit._containers import container, static
+from mimkit._grids import Grid, as_sizes, count_tokens, divide, per_axis
+
+
+@container
+class Mask:
+    """Which tokens of every sample the encoder sees (visible) and which it does not (masked).
+
+    Every sample of a batch masks the same number of tokens, so batches stay rectangular. A mask
+    is a pytree of tensors: it goes through `torch.compile`, DDP and `DataLoader` as it is. Make one
+    with a sampler or with `Mask.from_*`; the constructor itself checks nothing.
+
+    Attributes:
+        visible_ids: Row-major positions that the encoder sees, ascending in every row.
+        masked_ids: The other positions, ascending in every row.
+        grid: Tokens per axis, one to three axes.
+
+    Example:
+        >>> mask = Mask.from_bool(torch.tensor([[[False, True], [True, True]]]))
+        >>> mask
+        Mask(batch_size=1, grid=(2, 2), num_visible=1, num_masked=3, device='cpu')
+        >>> mask.visible_ids, mask.masked_ids
+        (tensor([[0]]), tensor([[1, 2, 3]]))
+    """
+
+    visible_ids: Int64[Tensor, "batch visible"]
+    masked_ids: Int64[Tensor, "batch masked"]
+    grid: Grid = static()
+
+    @classmethod
+    def from_bool(
+        cls, is_masked: Bool[Tensor, "batch *grid"], *, num_masked: int | None = None
+    ) -> Self:
+        """Make a mask from booleans, True = masked.
+
+        Args:
+            is_masked: One boolean per grid position.
+            num_masked: Masked tokens per sample, where they are known. Without it they are counted,
+                which a compiled graph cannot do and which synchronises a GPU.
+
+        Raises:
+            TypeError: Not booleans.
+            ValueError: Samples that mask different numbers of tokens; names the first odd one.
+        """
+        if is_masked.dtype != torch.bool:
+            raise TypeError(f"is_masked must be boolean (True = masked); got {is_masked.dtype}")
+        grid = as_sizes("grid", tuple(is_masked.shape[1:]))
+        flat = is_masked.flatten(1)
+        if num_masked is None or _values_are_at_hand(flat):
+            counts = flat.sum(dim=1).tolist()
+            expected = num_masked if num_masked is not None else counts[0] if counts else 0
+            odd = next((row for row, count in enumerate(counts) if count != expected), None)
+            if odd is not None:
+                raise ValueError(
+                    f"every sample must mask the same number of tokens, {expected} of "
+                    f"{flat.shape[1]}, but sample {odd} masks {counts[odd]}"
+                )
+            num_masked = expected
+        return cls._from_flat(flat, grid, num_masked)
+
+    @classmethod
+    def from_noise(
+        cls, noise: Float[Tensor, "batch tokens"], grid: Sequence[int], num_masked: int
+    ) -> Self:
+        """Keep the tokens with the lowest noise visible; among equals, those of lower index.
+
+        Raises:
+            ValueError: A shape that is not [batch, tokens of the grid], a count outside
+                [0, tokens], or (on a CPU) a noise that is not a number.
+
+        Source:
+            MAE, arXiv:2111.06377; facebookresearch/mae `random_masking`, which sorts unstably and
+            keeps the visible tokens in the order of their noise; here ids are ascending.
+
+        Example:
+            >>> noise = torch.tensor([[0.9, 0.1, 0.5, 0.3]])
+            >>> Mask.from_noise(noise, (2, 2), num_masked=2).visible_ids
+            tensor([[1, 3]])
+        """
+        grid = as_sizes("grid", grid)
+        num_tokens = count_tokens(grid)
+        if noise.ndim != 2 or noise.shape[1] != num_tokens:
+            raise ValueError(
+                f"noise must be [batch, {num_tokens}] for grid {grid}; got {tuple(noise.shape)}"
+            )
+        if not 0 <= num_masked <= num_tokens:
+            raise ValueError(f"num_masked must be in [0, {num_tokens}]; got {num_masked}")
+        if _values_are_at_hand(noise) and bool(noise.isnan().any()):
+            raise ValueError("noise holds values that are not a number; they have no order")
+        lowest = noise.argsort(dim=1, stable=True)[:, : num_tokens - num_masked]
+        is_masked = torch.ones_like(noise, dtype=torch.bool).scatter(1, lowest, False)
+        return cls._from_flat(is_masked, grid, num_masked)
+
+    @classmethod
+    def from_visible_ids(cls, ids: Int[Tensor, "batch visible"], grid: Sequence[int]) -> Self:
+        """Make a mask from the row-major positions that stay visible, in any order.
+
+        Raises:
+            TypeError: Ids that are not integers.
+            ValueError: Ids that are not [batch, visible] or (on a CPU) out of range or repeated.
+
+        Example:
+            >>> Mask.from_visible_ids(torch.tensor([[3, 0]]), (2, 2)).visible_ids
+            tensor([[0, 3]])
+        """
+        grid = as_sizes("grid", grid)
+        num_tokens = count_tokens(grid)
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise TypeError(f"ids must be integers; got {ids.dtype}")
+        if ids.ndim != 2 or ids.shape[1] > num_tokens:
+            raise ValueError(
+                f"ids must be [batch, visible] with at most {num_tokens} visible tokens for grid "
+                f"{grid}; got shape {tuple(ids.shape)}"
+            )
+        ids = ids.long().sort(dim=1).values
+        if _values_are_at_hand(ids) and ids.numel():
+            if int(ids.min()) < 0 or int(ids.max()) >= num_tokens:
+                raise ValueError(
+                    f"ids must be in [0, {num_tokens}) for grid {grid}; "
+                    f"got {int(ids.min())} to {int(ids.max())}"
+                )
+            repeated = (ids.diff(dim=1) == 0).any(dim=1)
+            if bool(repeated.any()):
+                row = int(repeated.nonzero()[0])
+                raise ValueError(f"sample {row} names a position twice: {ids[row].tolist()}")
+        is_masked = torch.ones(ids.shape[0], num_tokens, dtype=torch.bool, device=ids.device)
+        is_masked = is_masked.scatter(1, ids, False)
+        return cls._from_flat(is_masked, grid, num_tokens - ids.shape[1])
+
+    @classmethod
+    def from_boxes(
+        cls,
+        boxes: Int[Tensor, "batch boxes bounds"],
+        grid: Sequence[int],
+        *,
+        num_masked: int | None = None,
+    ) -> Self:
+        """Mask the union of axis-aligned boxes.
+
+        Args:
+            boxes: Per box the first position of every axis, then the position after the last one
+                of every axis, in tokens: (top, left, bottom, right) on two axes.
+            grid: Tokens per axis.
+            num_masked: Masked tokens per sample, where they are known (see `from_bool`).
+
+        Raises:
+            ValueError: Bounds that do not fit the grid, or unequal counts among the samples.
+
+        Example:
+            >>> boxes = torch.tensor([[[0, 0, 1, 2]], [[1, 0, 2, 2]]])
+            >>> Mask.from_boxes(boxes, (2, 2)).masked_ids
+            tensor([[0, 1],
+                    [2, 3]])
+        """
+        grid = as_sizes("grid", grid)
+        axes = len(grid)
+        if boxes.ndim != 3 or boxes.shape[2] != 2 * axes:
+            raise ValueError(
+                f"boxes must be [batch, boxes, {2 * axes}] for grid {grid}; "
+                f"got {tuple(boxes.shape)}"
+            )
+        start, stop = boxes[..., :axes], boxes[..., axes:]
+        if _values_are_at_hand(boxes):
+            limit = torch.tensor(grid, device=boxes.device)
+            wrong = ((start < 0) | (stop < start) | (stop > limit)).any(dim=2)
+            if bool(wrong.any()):
+                row, box = wrong.nonzero()[0].tolist()
+                raise ValueError(
+                    f"box {boxes[row, box].tolist()} of sample {row} does not fit grid {grid}"
+                )
+        inside = torch.ones(*boxes.shape[:2], *grid, dtype=torch.bool, device=boxes.device)
+        for axis, size in enumerate(grid):
+            position = torch.arange(size, device=boxes.device)
+            on_axis = (position >= start[..., axis, None]) & (position < stop[..., axis, None])
+            inside = inside & on_axis.view(*boxes.shape[:2], *_only_axis(size, axis, axes))
+        return cls.from_bool(inside.any(dim=1), num_masked=num_masked)
+
+    @classmethod
+    def cat(cls, masks: Sequence["Mask"]) -> Self:
+        """Concatenate masks of one grid and one count along the batch.
+
+        Raises:
+            ValueError: No mask, or masks of different grids or counts.
+        """
+        if not masks:
+            raise ValueError("Mask.cat needs at least one mask")
+        kinds = {(mask.grid, mask.num_masked) for mask in masks}
+        if len(kinds) > 1:
+            raise ValueError(f"masks must share grid and number of masked tokens; got {kinds}")
+        return cls(
+            torch.cat([mask.visible_ids for mask in masks]),
+            torch.cat([mask.masked_ids for mask in masks]),
+            masks[0].grid,
+        )
+
+    @classmethod
+    def _from_flat(
+        cls, is_masked: Bool[Tensor, "batch tokens"], grid: Grid, num_masked: int
+    ) -> Self:
+        """Make a mask from booleans that are known to mask `num_masked` tokens per sample."""
+        num_visible = count_tokens(grid) - num_masked
+        token = torch.arange(count_tokens(grid), device=is_masked.device).expand_as(is_masked)
+        # Running counts say where each token goes, in ascending order; that beats sorting.
+        seen = (~is_masked).cumsum(dim=1)
+        slot = torch.where(is_masked, num_visible + token - seen, seen - 1)
+        order = torch.empty_like(slot).scatter(1, slot, token)
+        return cls(order[:, :num_visible].contiguous(), order[:, num_visible:].contiguous(), grid)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of samples."""
+        return self.visible_ids.shape[0]
+
+    @property
+    def num_visible(self) -> int:
+        """Visible tokens per sample."""
+        return self.visible_ids.shape[1]
+
+    @property
+    def num_masked(self) -> int:
+        """Masked tokens per sample."""
+        return self.masked_ids.shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions of the grid."""
+        return count_tokens(self.grid)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the ids live."""
+        return self.visible_ids.device
+
+    @property
+    def is_masked(self) -> Bool[Tensor, "batch *grid"]:
+        """One boolean per grid position, True = masked."""
+        flat = torch.zeros(self.batch_size, self.num_tokens, dtype=torch.bool, device=self.device)
+        return flat.scatter(1, self.masked_ids, True).view(self.batch_size, *self.grid)
+
+    @property
+    def restore_ids(self) -> Int64[Tensor, "batch tokens"]:
+        """Where each position stands among the visible, then the masked tokens.
+
+        `torch.cat([visible, masked], 1)` indexed by it along axis 1 is in grid order.
+        """
+        order = torch.cat([self.visible_ids, self.masked_ids], dim=1)
+        slots = torch.arange(self.num_tokens, device=self.device).expand_as(order)
+        return torch.empty_like(order).scatter(1, order, slots)
+
+    def refine(self, k: int | Sequence[int]) -> "Mask":
+        """Split every token into `k` per axis, all masked or all visible as the token was.
+
+        Example:
+            >>> Mask.from_bool(torch.tensor([[True, False]])).refine(2).is_masked
+            tensor([[ True,  True, False, False]])
+        """
+        factors = per_axis("k", k, len(self.grid))
+        names = "abc"[: len(factors)]
+        split = " ".join(f"({axis} {axis}1)" for axis in names)
+        sizes = {f"{axis}1": factor for axis, factor in zip(names, factors, strict=True)}
+        fine = repeat(self.is_masked, f"n {' '.join(names)} -> n {split}", **sizes)
+        num_masked = self.num_masked * count_tokens(factors)
+        return Mask._from_flat(fine.flatten(1), tuple(fine.shape[1:]), num_masked)
+
+    def coarsen(self, k: int | Sequence[int]) -> "Mask":
+        """Undo `refine(k)`.
+
+        Raises:
+            ValueError: A grid that `k` does not divide, or (on a CPU) a cell that is partly masked.
+
+        Example:
+            >>> mask = Mask.from_bool(torch.tensor([[True, False]]))
+            >>> mask.refine(3).coarsen(3).equal(mask)
+            True
+        """
+        factors = per_axis("k", k, len(self.grid))
+        coarse_grid = divide("grid", self.grid, factors, "k")
+        names = "abc"[: len(factors)]
+        split = " ".join(f"({axis} {axis}1)" for axis in names)
+        merged = f"n {' '.join(names)} ({' '.join(f'{axis}1' for axis in names)})"
+        sizes = {f"{axis}1": factor for axis, factor in zip(names, factors, strict=True)}
+        cells = rearrange(self.is_masked, f"n {split} -> {merged}", **sizes)
+        if _values_are_at_hand(cells) and not torch.equal(cells.any(-1), cells.all(-1)):
+            row, *cell = (cells.any(-1) != cells.all(-1)).nonzero()[0].tolist()
+            raise ValueError(f"cell {tuple(cell)} of sample {row} is partly masked: not refined")
+        num_masked = self.num_masked // count_tokens(factors)
+        return Mask._from_flat(cells.any(-1).flatten(1), coarse_grid, num_masked)
+
+    def complement(self) -> "Mask":
+        """Swap visible and masked: `~mask`, spelled for `torch.compile`, which cannot trace `~`."""
+        return Mask(self.masked_ids, self.visible_ids, self.grid)
+
+    def __invert__(self) -> "Mask":
+        return self.complement()
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> "Mask":
+        # A single row keeps its batch axis.
+        index = torch.arange(self.batch_size)[rows].view(1) if isinstance(rows, int) else rows
+        return Mask(self.visible_ids[index], self.masked_ids[index], self.grid)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Mask":
+        """Move the ids to `device`."""
+        return Mask(
+            self.visible_ids.to(device, non_blocking=non_blocking),
+            self.masked_ids.to(device, non_blocking=non_blocking),
+            self.grid,
+        )
+
+    def pin_memory(self) -> "Mask":
+        """Copy the ids to page-locked memory (`DataLoader(pin_memory=True)` calls this)."""
+        return Mask(self.visible_ids.pin_memory(), self.masked_ids.pin_memory(), self.grid)
+
+    def equal(self, other: "Mask") -> bool:
+        """Whether both hide the same positions of the same grid in every sample."""
+        return self.grid == other.grid and torch.equal(self.visible_ids, other.visible_ids)
+
+    def expand(self, batch_size: int) -> "Mask":
+        """Share a mask of one sample among `batch_size` samples, without a copy.
+
+        Raises:
+            ValueError: A mask of several samples.
+        """
+        if self.batch_size not in (1, batch_size):
+            raise ValueError(f"cannot expand a mask of {self.batch_size} samples to {batch_size}")
+        return Mask(
+            self.visible_ids.expand(batch_size, -1),
+            self.masked_ids.expand(batch_size, -1),
+            self.grid,
+        )
+
+    def validate(self) -> None:
+        """Check that ids are ascending and name every position of the grid exactly once.
+
+        Raises:
+            ValueError: Anything else, naming the first odd sample.
+        """
+        order = torch.cat([self.visible_ids, self.masked_ids], dim=1)
+        positions = torch.arange(self.num_tokens, device=self.device)
+        if order.shape[1] != self.num_tokens:
+            raise ValueError(f"{order.shape[1]} ids do not fill grid {self.grid}")
+        right = (order.sort(dim=1).values == positions).all(dim=1)
+        for ids in (self.visible_ids, self.masked_ids):
+            right = right & (ids.diff(dim=1) > 0).all(dim=1)
+        if not bool(right.all()):
+            row = int((~right).nonzero()[0])
+            raise ValueError(
+                f"sample {row} does not split grid {self.grid} into ascending visible ids "
+                f"{self.visible_ids[row].tolist()} and masked ids {self.masked_ids[row].tolist()}"
+            )
+
+    def __repr__(self) -> str:
+        return (
+            f"Mask(batch_size={self.batch_size}, grid={self.grid}, num_visible={self.num_visible}, "
+            f"num_masked={self.num_masked}, device='{self.device}')"
+        )
+
+
+def _values_are_at_hand(tensor: Tensor) -> bool:
+    """Whether looking at values costs no synchronisation and breaks no graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _only_axis(size: int, axis: int, num_axes: int) -> list[int]:
+    return [size if a == axis else 1 for a in range(num_axes)]

@@ -1,0 +1,17 @@
+"""Images, patches and tokens: cutting, moving and placing them."""
+
+from mimkit.patches._patchify import gather_patches, grid_of, patchify, unpatchify
+from mimkit.patches._positions import interpolate_positions, sincos_positions
+from mimkit.patches._tokens import gather_masked, gather_visible, restore
+
+__all__ = [
+    "gather_masked",
+    "gather_patches",
+    "gather_visible",
+    "grid_of",
+    "interpolate_positions",
+    "patchify",
+    "restore",
+    "sincos_positions",
+    "unpatchify",
+]

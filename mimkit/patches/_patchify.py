@@ -1,0 +1,232 @@
+"""Images <-> patch vectors.
+
+Axes: batch; channels; *spatial (one to three axes); tokens (row-major over the grid);
+patch (the values of one patch, in the chosen order).
+"""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int64, Shaped, UInt8
+from torch import Tensor
+
+from mimkit._grids import Grid, as_sizes, count_tokens, divide, per_axis
+from mimkit._settings import Settings
+from mimkit.masking import Mask
+
+Order = Literal["p1 p2 c", "c p1 p2"]
+
+
+def grid_of(
+    images: Shaped[Tensor, "batch channels *spatial"], patch_size: int | Sequence[int]
+) -> Grid:
+    """Return the tokens per axis of `images` cut into patches.
+
+    Args:
+        images: Images, or any signal of one to three spatial axes.
+        patch_size: Pixels per patch; one integer, or one per spatial axis.
+
+    Raises:
+        ValueError: A size that the patch does not divide, or no spatial axis.
+
+    Example:
+        >>> grid_of(torch.zeros(1, 3, 224, 192), 16)
+        (14, 12)
+    """
+    if not 3 <= images.ndim <= 5:
+        raise ValueError(
+            "images must be [batch, channels] and one to three spatial axes; "
+            f"got shape {tuple(images.shape)}"
+        )
+    return divide("image size", images.shape[2:], patch_size, "patch size")
+
+
+def patchify(
+    images: Shaped[Tensor, "batch channels *spatial"],
+    patch_size: int | Sequence[int],
+    *,
+    order: Order = "p1 p2 c",
+) -> Shaped[Tensor, "batch tokens patch"]:
+    """Cut images into patch vectors.
+
+    Args:
+        images: Any number of channels, one to three spatial axes, any dtype.
+        patch_size: Pixels per patch; one integer, or one per spatial axis.
+        order: Order of the values inside a patch: "p1 p2 c" is MAE's, channels fastest;
+            "c p1 p2" is that of convolution weights, and the faster one to load. On one or three
+            axes, "p1 p2" stands for all of them.
+
+    Raises:
+        ValueError: A size that the patch does not divide, or an unknown order.
+
+    Source:
+        MAE, facebookresearch/mae `patchify`, which takes square 3-channel images only.
+
+    Example:
+        >>> patchify(torch.arange(8).view(1, 2, 1, 4), (1, 2))
+        tensor([[[0, 4, 1, 5],
+                 [2, 6, 3, 7]]])
+    """
+    grid = grid_of(images, patch_size)
+    pattern, sizes = _pattern(per_axis("patch_size", patch_size, len(grid)), order)
+    return rearrange(images, pattern, **sizes)
+
+
+def unpatchify(
+    patches: Shaped[Tensor, "batch tokens patch"],
+    grid: Sequence[int],
+    patch_size: int | Sequence[int],
+    *,
+    order: Order = "p1 p2 c",
+) -> Shaped[Tensor, "batch channels *spatial"]:
+    """Undo `patchify`.
+
+    Args:
+        patches: One vector per token of `grid`.
+        grid: Tokens per axis.
+        patch_size: Pixels per patch; one integer, or one per spatial axis.
+        order: The order that the patches were cut in.
+
+    Raises:
+        ValueError: Patches that do not fill the grid, or whose length is no multiple of the patch.
+
+    Example:
+        >>> images = torch.randn(2, 3, 8, 12)
+        >>> torch.equal(unpatchify(patchify(images, 4), (2, 3), 4), images)
+        True
+    """
+    grid = as_sizes("grid", grid)
+    patch = per_axis("patch_size", patch_size, len(grid))
+    if patches.ndim != 3 or patches.shape[1] != count_tokens(grid):
+        raise ValueError(
+            f"patches must be [batch, {count_tokens(grid)}, values] for grid {grid}; "
+            f"got {tuple(patches.shape)}"
+        )
+    if patches.shape[2] % count_tokens(patch):
+        raise ValueError(f"{patches.shape[2]} values do not fill patches of {patch} pixels")
+    pattern, sizes = _pattern(patch, order)
+    sizes |= {f"h{axis}": size for axis, size in enumerate(grid, 1)}
+    image_side, patch_side = pattern.split(" -> ")
+    return rearrange(patches, f"{patch_side} -> {image_side}", **sizes)
+
+
+def gather_patches(
+    images: Float[Tensor, "batch channels *spatial"] | UInt8[Tensor, "batch channels *spatial"],
+    mask: Mask,
+    patch_size: int | Sequence[int],
+    *,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
+    order: Order = "p1 p2 c",
+) -> Float[Tensor, "batch visible patch"]:
+    """Cut out the visible patches only; of contiguous images, no other pixel is read.
+
+    For the masked patches pass `~mask` (`mask.complement()` under `torch.compile`).
+
+    Args:
+        images: Floats, or uint8 in [0, 255], which become float32 fractions in [0, 1] first.
+        mask: Which patches to take; its grid is that of the images.
+        patch_size: Pixels per patch; one integer, or one per spatial axis.
+        mean: One value per channel to subtract, in units of the (scaled) images.
+        std: One value per channel to divide by afterwards.
+        order: Order of the values inside a patch (see `patchify`).
+
+    Raises:
+        TypeError: Images that are neither floats nor uint8.
+        ValueError: A mask of another grid or batch size, or a wrong number of channel statistics.
+
+    Example:
+        >>> from mimkit.masking import Mask
+        >>> images = torch.arange(4, dtype=torch.uint8).view(1, 1, 2, 2) * 85
+        >>> mask = Mask.from_visible_ids(torch.tensor([[1, 2]]), (2, 2))
+        >>> gather_patches(images, mask, 1)[0, :, 0]
+        tensor([0.3333, 0.6667])
+    """
+    if not (images.is_floating_point() or images.dtype == torch.uint8):
+        raise TypeError(f"images must be floats or uint8; got {images.dtype}")
+    grid = grid_of(images, patch_size)
+    check_mask(mask, grid, images.shape[0])
+    patch = per_axis("patch_size", patch_size, len(grid))
+    patches = _normalize(_take_patches(images, mask.visible_ids, grid, patch), mean, std)
+    return (patches.movedim(2, -1) if _check_order(order) == "p1 p2 c" else patches).flatten(2)
+
+
+def check_mask(mask: Mask, grid: Sequence[int], batch_size: int) -> None:
+    """Check that a mask belongs to a batch of tokens of `grid`.
+
+    Raises:
+        ValueError: Another grid or batch size; with `mimkit.use(check=True)` also wrong ids.
+    """
+    if mask.grid != tuple(grid):
+        raise ValueError(f"the mask has grid {mask.grid}, but the input has grid {tuple(grid)}")
+    check_batch(mask, batch_size)
+
+
+def check_batch(mask: Mask, batch_size: int) -> None:
+    """Check that a mask has one row per sample (and valid ids, with `mimkit.use(check=True)`).
+
+    Raises:
+        ValueError: Another batch size or, where values are checked, wrong ids.
+    """
+    if mask.batch_size != batch_size:
+        raise ValueError(f"the mask has {mask.batch_size} samples, but the input has {batch_size}")
+    if Settings.check:
+        mask.validate()
+
+
+def _check_order(order: str) -> str:
+    if order not in get_args(Order):
+        raise ValueError(f"order must be one of {get_args(Order)}; got {order!r}")
+    return order
+
+
+def _pattern(patch: Grid, order: Order) -> tuple[str, dict[str, int]]:
+    """Return the einops pattern from images to patches, and the sizes that it needs."""
+    axes = range(1, len(patch) + 1)
+    image_side = "b c " + " ".join(f"(h{axis} p{axis})" for axis in axes)
+    tokens = " ".join(f"h{axis}" for axis in axes)
+    pixels = " ".join(f"p{axis}" for axis in axes)
+    inner = f"{pixels} c" if _check_order(order) == "p1 p2 c" else f"c {pixels}"
+    sizes = {f"p{axis}": size for axis, size in zip(axes, patch, strict=True)}
+    return f"{image_side} -> b ({tokens}) ({inner})", sizes
+
+
+def _take_patches(
+    images: Tensor, ids: Int64[Tensor, "batch taken"], grid: Grid, patch: Grid
+) -> Shaped[Tensor, "batch taken channels *patch"]:
+    """Cut out the patches `ids`, run by run of the pixels that lie side by side in memory."""
+    batch, channels, *spatial = images.shape
+    runs = images.reshape(-1, patch[-1])
+    # The numbers of a patch's runs are the patch of an image of run numbers.
+    runs_per_image = channels * count_tokens(spatial) // patch[-1]
+    numbers = torch.arange(runs_per_image, device=images.device)
+    numbers = numbers.view(1, channels, *spatial[:-1], grid[-1])
+    runs_of_patch = patchify(numbers, (*patch[:-1], 1), order="c p1 p2")[0]
+    first_run = torch.arange(batch, device=images.device).view(-1, 1, 1) * runs_per_image
+    taken = runs.index_select(0, (runs_of_patch[ids] + first_run).flatten())
+    return taken.view(batch, ids.shape[1], channels, *patch)
+
+
+def _normalize(
+    patches: Tensor,
+    mean: Sequence[float] | Tensor | None,
+    std: Sequence[float] | Tensor | None,
+) -> Tensor:
+    """Scale uint8 to [0, 1], and apply channel statistics to [batch, taken, channels, *patch]."""
+    if patches.dtype == torch.uint8:
+        patches = patches.float() / 255
+    channels = patches.shape[2]
+    for name, values in (("mean", mean), ("std", std)):
+        if values is None:
+            continue
+        statistic = torch.as_tensor(values, dtype=patches.dtype, device=patches.device)
+        if statistic.shape != (channels,):
+            raise ValueError(
+                f"{name} must hold one value for each of {channels} channels; "
+                f"got shape {tuple(statistic.shape)}"
+            )
+        statistic = statistic.view(channels, *[1] * (patches.ndim - 3))
+        patches = patches - statistic if name == "mean" else patches / statistic
+    return patches

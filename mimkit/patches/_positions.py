@@ -1,0 +1,107 @@
+"""Fixed position embeddings, and tables of them on other grids."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+from torch.nn import functional as F
+
+from mimkit._grids import as_sizes, count_tokens
+
+
+def sincos_positions(
+    dim: int,
+    grid: Sequence[int],
+    *,
+    temperature: float = 10000.0,
+    first_axis: Literal["column", "row"] = "column",
+) -> Float32[Tensor, "tokens dim"]:
+    """Make fixed sine-cosine position embeddings, for any grid of one to three axes.
+
+    Every axis gets an equal share of the width: the sines, then the cosines, of its coordinate
+    times `temperature ** (-k / n)` for k = 0 .. n-1.
+
+    Args:
+        dim: Width; a multiple of twice the number of axes.
+        grid: Tokens per axis, not necessarily square.
+        temperature: Base of the wavelengths.
+        first_axis: Which axis comes first in the width: "column" (the last axis; MAE, ConvMAE) or
+            "row" (the first axis; CAE).
+
+    Returns:
+        One row per token, row-major, computed in float64 and rounded once.
+
+    Raises:
+        ValueError: A width that the axes do not share evenly, or an unknown first axis.
+
+    Source:
+        MAE, facebookresearch/mae `get_2d_sincos_pos_embed`; CAE, Atten4Vis/CAE
+        `build_2d_sincos_position_embedding`, which scrambles positions where height and width
+        differ. Here they are right on every grid.
+
+    Example:
+        >>> sincos_positions(4, (1, 2))
+        tensor([[0.0000, 1.0000, 0.0000, 1.0000],
+                [0.8415, 0.5403, 0.0000, 1.0000]])
+    """
+    grid = as_sizes("grid", grid)
+    if dim < 1 or dim % (2 * len(grid)):
+        raise ValueError(f"dim must be a multiple of {2 * len(grid)} on grid {grid}; got {dim}")
+    if first_axis not in ("column", "row"):
+        raise ValueError(f'first_axis must be "column" or "row"; got {first_axis!r}')
+    num_waves = dim // (2 * len(grid))
+    waves = temperature ** (-torch.arange(num_waves, dtype=torch.float64) / num_waves)
+    axes = [torch.arange(size, dtype=torch.float64) for size in grid]
+    coordinates = [c.flatten() for c in torch.meshgrid(*axes, indexing="ij")]
+    if first_axis == "column":
+        coordinates.reverse()
+    angles = [coordinate.outer(waves) for coordinate in coordinates]
+    return torch.cat([wave for a in angles for wave in (a.sin(), a.cos())], dim=1).float()
+
+
+def interpolate_positions(
+    table: Float[Tensor, "prefix_and_tokens dim"],
+    old_grid: Sequence[int],
+    new_grid: Sequence[int],
+    *,
+    num_prefix: int = 0,
+) -> Float[Tensor, "prefix_and_new_tokens dim"]:
+    """Resample a table of position embeddings to another grid, bicubically.
+
+    Args:
+        table: One row per prefix token, then one per token of `old_grid`.
+        old_grid: The grid that the table is for.
+        new_grid: The grid wanted, with as many axes.
+        num_prefix: Rows in front, which are kept as they are.
+
+    Raises:
+        ValueError: A table that does not fit `old_grid`, or grids of different numbers of axes.
+
+    Source:
+        MAE, facebookresearch/mae `interpolate_pos_embed` (square grids only there). Bicubic
+        interpolation is separable, so each axis is resampled in turn.
+
+    Example:
+        >>> interpolate_positions(torch.randn(1 + 16, 8), (4, 4), (6, 5), num_prefix=1).shape
+        torch.Size([31, 8])
+    """
+    old_grid, new_grid = as_sizes("old_grid", old_grid), as_sizes("new_grid", new_grid)
+    if len(old_grid) != len(new_grid):
+        raise ValueError(f"grids {old_grid} and {new_grid} have different numbers of axes")
+    if table.ndim != 2 or table.shape[0] != num_prefix + count_tokens(old_grid):
+        raise ValueError(
+            f"table must be [{num_prefix + count_tokens(old_grid)}, dim] for grid {old_grid} "
+            f"behind {num_prefix} prefix rows; got {tuple(table.shape)}"
+        )
+    prefix, tokens = table[:num_prefix], table[num_prefix:]
+    if old_grid == new_grid:
+        return table.clone()
+    resampled = tokens.float().view(*old_grid, -1)
+    for axis, size in enumerate(new_grid):
+        lines = resampled.movedim(axis, -1)
+        flat = lines.reshape(1, 1, -1, lines.shape[-1])
+        flat = F.interpolate(flat, size=(flat.shape[2], size), mode="bicubic", align_corners=False)
+        resampled = flat.view(*lines.shape[:-1], size).movedim(-1, axis)
+    return torch.cat([prefix, resampled.reshape(count_tokens(new_grid), -1).to(table.dtype)])

@@ -1,0 +1,144 @@
+"""Moving tokens: out of the whole sequence by a mask, and back.
+
+Axes: batch; prefix (class tokens and the like, which no mask touches); tokens (of the grid);
+visible; masked; dim.
+"""
+
+import torch
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor
+
+from mimkit.masking import Mask
+from mimkit.patches._patchify import check_batch
+
+
+def gather_visible(
+    tokens: Shaped[Tensor, "batch prefix_and_tokens dim"], mask: Mask, *, num_prefix: int = 0
+) -> Shaped[Tensor, "batch prefix_and_visible dim"]:
+    """Take the prefix tokens and the visible tokens, in ascending order of position.
+
+    Args:
+        tokens: The whole sequence.
+        mask: Which tokens are visible.
+        num_prefix: Tokens in front of the grid's.
+
+    Raises:
+        ValueError: A sequence whose length or batch size does not fit the mask.
+
+    Example:
+        >>> tokens = torch.arange(4.0).view(1, 4, 1)
+        >>> mask = Mask.from_visible_ids(torch.tensor([[3, 1]]), (2, 2))
+        >>> gather_visible(tokens, mask).flatten().tolist()
+        [1.0, 3.0]
+    """
+    return _gather(tokens, mask, mask.visible_ids, num_prefix)
+
+
+def gather_masked(
+    tokens: Shaped[Tensor, "batch prefix_and_tokens dim"], mask: Mask, *, num_prefix: int = 0
+) -> Shaped[Tensor, "batch prefix_and_masked dim"]:
+    """Take the prefix tokens and the masked tokens, in ascending order of position.
+
+    Args:
+        tokens: The whole sequence.
+        mask: Which tokens are masked.
+        num_prefix: Tokens in front of the grid's.
+
+    Raises:
+        ValueError: A sequence whose length or batch size does not fit the mask.
+
+    Example:
+        >>> tokens = torch.arange(4.0).view(1, 4, 1)
+        >>> mask = Mask.from_visible_ids(torch.tensor([[3, 1]]), (2, 2))
+        >>> gather_masked(tokens, mask).flatten().tolist()
+        [0.0, 2.0]
+    """
+    return _gather(tokens, mask, mask.masked_ids, num_prefix)
+
+
+def restore(
+    visible: Float[Tensor, "batch prefix_and_visible dim"],
+    mask: Mask,
+    fill: Float[Tensor, " dim"] | Float[Tensor, "batch masked dim"],
+    *,
+    positions: Float[Tensor, "prefix_and_tokens dim"] | None = None,
+    num_prefix: int = 0,
+) -> Float[Tensor, "batch prefix_and_tokens dim"]:
+    """Put visible tokens back in grid order and fill the masked positions.
+
+    Args:
+        visible: Prefix tokens, then visible tokens, as `gather_visible` returns them.
+        mask: The mask that they were taken by.
+        fill: One vector for every masked position (a mask token), or one token for each.
+        positions: Position embeddings to add to all tokens.
+        num_prefix: Tokens in front of the grid's.
+
+    Returns:
+        The whole sequence, in the promoted dtype of the inputs.
+
+    Raises:
+        ValueError: Shapes that do not fit the mask.
+
+    Source:
+        MAE, facebookresearch/mae `forward_decoder`.
+
+    Example:
+        >>> mask = Mask.from_visible_ids(torch.tensor([[3, 1]]), (2, 2))
+        >>> visible = torch.tensor([[[1.0], [3.0]]])
+        >>> restore(visible, mask, torch.zeros(1)).flatten().tolist()
+        [0.0, 1.0, 0.0, 3.0]
+    """
+    batch, length, dim = visible.shape
+    check_batch(mask, batch)
+    if length != num_prefix + mask.num_visible:
+        raise ValueError(
+            f"visible must hold {num_prefix} prefix and {mask.num_visible} visible tokens; "
+            f"got {length}"
+        )
+    if fill.shape not in ((dim,), (batch, mask.num_masked, dim)):
+        raise ValueError(
+            f"fill must be [{dim}] or [{batch}, {mask.num_masked}, {dim}]; got {tuple(fill.shape)}"
+        )
+    if positions is not None and positions.shape != (num_prefix + mask.num_tokens, dim):
+        raise ValueError(
+            f"positions must be [{num_prefix + mask.num_tokens}, {dim}]; "
+            f"got {tuple(positions.shape)}"
+        )
+    dtype = torch.promote_types(visible.dtype, fill.dtype)
+    # A single fill vector stands behind the visible tokens once, and is taken many times.
+    fill = fill.expand(batch, 1, dim) if fill.ndim == 1 else fill
+    source = torch.cat([visible.to(dtype), fill.to(dtype)], dim=1)
+    slots = mask.restore_ids
+    if fill.shape[1] != mask.num_masked:
+        slots = slots.clamp(max=mask.num_visible)
+    tokens = take_rows(source, _behind_prefix(slots, num_prefix))
+    return tokens if positions is None else tokens + positions
+
+
+def take_rows(
+    tokens: Shaped[Tensor, "batch tokens dim"], ids: Int64[Tensor, "batch taken"]
+) -> Shaped[Tensor, "batch taken dim"]:
+    """Take the rows `ids` of each sample."""
+    # One flat index_select: its backward adds whole rows, where that of `gather` adds elements.
+    batch, length, dim = tokens.shape
+    starts = torch.arange(batch, device=ids.device).unsqueeze(1) * length
+    taken = tokens.reshape(-1, dim).index_select(0, (ids + starts).flatten())
+    return taken.view(batch, ids.shape[1], dim)
+
+
+def _gather(tokens: Tensor, mask: Mask, ids: Tensor, num_prefix: int) -> Tensor:
+    check_batch(mask, tokens.shape[0])
+    if tokens.ndim != 3 or tokens.shape[1] != num_prefix + mask.num_tokens:
+        raise ValueError(
+            f"tokens must be [batch, {num_prefix + mask.num_tokens}, dim] for grid {mask.grid} "
+            f"behind {num_prefix} prefix tokens; got {tuple(tokens.shape)}"
+        )
+    return take_rows(tokens, _behind_prefix(ids, num_prefix))
+
+
+def _behind_prefix(ids: Int64[Tensor, "batch n"], num_prefix: int) -> Int64[Tensor, "batch m"]:
+    """Shift ids by the prefix, and put the prefix's own ids in front."""
+    if num_prefix == 0:
+        return ids
+    prefix = torch.arange(num_prefix, device=ids.device).expand(ids.shape[0], -1)
+    return torch.cat([prefix, ids + num_prefix], dim=1)

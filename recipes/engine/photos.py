@@ -1,0 +1,240 @@
+"""`photos`: crops of 14 photographs that ship inside scikit-image; the label is the photo.
+
+A photo's left 60 % is for training, its right 40 % held out. The parts are cut before anything is
+resized, so that no pixel of one mixes into the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata, resources
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from recipes.engine.data import (
+    PICTURE_SIZE,
+    DataSet,
+    DrawnImages,
+    center_crop,
+    covering_scale,
+    draw_probe,
+    normalize_by_image,
+    to_tensor,
+)
+from recipes.engine.errors import UserError
+
+# Left out: drawings, tiny or nearly empty images, and the second view of the motorcycle.
+FILES = (
+    "astronaut.png",
+    "brick.png",
+    "camera.png",
+    "chelsea.png",
+    "coffee.png",
+    "coins.png",
+    "grass.png",
+    "gravel.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "moon.png",
+    "motorcycle_left.png",
+    "retina.jpg",
+    "rocket.jpg",
+)
+PICTURES = ("chelsea", "coffee", "motorcycle_left", "rocket")
+TRAIN_SHARE = 0.6
+# Longer side of a crop as a fraction of the photo's shorter side.
+CROP_SCALES = np.geomspace(0.14, 0.45, num=5)
+# Crops below this standard deviation of gray, in [0, 1], are flat sky or black: not drawn.
+MIN_GRAY_STD = 0.03
+# The photos are small: beyond this even the largest crop is enlarged about twice.
+MAX_SIZE = 256
+PROBE_PER_PHOTO = 50
+PROBE_TEST = 2_500
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """Part of a photo, resized so that one slice of it is one crop.
+
+    Attributes:
+        pixels: Channels first: the crops are used so.
+        corners: Top and left of every crop that is not flat.
+    """
+
+    pixels: NDArray[np.uint8]
+    corners: NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class PhotoCrops:
+    """Random crops of one part of every photo.
+
+    Attributes:
+        pyramids: The levels of each photo's part, one per crop scale that is not flat throughout.
+        image_size: Height and width of a crop in pixels.
+    """
+
+    pyramids: list[list[Level]]
+    image_size: tuple[int, int]
+
+    @property
+    def num_classes(self) -> int:
+        """Count the photos."""
+        return len(self.pyramids)
+
+    def draw(self, label: int, rng: np.random.Generator) -> Float[Tensor, "3 height width"]:
+        """Draw scale, position and flip of a crop of one photo, each uniformly."""
+        levels = self.pyramids[label]
+        level = levels[rng.integers(len(levels))]
+        top, left = level.corners[rng.integers(len(level.corners))]
+        height, width = self.image_size
+        crop = level.pixels[:, top : top + height, left : left + width]
+        if rng.integers(2):
+            crop = crop[:, :, ::-1]
+        return torch.from_numpy(crop.astype(np.float32)) / 255
+
+
+def load_photos(*, image_size: tuple[int, int], seed: int) -> DataSet:
+    """Load the photographs.
+
+    A class has 50 labelled crops to fit a probe on; 2,500 crops of all classes test it.
+
+    Args:
+        image_size: Height and width of a crop in pixels, at most 256.
+        seed: Seed of the crops.
+
+    Returns:
+        The data set.
+
+    Raises:
+        UserError: The crops are too large, or scikit-image or its photographs are missing.
+    """
+    if max(image_size) > MAX_SIZE:
+        raise UserError(
+            f"photos has no crops of {image_size[0]} x {image_size[1]} pixels: "
+            f"choose at most {MAX_SIZE} a side, or train on a folder of larger images"
+        )
+    photos = {name.partition(".")[0]: read_photo(name) for name in FILES}
+    halves = {name: split(photo) for name, photo in photos.items()}
+    pyramids = {
+        name: (
+            build_pyramid(left, min(photos[name].size), image_size),
+            build_pyramid(right, min(photos[name].size), image_size),
+        )
+        for name, (left, right) in halves.items()
+    }
+    train = PhotoCrops([left for left, _ in pyramids.values()], image_size)
+    test = PhotoCrops([right for _, right in pyramids.values()], image_size)
+    return DataSet(
+        name="photos",
+        in_channels=3,
+        class_names=tuple(photos),
+        train=DrawnImages(train, normalize_by_image, seed),
+        pictures=[tiled_picture(halves[name][1], image_size) for name in PICTURES],
+        normalize=normalize_by_image,
+        load_probe=partial(
+            draw_probe,
+            train,
+            test,
+            normalize_by_image,
+            train_per_class=PROBE_PER_PHOTO,
+            num_test=PROBE_TEST,
+            seed=seed,
+        ),
+    )
+
+
+def read_photo(name: str) -> Image.Image:
+    """Read one of scikit-image's photographs as RGB."""
+    try:
+        with resources.files("skimage.data").joinpath(name).open("rb") as file:
+            return Image.open(file).convert("RGB")
+    except ModuleNotFoundError as error:
+        raise UserError(
+            'the photos data set needs scikit-image: pip install "mimkit[recipes]"'
+        ) from error
+    except FileNotFoundError as error:
+        version = metadata.version("scikit-image")
+        raise UserError(
+            f"the photos data set needs {name}, which this scikit-image {version} lacks: "
+            "install scikit-image from PyPI"
+        ) from error
+
+
+def split(photo: Image.Image) -> tuple[Image.Image, Image.Image]:
+    """Cut a photo into its part for training and its held-out part."""
+    cut = round(TRAIN_SHARE * photo.width)
+    return (
+        photo.crop((0, 0, cut, photo.height)),
+        photo.crop((cut, 0, photo.width, photo.height)),
+    )
+
+
+def build_pyramid(part: Image.Image, shorter_side: int, image_size: tuple[int, int]) -> list[Level]:
+    """Resize a part of a photo once per crop scale.
+
+    Args:
+        part: Part of a photo.
+        shorter_side: Shorter side of the whole photo in pixels.
+        image_size: Height and width of a crop in pixels.
+
+    Returns:
+        The levels that have a crop to offer.
+    """
+    levels = []
+    for crop_scale in CROP_SCALES:
+        # The right part of a square photo is narrower than the largest crop, which then fills it.
+        scale = max(max(image_size) / (crop_scale * shorter_side), covering_scale(part, image_size))
+        size = round(part.width * scale), round(part.height * scale)
+        pixels = np.array(part.resize(size, Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+        corners = np.argwhere(gray_std(pixels, image_size) >= MIN_GRAY_STD).astype(np.int32)
+        if len(corners):
+            levels.append(Level(np.ascontiguousarray(pixels), corners))
+    return levels
+
+
+def gray_std(
+    pixels: NDArray[np.uint8], image_size: tuple[int, int]
+) -> Float[np.ndarray, "tops lefts"]:
+    """Compute the standard deviation of gray, in [0, 1], of every crop of an image.
+
+    Args:
+        pixels: The image, channels first.
+        image_size: Height and width of a crop in pixels.
+
+    Returns:
+        One number per position of the crop's top left corner.
+    """
+    gray = pixels.mean(axis=0) / 255
+    mean = box_mean(gray, image_size)
+    variance = box_mean(gray**2, image_size) - mean**2
+    return np.sqrt(variance.clip(min=0))
+
+
+def box_mean(
+    values: Float[np.ndarray, "height width"], box: tuple[int, int]
+) -> Float[np.ndarray, "tops lefts"]:
+    """Average over every box of a size inside an array, by differences of running sums."""
+    height, width = box
+    sums = np.pad(values.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+    rows = sums[height:] - sums[:-height]
+    boxes: Float[np.ndarray, "tops lefts"] = rows[:, width:] - rows[:, :-width]
+    return boxes / (height * width)
+
+
+def tiled_picture(
+    part: Image.Image, image_size: tuple[int, int]
+) -> Float[Tensor, "3 height width"]:
+    """Resize a part of a photo to 192 pixels, or one tile, and cut it to whole tiles."""
+    scale = max(PICTURE_SIZE / min(part.size), covering_scale(part, image_size))
+    height, width = (
+        max(1, int(length * scale / side)) * side
+        for length, side in zip((part.height, part.width), image_size, strict=True)
+    )
+    return to_tensor(center_crop(part, (height, width), scale=scale))
