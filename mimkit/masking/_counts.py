@@ -9,9 +9,11 @@ import torch
 Rounding = Literal["nearest", "mae", "simmim"]
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def num_masked(num_tokens: int, ratio: float | Fraction, *, rounding: Rounding = "nearest") -> int:
     """Count the tokens that `ratio` masks, by one documented rule.
+
+    In a graph compiled with `fullgraph=True` the ratio must be a constant; a count may vary.
 
     Args:
         num_tokens: Tokens per sample, prefix tokens excluded.
@@ -67,7 +69,7 @@ def resolve_count(
         )
     if count is None:
         assert ratio is not None
-        return num_masked(num_tokens, ratio, rounding=rounding)
+        return int(num_masked(num_tokens, ratio, rounding=rounding))
     if not 0 <= count <= num_tokens:
         raise ValueError(f"num_masked must be in [0, {num_tokens}]; got {count}")
     return count

@@ -130,7 +130,8 @@ def gather_patches(
         mask: Which patches to take; its grid is that of the images.
         patch_size: Pixels per patch; one integer, or one per spatial axis.
         mean: One value per channel to subtract, in units of the (scaled) images.
-        std: One value per channel to divide by afterwards.
+        std: One value per channel to divide by afterwards. Statistics are applied in float32 (or
+            float64, if the images are).
         order: Order of the values inside a patch (see `patchify`).
 
     Raises:
@@ -221,7 +222,8 @@ def _normalize(
     for name, values in (("mean", mean), ("std", std)):
         if values is None:
             continue
-        statistic = torch.as_tensor(values, dtype=patches.dtype, device=patches.device)
+        dtype = torch.promote_types(patches.dtype, torch.float32)
+        statistic = torch.as_tensor(values, dtype=dtype, device=patches.device)
         if statistic.shape != (channels,):
             raise ValueError(
                 f"{name} must hold one value for each of {channels} channels; "

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -96,8 +96,8 @@ class ImageSource(Protocol):
     def num_classes(self) -> int:
         """Count the classes."""
 
-    def draw(self, label: int, rng: np.random.Generator) -> Float[Tensor, "channels height width"]:
-        """Draw an image of one class, in [0, 1]."""
+    def draw(self, label: int, rng: np.random.Generator) -> UInt8[Tensor, "channels height width"]:
+        """Draw an image of one class."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,10 +118,17 @@ class DrawnImages(TrainSet):
         return IMAGES_PER_EPOCH
 
     def __getitem__(self, index: tuple[int, int]) -> Item:
-        epoch, sample_id = index
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[tuple[int, int]]) -> list[Item]:
+        """Give the items of a batch, normalized together: a loader calls this where it exists."""
+        images = torch.stack([self._draw(epoch, sample_id) for epoch, sample_id in indices])
+        inputs, _, _ = self.normalize(to_unit(images))
+        return [(image, index[1]) for image, index in zip(inputs, indices, strict=True)]
+
+    def _draw(self, epoch: int, sample_id: int) -> UInt8[Tensor, "channels height width"]:
         rng = sample_rng(self.seed, epoch, sample_id)
-        image = self.source.draw(int(rng.integers(self.source.num_classes)), rng)
-        return normalized(image, self.normalize), sample_id
+        return self.source.draw(int(rng.integers(self.source.num_classes)), rng)
 
 
 def load_data(name: str, *, image_size: tuple[int, int], seed: int) -> DataSet:
@@ -216,20 +223,14 @@ def draw_probe(
     def draw(source: ImageSource, number: int, part: int) -> tuple[Tensor, Tensor]:
         rng = sample_rng(seed, part)
         labels = np.arange(number) % source.num_classes
-        images = [normalized(source.draw(int(label), rng), normalize) for label in labels]
-        return torch.stack(images), torch.from_numpy(labels)
+        images = torch.stack([source.draw(int(label), rng) for label in labels])
+        inputs = [normalize(to_unit(batch))[0] for batch in torch.split(images, 256)]
+        return torch.cat(inputs), torch.from_numpy(labels)
 
     return ProbeData(
         *draw(train, train_per_class * train.num_classes, part=0),
         *draw(test, num_test, part=1),
     )
-
-
-def normalized(
-    image: Float[Tensor, "channels height width"], normalize: Normalize
-) -> Float[Tensor, "channels height width"]:
-    """Turn one image in [0, 1] into a model input."""
-    return normalize(image[None])[0][0]
 
 
 def normalize_by_image(
@@ -247,8 +248,10 @@ def normalize_by_image(
         so that noise in a flat channel stays small.
     """
     mean = images.mean(dim=(2, 3), keepdim=True)
-    std = images.std(dim=(2, 3), correction=0, keepdim=True) + 0.02
-    return (images - mean) / std, mean, std
+    centered = images - mean
+    # Several times faster on a CPU than `torch.std`.
+    std = centered.square().mean(dim=(2, 3), keepdim=True).sqrt() + 0.02
+    return centered / std, mean, std
 
 
 @dataclass(frozen=True)
@@ -296,7 +299,12 @@ def covering_scale(image: Image.Image, size: tuple[int, int]) -> float:
     return max(size[0] / image.height, size[1] / image.width)
 
 
-def to_tensor(image: Image.Image) -> Float[Tensor, "channels height width"]:
-    """Convert an 8-bit image to numbers in [0, 1]."""
+def to_bytes(image: Image.Image) -> UInt8[Tensor, "channels height width"]:
+    """Convert an 8-bit image to a tensor."""
     pixels = np.array(image).reshape(image.height, image.width, -1)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def to_unit(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Convert bytes to numbers in [0, 1]."""
+    return images.float() / 255

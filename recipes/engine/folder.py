@@ -11,6 +11,7 @@ import io
 import math
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,9 +32,9 @@ from recipes.engine.data import (
     TrainSet,
     center_crop,
     covering_scale,
-    normalized,
     sample_rng,
-    to_tensor,
+    to_bytes,
+    to_unit,
 )
 from recipes.engine.errors import UserError
 
@@ -120,7 +121,7 @@ class FolderImages(TrainSet):
         crop = random_resized_crop(image, self.image_size, rng)
         if rng.integers(2):
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return normalized(to_tensor(crop), NORMALIZE), sample_id
+        return model_input(crop), sample_id
 
 
 def load_folder(name: str, *, image_size: tuple[int, int], seed: int) -> DataSet:
@@ -150,7 +151,7 @@ def load_folder(name: str, *, image_size: tuple[int, int], seed: int) -> DataSet
         train, held_out = hold_out(train, labelled=bool(class_names))
 
     pictures = [
-        to_tensor(center_crop_to(image, picture_size(image_size)))
+        to_unit(to_bytes(center_crop_to(image, picture_size(image_size))))
         for image in first_readable(held_out, spread(len(held_out)), NUM_PICTURES)
     ]
     if not pictures:
@@ -219,9 +220,7 @@ def encode(paths: list[str]) -> NDArray[np.bytes_]:
     return np.array([os.fsencode(path) for path in paths])
 
 
-def relabel(
-    files: ImageFiles, names: tuple[str, ...], class_names: tuple[str, ...]
-) -> ImageFiles:
+def relabel(files: ImageFiles, names: tuple[str, ...], class_names: tuple[str, ...]) -> ImageFiles:
     """Renumber the classes of held-out files as in training.
 
     Args:
@@ -292,10 +291,8 @@ def read_image(path: Path) -> Image.Image:
     """
     data = path.read_bytes()
     if simplejpeg is not None and data.startswith(b"\xff\xd8"):
-        try:
+        with suppress(ValueError):  # CMYK, or damaged: Pillow decides.
             return Image.fromarray(simplejpeg.decode_jpeg(data, colorspace="RGB"))
-        except ValueError:
-            pass  # CMYK, or damaged: Pillow decides.
     image: Image.Image = Image.open(io.BytesIO(data))
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8 instead of scaling them.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -322,9 +319,7 @@ def check_readable(files: ImageFiles, unreadable: Iterable[int]) -> None:
         )
 
 
-def first_readable(
-    files: ImageFiles, order: Iterable[int], number: int
-) -> Iterator[Image.Image]:
+def first_readable(files: ImageFiles, order: Iterable[int], number: int) -> Iterator[Image.Image]:
     """Read the first images that can be read; an unreadable one makes room for the next.
 
     Args:
@@ -395,6 +390,12 @@ def center_crop_to(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return center_crop(image, size, scale=covering_scale(image, size) * CENTER_MARGIN)
 
 
+def model_input(image: Image.Image) -> Float[Tensor, "3 height width"]:
+    """Normalize a crop."""
+    inputs, _, _ = NORMALIZE(to_unit(to_bytes(image))[None])
+    return inputs[0]
+
+
 def picture_size(image_size: tuple[int, int]) -> tuple[int, int]:
     """Size a picture of whole tiles: as many as fit 192 pixels, at least one, on each side."""
     height, width = (side * max(1, PICTURE_SIZE // side) for side in image_size)
@@ -438,15 +439,8 @@ def load_probe(
         for label in range(num_classes):
             order = rng.permutation(np.flatnonzero(files.labels == label))
             for image in first_readable(files, order.tolist(), per_class):
-                inputs.append(center_input(image, image_size))
+                inputs.append(model_input(center_crop_to(image, image_size)))
                 labels.append(label)
         return torch.stack(inputs), torch.tensor(labels)
 
     return ProbeData(*read(train, part=0), *read(held_out, part=1))
-
-
-def center_input(
-    image: Image.Image, image_size: tuple[int, int]
-) -> Float[Tensor, "3 height width"]:
-    """Turn an image into the model input that evaluation uses."""
-    return normalized(to_tensor(center_crop_to(image, image_size)), NORMALIZE)

@@ -12,7 +12,7 @@ from importlib import metadata, resources
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -25,7 +25,8 @@ from recipes.engine.data import (
     covering_scale,
     draw_probe,
     normalize_by_image,
-    to_tensor,
+    to_bytes,
+    to_unit,
 )
 from recipes.engine.errors import UserError
 
@@ -88,7 +89,7 @@ class PhotoCrops:
         """Count the photos."""
         return len(self.pyramids)
 
-    def draw(self, label: int, rng: np.random.Generator) -> Float[Tensor, "3 height width"]:
+    def draw(self, label: int, rng: np.random.Generator) -> UInt8[Tensor, "3 height width"]:
         """Draw scale, position and flip of a crop of one photo, each uniformly."""
         levels = self.pyramids[label]
         level = levels[rng.integers(len(levels))]
@@ -97,7 +98,7 @@ class PhotoCrops:
         crop = level.pixels[:, top : top + height, left : left + width]
         if rng.integers(2):
             crop = crop[:, :, ::-1]
-        return torch.from_numpy(crop.astype(np.float32)) / 255
+        return torch.from_numpy(crop.copy())
 
 
 def load_photos(*, image_size: tuple[int, int], seed: int) -> DataSet:
@@ -214,7 +215,8 @@ def gray_std(
     gray = pixels.mean(axis=0) / 255
     mean = box_mean(gray, image_size)
     variance = box_mean(gray**2, image_size) - mean**2
-    return np.sqrt(variance.clip(min=0))
+    std: Float[np.ndarray, "tops lefts"] = np.sqrt(variance.clip(min=0))
+    return std
 
 
 def box_mean(
@@ -237,4 +239,4 @@ def tiled_picture(
         max(1, int(length * scale / side)) * side
         for length, side in zip((part.height, part.width), image_size, strict=True)
     )
-    return to_tensor(center_crop(part, (height, width), scale=scale))
+    return to_unit(to_bytes(center_crop(part, (height, width), scale=scale)))

@@ -63,7 +63,7 @@ def compute_features(
     features: Features, images: Float[Tensor, "batch channels height width"], batch_size: int
 ) -> tuple[Float[Tensor, "batch width"], Float[Tensor, "batch tokens token_width"]]:
     """Compute the features of many images in batches, as float32."""
-    pooled, tokens = zip(*map(features, images.split(batch_size)), strict=True)
+    pooled, tokens = zip(*map(features, torch.split(images, batch_size)), strict=True)
     return torch.cat(pooled).float(), torch.cat(tokens).float()
 
 
@@ -79,9 +79,7 @@ def raw_pixels(patch_size: int | tuple[int, int]) -> Features:
     height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
 
     def features(images: Tensor) -> tuple[Tensor, Tensor]:
-        patches = rearrange(
-            images, "b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=height, p2=width
-        )
+        patches = rearrange(images, "b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=height, p2=width)
         return images.flatten(start_dim=1), patches
 
     return features
@@ -115,7 +113,8 @@ def knn(
     """
     train = F.normalize(train, dim=1)
     correct = 0
-    for batch, labels in zip(test.split(TEST_BATCH), test_labels.split(TEST_BATCH), strict=True):
+    batches = zip(torch.split(test, TEST_BATCH), torch.split(test_labels, TEST_BATCH), strict=True)
+    for batch, labels in batches:
         cosine, ids = (F.normalize(batch, dim=1) @ train.T).topk(min(k, len(train)), dim=1)
         votes = cosine.new_zeros(len(batch), num_classes(train_labels))
         votes.scatter_add_(1, train_labels[ids], (cosine / temperature).exp())
@@ -143,8 +142,7 @@ def linear(
     Returns:
         Accuracy in percent.
     """
-    train, test = standardize(train.double(), test.double())
-    train, test = rotate_to_span(train, test)
+    train, test = rotate_to_span(*standardize(train, test))
     # Sorted by class, every fifth image is a fifth of each class.
     is_held_out = torch.zeros_like(train_labels, dtype=torch.bool)
     is_held_out[train_labels.argsort(stable=True)[2::5]] = True
@@ -202,13 +200,13 @@ def attentive(
     for ids in batches.to(train_tokens.device):
         loss = F.cross_entropy(probe(train_tokens[ids]), train_labels[ids])
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
 
     probe.eval()
     with torch.no_grad():
-        logits = torch.cat([probe(tokens) for tokens in test_tokens.split(TEST_BATCH)])
+        logits = torch.cat([probe(tokens) for tokens in torch.split(test_tokens, TEST_BATCH)])
     return accuracy(logits, test_labels)
 
 
@@ -275,18 +273,18 @@ def fit_logistic(
     classes = num_classes(labels)
     weight = features.new_zeros(features.shape[1], classes, requires_grad=True)
     bias = features.new_zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
+    optimizer: torch.optim.Optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=LBFGS_ITERATIONS,
         tolerance_grad=1e-6,
         line_search_fn="strong_wolfe",
     )
 
-    def closure() -> Tensor:
+    def closure() -> float:
         optimizer.zero_grad()
         loss = F.cross_entropy(features @ weight + bias, labels) + l2 / 2 * weight.square().sum()
-        loss.backward()
-        return loss
+        torch.autograd.backward(loss)
+        return loss.item()
 
     optimizer.step(closure)
     return weight.detach(), bias.detach()

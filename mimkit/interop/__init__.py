@@ -1,0 +1,15 @@
+"""Other people's checkpoints and models, in and out."""
+
+from mimkit.interop._convert import Converted, from_official, to_official
+from mimkit.interop._files import load_checkpoint
+from mimkit.interop._timm import from_timm, to_timm, wrap_timm
+
+__all__ = [
+    "Converted",
+    "from_official",
+    "from_timm",
+    "load_checkpoint",
+    "to_official",
+    "to_timm",
+    "wrap_timm",
+]

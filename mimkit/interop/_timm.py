@@ -1,0 +1,100 @@
+"""timm's Vision Transformers: their weights, and the models themselves under a mimkit mask."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mimkit.interop._convert import Converted, from_official, unwrap
+from mimkit.masking import Mask
+from mimkit.patches import gather_visible
+
+_BLOCK = re.compile(r"blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)")
+_CHANGES_THE_FUNCTION = ("blocks.", "norm_pre.", "reg_token")
+
+
+def to_timm(state_dict: Mapping[str, Any]) -> Converted:
+    """Rename the weights of `nn.ViT` to those of a timm `VisionTransformer`.
+
+    Example:
+        >>> import torch
+        >>> list(to_timm({"norm.weight": torch.ones(8)}))
+        ['norm.weight']
+    """
+    # Both share their names by design.
+    return from_official("mae_vit", state_dict)
+
+
+def from_timm(state_dict: Mapping[str, Any]) -> Converted:
+    """Rename the weights of a timm `VisionTransformer` to those of `nn.ViT`.
+
+    Raises:
+        ValueError: A model with parts that `nn.ViT` lacks (layer scale, query-key norms,
+            registers, a norm before the blocks): it would compute something else.
+
+    Example:
+        >>> import torch
+        >>> list(from_timm({"blocks.0.attn.qkv.weight": torch.ones(24, 8)}))
+        ['blocks.0.attn.qkv.weight']
+    """
+    tensors = unwrap(state_dict)
+    for name in tensors:
+        if name.startswith(_CHANGES_THE_FUNCTION) and not _BLOCK.fullmatch(name):
+            raise ValueError(f"nn.ViT has no counterpart for {name!r}, without which it is wrong")
+    return from_official("mae_vit", tensors)
+
+
+class _MaskedTimmViT(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.num_prefix_tokens = int(model.num_prefix_tokens)  # type: ignore[arg-type]
+
+    def forward(
+        self, images: Float[Tensor, "batch channels *spatial"], mask: Mask | None = None
+    ) -> Float[Tensor, "batch prefix_and_tokens dim"]:
+        model: Any = self.model
+        tokens = model._pos_embed(model.patch_embed(images))
+        if mask is not None:
+            tokens = gather_visible(tokens, mask, num_prefix=self.num_prefix_tokens)
+        tokens = model.norm_pre(tokens)
+        for block in model.blocks:
+            tokens = block(tokens)
+        encoded: Tensor = model.norm(tokens)
+        return encoded
+
+    def pool(
+        self, tokens: Float[Tensor, "batch prefix_and_tokens dim"]
+    ) -> Float[Tensor, "batch dim"]:
+        pooled: Tensor = self.model.pool(tokens)  # type: ignore[operator]
+        return pooled
+
+
+def wrap_timm(model: nn.Module) -> nn.Module:
+    """Run a timm Vision Transformer under a mimkit mask.
+
+    The result is an encoder like `nn.ViT`: called with images and a mask it encodes the prefix
+    tokens and the visible patches, called with images alone it equals `model.forward_features`.
+    The weights stay those of `model`, which all patches of an image pass only up to its position
+    embedding.
+
+    Args:
+        model: A timm `VisionTransformer` (or a subclass that keeps its parts), without patch
+            dropout.
+
+    Returns:
+        `encoder(images, mask=None)`, with `.model`, `.num_prefix_tokens` and `.pool(tokens)`.
+
+    Raises:
+        TypeError: A model without the parts of a `VisionTransformer`.
+        ValueError: A model that drops patches by itself.
+    """
+    parts = ("patch_embed", "_pos_embed", "norm_pre", "blocks", "norm", "num_prefix_tokens")
+    missing = [name for name in parts if not hasattr(model, name)]
+    if missing:
+        raise TypeError(f"{type(model).__name__} is no timm VisionTransformer: it has no {missing}")
+    if getattr(getattr(model, "patch_drop", None), "prob", 0):
+        raise ValueError("the model drops patches by itself: build it with patch_drop_rate=0")
+    return _MaskedTimmViT(model)

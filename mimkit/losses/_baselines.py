@@ -1,0 +1,140 @@
+"""What predictors that learn nothing would score: the yardstick beside every loss."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Float32, Shaped
+from torch import Tensor
+from torch.nn import functional as F
+
+from mimkit._grids import Grid, per_axis
+from mimkit.losses._masked import Kind, masked_pixel_loss
+from mimkit.masking import Mask
+from mimkit.patches import gather_patches, grid_of, unpatchify
+from mimkit.patches._patchify import Order
+from mimkit.patches._tokens import take_rows
+from mimkit.targets import NormalizedPixels, Pixels
+
+
+@torch.no_grad()
+def baselines(
+    images: Shaped[Tensor, "batch channels *spatial"],
+    mask: Mask,
+    patch_size: int | Sequence[int],
+    *,
+    normalize: Literal["patch"] | None = "patch",
+    kind: Kind = "l2",
+    beta: float = 1.0,
+    order: Order = "p1 p2 c",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> dict[str, Float32[Tensor, ""]]:
+    """Score trivial predictors under the very loss of `masked_pixel_loss`.
+
+    Arguments are those of `masked_pixel_loss`. The predictors see visible patches only, but for one
+    favour: "interpolated" is multiplied by the factor that suits the hidden target best.
+
+    Returns:
+        "zero": the loss of predicting 0 everywhere.
+        "mean_color": of each image's mean visible color.
+        "nearest": of a copy of the nearest visible patch.
+        "interpolated": of a smooth (Gaussian) interpolation of the visible pixels.
+
+    Raises:
+        ValueError: A mask without visible or without masked patches, or what `masked_pixel_loss`
+            raises.
+
+    Example:
+        >>> from mimkit import masking
+        >>> mask = masking.uniform(masking.key([0], seed=0), (4, 4), 0.75)
+        >>> list(baselines(torch.rand(1, 3, 16, 16), mask, 4))
+        ['zero', 'mean_color', 'nearest', 'interpolated']
+    """
+    if not (mask.num_visible and mask.num_masked):
+        raise ValueError(f"baselines need visible and masked patches; got {mask}")
+    make_target = NormalizedPixels if normalize == "patch" else Pixels
+    target = make_target(patch_size, order, mean, std)
+    hidden, seen = target(images, mask), target(images, mask.complement())
+    smooth = make_target(patch_size, order)(
+        _interpolate(images, mask, patch_size, mean=mean, std=std), mask
+    )
+    scale = (smooth * hidden).sum() / smooth.square().sum().clamp(min=1e-12)
+    predictions = {
+        "zero": torch.zeros_like(hidden),
+        "mean_color": _mean_color(seen, images.shape[1], order).expand_as(hidden),
+        "nearest": take_rows(seen, _nearest_visible(mask)),
+        "interpolated": smooth * scale,
+    }
+    return {
+        name: masked_pixel_loss(
+            prediction,
+            images,
+            mask,
+            patch_size,
+            normalize=normalize,
+            kind=kind,
+            beta=beta,
+            order=order,
+            mean=mean,
+            std=std,
+        )
+        for name, prediction in predictions.items()
+    }
+
+
+def _mean_color(
+    seen: Float[Tensor, "batch visible patch"], channels: int, order: Order
+) -> Float[Tensor, "batch 1 patch"]:
+    """Average visible patches over tokens and pixels, channel by channel."""
+    mean_patch = seen.mean(dim=1, keepdim=True)
+    shape = (-1, channels) if order == "p1 p2 c" else (channels, -1)
+    pixel_axis = 2 if order == "p1 p2 c" else 3
+    by_channel = mean_patch.unflatten(2, shape)
+    return by_channel.mean(dim=pixel_axis, keepdim=True).expand_as(by_channel).flatten(2)
+
+
+def _nearest_visible(mask: Mask) -> Tensor:
+    """Return the slot of the visible token that is nearest to each masked one."""
+    axes = [torch.arange(size, device=mask.device, dtype=torch.float32) for size in mask.grid]
+    place = torch.cartesian_prod(*axes).view(mask.num_tokens, -1)
+    return torch.cdist(place[mask.masked_ids], place[mask.visible_ids]).argmin(dim=2)
+
+
+def _interpolate(
+    images: Tensor,
+    mask: Mask,
+    patch_size: int | Sequence[int],
+    *,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> Float[Tensor, "batch channels *spatial"]:
+    """Fill hidden pixels with a Gaussian-weighted mean of the visible ones."""
+    grid = grid_of(images, patch_size)
+    patch = per_axis("patch_size", patch_size, len(grid))
+    seen = gather_patches(images, mask, patch, mean=mean, std=std, order="c p1 p2").float()
+    patches = seen.new_zeros(images.shape[0], mask.num_tokens, seen.shape[2])
+    ids = mask.visible_ids.unsqueeze(2)
+    values = unpatchify(patches.scatter(1, ids.expand_as(seen), seen), grid, patch, order="c p1 p2")
+    weights = unpatchify(patches.scatter(1, ids.expand_as(seen), 1.0), grid, patch, order="c p1 p2")
+    # A trace of the mean color stands in where no visible pixel is near.
+    color = values.flatten(2).mean(dim=2) / weights.flatten(2).mean(dim=2)
+    color = color.view(*color.shape, *[1] * len(grid))
+    floor = 1e-6
+    filled: Tensor = (_blur(values, patch) + floor * color) / (_blur(weights, patch) + floor)
+    return filled
+
+
+def _blur(images: Tensor, sigmas: Grid) -> Tensor:
+    """Convolve every axis with a Gaussian of half a patch."""
+    for axis, sigma in enumerate(sigmas, 2):
+        offsets = torch.arange(-2 * sigma, 2 * sigma + 1, device=images.device)
+        kernel = torch.exp(-0.5 * (offsets / (0.5 * sigma)).square())
+        lines = images.movedim(axis, -1)
+        blurred = F.conv1d(
+            lines.reshape(-1, 1, lines.shape[-1]),
+            (kernel / kernel.sum()).to(images.dtype).view(1, 1, -1),
+            padding="same",
+        )
+        images = blurred.view_as(lines).movedim(-1, axis)
+    return images

@@ -1,0 +1,225 @@
+"""Losses on masked positions. The one place that divides by a count.
+
+Axes: batch; masked (tokens); tokens (of the whole grid); ... (the values of one token); channels;
+*spatial; patch (the values of one patch).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+from jaxtyping import Float, Float32, Shaped
+from torch import Tensor
+from torch.nn import functional as F
+
+from mimkit.masking import Mask
+from mimkit.patches import gather_masked
+from mimkit.patches._patchify import Order, check_batch
+from mimkit.targets import NormalizedPixels, Pixels
+
+Reduction = Literal["mean", "sample", "none"]
+Kind = Literal["l2", "l1", "smooth_l1"]
+Loss = Float32[Tensor, ""] | Float32[Tensor, " batch"] | Float32[Tensor, "batch masked"]
+
+
+def masked_mse(
+    prediction: Float[Tensor, "batch _ ..."],
+    target: Float[Tensor, "batch _ ..."],
+    mask: Mask,
+    *,
+    reduction: Reduction = "mean",
+) -> Loss:
+    """Mean squared error over the masked positions.
+
+    Args:
+        prediction: One value set per masked token, in the order of `mask.masked_ids`; or per token
+            of the grid, of which the masked ones are taken.
+        target: The same.
+        mask: Which positions count.
+        reduction: "mean" over everything, "sample" over each sample, "none" over each token.
+
+    Returns:
+        float32, whatever the inputs; 0 (with zero gradient) where nothing is masked.
+
+    Raises:
+        ValueError: Shapes that differ or do not fit the mask; nothing is broadcast.
+
+    Source:
+        MAE, facebookresearch/mae `forward_loss`.
+
+    Example:
+        >>> import torch
+        >>> mask = Mask.from_visible_ids(torch.tensor([[0]]), (1, 3))
+        >>> masked_mse(torch.zeros(1, 2, 4), torch.ones(1, 2, 4), mask)
+        tensor(1.)
+    """
+    return _masked_loss(_squared_error, prediction, target, mask, reduction)
+
+
+def masked_l1(
+    prediction: Float[Tensor, "batch _ ..."],
+    target: Float[Tensor, "batch _ ..."],
+    mask: Mask,
+    *,
+    reduction: Reduction = "mean",
+) -> Loss:
+    """Mean absolute error over the masked positions; arguments as in `masked_mse`.
+
+    Example:
+        >>> import torch
+        >>> mask = Mask.from_visible_ids(torch.tensor([[0]]), (1, 3))
+        >>> masked_l1(torch.zeros(1, 2, 4), torch.full((1, 2, 4), -3.0), mask)
+        tensor(3.)
+    """
+    return _masked_loss(_absolute_error, prediction, target, mask, reduction)
+
+
+def masked_smooth_l1(
+    prediction: Float[Tensor, "batch _ ..."],
+    target: Float[Tensor, "batch _ ..."],
+    mask: Mask,
+    *,
+    beta: float = 1.0,
+    reduction: Reduction = "mean",
+) -> Loss:
+    """Smooth L1 error over the masked positions: squared below `beta`, absolute above it.
+
+    Args:
+        prediction: As in `masked_mse`.
+        target: As in `masked_mse`.
+        mask: Which positions count.
+        beta: Where the error turns from `0.5 * x**2 / beta` to `x - 0.5 * beta`; 0 is plain L1.
+        reduction: As in `masked_mse`.
+
+    Raises:
+        ValueError: A negative `beta`, or shapes that do not fit.
+
+    Example:
+        >>> import torch
+        >>> mask = Mask.from_visible_ids(torch.tensor([[0]]), (1, 3))
+        >>> masked_smooth_l1(torch.zeros(1, 2, 4), torch.full((1, 2, 4), 3.0), mask)
+        tensor(2.5000)
+    """
+    return _masked_loss(_smooth_absolute_error(beta), prediction, target, mask, reduction)
+
+
+def masked_pixel_loss(
+    prediction: Float[Tensor, "batch masked patch"],
+    images: Shaped[Tensor, "batch channels *spatial"],
+    mask: Mask,
+    patch_size: int | Sequence[int],
+    *,
+    normalize: Literal["patch"] | None = "patch",
+    kind: Kind = "l2",
+    beta: float = 1.0,
+    order: Order = "p1 p2 c",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    reduction: Reduction = "mean",
+) -> Loss:
+    """Score predicted patches against the images' masked patches.
+
+    Args:
+        prediction: One patch per masked token, in the order of `mask.masked_ids`.
+        images: Floats, or uint8 in [0, 255], which become fractions in [0, 1] first. Visible
+            pixels are not read.
+        mask: Which patches were predicted.
+        patch_size: Pixels per patch; one integer, or one per spatial axis.
+        normalize: "patch" brings every target patch to zero mean and unit variance first.
+        kind: "l2" (mean squared), "l1" (mean absolute) or "smooth_l1".
+        beta: Of "smooth_l1" (see `masked_smooth_l1`).
+        order: Order of the values inside a predicted patch (see `patches.patchify`).
+        mean: One value per channel to subtract from the images.
+        std: One value per channel to divide them by afterwards.
+        reduction: "mean" over everything, "sample" over each sample, "none" over each token.
+
+    Returns:
+        float32, whatever the inputs; 0 (with zero gradient) where nothing is masked.
+
+    Raises:
+        ValueError: A prediction that does not fit the masked patches, or an unknown option.
+
+    Source:
+        MAE, arXiv:2111.06377, section 3; facebookresearch/mae `forward_loss`.
+
+    Example:
+        >>> import torch
+        >>> mask = Mask.from_visible_ids(torch.tensor([[0]]), (2, 2))
+        >>> images, prediction = torch.ones(1, 3, 4, 4), torch.zeros(1, 3, 12)
+        >>> masked_pixel_loss(prediction, images, mask, 2, normalize=None)
+        tensor(1.)
+    """
+    if normalize not in ("patch", None):
+        raise ValueError(f'normalize must be "patch" or None; got {normalize!r}')
+    make_target = NormalizedPixels if normalize == "patch" else Pixels
+    target = make_target(patch_size, order, mean, std)(images, mask)
+    return _masked_loss(error_function(kind, beta), prediction, target, mask, reduction)
+
+
+def error_function(kind: Kind, beta: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the elementwise error that `kind` names.
+
+    Raises:
+        ValueError: An unknown kind, or a negative `beta`.
+    """
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind must be one of {get_args(Kind)}; got {kind!r}")
+    if kind == "smooth_l1":
+        return _smooth_absolute_error(beta)
+    return _squared_error if kind == "l2" else _absolute_error
+
+
+def _squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(prediction, target, reduction="none")
+
+
+def _absolute_error(prediction: Tensor, target: Tensor) -> Tensor:
+    return F.l1_loss(prediction, target, reduction="none")
+
+
+def _smooth_absolute_error(beta: float) -> Callable[[Tensor, Tensor], Tensor]:
+    if not beta >= 0:  # also catches nan
+        raise ValueError(f"beta must not be negative; got {beta}")
+    return lambda prediction, target: F.smooth_l1_loss(
+        prediction, target, beta=beta, reduction="none"
+    )
+
+
+def _masked_loss(
+    error: Callable[[Tensor, Tensor], Tensor],
+    prediction: Tensor,
+    target: Tensor,
+    mask: Mask,
+    reduction: Reduction,
+) -> Tensor:
+    prediction = _take_masked("prediction", prediction, mask)
+    target = _take_masked("target", target, mask)
+    if prediction.shape != target.shape:
+        raise ValueError(
+            f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape"
+        )
+    errors = error(prediction.float(), target.float())
+    return _reduce(errors.reshape(*errors.shape[:2], -1), reduction)
+
+
+def _take_masked(name: str, values: Tensor, mask: Mask) -> Tensor:
+    check_batch(mask, values.shape[0])
+    if values.ndim >= 2 and values.shape[1] == mask.num_masked:
+        return values
+    if values.ndim >= 2 and values.shape[1] == mask.num_tokens:
+        taken = gather_masked(values.reshape(*values.shape[:2], -1), mask)
+        return taken.view(*taken.shape[:2], *values.shape[2:])
+    raise ValueError(
+        f"{name} must be [batch, {mask.num_masked} masked or {mask.num_tokens} tokens, ...]; "
+        f"got {tuple(values.shape)}"
+    )
+
+
+def _reduce(errors: Float32[Tensor, "batch masked values"], reduction: Reduction) -> Tensor:
+    match reduction:
+        case "none":
+            return errors.mean(dim=2)
+        case "sample":
+            return errors.sum(dim=(1, 2)) / max(errors[0].numel() if len(errors) else 0, 1)
+        case "mean":
+            return errors.sum() / max(errors.numel(), 1)
+    raise ValueError(f"reduction must be one of {get_args(Reduction)}; got {reduction!r}")

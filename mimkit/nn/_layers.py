@@ -1,0 +1,200 @@
+"""The transformer block and what it is made of.
+
+Axes: batch; tokens; dim; heads; head_dim.
+"""
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NORM_EPS = 1e-6  # of every LayerNorm in MAE's models (PyTorch's default is 1e-5)
+
+
+def xavier_linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
+    """Make a linear layer with Xavier-uniform weight and zero bias, as MAE initialises its own."""
+    layer = nn.Linear(in_features, out_features, bias=bias)
+    nn.init.xavier_uniform_(layer.weight)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def attend(
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch heads tokens head_dim"],
+    value: Float[Tensor, "batch heads tokens head_dim"],
+) -> Float[Tensor, "batch heads queries head_dim"]:
+    """Softmax attention, in the form that is fastest for the device and dtype.
+
+    Fixed rule: plain matrix products for bfloat16 on a CPU, where the backward of PyTorch's fused
+    attention is slow at the lengths that MIM uses; the fused one everywhere else. The benchmark is
+    `benchmarks/bench_attention.py`.
+    """
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+        mixed: Tensor = logits.softmax(dim=-1) @ value
+        return mixed
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+def split_heads(
+    tokens: Float[Tensor, "batch tokens dim"], heads: int
+) -> Float[Tensor, "batch heads tokens head_dim"]:
+    """Cut the width into heads."""
+    return rearrange(tokens, "b n (h d) -> b h n d", h=heads)
+
+
+def merge_heads(
+    tokens: Float[Tensor, "batch heads tokens head_dim"],
+) -> Float[Tensor, "batch tokens dim"]:
+    """Undo `split_heads`."""
+    return rearrange(tokens, "b h n d -> b n (h d)")
+
+
+def check_heads(dim: int, heads: int) -> None:
+    """Check that `dim` can be cut into `heads`.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    if heads < 1 or dim % heads:
+        raise ValueError(f"dim={dim} cannot be cut into heads={heads} of equal width")
+
+
+class Attention(nn.Module):
+    """Self-attention with one fused projection to queries, keys and values."""
+
+    def __init__(self, *, dim: int, heads: int) -> None:
+        super().__init__()
+        check_heads(dim, heads)
+        self.heads = heads
+        self.qkv = xavier_linear(dim, 3 * dim)
+        self.proj = xavier_linear(dim, dim)
+
+    def forward(
+        self, tokens: Float[Tensor, "batch tokens dim"]
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Mix tokens of each sample."""
+        query, key, value = rearrange(
+            self.qkv(tokens), "b n (three h d) -> three b h n d", three=3, h=self.heads
+        ).unbind(0)
+        mixed: Tensor = self.proj(merge_heads(attend(query, key, value)))
+        return mixed
+
+
+class CrossAttention(nn.Module):
+    """Attention of queries to other tokens; keys have no bias, which softmax would not see."""
+
+    def __init__(self, *, dim: int, heads: int) -> None:
+        super().__init__()
+        check_heads(dim, heads)
+        self.heads = heads
+        self.q = xavier_linear(dim, dim)
+        self.k = xavier_linear(dim, dim, bias=False)
+        self.v = xavier_linear(dim, dim)
+        self.proj = xavier_linear(dim, dim)
+
+    def forward(
+        self,
+        query: Float[Tensor, "batch queries dim"],
+        key: Float[Tensor, "batch tokens dim"],
+        value: Float[Tensor, "batch tokens dim"],
+    ) -> Float[Tensor, "batch queries dim"]:
+        """Answer each query by a mix of the values whose keys fit it."""
+        projected = self.q(query), self.k(key), self.v(value)
+        mixed = attend(*(split_heads(tokens, self.heads) for tokens in projected))
+        answer: Tensor = self.proj(merge_heads(mixed))
+        return answer
+
+
+class Mlp(nn.Module):
+    """Two linear layers around an exact GELU."""
+
+    def __init__(self, *, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = xavier_linear(dim, hidden_dim)
+        self.fc2 = xavier_linear(hidden_dim, dim)
+
+    def forward(
+        self, tokens: Float[Tensor, "batch tokens dim"]
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Transform each token by itself."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(tokens)))
+        return out
+
+
+class DropPath(nn.Module):
+    """Leave out a residual branch for some samples while training, and scale up the others.
+
+    Args:
+        rate: Fraction of samples to leave out, in [0, 1).
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"drop_path must be a fraction in [0, 1); got {rate}")
+        self.rate = rate
+
+    def forward(self, branch: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
+        """Drop whole samples of `branch`."""
+        if self.rate == 0 or not self.training:
+            return branch
+        shape = (branch.shape[0],) + (1,) * (branch.ndim - 1)
+        keep = branch.new_empty(shape).bernoulli_(1 - self.rate)
+        return branch * keep / (1 - self.rate)
+
+    def extra_repr(self) -> str:
+        """Show the rate when printed."""
+        return f"rate={self.rate}"
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm transformer block, with timm's parameter names.
+
+    Args:
+        dim: Width of a token.
+        heads: Attention heads; divides `dim`.
+        mlp_ratio: Hidden width of the MLP over `dim`.
+        drop_path: Fraction of samples whose residual branches are left out in training.
+        norm_eps: Epsilon of both LayerNorms.
+
+    Source:
+        Dosovitskiy et al., arXiv:2010.11929, section 3.1; timm 0.3.2 `Block`, which MAE uses with
+        epsilon 1e-6. Weights are initialised as MAE does (Xavier uniform).
+
+    Example:
+        >>> TransformerBlock(dim=32, heads=4)(torch.randn(2, 5, 32)).shape
+        torch.Size([2, 5, 32])
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        norm_eps: float = NORM_EPS,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim=dim, heads=heads)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim=dim, hidden_dim=int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+        self, tokens: Float[Tensor, "batch tokens dim"]
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Mix tokens, then transform each."""
+        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))
+        out: Tensor = tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+        return out
+
+
+def drop_path_rates(drop_path: float, depth: int) -> list[float]:
+    """Return the rate of each block, rising linearly from 0 to `drop_path`."""
+    return [drop_path * i / max(depth - 1, 1) for i in range(depth)]

@@ -1,0 +1,45 @@
+"""Classifiers on frozen tokens."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mimkit.nn._layers import NORM_EPS, CrossAttention
+
+
+class AttentiveProbe(nn.Module):
+    """Classify frozen tokens: one learned query attends to them, then BatchNorm and a linear layer.
+
+    Args:
+        dim: Width of the tokens.
+        heads: Attention heads; divides `dim`.
+        num_classes: Number of classes.
+
+    Source:
+        CAE, arXiv:2202.03026, section 4.2 "attentive probing"; Atten4Vis/CAE `run_attentive.py`:
+        no residual, no MLP, BatchNorm without affine. As released it fails to run, and normalises
+        by batch statistics in evaluation too; this one uses the running ones there.
+
+    Example:
+        >>> AttentiveProbe(dim=32, heads=4, num_classes=10)(torch.randn(8, 17, 32)).shape
+        torch.Size([8, 10])
+    """
+
+    def __init__(self, *, dim: int, heads: int, num_classes: int) -> None:
+        super().__init__()
+        self.query_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.norm_q = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm_k = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm_v = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.cross_attn = CrossAttention(dim=dim, heads=heads)
+        self.fc_norm = nn.BatchNorm1d(dim, affine=False)
+        self.head = nn.Linear(dim, num_classes)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch classes"]:
+        """Return the logits of each sample."""
+        query = self.norm_q(self.query_token).expand(tokens.shape[0], -1, -1)
+        answer = self.cross_attn(query, self.norm_k(tokens), self.norm_v(tokens))
+        logits: Tensor = self.head(self.fc_norm(answer.squeeze(1)))
+        return logits

@@ -1,0 +1,226 @@
+"""The Vision Transformer that encodes visible patches only.
+
+Axes: batch; channels; *spatial; visible; tokens (visible, or all of the grid without a mask);
+prefix (the class token, if any); dim.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mimkit._grids import as_sizes, count_tokens, divide, per_axis
+from mimkit.masking import Mask
+from mimkit.nn._layers import NORM_EPS, TransformerBlock, drop_path_rates, xavier_linear
+from mimkit.patches import gather_patches, patchify, sincos_positions
+
+
+class PatchProjection(nn.Module):
+    """Linear map from patches to tokens, with the weight of the convolution that it equals."""
+
+    def __init__(self, *, in_channels: int, patch: Sequence[int], dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, in_channels, *patch))
+        self.bias = nn.Parameter(torch.empty(dim))
+        nn.init.xavier_uniform_(self.weight.view(dim, -1))
+        # MAE leaves the bias at the default of a convolution.
+        bound = 1 / math.sqrt(in_channels * count_tokens(patch))
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(
+        self, patches: Float[Tensor, "batch tokens patch"]
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Project patches in the order "c p1 p2"."""
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Embed patches: all of them, or under a mask the visible ones and nothing else.
+
+    Args:
+        patch_size: Pixels per patch, per spatial axis.
+        in_channels: Channels of the images.
+        dim: Width of a token.
+
+    Source:
+        timm `PatchEmbed` (a convolution over all patches, parameters `proj.weight`, `proj.bias`);
+        initialised as facebookresearch/mae does.
+
+    Example:
+        >>> from mimkit import masking
+        >>> mask = masking.uniform(masking.key([0], seed=0), (4, 4), 0.75)
+        >>> embed = PatchEmbed(patch_size=(8, 8), in_channels=3, dim=16)
+        >>> embed(torch.rand(1, 3, 32, 32), mask).shape
+        torch.Size([1, 4, 16])
+    """
+
+    def __init__(self, *, patch_size: Sequence[int], in_channels: int, dim: int) -> None:
+        super().__init__()
+        self.patch_size = as_sizes("patch_size", patch_size)
+        self.in_channels = in_channels
+        self.proj = PatchProjection(in_channels=in_channels, patch=self.patch_size, dim=dim)
+
+    def forward(
+        self, images: Float[Tensor, "batch channels *spatial"], mask: Mask | None = None
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Embed the visible patches, in ascending order of position; all without a mask."""
+        if images.shape[1] != self.in_channels:
+            raise ValueError(
+                f"images must have {self.in_channels} channels; got shape {tuple(images.shape)}"
+            )
+        if mask is None:
+            patches = patchify(images, self.patch_size, order="c p1 p2")
+        else:
+            patches = gather_patches(images, mask, self.patch_size, order="c p1 p2")
+        tokens: Tensor = self.proj(patches)
+        return tokens
+
+
+class ViT(nn.Module):
+    """Vision Transformer whose encoder sees the visible patches only.
+
+    Parameter names and shapes are timm's, so are `interop`'s official ones.
+
+    Args:
+        image_size: Pixels per axis: an integer means a square image, a tuple one to three axes.
+        patch_size: Pixels per patch; one integer, or one per spatial axis.
+        in_channels: Channels of the images.
+        dim: Width of a token.
+        depth: Number of blocks.
+        heads: Attention heads; divides `dim`.
+        mlp_ratio: Hidden width of each MLP over `dim`.
+        drop_path: Fraction of samples whose residual branches the last block leaves out in
+            training; the other blocks less, linearly from 0.
+        class_token: Whether a learned token stands in front of the patches.
+        pool: What `pool` returns: the "mean" of the patch tokens, or the class "token".
+        pool_norm: Whether the last LayerNorm comes after pooling (`fc_norm`, as in MAE's and timm's
+            fine-tuning by mean) instead of before (`norm`).
+        learn_positions: Whether the position table, sine-cosine at first, is trained.
+        num_classes: Width of `head`, a linear classifier for pooled tokens; 0 for none.
+
+    Attributes:
+        grid: Tokens per axis.
+        num_prefix_tokens: Tokens in front of the patch tokens: 1 or 0.
+
+    Source:
+        Dosovitskiy et al., arXiv:2010.11929; MAE, arXiv:2111.06377, appendix A.1;
+        facebookresearch/mae `models_mae.py`, `models_vit.py`. There all patches are embedded and
+        most then dropped; here the hidden ones are never read.
+
+    Example:
+        >>> from mimkit import masking
+        >>> encoder = ViT(image_size=(32, 48), patch_size=8, dim=64, depth=2, heads=4)
+        >>> images = torch.rand(2, 3, 32, 48)
+        >>> mask = masking.uniform(masking.key([0, 1], seed=0), encoder.grid, 0.75)
+        >>> encoder(images, mask).shape, encoder(images).shape
+        (torch.Size([2, 7, 64]), torch.Size([2, 25, 64]))
+        >>> encoder.pool(encoder(images)).shape
+        torch.Size([2, 64])
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int | Sequence[int] = 224,
+        patch_size: int | Sequence[int] = 16,
+        in_channels: int = 3,
+        dim: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        class_token: bool = True,
+        pool: Literal["mean", "token"] = "mean",
+        pool_norm: bool = False,
+        learn_positions: bool = False,
+        num_classes: int = 0,
+    ) -> None:
+        super().__init__()
+        if pool not in ("mean", "token"):
+            raise ValueError(f'pool must be "mean" or "token"; got {pool!r}')
+        if pool == "token" and not class_token:
+            raise ValueError('pool="token" needs class_token=True')
+        self.image_size = image_axes(image_size)
+        patch = per_axis("patch_size", patch_size, len(self.image_size))
+        self.grid = divide("image size", self.image_size, patch, "patch size")
+        self.dim = dim
+        self.num_prefix_tokens = int(class_token)
+        self._pool = pool
+        self.patch_embed = PatchEmbed(patch_size=patch, in_channels=in_channels, dim=dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token else None
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=0.02)
+        self.pos_embed = nn.Parameter(
+            position_table(dim, self.grid, num_prefix=self.num_prefix_tokens),
+            requires_grad=learn_positions,
+        )
+        self.blocks = nn.ModuleList(
+            TransformerBlock(dim=dim, heads=heads, mlp_ratio=mlp_ratio, drop_path=rate)
+            for rate in drop_path_rates(drop_path, depth)
+        )
+        self.norm = nn.Identity() if pool_norm else nn.LayerNorm(dim, eps=NORM_EPS)
+        self.fc_norm = nn.LayerNorm(dim, eps=NORM_EPS) if pool_norm else nn.Identity()
+        self.head = xavier_linear(dim, num_classes) if num_classes else nn.Identity()
+
+    def forward(
+        self, images: Float[Tensor, "batch channels *spatial"], mask: Mask | None = None
+    ) -> Float[Tensor, "batch prefix_and_tokens dim"]:
+        """Encode images: their visible patches under a mask, all patches without one.
+
+        Args:
+            images: Images of the size that the encoder was built for.
+            mask: Which patches are visible.
+
+        Returns:
+            The prefix tokens, then one token per (visible) patch in ascending order of position,
+            after the last norm.
+
+        Raises:
+            ValueError: Images of another size or number of channels, or a mask that does not fit.
+        """
+        if tuple(images.shape[2:]) != self.image_size:
+            raise ValueError(
+                f"this encoder takes images of size {self.image_size}; got {tuple(images.shape)}. "
+                "Build one for the new size and load its position table with "
+                "patches.interpolate_positions"
+            )
+        prefix_position, positions = self.pos_embed[0].tensor_split([self.num_prefix_tokens])
+        if mask is not None:
+            positions = F.embedding(mask.visible_ids, positions)
+        tokens = self.patch_embed(images, mask) + positions
+        if self.cls_token is not None:
+            prefix = (self.cls_token + prefix_position).expand(len(images), -1, -1)
+            tokens = torch.cat([prefix, tokens], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        encoded: Tensor = self.norm(tokens)
+        return encoded
+
+    def pool(
+        self, tokens: Float[Tensor, "batch prefix_and_tokens dim"]
+    ) -> Float[Tensor, "batch dim"]:
+        """Summarise encoded tokens in one vector per sample, as `pool` of the constructor says."""
+        if self._pool == "token":
+            pooled = tokens[:, 0]
+        else:
+            pooled = tokens[:, self.num_prefix_tokens :].mean(dim=1)
+        summary: Tensor = self.fc_norm(pooled)
+        return summary
+
+
+def image_axes(image_size: int | Sequence[int]) -> tuple[int, ...]:
+    """Read an image size: an integer is the side of a square image."""
+    sizes = as_sizes("image_size", image_size)
+    return sizes if isinstance(image_size, Sequence) else sizes * 2
+
+
+def position_table(
+    dim: int, grid: Sequence[int], *, num_prefix: int
+) -> Float[Tensor, "1 prefix_and_tokens dim"]:
+    """Make MAE's sine-cosine table, with zeros for the prefix tokens."""
+    table = sincos_positions(dim, grid)
+    return torch.cat([torch.zeros(num_prefix, dim), table]).unsqueeze(0)

@@ -1,0 +1,5 @@
+"""What is predicted."""
+
+from mimkit.targets._pixels import NormalizedPixels, PCATarget, Pixels
+
+__all__ = ["NormalizedPixels", "PCATarget", "Pixels"]

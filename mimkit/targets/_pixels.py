@@ -1,0 +1,238 @@
+"""Pixel targets.
+
+Axes: batch; channels; *spatial; masked (tokens); patch (the values of one patch).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from mimkit.masking import Mask
+from mimkit.patches import gather_patches, patchify
+from mimkit.patches._patchify import Order
+
+NORMALIZATION_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The masked pixels themselves.
+
+    Attributes:
+        patch_size: Pixels per patch; one integer, or one per spatial axis.
+        order: Order of the values inside a patch (see `patches.patchify`).
+        mean: One value per channel to subtract (see `patches.gather_patches`).
+        std: One value per channel to divide by.
+        uses_ground_truth: Whether `invert` looks at hidden pixels: it does not.
+
+    Example:
+        >>> from mimkit import masking
+        >>> images = torch.rand(2, 3, 8, 8)
+        >>> mask = masking.uniform(masking.key([0, 1], seed=0), (2, 2), 0.75)
+        >>> Pixels(4)(images, mask).shape
+        torch.Size([2, 3, 48])
+    """
+
+    patch_size: int | Sequence[int]
+    order: Order = "p1 p2 c"
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    uses_ground_truth: ClassVar[bool] = False
+
+    def __call__(
+        self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
+    ) -> Float[Tensor, "batch masked patch"]:
+        """Return the pixels of the masked patches."""
+        return gather_patches(
+            images,
+            mask.complement(),
+            self.patch_size,
+            mean=self.mean,
+            std=self.std,
+            order=self.order,
+        ).float()
+
+    def invert(
+        self,
+        values: Float[Tensor, "batch masked patch"],
+        images: Shaped[Tensor, "batch channels *spatial"],
+        mask: Mask,
+    ) -> Float[Tensor, "batch masked patch"]:
+        """Return `values` as patches in units of the (scaled) images."""
+        channels = images.shape[1]
+        pixels = values.shape[2] // channels
+        for statistic, apply in ((self.std, torch.mul), (self.mean, torch.add)):
+            if statistic is not None:
+                per_channel = torch.as_tensor(statistic, dtype=values.dtype, device=values.device)
+                per_value = (
+                    per_channel.repeat(pixels)
+                    if self.order == "p1 p2 c"
+                    else per_channel.repeat_interleave(pixels)
+                )
+                values = apply(values, per_value)
+        return values
+
+
+@dataclass(frozen=True)
+class NormalizedPixels:
+    """The masked pixels, each patch brought to zero mean and unit variance ("norm-pix").
+
+    Attributes:
+        patch_size: Pixels per patch; one integer, or one per spatial axis.
+        order: Order of the values inside a patch (see `patches.patchify`).
+        mean: One value per channel to subtract before (see `patches.gather_patches`).
+        std: One value per channel to divide by before.
+        uses_ground_truth: Whether `invert` looks at hidden pixels: it needs each masked patch's
+            own mean and standard deviation, so a picture made with it is not a pure prediction.
+
+    Source:
+        MAE, arXiv:2111.06377, section 3 "Reconstruction target"; facebookresearch/mae
+        `forward_loss`: variance divided by n - 1, epsilon 1e-6 inside the root.
+    """
+
+    patch_size: int | Sequence[int]
+    order: Order = "p1 p2 c"
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    uses_ground_truth: ClassVar[bool] = True
+
+    def __call__(
+        self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
+    ) -> Float[Tensor, "batch masked patch"]:
+        """Return the normalised pixels of the masked patches.
+
+        Raises:
+            ValueError: Patches of a single value, whose variance does not exist.
+
+        Example:
+            >>> images = torch.tensor([[[[1.0, 3.0]]]])
+            >>> mask = Mask.from_bool(torch.tensor([[[True]]]))
+            >>> NormalizedPixels((1, 2))(images, mask)
+            tensor([[[-0.7071,  0.7071]]])
+        """
+        patches = self._pixels(images, mask)
+        mean, std = patch_statistics(patches)
+        return (patches - mean) / std
+
+    def invert(
+        self,
+        values: Float[Tensor, "batch masked patch"],
+        images: Shaped[Tensor, "batch channels *spatial"],
+        mask: Mask,
+    ) -> Float[Tensor, "batch masked patch"]:
+        """Return patches in units of the images, with the true patches' mean and deviation."""
+        mean, std = patch_statistics(self._pixels(images, mask))
+        return self._pixels.invert(values * std + mean, images, mask)
+
+    @property
+    def _pixels(self) -> Pixels:
+        return Pixels(self.patch_size, self.order, self.mean, self.std)
+
+
+class PCATarget:
+    """The largest principal components of the masked patches.
+
+    Args:
+        patch_size: Pixels per patch; one integer, or one per spatial axis.
+        num_components: How many components are kept.
+        order: Order of the values inside a patch (see `patches.patchify`).
+
+    Attributes:
+        center: Mean patch, once fitted.
+        components: Orthonormal rows, largest variance first, once fitted.
+        uses_ground_truth: Whether `invert` looks at hidden pixels: it does not.
+
+    Source:
+        MAE, arXiv:2111.06377, table 1d "PCA" (96 components); not in the released code.
+
+    Example:
+        >>> from mimkit import masking
+        >>> images = torch.randn(4, 3, 8, 8)
+        >>> mask = masking.uniform(masking.key(range(4), seed=0), (4, 4), 0.5)
+        >>> target = PCATarget(2, num_components=12).fit(images)
+        >>> patches = target.invert(target(images, mask), images, mask)
+        >>> torch.allclose(patches, Pixels(2)(images, mask), atol=1e-4)  # all 12 components
+        True
+    """
+
+    uses_ground_truth = False
+
+    def __init__(
+        self,
+        patch_size: int | Sequence[int],
+        num_components: int = 96,
+        *,
+        order: Order = "p1 p2 c",
+    ) -> None:
+        if num_components < 1:
+            raise ValueError(f"num_components must be at least 1; got {num_components}")
+        self.patch_size = patch_size
+        self.num_components = num_components
+        self.order: Order = order
+        self.center: Float[Tensor, " patch"] | None = None
+        self.components: Float[Tensor, "components patch"] | None = None
+
+    def fit(self, images: Shaped[Tensor, "batch channels *spatial"]) -> Self:
+        """Find the components of all patches of `images`.
+
+        Raises:
+            ValueError: More components than values in a patch.
+        """
+        patches = patchify(images, self.patch_size, order=self.order).flatten(0, 1).double()
+        if images.dtype == torch.uint8:
+            patches = patches / 255
+        if self.num_components > patches.shape[1]:
+            raise ValueError(
+                f"{self.num_components} components do not fit patches of {patches.shape[1]} values"
+            )
+        center = patches.mean(dim=0)
+        # Eigenvalues come in ascending order.
+        directions = torch.linalg.eigh((patches - center).T.cov()).eigenvectors
+        self.center = center.float()
+        self.components = directions.flip(1)[:, : self.num_components].T.float().contiguous()
+        return self
+
+    def __call__(
+        self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
+    ) -> Float[Tensor, "batch masked components"]:
+        """Return the coefficients of the masked patches.
+
+        Raises:
+            RuntimeError: Before `fit`.
+        """
+        patches = Pixels(self.patch_size, self.order)(images, mask)
+        center, components = self._fitted(patches.device)
+        return (patches - center) @ components.T
+
+    def invert(
+        self,
+        values: Float[Tensor, "batch masked components"],
+        images: Shaped[Tensor, "batch channels *spatial"],
+        mask: Mask,
+    ) -> Float[Tensor, "batch masked patch"]:
+        """Return the patches that the coefficients stand for."""
+        center, components = self._fitted(values.device)
+        return values @ components + center
+
+    def _fitted(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self.center is None or self.components is None:
+            raise RuntimeError("this PCATarget has no components yet: call fit(images) first")
+        return self.center.to(device), self.components.to(device)
+
+
+def patch_statistics(
+    patches: Float[Tensor, "batch masked patch"],
+) -> tuple[Float[Tensor, "batch masked 1"], Float[Tensor, "batch masked 1"]]:
+    """Return mean and standard deviation of each patch, as MAE normalises by them.
+
+    Raises:
+        ValueError: Patches of a single value, whose unbiased variance does not exist.
+    """
+    if patches.shape[-1] < 2:
+        raise ValueError("a patch of a single value cannot be normalised: its variance is 0 / 0")
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return mean, (variance + NORMALIZATION_EPS).sqrt()

@@ -1,0 +1,1 @@
+"""Full training scripts, one paper a file, built from mimkit."""
