@@ -136,5 +136,5 @@ def _blur(images: Tensor, sigmas: Grid) -> Tensor:
             (kernel / kernel.sum()).to(images.dtype).view(1, 1, -1),
             padding="same",
         )
-        images = blurred.view_as(lines).movedim(-1, axis)
+        images = blurred.view(lines.shape).movedim(-1, axis)
     return images

@@ -1,0 +1,157 @@
+"""What every random sampler must keep."""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mimkit._grids import Grid, as_sizes, count_tokens
+from mimkit.masking import Key, Mask, key
+from mimkit.masking import num_masked as count_masked
+
+Sampler = Callable[[Key, Grid, float], Mask]
+
+_BATCH = 64
+_MAX_DRAWN_TOKENS = 1 << 25
+
+
+def assert_sampler_conforms(
+    sampler: Sampler, grid: Sequence[int], ratio: float, *, num_masked: int | None = None
+) -> None:
+    """Check what a random sampler owes its users.
+
+    Valid masks of the asked count; a pure function of (seed, epoch, sample id), whatever the batch
+    size and order and the state of global generators; other masks for other seeds, epochs and
+    samples; and every position both masked and visible now and then.
+
+    Args:
+        sampler: Called as `sampler(key, grid, ratio)`, returns a `Mask`.
+        grid: Tokens per axis.
+        ratio: Fraction to mask, in (0, 1).
+        num_masked: The count to expect where it is not that of `masking.num_masked`, as for a
+            sampler of larger units.
+
+    Raises:
+        AssertionError: The first promise broken, with what was expected and what was seen.
+
+    Example:
+        >>> from mimkit import masking
+        >>> assert_sampler_conforms(masking.uniform, (4, 4), 0.75)
+        >>> truncating = lambda k, grid, ratio: masking.uniform(k, grid, ratio, rounding="mae")
+        >>> assert_sampler_conforms(truncating, (10,), 0.9)
+        Traceback (most recent call last):
+        AssertionError: expected 9 of 10 tokens masked at ratio 0.9; got 10
+    """
+    grid = as_sizes("grid", grid)
+    ids = torch.arange(_BATCH) * 7919 + 2**40
+    drawn = _draw(sampler, key(ids, seed=1), grid, ratio)
+    _check_count(drawn, grid, ratio, num_masked)
+    _check_purity(sampler, drawn, ids, grid, ratio)
+    _check_batching(sampler, drawn, ids, grid, ratio)
+    _check_variety(sampler, drawn, ids, grid, ratio)
+    _check_support(sampler, grid, ratio, drawn)
+
+
+def _draw(sampler: Sampler, k: Key, grid: Grid, ratio: float) -> Mask:
+    mask = sampler(k, grid, ratio)
+    if not isinstance(mask, Mask):
+        raise AssertionError(f"expected a Mask; got {type(mask).__name__}")
+    if mask.grid != grid or mask.batch_size != k.batch_size:
+        raise AssertionError(f"expected {k.batch_size} masks of grid {grid}; got {mask}")
+    try:
+        mask.validate()
+    except ValueError as error:
+        raise AssertionError(f"expected valid masks: {error}") from error
+    return mask
+
+
+def _check_count(drawn: Mask, grid: Grid, ratio: float, num_masked: int | None) -> None:
+    num_tokens = count_tokens(grid)
+    expected = count_masked(num_tokens, ratio) if num_masked is None else num_masked
+    if drawn.num_masked != expected:
+        raise AssertionError(
+            f"expected {expected} of {num_tokens} tokens masked at ratio {ratio}; "
+            f"got {drawn.num_masked}"
+        )
+
+
+def _check_purity(
+    sampler: Sampler, drawn: Mask, ids: torch.Tensor, grid: Grid, ratio: float
+) -> None:
+    before = _global_states()
+    if not _draw(sampler, key(ids, seed=1), grid, ratio).equal(drawn):
+        raise AssertionError("expected equal masks from equal keys; got different ones")
+    if _global_states() != before:
+        raise AssertionError("expected global random state to be left alone; it was advanced")
+
+
+def _check_batching(
+    sampler: Sampler, drawn: Mask, ids: torch.Tensor, grid: Grid, ratio: float
+) -> None:
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
+    permuted = _draw(sampler, key(ids[order], seed=1), grid, ratio)
+    parts = [_draw(sampler, key(part, seed=1), grid, ratio) for part in ids.split([1, 5, 58])]
+    for name, mask, expected in (
+        ("order", permuted, drawn[order]),
+        ("size", Mask.cat(parts), drawn),
+    ):
+        if not mask.equal(expected):
+            differs = (mask.is_masked != expected.is_masked).flatten(1).any(dim=1)
+            raise AssertionError(
+                f"expected masks that do not depend on the batch's {name}; "
+                f"{int(differs.sum())} of {len(ids)} samples got another mask"
+            )
+
+
+def _check_variety(
+    sampler: Sampler, drawn: Mask, ids: torch.Tensor, grid: Grid, ratio: float
+) -> None:
+    others = {
+        "seeds": key(ids, seed=2),
+        "epochs": key(ids, seed=1, epoch=1),
+        "sample ids": key(ids + 1, seed=1),
+    }
+    for name, other in others.items():
+        if _draw(sampler, other, grid, ratio).equal(drawn):
+            raise AssertionError(f"expected other masks for other {name}; all {_BATCH} are equal")
+
+
+def _check_support(sampler: Sampler, grid: Grid, ratio: float, drawn: Mask) -> None:
+    """Draw until a position with a tenth of the mean rate is missed with probability < 1e-9."""
+    if not (drawn.num_masked and drawn.num_visible):
+        return
+    rate = min(drawn.num_masked, drawn.num_visible) / drawn.num_tokens / 10
+    enough = math.ceil(math.log(drawn.num_tokens / 1e-9) / rate)
+    num_draws = max(min(enough, _MAX_DRAWN_TOKENS // drawn.num_tokens), _BATCH)
+    counts = torch.zeros(grid, dtype=torch.int64)
+    for ids in torch.arange(num_draws).split(1024):
+        counts += _draw(sampler, key(ids, seed=3), grid, ratio).is_masked.sum(dim=0)
+    for name, missed in (("masked", counts == 0), ("visible", counts == num_draws)):
+        lines = _missed_lines(missed, least_positions=enough / num_draws)
+        first = tuple(missed.nonzero()[0].tolist()) if missed.any() else None
+        if lines or (first and num_draws >= enough):
+            raise AssertionError(
+                f"expected every position to be {name} sometimes; in {num_draws} draws "
+                f"{' and '.join(lines) or f'position {first}'} never was"
+            )
+
+
+def _missed_lines(missed: torch.Tensor, *, least_positions: float) -> list[str]:
+    """Name the whole rows, columns, ... that were missed, if long enough to be sure of it."""
+    return [
+        f"index {index} of axis {axis}"
+        for axis, size in enumerate(missed.shape)
+        for index in range(size)
+        if missed.numel() / size >= least_positions and missed.select(axis, index).all()
+    ]
+
+
+def _global_states() -> tuple[Any, ...]:
+    return (
+        torch.get_rng_state().numpy().tobytes(),
+        random.getstate(),
+        str(np.random.get_state(legacy=False)),
+    )
