@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from einops import reduce, repeat
 from jaxtyping import Float, Float32, Shaped
 from torch import Tensor
 from torch.nn import functional as F
@@ -87,11 +88,9 @@ def _mean_color(
     seen: Float[Tensor, "batch visible patch"], channels: int, order: Order
 ) -> Float[Tensor, "batch 1 patch"]:
     """Average visible patches over tokens and pixels, channel by channel."""
-    mean_patch = seen.mean(dim=1, keepdim=True)
-    shape = (-1, channels) if order == "p1 p2 c" else (channels, -1)
-    pixel_axis = 2 if order == "p1 p2 c" else 3
-    by_channel = mean_patch.unflatten(2, shape)
-    return by_channel.mean(dim=pixel_axis, keepdim=True).expand_as(by_channel).flatten(2)
+    values = "(p c)" if order == "p1 p2 c" else "(c p)"
+    color = reduce(seen, f"b v {values} -> b c", "mean", c=channels)
+    return repeat(color, f"b c -> b 1 {values}", p=seen.shape[2] // channels)
 
 
 def _nearest_visible(mask: Mask) -> Tensor:

@@ -26,7 +26,7 @@ def assert_no_leak(
         encoder: Any callable that returns one tensor, [batch, tokens, dim] or [batch, ...]. It runs
             twice and more, each time from the same random state.
         images: Images on which to try.
-        mask: A `Mask`; or booleans, one per patch, True = masked, passed to the encoder as they are.
+        mask: A `Mask`; or booleans, one per patch, True = masked, given to the encoder as is.
 
     Raises:
         AssertionError: A leak, with the masked patch that leaks, what it changes and how far away.

@@ -53,8 +53,9 @@ TRAIN_SHARE = 0.6
 CROP_SCALES = np.geomspace(0.14, 0.45, num=5)
 # Crops below this standard deviation of gray, in [0, 1], are flat sky or black: not drawn.
 MIN_GRAY_STD = 0.03
-# The photos are small: beyond this even the largest crop is enlarged about twice.
-MAX_SIZE = 256
+# A smaller crop may be flat wherever it lies; beyond the largest, even the largest part of a photo
+# is enlarged about twice and the pyramids take a gigabyte.
+MIN_SIZE, MAX_SIZE = 8, 256
 PROBE_PER_PHOTO = 50
 PROBE_TEST = 2_500
 
@@ -107,19 +108,19 @@ def load_photos(*, image_size: tuple[int, int], seed: int) -> DataSet:
     A class has 50 labelled crops to fit a probe on; 2,500 crops of all classes test it.
 
     Args:
-        image_size: Height and width of a crop in pixels, at most 256.
+        image_size: Height and width of a crop in pixels, 8 to 256.
         seed: Seed of the crops.
 
     Returns:
         The data set.
 
     Raises:
-        UserError: The crops are too large, or scikit-image or its photographs are missing.
+        UserError: The crops are too small or too large, or the photographs are not installed.
     """
-    if max(image_size) > MAX_SIZE:
+    if min(image_size) < MIN_SIZE or max(image_size) > MAX_SIZE:
         raise UserError(
             f"photos has no crops of {image_size[0]} x {image_size[1]} pixels: "
-            f"choose at most {MAX_SIZE} a side, or train on a folder of larger images"
+            f"choose {MIN_SIZE} to {MAX_SIZE} a side, or train on a folder of images"
         )
     photos = {name.partition(".")[0]: read_photo(name) for name in FILES}
     halves = {name: split(photo) for name, photo in photos.items()}

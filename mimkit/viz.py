@@ -1,0 +1,158 @@
+"""Pictures: reconstructions and training curves. Needs pillow, and matplotlib for curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mimkit.masking import Mask
+from mimkit.patches import gather_visible, patchify, restore, unpatchify
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_GAP = 4
+_CAPTION_HEIGHT = 16
+_BACKGROUND = (255, 255, 255)
+_INK = (40, 40, 40)
+
+
+def show_masked(
+    images: Float[Tensor, "batch channels *spatial"],
+    mask: Mask,
+    patch_size: int | Sequence[int],
+    *,
+    color: float = 0.5,
+) -> Float[Tensor, "batch channels *spatial"]:
+    """Paint the masked patches over.
+
+    Args:
+        images: Images, in the units of `color`.
+        mask: Which patches to hide.
+        patch_size: Pixels per patch.
+        color: Value of every hidden pixel and channel.
+
+    Example:
+        >>> mask = Mask.from_bool(torch.tensor([[[True, False]]]))
+        >>> show_masked(torch.ones(1, 1, 1, 2), mask, 1, color=0.0)
+        tensor([[[[0., 1.]]]])
+    """
+    visible = gather_visible(patchify(images, patch_size), mask)
+    patches = restore(visible, mask, visible.new_full(visible.shape[2:], color))
+    return unpatchify(patches, mask.grid, patch_size)
+
+
+def fill_masked(
+    images: Float[Tensor, "batch channels *spatial"],
+    mask: Mask,
+    patches: Float[Tensor, "batch masked patch"],
+    patch_size: int | Sequence[int],
+) -> Float[Tensor, "batch channels *spatial"]:
+    """Put predicted patches in the place of the masked ones.
+
+    Args:
+        images: Images in the units of the prediction.
+        mask: Which patches were predicted.
+        patches: The predictions, in MAE's order "p1 p2 c". Predicted normalised pixels must be
+            brought back first (`targets.NormalizedPixels.invert`), or the picture shows noise.
+        patch_size: Pixels per patch.
+
+    Example:
+        >>> mask = Mask.from_bool(torch.tensor([[[True, False]]]))
+        >>> fill_masked(torch.ones(1, 1, 1, 2), mask, torch.full((1, 1, 1), 3.0), 1)
+        tensor([[[[3., 1.]]]])
+    """
+    visible = gather_visible(patchify(images, patch_size), mask)
+    return unpatchify(restore(visible, mask, patches), mask.grid, patch_size)
+
+
+def panel(rows: Sequence[Sequence[Tensor]], captions: Sequence[str], *, note: str = "") -> Image:
+    """Arrange images in rows under column captions.
+
+    Args:
+        rows: Images [channels, height, width] in [0, 1], with one or three channels; values outside
+            are clipped.
+        captions: One per column.
+        note: A line under the panel, for what a viewer must know.
+
+    Raises:
+        ValueError: Rows whose length is not the number of captions, or images of other shapes.
+
+    Example:
+        >>> panel([[torch.zeros(1, 8, 8), torch.ones(3, 8, 8)]], ["input", "output"]).size
+        (28, 32)
+    """
+    from PIL import Image, ImageDraw
+
+    if not rows or any(len(row) != len(captions) for row in rows):
+        raise ValueError(
+            f"every row needs one image for each of {len(captions)} captions; "
+            f"got rows of {[len(row) for row in rows]}"
+        )
+    pictures = [[_to_picture(image) for image in row] for row in rows]
+    widths = [max(row[column].width for row in pictures) for column in range(len(captions))]
+    heights = [max(picture.height for picture in row) for row in pictures]
+    note_lines = note.splitlines()
+    canvas = Image.new(
+        "RGB",
+        (
+            sum(widths) + _GAP * (len(widths) + 1),
+            _CAPTION_HEIGHT * (1 + len(note_lines)) + sum(heights) + _GAP * (len(heights) + 1),
+        ),
+        _BACKGROUND,
+    )
+    draw = ImageDraw.Draw(canvas)
+    left = _GAP
+    for column, caption in enumerate(captions):
+        draw.text((left, 2), caption, fill=_INK)
+        top = _CAPTION_HEIGHT + _GAP
+        for row, height in zip(pictures, heights, strict=True):
+            canvas.paste(row[column], (left, top))
+            top += height + _GAP
+        left += widths[column] + _GAP
+    for line, text in enumerate(note_lines):
+        draw.text((_GAP, canvas.height - _CAPTION_HEIGHT * (len(note_lines) - line)), text, _INK)
+    return canvas
+
+
+def curves(steps: Sequence[float], series: Mapping[str, Sequence[float]], *, title: str) -> Image:
+    """Draw curves over training steps; the first one thick, the others dashed.
+
+    Args:
+        steps: What the horizontal axis counts.
+        series: Name -> one value a step.
+        title: Label of the vertical axis.
+    """
+    import io
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (name, values) in enumerate(series.items()):
+        style = {"linewidth": 2.0} if index == 0 else {"linewidth": 1.0, "linestyle": "--"}
+        axes.plot(steps, values, label=name, **style)
+    axes.set_xlabel("step")
+    axes.set_ylabel(title)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper right", fontsize="small")
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return Image.open(buffer)
+
+
+def _to_picture(image: Float[Tensor, "channels height width"]) -> Image:
+    from PIL import Image
+
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(
+            f"an image must be [1 or 3 channels, height, width]; got {tuple(image.shape)}"
+        )
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())

@@ -1,0 +1,71 @@
+"""What a run would cost, without running it."""
+
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mimkit import masking
+from recipes.engine.config import Recipe, RunConfig
+from recipes.engine.data import DataSet
+from recipes.engine.train import autocast, count_steps
+
+_GIB = 2**30
+# Weights, gradients and AdamW's two moments, all float32.
+_BYTES_PER_PARAMETER = 16
+
+
+def describe(recipe: Recipe, config: RunConfig, data: DataSet) -> str:
+    """Describe a run: configuration, parameters, FLOPs of an image, memory, steps."""
+    with torch.device("meta"):
+        model = recipe.build(config.model).train()
+    encoder: Any = model.encoder
+    flops, activations = measure(recipe, config, data, model)
+    _, num_steps = count_steps(config, data)
+    num_parameters = count_parameters(model)
+    batch_size = config.training.batch_size
+    memory = num_parameters * _BYTES_PER_PARAMETER + activations * batch_size
+    return "\n".join(
+        [
+            yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip(),
+            "---",
+            f"data          {data.name}: {len(data.train):,} images an epoch",
+            f"steps         {num_steps:,} of {batch_size:,} images",
+            f"parameters    {num_parameters:,} "
+            f"({sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained, "
+            f"{count_parameters(encoder):,} in the encoder)",
+            f"FLOPs         {flops / 1e9:,.2f} G an image, forward and backward",
+            f"memory        about {memory / _GIB:,.2f} GiB for weights, optimizer and activations",
+        ]
+    )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Count parameters, fixed position tables included."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def measure(recipe: Recipe, config: RunConfig, data: DataSet, model: nn.Module) -> tuple[int, int]:
+    """Return FLOPs of a step on one image, and the bytes kept for its backward."""
+    encoder: Any = model.encoder
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, nn.Parameter):
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    mask = recipe.draw_mask(
+        masking.key([0], seed=config.seed), encoder.grid, config.training.mask_ratio
+    )
+    images = torch.empty(1, data.in_channels, *encoder.image_size, device="meta")
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        autocast(config),
+    ):
+        model(images, mask.to("meta")).loss.backward()
+    return int(counter.get_total_flops()), sum(saved.values())

@@ -1,0 +1,79 @@
+"""Which samples a step sees: a pure function of (seed, step)."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from recipes.engine.data import TrainSet, collate
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, sample id), epoch after epoch; the last, smaller batch is left out.
+
+    Args:
+        num_samples: Samples of an epoch.
+        batch_size: Samples of a batch.
+        seed: Seed of the order, another one in each epoch.
+        first_step: Step to begin with: a run that goes on needs no other state.
+        num_steps: Step to end before.
+
+    Example:
+        >>> batches = list(EpochBatches(5, batch_size=2, seed=0, first_step=0, num_steps=3))
+        >>> [sorted({epoch for epoch, _ in batch}) for batch in batches]
+        [[0], [0], [1]]
+        >>> batches[1:] == list(EpochBatches(5, batch_size=2, seed=0, first_step=1, num_steps=3))
+        True
+    """
+
+    def __init__(
+        self, num_samples: int, *, batch_size: int, seed: int, first_step: int, num_steps: int
+    ) -> None:
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.first_step = first_step
+        self.num_steps = num_steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        steps_per_epoch = self.num_samples // self.batch_size
+        epoch, order = -1, torch.empty(0)
+        for step in range(self.first_step, self.num_steps):
+            if step // steps_per_epoch != epoch:
+                epoch = step // steps_per_epoch
+                order = self._order(epoch)
+            start = step % steps_per_epoch * self.batch_size
+            ids = order[start : start + self.batch_size].tolist()
+            yield [(epoch, sample_id) for sample_id in ids]
+
+    def __len__(self) -> int:
+        return self.num_steps - self.first_step
+
+    def _order(self, epoch: int) -> Tensor:
+        # Seeds of neighbouring epochs and runs must not meet.
+        generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
+        return torch.randperm(self.num_samples, generator=generator)
+
+
+def make_loader(
+    train: TrainSet,
+    *,
+    batch_size: int,
+    seed: int,
+    first_step: int,
+    num_steps: int,
+    workers: int,
+    pin_memory: bool,
+) -> Iterable[tuple[Tensor, Tensor] | None]:
+    """Load the batches of the steps [first_step, num_steps), without a pause between epochs."""
+    batches = EpochBatches(
+        len(train), batch_size=batch_size, seed=seed, first_step=first_step, num_steps=num_steps
+    )
+    return DataLoader(
+        train,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+    )

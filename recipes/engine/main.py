@@ -1,0 +1,72 @@
+"""From the command line to a finished run."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from recipes.engine.config import (
+    Options,
+    Recipe,
+    RunConfig,
+    parse_options,
+    print_error,
+    resolve,
+)
+from recipes.engine.data import DataSet, load_data
+from recipes.engine.dry_run import describe
+from recipes.engine.errors import UserError
+from recipes.engine.report import print_summary, write_report
+from recipes.engine.run_folder import RunFolder, default_path
+from recipes.engine.train import build_model, count_steps, train
+
+
+def run(recipe: Recipe, description: str, arguments: Sequence[str] | None = None) -> int:
+    """Run a recipe.
+
+    Args:
+        recipe: The method.
+        description: Text above the options of `--help`.
+        arguments: Command line; that of the process if `None`.
+
+    Returns:
+        The exit code: 0, or 2 after a user's mistake, which is told on one line of stderr.
+    """
+    try:
+        options = parse_options(
+            sys.argv[1:] if arguments is None else arguments,
+            program=f"recipes/{recipe.name}.py",
+            description=description,
+        )
+        _run(recipe, options)
+    except UserError as error:
+        print_error(error)
+        return 2
+    return 0
+
+
+def _run(recipe: Recipe, options: Options) -> None:
+    config = resolve(options, recipe)
+    data = load_data(config.data, image_size=_image_size(config), seed=config.seed)
+    config = _with_channels(config, data)
+    count_steps(config, data)
+    if options.dry_run:
+        print(describe(recipe, config, data))
+        return
+    build_model(recipe, config)  # a shape that does not fit is found before the folder is made
+    folder = RunFolder(default_path(options, config), config)
+    summary = folder.read_summary()
+    if summary is None:
+        model = train(recipe, config, data, folder, workers=options.workers)
+        summary = write_report(recipe, config, data, folder, model)
+    print_summary(summary, folder)
+
+
+def _image_size(config: RunConfig) -> tuple[int, int]:
+    size: Any = config.model.image_size
+    return (size, size) if isinstance(size, int) else size
+
+
+def _with_channels(config: RunConfig, data: DataSet) -> RunConfig:
+    model = dataclasses.replace(config.model, in_channels=data.in_channels)
+    return dataclasses.replace(config, model=model)

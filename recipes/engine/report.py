@@ -1,0 +1,160 @@
+"""What a finished run shows: loss beside trivial predictors, probes, pictures, weights."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from mimkit import masking, viz
+from recipes.engine.config import Recipe, RunConfig
+from recipes.engine.data import DataSet, ProbeData
+from recipes.engine.probes import Features, evaluate, raw_pixels
+from recipes.engine.run_folder import RunFolder
+from recipes.engine.train import autocast, build_model
+
+_PROBE_NAMES = {"knn": "k-NN", "linear": "linear", "attentive": "attentive"}
+_BATCH = 256
+
+
+def write_report(
+    recipe: Recipe, config: RunConfig, data: DataSet, folder: RunFolder, model: nn.Module
+) -> dict[str, Any]:
+    """Evaluate a trained model, write what it shows, and return the summary."""
+    save_encoder(model, folder)
+    draw_curves(folder)
+    draw_reconstructions(recipe, config, data, folder, model)
+    metrics = folder.read_metrics()
+    last = metrics[-max(len(metrics) // 10, 1) :]
+    summary: dict[str, Any] = {
+        "steps": metrics[-1]["step"],
+        "final_loss": sum(row["loss"] for row in last) / len(last),
+        "images_per_s": sum(row["images_per_s"] for row in metrics[1:] or metrics)
+        / len(metrics[1:] or metrics),
+    }
+    if data.probe is not None:
+        summary["held_out"] = score_held_out(recipe, config, data.probe, model)
+        summary["probes"] = run_probes(recipe, config, data.probe, model)
+    folder.write_summary(summary)
+    return summary
+
+
+def save_encoder(model: nn.Module, folder: RunFolder) -> None:
+    """Write the encoder's weights, under mimkit's names, which are timm's."""
+    from safetensors.torch import save_file
+
+    encoder: Any = model.encoder
+    weights = {name: tensor.cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    save_file(weights, folder.path / "encoder.safetensors")
+
+
+def draw_curves(folder: RunFolder) -> None:
+    """Draw the loss over the steps, beside what trivial predictors score."""
+    metrics = folder.read_metrics()
+    names = metrics[0]["baselines"]
+    series = {"loss": [row["loss"] for row in metrics]}
+    series |= {name: [row["baselines"][name] for row in metrics] for name in names}
+    picture = viz.curves([row["step"] for row in metrics], series, title="loss")
+    picture.save(folder.path / "curves.png")
+
+
+@torch.no_grad()
+def draw_reconstructions(
+    recipe: Recipe, config: RunConfig, data: DataSet, folder: RunFolder, model: nn.Module
+) -> None:
+    """Draw held-out pictures: as they are, masked, and reconstructed tile by tile."""
+    encoder: Any = model.encoder
+    height, width = encoder.image_size
+    patch_size = encoder.patch_embed.patch_size
+    rows = []
+    for number, picture in enumerate(data.pictures):
+        down, across = picture.shape[1] // height, picture.shape[2] // width
+        tiles = rearrange(picture, "c (a h) (b w) -> (a b) c h w", a=down, b=across)
+        inputs, mean, std = data.normalize(tiles)
+        ids = torch.arange(len(tiles)) + (number << 32)
+        mask = recipe.draw_mask(
+            masking.key(ids, seed=config.seed), encoder.grid, config.training.mask_ratio
+        )
+        with autocast(config):
+            filled = recipe.reconstruct(
+                model, inputs.to(config.device), mask.to(config.device)
+            ).float()
+        shown = (tiles, viz.show_masked(tiles, mask, patch_size), filled.cpu() * std + mean)
+        rows.append([rearrange(t, "(a b) c h w -> c (a h) (b w)", a=down, b=across) for t in shown])
+    percent = f"{config.training.mask_ratio:.0%}"
+    captions = ["input (not trained on)", f"masked, {percent}", "reconstruction"]
+    note = f"Tiles of {height} x {width} px, each by itself.\n{recipe.note}"
+    viz.panel(rows, captions, note=note).save(folder.path / "reconstructions.png")
+
+
+@torch.no_grad()
+def score_held_out(
+    recipe: Recipe, config: RunConfig, probe: ProbeData, model: nn.Module
+) -> dict[str, float]:
+    """Score the model and trivial predictors on images it was not trained on, fixed masks."""
+    encoder: Any = model.encoder
+    totals: dict[str, float] = {}
+    for first, images in _batches(probe.test_images, config):
+        ids = torch.arange(first, first + len(images), device=images.device)
+        mask = recipe.draw_mask(
+            masking.key(ids, seed=config.seed).view(1), encoder.grid, config.training.mask_ratio
+        )
+        with autocast(config):
+            scores = {"loss": model(images, mask).loss}
+        scores |= recipe.baselines(model, images, mask)
+        for name, value in scores.items():
+            share = len(images) / len(probe.test_images)
+            totals[name] = totals.get(name, 0.0) + value.item() * share
+    return totals
+
+
+def run_probes(
+    recipe: Recipe, config: RunConfig, probe: ProbeData, model: nn.Module
+) -> dict[str, dict[str, float]]:
+    """Probe the trained encoder, the same encoder untrained, and raw pixels."""
+    untrained = build_model(recipe, config).eval()
+    encoder: Any = model.encoder
+    features = {
+        "trained": encoder_features(model, config),
+        "untrained": encoder_features(untrained, config),
+        "pixels": raw_pixels(encoder.patch_embed.patch_size),
+    }
+    scores = {name: evaluate(f, probe, seed=config.seed) for name, f in features.items()}
+    return {kind: {name: scores[name][kind] for name in features} for kind in _PROBE_NAMES}
+
+
+def encoder_features(model: nn.Module, config: RunConfig) -> Features:
+    """Return pooled features and tokens of the encoder, which sees whole images."""
+    encoder: Any = model.encoder
+
+    def features(images: Tensor) -> tuple[Tensor, Tensor]:
+        with autocast(config):
+            tokens = encoder(images.to(config.device)).float()
+        return encoder.pool(tokens), tokens
+
+    return features
+
+
+def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
+    """Print what the run showed."""
+    print(f"{summary['steps']} steps, {summary['images_per_s']:.0f} images/s")
+    print(f"training loss  {summary['final_loss']:.3f}")
+    held_out = summary.get("held_out")
+    if held_out:
+        others = (f"{name} {value:.3f}" for name, value in held_out.items() if name != "loss")
+        print(f"held-out loss  {held_out['loss']:.3f}   trivial predictors: {', '.join(others)}")
+    probes = summary.get("probes")
+    if probes:
+        print(f"{'probe (accuracy, %)':<22}{'trained':>10}{'untrained':>11}{'raw pixels':>12}")
+        for kind, name in _PROBE_NAMES.items():
+            row = probes[kind]
+            print(
+                f"{name:<22}{row['trained']:>10.1f}{row['untrained']:>11.1f}{row['pixels']:>12.1f}"
+            )
+    print(f"pictures, curves, weights and numbers: {folder.path}")
+
+
+def _batches(images: Tensor, config: RunConfig) -> Iterator[tuple[int, Tensor]]:
+    for first in range(0, len(images), _BATCH):
+        yield first, images[first : first + _BATCH].to(config.device)

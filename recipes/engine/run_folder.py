@@ -1,0 +1,139 @@
+"""The folder of a run: what it holds, and what it protects from being overwritten."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from recipes.engine.config import Options, RunConfig
+from recipes.engine.errors import UserError
+
+
+class RunFolder:
+    """Files of one run.
+
+    Args:
+        path: Where they are; the folder is made if need be.
+        config: The run's configuration.
+
+    Raises:
+        UserError: The path is a file, cannot be written, or holds another configuration.
+    """
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._claim(config)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the output folder {path}: {error.strerror}"
+            ) from error
+
+    def _claim(self, config: RunConfig) -> None:
+        """Write `config.yaml`, or check that the one there says the same."""
+        file = self.path / "config.yaml"
+        wanted = config.as_dict()
+        if file.exists():
+            different = _differences(yaml.safe_load(file.read_text()), wanted)
+            if different:
+                raise UserError(
+                    f"the output folder {self.path} holds a run with other values of "
+                    f"{', '.join(different)}: choose another --out"
+                )
+        else:
+            write_atomically(file, yaml.safe_dump(wanted, sort_keys=False))
+            write_atomically(
+                self.path / "environment.json", json.dumps(_environment(config), indent=2)
+            )
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Add a line to `metrics.jsonl`."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def start_metrics(self, *, first_step: int) -> None:
+        """Forget metrics of steps that will be done again."""
+        kept = [row for row in self.read_metrics() if row["step"] <= first_step]
+        write_atomically(
+            self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept)
+        )
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of `metrics.jsonl`, but for one that was cut off."""
+        file = self.path / "metrics.jsonl"
+        if not file.exists():
+            return []
+        complete = file.read_text().split("\n")[:-1]
+        return [json.loads(line) for line in complete if line]
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write `summary.json`, which marks the run as finished."""
+        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """Return the summary of a finished run, None of another."""
+        file = self.path / "summary.json"
+        summary: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
+        return summary
+
+
+def default_path(options: Options, config: RunConfig) -> Path:
+    """Return the folder that `--out` names, or one named after the configuration."""
+    if options.out is not None:
+        return options.out
+    data = Path(config.data).name or "folder"
+    return Path("runs") / f"{config.recipe}-{config.preset}-{data}-{config.digest()}"
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a file that is either whole or not there."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, file)
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """Name the entries that differ."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [name or "config.yaml"]
+    found: list[str] = []
+    for key in sorted({*old, *new}):
+        found += _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    return found
+
+
+def _environment(config: RunConfig) -> dict[str, Any]:
+    packages = ("mimkit", "torch", "numpy", "einops", "triton", "pillow", "scikit-image")
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if config.device == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "packages": {name: _version(name) for name in packages},
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout that runs, None outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
