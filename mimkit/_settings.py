@@ -1,7 +1,6 @@
 """Process-wide switches, set with `mimkit.use`."""
 
 from types import TracebackType
-from typing import Self
 
 
 class Settings:
@@ -30,7 +29,7 @@ class use:
         self._before = Settings.check
         Settings.check = check
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "use":
         return self
 
     def __exit__(

@@ -10,14 +10,18 @@ and flips, no color jitter). Published for 1600 epochs on ImageNet-1K, top-1 aft
 linear probing: ViT-B 83.6 / 68.0, ViT-L 85.9 / 75.8, ViT-H 86.9 / 76.6.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-if not __package__:  # run as a script: the same as `python -m recipes.mae` from the root
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    # Threads that spin while they wait bring a busy machine to a crawl; read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not __package__:  # a script: the same as `python -m recipes.mae` from the root
+        sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
@@ -81,6 +85,7 @@ class MAE(nn.Module):
     """Masked autoencoder.
 
     Example:
+        >>> import torch
         >>> model = MAE(MAEConfig(image_size=32, patch_size=8, dim=64, depth=2, heads=4,
         ...                       decoder_dim=32, decoder_depth=1, decoder_heads=4))
         >>> mask = masking.uniform(masking.key([0, 1], seed=0), model.encoder.grid, 0.75)
@@ -169,10 +174,10 @@ PRESETS = {
             decoder_heads=4,
         ),
         Training(
-            epochs=12,
+            epochs=8,
             batch_size=64,
             base_lr=6e-3,
-            warmup_epochs=0.6,
+            warmup_epochs=0.4,
             mask_ratio=0.75,
             clip_grad=1.0,
         ),

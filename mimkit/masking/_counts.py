@@ -4,12 +4,9 @@ import math
 from fractions import Fraction
 from typing import Literal, get_args
 
-import torch
-
 Rounding = Literal["nearest", "mae", "simmim"]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def num_masked(num_tokens: int, ratio: float | Fraction, *, rounding: Rounding = "nearest") -> int:
     """Count the tokens that `ratio` masks, by one documented rule.
 
@@ -55,6 +52,11 @@ def num_masked(num_tokens: int, ratio: float | Fraction, *, rounding: Rounding =
     raise ValueError(f"rounding must be one of {get_args(Rounding)}; got {rounding!r}")
 
 
+# What `torch.compiler.assume_constant_result` does, without its import of dynamo, triton and all:
+# dynamo cannot trace fractions, and need not, for a constant ratio.
+num_masked._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def resolve_count(
     num_tokens: int, ratio: float | Fraction | None, count: int | None, rounding: Rounding
 ) -> int:
@@ -69,7 +71,7 @@ def resolve_count(
         )
     if count is None:
         assert ratio is not None
-        return int(num_masked(num_tokens, ratio, rounding=rounding))
+        return num_masked(num_tokens, ratio, rounding=rounding)
     if not 0 <= count <= num_tokens:
         raise ValueError(f"num_masked must be in [0, {num_tokens}]; got {count}")
     return count

@@ -4,7 +4,6 @@ Axes: batch; tokens (of the whole grid, row-major, prefix tokens excluded); visi
 """
 
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 from einops import rearrange, repeat
@@ -43,7 +42,7 @@ class Mask:
     @classmethod
     def from_bool(
         cls, is_masked: Bool[Tensor, "batch *grid"], *, num_masked: int | None = None
-    ) -> Self:
+    ) -> "Mask":
         """Make a mask from booleans, True = masked.
 
         Args:
@@ -74,7 +73,7 @@ class Mask:
     @classmethod
     def from_noise(
         cls, noise: Float[Tensor, "batch tokens"], grid: Sequence[int], num_masked: int
-    ) -> Self:
+    ) -> "Mask":
         """Keep the tokens with the lowest noise visible; among equals, those of lower index.
 
         Raises:
@@ -105,7 +104,7 @@ class Mask:
         return cls._from_flat(is_masked, grid, num_masked)
 
     @classmethod
-    def from_visible_ids(cls, ids: Int[Tensor, "batch visible"], grid: Sequence[int]) -> Self:
+    def from_visible_ids(cls, ids: Int[Tensor, "batch visible"], grid: Sequence[int]) -> "Mask":
         """Make a mask from the row-major positions that stay visible, in any order.
 
         Raises:
@@ -147,7 +146,7 @@ class Mask:
         grid: Sequence[int],
         *,
         num_masked: int | None = None,
-    ) -> Self:
+    ) -> "Mask":
         """Mask the union of axis-aligned boxes.
 
         Args:
@@ -189,7 +188,7 @@ class Mask:
         return cls.from_bool(inside.any(dim=1), num_masked=num_masked)
 
     @classmethod
-    def cat(cls, masks: Sequence["Mask"]) -> Self:
+    def cat(cls, masks: Sequence["Mask"]) -> "Mask":
         """Concatenate masks of one grid and one count along the batch.
 
         Raises:
@@ -209,7 +208,7 @@ class Mask:
     @classmethod
     def _from_flat(
         cls, is_masked: Bool[Tensor, "batch tokens"], grid: Grid, num_masked: int
-    ) -> Self:
+    ) -> "Mask":
         """Make a mask from booleans that are known to mask `num_masked` tokens per sample."""
         num_visible = count_tokens(grid) - num_masked
         token = torch.arange(count_tokens(grid), device=is_masked.device).expand_as(is_masked)

@@ -5,7 +5,7 @@ Axes: batch; channels; *spatial; masked (tokens); patch (the values of one patch
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Shaped
@@ -176,7 +176,7 @@ class PCATarget:
         self.center: Float[Tensor, " patch"] | None = None
         self.components: Float[Tensor, "components patch"] | None = None
 
-    def fit(self, images: Shaped[Tensor, "batch channels *spatial"]) -> Self:
+    def fit(self, images: Shaped[Tensor, "batch channels *spatial"]) -> "PCATarget":
         """Find the components of all patches of `images`.
 
         Raises:

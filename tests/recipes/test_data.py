@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -140,7 +140,7 @@ def test_probe_data_is_balanced_and_drawn_once(name, drawn):
 
 
 @pytest.mark.parametrize("name", DRAWN)
-@pytest.mark.parametrize("image_size", [(32, 32), (48, 24), (224, 224)])
+@pytest.mark.parametrize("image_size", [(32, 32), (48, 24)])
 def test_pictures_are_whole_tiles_in_the_unit_range(name, image_size):
     for picture in load_data(name, image_size=image_size, seed=0).pictures:
         channels, height, width = picture.shape
@@ -149,11 +149,13 @@ def test_pictures_are_whole_tiles_in_the_unit_range(name, image_size):
         assert 0 <= picture.min() < picture.max() <= 1
 
 
-@settings(max_examples=20)
-@given(height=st.integers(1, 40), width=st.integers(1, 40), seed=st.integers(0, 2**64))
-def test_photos_offer_every_size_and_seed(height, width, seed):
-    data = load_data("photos", image_size=(height, width), seed=seed)
-    assert data.train[0, 0][0].shape == (3, height, width)
+@pytest.mark.parametrize("image_size", [(8, 8), (8, 48), (40, 8)])
+def test_photos_offer_crops_of_every_photo_in_any_shape(image_size):
+    data = load_data("photos", image_size=image_size, seed=2**64)
+    for source in (data.train.source, data.load_probe.args[1]):
+        for label in range(source.num_classes):
+            crop = source.draw(label, np.random.default_rng(label))
+            assert crop.shape == (3, *image_size)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -224,7 +226,8 @@ def test_a_digit_lies_inside_its_canvas(image_size):
     ("name", "image_size", "seed", "message"),
     [
         ("photo", SIZE, 0, "'photo'.*photos, digits or an existing folder"),
-        ("photos", (512, 32), 0, "512 x 32.*at most 256"),
+        ("photos", (512, 32), 0, "512 x 32.*8 to 256"),
+        ("photos", (32, 4), 0, "32 x 4.*8 to 256"),
         ("photos", (0, 32), 0, r"\(0, 32\)"),
         ("photos", SIZE, -1, "seed -1"),
         ("digits", (8, 32), 0, "at least 16.*8 x 32"),
@@ -424,7 +427,6 @@ def test_one_percent_of_a_large_set_may_be_unreadable(tmp_path):
         folder_module.check_readable(files, range(21))
 
 
-@settings(max_examples=150)
 @given(
     format_name=st.sampled_from(["JPEG", "PNG", "WEBP", "BMP"]),
     cut=st.integers(0, 400),

@@ -1,0 +1,108 @@
+"""The four ways to start a recipe, and what a wrong start says."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = ["--data", "digits", "--max-steps", "2", "--batch-size", "8"]
+
+
+def start(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    # One thread: the machine may be busy, and nothing here is large.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, env=env, check=False, timeout=600
+    )
+
+
+def test_a_recipe_runs_as_a_script_from_any_folder(tmp_path: Path) -> None:
+    result = start([sys.executable, str(ROOT / "recipes/mae.py"), *SHORT], tmp_path)
+    assert result.returncode == 0, result.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("mae-tiny-digits-")
+    written = {path.name for path in folder.iterdir()}
+    assert written >= {
+        "config.yaml",
+        "environment.json",
+        "summary.json",
+        "metrics.jsonl",
+        "reconstructions.png",
+        "curves.png",
+        "encoder.safetensors",
+    }
+
+
+def test_a_recipe_runs_under_torchrun(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1"]
+    script = [str(ROOT / "recipes/mae.py"), *SHORT, "--dry-run"]
+    result = start([*torchrun, *script], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "parameters" in result.stdout
+
+
+def test_a_recipe_is_imported_from_the_root_without_side_effects() -> None:
+    code = (
+        "import os, sys; before = (dict(os.environ), list(sys.path)); import recipes.mae\n"
+        "after = {k: v for k, v in os.environ.items() if k.startswith('OMP') or k in before[0]}\n"
+        "assert after == before[0] and list(sys.path) == before[1]\n"
+        "print(recipes.mae.MAE.__name__)"
+    )
+    result = start([sys.executable, "-c", code], ROOT)
+    assert result.stdout == "MAE\n", result.stderr
+
+
+def test_a_recipe_runs_after_a_plain_installation(tmp_path: Path) -> None:
+    # The wheel as `pip install .` would install it, in a folder of its own that comes first.
+    site = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation",
+         "--target", str(site), str(ROOT)],
+        check=True,
+    )  # fmt: skip
+    script = [str(ROOT / "recipes/mae.py"), *SHORT, "--dry-run"]
+    result = start([sys.executable, *script], tmp_path, PYTHONPATH=str(site))
+    assert result.returncode == 0, result.stderr
+    where = start(
+        [sys.executable, "-c", "import mimkit, mimkit_kernels; print(mimkit.__file__)"],
+        tmp_path,
+        PYTHONPATH=str(site),
+    )
+    assert where.stdout.startswith(str(site))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--mask-ratio", "2"], "--mask-ratio 2.0"),
+        (["--mask-ratio", "nan"], "--mask-ratio nan"),
+        (["--no-such-flag", "3"], "--no-such-flag"),
+        (["--data", "no/such/folder"], "no/such/folder"),
+        (["--preset", "vit_tiny"], "vit_tiny"),
+        (["--epochs", "0"], "--epochs 0"),
+        (["--epochs", "ten"], "ten"),
+        (["--batch-size", "100000"], "--batch-size 100000"),
+        (["--lr", "nan"], "--lr nan"),
+        (["--device", "tpu"], "tpu"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_gets_one_clear_line_and_exit_code_2(
+    arguments: list[str], says: str, tmp_path: Path, capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from recipes.engine import run
+    from recipes.mae import RECIPE
+
+    monkeypatch.chdir(tmp_path)
+    assert run(RECIPE, "", [*SHORT, *arguments]) == 2
+    printed = capfd.readouterr()
+    assert printed.err.startswith("error: ")
+    assert says in printed.err
+    assert printed.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
