@@ -88,13 +88,16 @@ def wrap_timm(model: nn.Module) -> nn.Module:
         `encoder(images, mask=None)`, with `.model`, `.num_prefix_tokens` and `.pool(tokens)`.
 
     Raises:
-        TypeError: A model without the parts of a `VisionTransformer`.
+        TypeError: A model without the parts of a `VisionTransformer`, or with rotary positions,
+            which its blocks would have to be given for the visible patches only.
         ValueError: A model that drops patches by itself.
     """
     parts = ("patch_embed", "_pos_embed", "norm_pre", "blocks", "norm", "num_prefix_tokens")
     missing = [name for name in parts if not hasattr(model, name)]
     if missing:
         raise TypeError(f"{type(model).__name__} is no timm VisionTransformer: it has no {missing}")
+    if getattr(model, "rope", None) is not None:
+        raise TypeError(f"{type(model).__name__} has rotary positions, which wrap_timm cannot mask")
     if getattr(getattr(model, "patch_drop", None), "prob", 0):
         raise ValueError("the model drops patches by itself: build it with patch_drop_rate=0")
     return _MaskedTimmViT(model)

@@ -102,6 +102,12 @@ class Options:
         device: Where to train; "auto" takes a GPU if there is one.
         precision: fp32, or bf16 for bfloat16 autocast.
         workers: Processes that load images; 0 loads in the training process.
+        compile: Run the model through torch.compile.
+        accumulate: Parts in which a batch goes through the model, to save memory.
+        checkpoint_every: Steps between checkpoints; an epoch's by default.
+        keep_every: Steps whose multiples are kept; of other checkpoints only the last two are.
+        resume: "auto" goes on with the output folder's last checkpoint, "never" insists on a new
+            start, and a checkpoint's folder begins with that one.
         dry_run: Print configuration, parameters, FLOPs and memory, and stop.
         config: YAML file with any of these options; the command line wins.
     """
@@ -118,6 +124,11 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Precision | None = None
     workers: int = 0
+    compile: bool = False
+    accumulate: int = 1
+    checkpoint_every: int | None = None
+    keep_every: int | None = None
+    resume: str = "auto"
     dry_run: bool = False
     config: Path | None = None
 
@@ -135,6 +146,8 @@ class RunConfig:
     max_steps: int | None
     seed: int
     device: str
+    compile: bool
+    accumulate: int
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings, lists and dictionaries, as in `config.yaml`."""
@@ -177,8 +190,14 @@ def resolve(options: Options, recipe: Recipe) -> RunConfig:
     lr = options.lr if options.lr is not None else scaled_lr(training)
     _check_positive("epochs", training.epochs)
     _check_positive("batch-size", training.batch_size)
-    if options.max_steps is not None:
-        _check_positive("max-steps", options.max_steps)
+    _check_positive("accumulate", options.accumulate)
+    for name in ("max_steps", "checkpoint_every", "keep_every"):
+        if getattr(options, name) is not None:
+            _check_positive(name.replace("_", "-"), getattr(options, name))
+    if training.batch_size % options.accumulate:
+        raise UserError(
+            f"--accumulate {options.accumulate} does not divide a batch of {training.batch_size}"
+        )
     if not (lr > 0 and math.isfinite(lr)):
         raise UserError(f"--lr {lr} is no learning rate: give a positive number")
     if not 0 < training.mask_ratio < 1:
@@ -199,6 +218,8 @@ def resolve(options: Options, recipe: Recipe) -> RunConfig:
         max_steps=options.max_steps,
         seed=options.seed,
         device=_resolve_device(options.device),
+        compile=options.compile,
+        accumulate=options.accumulate,
     )
 
 

@@ -54,12 +54,12 @@ def _run(recipe: Recipe, options: Options) -> None:
         print(describe(recipe, config, data))
         return
     build_model(recipe, config)  # a shape that does not fit is found before the folder is made
-    folder = RunFolder(default_path(options, config), config)
-    summary = folder.read_summary()
-    if summary is None:
-        model = train(recipe, config, data, folder, workers=options.workers)
-        summary = write_report(recipe, config, data, folder, model)
-    print_summary(summary, folder)
+    with RunFolder(default_path(options, config), config) as folder:
+        summary = folder.read_summary()
+        if summary is None:
+            model = train(recipe, config, data, folder, options)
+            summary = write_report(recipe, config, data, folder, model)
+        print_summary(summary, folder)
 
 
 def _image_size(config: RunConfig) -> tuple[int, int]:

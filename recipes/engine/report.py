@@ -84,7 +84,9 @@ def draw_reconstructions(
         rows.append([rearrange(t, "(a b) c h w -> c (a h) (b w)", a=down, b=across) for t in shown])
     percent = f"{config.training.mask_ratio:.0%}"
     captions = ["input (not trained on)", f"masked, {percent}", "reconstruction"]
-    note = f"Tiles of {height} x {width} px, each by itself.\n{recipe.note}"
+    note = (
+        f"Tiles of {height} x {width} px, each normalised and filled in by itself.\n{recipe.note}"
+    )
     viz.panel(rows, captions, note=note).save(folder.path / "reconstructions.png")
 
 

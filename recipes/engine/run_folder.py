@@ -1,5 +1,7 @@
 """The folder of a run: what it holds, and what it protects from being overwritten."""
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -7,7 +9,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -17,25 +19,47 @@ from recipes.engine.errors import UserError
 
 
 class RunFolder:
-    """Files of one run.
+    """Files of one run, for one process at a time: a context manager.
 
     Args:
         path: Where they are; the folder is made if need be.
         config: The run's configuration.
 
     Raises:
-        UserError: The path is a file, cannot be written, or holds another configuration.
+        UserError: On entering: the path is a file, cannot be written, holds another configuration, or belongs
+            to a process that still runs.
     """
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path = path
+        self.config = config
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> "RunFolder":
+        with contextlib.ExitStack() as stack:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock(stack.enter_context((self.path / ".lock").open("a")))
+                self._claim(self.config)
+            except OSError as error:
+                raise UserError(
+                    f"cannot write to the output folder {self.path}: {error.strerror}"
+                ) from error
+            self._held = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._held.close()
+
+    def _lock(self, file: IO[str]) -> None:
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._claim(config)
-        except OSError as error:
+            # The system lets go of it when the process ends, however it ends.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise UserError(
-                f"cannot write to the output folder {path}: {error.strerror}"
-            ) from error
+                f"another process is writing to the output folder {self.path}: "
+                "wait for it or choose another --out"
+            ) from None
 
     def _claim(self, config: RunConfig) -> None:
         """Write `config.yaml`, or check that the one there says the same."""

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mimkit import masking
-from recipes.engine.config import Recipe, RunConfig
+from mimkit.masking import Mask
+from recipes.engine.checkpoint import Checkpoints
+from recipes.engine.config import Options, Recipe, RunConfig
 from recipes.engine.data import DataSet
 from recipes.engine.errors import UserError
 from recipes.engine.loader import make_loader
@@ -55,9 +58,9 @@ def count_steps(config: RunConfig, data: DataSet) -> tuple[int, int]:
 
 
 def train(
-    recipe: Recipe, config: RunConfig, data: DataSet, folder: RunFolder, *, workers: int
+    recipe: Recipe, config: RunConfig, data: DataSet, folder: RunFolder, options: Options
 ) -> nn.Module:
-    """Train a model and log its metrics.
+    """Train a model from its last checkpoint on, and log its metrics.
 
     Returns:
         The trained model, in evaluation mode.
@@ -65,53 +68,114 @@ def train(
     training = config.training
     steps_per_epoch, num_steps = count_steps(config, data)
     model = build_model(recipe, config).train()
-    encoder: Any = model.encoder
     optimizer = torch.optim.AdamW(
         parameter_groups(model, weight_decay=training.weight_decay),
         betas=training.betas,
         fused=True,
     )
-    folder.start_metrics(first_step=0)
+    checkpoints = Checkpoints(folder.path / "checkpoints", keep_every=options.keep_every)
+    first_step = start_from(options.resume, checkpoints, model, optimizer)
+    folder.start_metrics(first_step=first_step)
+    if config.compile:
+        model.compile()
     loader = make_loader(
         data.train,
         batch_size=training.batch_size,
         seed=config.seed,
-        first_step=0,
+        first_step=first_step,
         num_steps=num_steps,
-        workers=workers,
+        workers=options.workers,
         pin_memory=config.device == "cuda",
     )
     meter = _Meter(every=max(num_steps // _LOGS_PER_RUN, 1), num_steps=num_steps)
-    for step, batch in enumerate(meter.watch(loader)):
-        if batch is None:  # not one image of the batch could be read
-            continue
-        images, sample_ids = (tensor.to(config.device, non_blocking=True) for tensor in batch)
-        key = masking.key(sample_ids, seed=config.seed, epoch=step // steps_per_epoch)
-        mask = recipe.draw_mask(key, encoder.grid, training.mask_ratio)
-        lr = warmup_cosine(
-            step / steps_per_epoch,
-            lr=config.lr,
-            epochs=training.epochs,
-            warmup_epochs=training.warmup_epochs,
-            min_lr=training.min_lr,
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        with autocast(config):
-            output = model(images, mask)
-        optimizer.zero_grad(set_to_none=True)
-        output.loss.backward()
-        norm = _clip(model, training.clip_grad)
-        optimizer.step()
-        meter.count(len(images))
-        if meter.is_due(step):
-            row = meter.row(step + 1, output.loss, lr, norm)
-            row["epoch"] = (step + 1) / steps_per_epoch
-            row["baselines"] = {
-                name: value.item() for name, value in recipe.baselines(model, images, mask).items()
-            }
-            folder.append_metrics(row)
+    for step, batch in enumerate(meter.watch(loader, first_step), first_step):
+        if batch is not None:  # None: not one image of the batch could be read
+            lr = _set_lr(optimizer, config, step / steps_per_epoch)
+            images, mask = _draw(recipe, config, model, batch, epoch=step // steps_per_epoch)
+            # Drop path draws from the global generator: another stream in every step.
+            torch.manual_seed((config.seed << 32) + step)
+            loss = _backward(model, config, images, mask)
+            norm = _clip(model, training.clip_grad)
+            optimizer.step()
+            meter.count(len(images))
+            if meter.is_due(step):
+                row = meter.row(step + 1, loss, lr, norm)
+                row["epoch"] = (step + 1) / steps_per_epoch
+                scores = recipe.baselines(model, images, mask)
+                row["baselines"] = {name: score.item() for name, score in scores.items()}
+                folder.append_metrics(row)
+        done = step + 1
+        if done % (options.checkpoint_every or steps_per_epoch) == 0 or done == num_steps:
+            checkpoints.save(done, model, optimizer)
     return model.eval()
+
+
+def start_from(
+    resume: str, checkpoints: Checkpoints, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> int:
+    """Load the checkpoint that `--resume` asks for, and return its step; 0 without one.
+
+    Raises:
+        UserError: There is none, or one that must not be overwritten.
+    """
+    steps = checkpoints.steps()
+    if resume == "never" and steps:
+        raise UserError(
+            f"--resume never, but {checkpoints.folder} holds the checkpoint of step {steps[-1]}: "
+            "choose another --out"
+        )
+    if steps:
+        checkpoints.load(steps[-1], model, optimizer)
+        return steps[-1]
+    if resume in ("auto", "never"):
+        return 0
+    origin = Path(resume)
+    others = Checkpoints(origin.parent)
+    found = next((step for step in others.steps() if others.path(step) == origin), None)
+    if found is None:
+        raise UserError(f"--resume {resume} is no complete checkpoint: give auto, never or one")
+    others.load(found, model, optimizer)
+    return found
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, config: RunConfig, epoch: float) -> float:
+    """Set the learning rate of a moment of the run, and return it."""
+    lr = warmup_cosine(
+        epoch,
+        lr=config.lr,
+        epochs=config.training.epochs,
+        warmup_epochs=config.training.warmup_epochs,
+        min_lr=config.training.min_lr,
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def _draw(
+    recipe: Recipe, config: RunConfig, model: nn.Module, batch: tuple[Tensor, Tensor], *, epoch: int
+) -> tuple[Tensor, Mask]:
+    """Move a batch to the device, and draw its masks there."""
+    encoder: Any = model.encoder
+    images, sample_ids = (tensor.to(config.device, non_blocking=True) for tensor in batch)
+    key = masking.key(sample_ids, seed=config.seed, epoch=epoch)
+    return images, recipe.draw_mask(key, encoder.grid, config.training.mask_ratio)
+
+
+def _backward(model: nn.Module, config: RunConfig, images: Tensor, mask: Mask) -> Tensor:
+    """Fill in the gradients of a batch, part by part, and return its loss."""
+    model.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=images.device)
+    for rows in torch.arange(len(images)).tensor_split(config.accumulate):
+        if len(rows) == 0:  # unreadable images left fewer than there are parts
+            continue
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        with autocast(config):
+            loss = model(images[part], mask[part]).loss
+        share = loss * (len(rows) / len(images))
+        share.backward()
+        total += share.detach()
+    return total
 
 
 def _clip(model: nn.Module, limit: float | None) -> Tensor:
@@ -138,10 +202,15 @@ class _Meter:
     since: float = field(default_factory=time.perf_counter)
     bar: Any = None
 
-    def watch(self, loader: Any) -> Iterator[Any]:
+    def watch(self, loader: Any, first_step: int) -> Iterator[Any]:
         """Pass batches on, and measure how long each one is waited for."""
         # A terminal gets a bar; a file or a pipe gets a line a logged row.
-        self.bar = tqdm(total=self.num_steps, disable=not sys.stderr.isatty(), unit="step")
+        self.bar = tqdm(
+            total=self.num_steps,
+            initial=first_step,
+            disable=not sys.stderr.isatty(),
+            unit="step",
+        )
         self.since = time.perf_counter()
         batches = iter(loader)
         with self.bar:

@@ -1,0 +1,134 @@
+"""Checkpoints: whole or not there, and as many as are needed to go on.
+
+A checkpoint is a folder `checkpoints/step-<n>`, written under another name by
+`torch.distributed.checkpoint`, given its completion marker and then renamed. So a folder without a
+marker, or with the other name, is what a killed run left behind: it is ignored and removed.
+"""
+
+import contextlib
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.optim import Optimizer
+
+from recipes.engine.errors import UserError
+
+_MARKER = "COMPLETE"
+_NAME = re.compile(r"step-(\d+)")
+_KEPT = 2
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: Where they are.
+        keep_every: Steps whose multiples are kept for good; None keeps the last two only.
+    """
+
+    def __init__(self, folder: Path, *, keep_every: int | None = None) -> None:
+        self.folder = folder
+        self.keep_every = keep_every
+
+    def steps(self) -> list[int]:
+        """List the steps of complete checkpoints, ascending."""
+        if not self.folder.is_dir():
+            return []
+        found = ((_NAME.fullmatch(path.name), path) for path in self.folder.iterdir())
+        return sorted(int(name[1]) for name, path in found if name and (path / _MARKER).exists())
+
+    def path(self, step: int) -> Path:
+        """Return the folder of a step's checkpoint."""
+        return self.folder / f"step-{step:08d}"
+
+    def save(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
+        """Write a checkpoint, then remove those that are no longer needed.
+
+        Raises:
+            UserError: It cannot be written; earlier ones are untouched.
+        """
+        partial = self.folder / f"{self.path(step).name}.partial"
+        try:
+            self.clean()
+            partial.mkdir(parents=True)
+            with _single_process():
+                save(_state(model, optimizer), checkpoint_id=partial, no_dist=True)
+            (partial / _MARKER).touch()
+            partial.rename(self.path(step))
+        except (OSError, CheckpointException) as error:
+            kept = self.steps()
+            raise UserError(
+                f"cannot write the checkpoint of step {step} to {self.folder}: {_reason(error)}; "
+                + (f"step {kept[-1]} is safe" if kept else "no earlier one exists")
+            ) from error
+        for old in self.steps()[:-_KEPT]:
+            if not (self.keep_every and old % self.keep_every == 0):
+                shutil.rmtree(self.path(old))
+
+    def load(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
+        """Load a checkpoint into a model and its optimizer.
+
+        Raises:
+            UserError: It belongs to another model.
+        """
+        load_checkpoint(self.path(step), model, optimizer)
+
+    def clean(self) -> None:
+        """Remove what a killed run left half-written."""
+        if not self.folder.is_dir():
+            return
+        for path in self.folder.iterdir():
+            complete = _NAME.fullmatch(path.name) and (path / _MARKER).exists()
+            if path.is_dir() and not complete:
+                shutil.rmtree(path)
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Load the checkpoint in `path`.
+
+    Raises:
+        UserError: It belongs to another model.
+    """
+    try:
+        with _single_process():
+            state = _state(model, optimizer)
+            load(state, checkpoint_id=path, no_dist=True)
+            set_state_dict(
+                model,
+                optimizer,
+                model_state_dict=state["model"],
+                optim_state_dict=state["optimizer"],
+            )
+    except (CheckpointException, KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"the checkpoint {path} is not of this model: {_reason(error)}") from error
+
+
+def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+@contextlib.contextmanager
+def _single_process() -> Iterator[None]:
+    """Keep PyTorch from warning that one process is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _reason(error: BaseException) -> str:
+    """Return the innermost message, on one line."""
+    if isinstance(error, CheckpointException):
+        failures = [failure[0] for failure in error.failures.values()]
+        return _reason(failures[0]) if failures else "unknown"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())

@@ -1,0 +1,233 @@
+"""A killed run goes on bit for bit; what must not be overwritten is not."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from recipes.engine import run
+from recipes.engine.checkpoint import Checkpoints
+from recipes.mae import RECIPE
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of unlabelled noise, so that a run trains and does not probe."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for index in range(24):
+        pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:02d}.png")
+    return folder
+
+
+def options(pictures: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "--data", str(pictures), "--out", str(out), "--batch-size", "4", "--epochs", "8",
+        "--max-steps", str(STEPS), "--checkpoint-every", "2", *more,
+    ]  # fmt: skip
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "encoder.safetensors")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    with single_thread():
+        assert run(RECIPE, "", options(pictures, out)) == 0
+    return out
+
+
+class single_thread:
+    """One thread here as in the child processes: sums of two threads round differently."""
+
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def __exit__(self, *exception: object) -> None:
+        torch.set_num_threads(self.before)
+
+
+def start(pictures: Path, out: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "recipes/mae.py"), *options(pictures, out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def kill_at_random_and_finish(pictures: Path, out: Path, rng: random.Random) -> int:
+    """Kill a run at a random step, sometimes while it writes a checkpoint, then let it finish."""
+    process = start(pictures, out)
+    wanted = 2 * rng.randrange(1, STEPS // 2)
+    checkpoints = Checkpoints(out / "checkpoints")
+    partial = checkpoints.folder / f"{checkpoints.path(wanted).name}.partial"
+    while process.poll() is None:
+        steps = checkpoints.steps()
+        if (steps and steps[-1] >= wanted) or (rng.random() < 0.5 and partial.exists()):
+            break
+    time.sleep(rng.random() * 0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    survived = checkpoints.steps()
+    assert start(pictures, out).wait() == 0
+    return survived[-1] if survived else 0
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+    assert losses(one) == losses(other)
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").open()]
+
+
+@pytest.mark.parametrize("trial", range(2))
+def test_a_killed_run_ends_as_one_that_never_was(
+    trial: int, pictures: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    kill_at_random_and_finish(pictures, tmp_path / "run", random.Random(trial))
+    assert_equal_runs(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("trial", range(20))
+def test_twenty_killed_runs_end_as_one_that_never_was(
+    trial: int, pictures: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    kill_at_random_and_finish(pictures, tmp_path / "run", random.Random())
+    assert_equal_runs(tmp_path / "run", uninterrupted)
+
+
+def test_only_the_last_two_checkpoints_and_the_asked_for_ones_are_kept(
+    pictures: Path, tmp_path: Path
+) -> None:
+    with single_thread():
+        assert run(RECIPE, "", options(pictures, tmp_path / "run", "--keep-every", "10")) == 0
+    assert Checkpoints(tmp_path / "run/checkpoints").steps() == [10, 20, 22, 24]
+
+
+def test_a_half_written_checkpoint_is_ignored_and_cleaned(
+    pictures: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    checkpoints = Checkpoints(out / "checkpoints")
+    for name in ("step-00000020", "step-00000022.partial"):
+        (checkpoints.folder / name).mkdir(parents=True)
+        (checkpoints.folder / name / "__0_0.distcp").write_bytes(b"half")
+    assert checkpoints.steps() == []
+    with single_thread():
+        assert run(RECIPE, "", options(pictures, out)) == 0
+    assert_equal_runs(out, uninterrupted)
+    assert checkpoints.steps() == [22, 24]
+    assert not list(checkpoints.folder.glob("*.partial"))
+
+
+def test_a_run_begins_with_the_checkpoint_of_another_one(
+    pictures: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    origin = uninterrupted / "checkpoints/step-00000022"
+    with single_thread():
+        assert run(RECIPE, "", options(pictures, tmp_path / "run", "--resume", str(origin))) == 0
+    first, second = weights(tmp_path / "run"), weights(uninterrupted)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_accumulating_in_parts_gives_the_same_losses(
+    pictures: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    with single_thread():
+        assert run(RECIPE, "", options(pictures, tmp_path / "run", "--accumulate", "2")) == 0
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(uninterrupted), rtol=1e-4)
+
+
+def test_a_finished_run_prints_its_summary_again_and_trains_no_more(
+    pictures: Path, uninterrupted: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = (uninterrupted / "metrics.jsonl").stat().st_mtime_ns
+    assert run(RECIPE, "", options(pictures, uninterrupted)) == 0
+    assert f"{STEPS} steps" in capfd.readouterr().out
+    assert (uninterrupted / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--seed", "1"], "seed"),
+        (["--accumulate", "3"], "--accumulate 3 does not divide"),
+        (["--resume", "nowhere"], "--resume nowhere"),
+    ],
+    ids=["other-config", "accumulate", "resume"],
+)
+def test_what_would_be_lost_is_refused(
+    more: list[str],
+    says: str,
+    pictures: Path,
+    uninterrupted: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "new" if "--resume" in more else uninterrupted
+    assert run(RECIPE, "", options(pictures, out, *more)) == 2
+    error = capfd.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_a_second_process_on_the_same_folder_is_refused(
+    pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first = start(pictures, tmp_path / "run")
+    try:
+        while not (tmp_path / "run/config.yaml").exists():
+            assert first.poll() is None
+            time.sleep(0.01)
+        assert run(RECIPE, "", options(pictures, tmp_path / "run")) == 2
+        assert "another process" in capfd.readouterr().err
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_an_output_path_that_is_a_file_is_refused(
+    pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").write_text("mine")
+    assert run(RECIPE, "", options(pictures, tmp_path / "run")) == 2
+    assert "cannot write to the output folder" in capfd.readouterr().err
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    pictures: Path, uninterrupted: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tiny = RECIPE.presets["tiny"]
+    other = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, decoder_dim=32))
+    recipe = dataclasses.replace(RECIPE, presets={"tiny": other})
+    origin = uninterrupted / "checkpoints/step-00000022"
+    assert run(recipe, "", options(pictures, tmp_path / "run", "--resume", str(origin))) == 2
+    error = capfd.readouterr().err
+    assert "is not of this model" in error
+    assert error.count("\n") == 1
