@@ -33,8 +33,8 @@ class MAEDecoder(nn.Module):
     Source:
         MAE, arXiv:2111.06377, section 3 "MAE decoder"; facebookresearch/mae `forward_decoder`.
         There tokens are put back in grid order and every position is predicted. Blocks do not care
-        about order, so here the masked tokens stay behind the visible ones: no token moves, and the
-        last norm sees masked positions only. Numbers are the same.
+        about order, so here the masked tokens stay behind the visible ones and no token moves; what
+        the visible ones would become is left out from the last attention on. Numbers are the same.
 
     Example:
         >>> from mimkit import masking
@@ -97,9 +97,9 @@ class MAEDecoder(nn.Module):
         mask_tokens = self.mask_token.expand(latent.shape[0], mask.num_masked, -1)
         tokens = torch.cat([self.embed(latent), mask_tokens], dim=1)
         tokens = tokens + torch.cat([prefix_position, positions], dim=1)
-        for block in self.blocks:
-            tokens = block(tokens)
-        decoded: Tensor = self.norm(tokens[:, latent.shape[1] :])
+        for index, block in enumerate(self.blocks, 1):
+            tokens = block(tokens, mask.num_masked if index == len(self.blocks) else None)
+        decoded: Tensor = self.norm(tokens[:, tokens.shape[1] - mask.num_masked :])
         return decoded
 
 

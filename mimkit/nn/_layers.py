@@ -21,18 +21,19 @@ def xavier_linear(in_features: int, out_features: int, *, bias: bool = True) -> 
     return layer
 
 
+# Where bfloat16 products are native, they beat the backward of PyTorch's fused attention at the
+# lengths that MIM uses (50 to 200 tokens); where they are emulated, it is the other way round.
+# `benchmarks/bench_attention.py` has the numbers.
+_CPU_HAS_BFLOAT16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
 def attend(
     query: Float[Tensor, "batch heads queries head_dim"],
     key: Float[Tensor, "batch heads tokens head_dim"],
     value: Float[Tensor, "batch heads tokens head_dim"],
 ) -> Float[Tensor, "batch heads queries head_dim"]:
-    """Softmax attention, in the form that is fastest for the device and dtype.
-
-    Fixed rule: plain matrix products for bfloat16 on a CPU, where the backward of PyTorch's fused
-    attention is slow at the lengths that MIM uses; the fused one everywhere else. The benchmark is
-    `benchmarks/bench_attention.py`.
-    """
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+    """Softmax attention: plain matrix products for bfloat16 on a CPU that has it, else fused."""
+    if _CPU_HAS_BFLOAT16 and query.dtype == torch.bfloat16 and query.device.type == "cpu":
         logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
         mixed: Tensor = logits.softmax(dim=-1) @ value
         return mixed
@@ -74,12 +75,14 @@ class Attention(nn.Module):
         self.proj = xavier_linear(dim, dim)
 
     def forward(
-        self, tokens: Float[Tensor, "batch tokens dim"]
-    ) -> Float[Tensor, "batch tokens dim"]:
-        """Mix tokens of each sample."""
+        self, tokens: Float[Tensor, "batch tokens dim"], num_queries: int | None = None
+    ) -> Float[Tensor, "batch queries dim"]:
+        """Mix tokens of each sample, for the last `num_queries` of them only if that is given."""
         query, key, value = rearrange(
             self.qkv(tokens), "b n (three h d) -> three b h n d", three=3, h=self.heads
         ).unbind(0)
+        if num_queries is not None:
+            query = query[:, :, tokens.shape[1] - num_queries :]
         mixed: Tensor = self.proj(merge_heads(attend(query, key, value)))
         return mixed
 
@@ -187,11 +190,18 @@ class TransformerBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(
-        self, tokens: Float[Tensor, "batch tokens dim"]
-    ) -> Float[Tensor, "batch tokens dim"]:
-        """Mix tokens, then transform each."""
-        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))
-        out: Tensor = tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+        self, tokens: Float[Tensor, "batch tokens dim"], num_queries: int | None = None
+    ) -> Float[Tensor, "batch queries dim"]:
+        """Mix tokens, then transform each.
+
+        Args:
+            tokens: All tokens of each sample.
+            num_queries: Return the last so many tokens only, and do no work on what the others
+                would become; all tokens if `None`.
+        """
+        kept = tokens if num_queries is None else tokens[:, tokens.shape[1] - num_queries :]
+        kept = kept + self.drop_path(self.attn(self.norm1(tokens), num_queries))
+        out: Tensor = kept + self.drop_path(self.mlp(self.norm2(kept)))
         return out
 
 

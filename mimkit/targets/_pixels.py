@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
@@ -114,9 +115,13 @@ class NormalizedPixels:
             >>> NormalizedPixels((1, 2))(images, mask)
             tensor([[[-0.7071,  0.7071]]])
         """
-        patches = self._pixels(images, mask)
+        # Statistics first, in the order that pixels lie in memory; the asked-for order after.
+        patches = Pixels(self.patch_size, "c p1 p2", self.mean, self.std)(images, mask)
         mean, std = patch_statistics(patches)
-        return (patches - mean) / std
+        normalized = (patches - mean) / std
+        if self.order == "c p1 p2":
+            return normalized
+        return rearrange(normalized, "b m (c p) -> b m (p c)", c=images.shape[1])
 
     def invert(
         self,
@@ -234,5 +239,7 @@ def patch_statistics(
     """
     if patches.shape[-1] < 2:
         raise ValueError("a patch of a single value cannot be normalised: its variance is 0 / 0")
-    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    # Two passes: on a CPU several times faster than `torch.var_mean`.
+    mean = patches.mean(dim=-1, keepdim=True)
+    variance = (patches - mean).square().sum(dim=-1, keepdim=True) / (patches.shape[-1] - 1)
     return mean, (variance + NORMALIZATION_EPS).sqrt()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,11 +26,12 @@ IMAGES_PER_EPOCH = 12_800
 # A picture is a mosaic of tiles of `image_size`, about this many pixels on its shorter side.
 PICTURE_SIZE = 192
 
-Item = tuple[Tensor, int]
+# A model input, None where the image cannot be read, and its sample id.
+Item = tuple[Tensor | None, int]
 Normalize = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-class TrainSet(Dataset[Item | None], ABC):
+class TrainSet(Dataset[Item], ABC):
     """Images indexed by (epoch, sample id), the same image for the same index and seed."""
 
     @abstractmethod
@@ -38,8 +39,12 @@ class TrainSet(Dataset[Item | None], ABC):
         """Count the samples of one epoch."""
 
     @abstractmethod
-    def __getitem__(self, index: tuple[int, int]) -> Item | None:
-        """Give the model input and its sample id, or None where the image cannot be read."""
+    def __getitem__(self, index: tuple[int, int]) -> Item:
+        """Give the model input, None where the image cannot be read, and its sample id."""
+
+    def describe(self, sample_id: int) -> str:
+        """Name a sample for a person."""
+        return f"sample {sample_id}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,20 +172,31 @@ def load_data(name: str, *, image_size: tuple[int, int], seed: int) -> DataSet:
     raise UserError(f"no data set {name!r}: choose photos, digits or an existing folder of images")
 
 
-def collate(items: Iterable[Item | None]) -> tuple[Tensor, Tensor] | None:
-    """Stack the readable items of a batch.
+class Batch(NamedTuple):
+    """The readable images of a batch.
 
-    Args:
-        items: Images with their sample ids, None where an image could not be read.
-
-    Returns:
-        Images [B, C, H, W] and int64 sample ids [B]; None if nothing of the batch was readable.
+    Attributes:
+        images: Model inputs; no rows at all if nothing of the batch was readable.
+        sample_ids: One id per image.
+        unreadable_ids: Ids of the images that were left out.
     """
-    readable = [item for item in items if item is not None]
-    if not readable:
-        return None
-    images, sample_ids = zip(*readable, strict=True)
-    return torch.stack(images), torch.tensor(sample_ids, dtype=torch.int64)
+
+    images: Float[Tensor, "batch channels height width"]
+    sample_ids: Int64[Tensor, " batch"]
+    unreadable_ids: list[int]
+
+
+def collate(items: Iterable[Item]) -> Batch:
+    """Stack the readable items of a batch."""
+    images, sample_ids, unreadable_ids = [], [], []
+    for image, sample_id in items:
+        if image is None:
+            unreadable_ids.append(sample_id)
+        else:
+            images.append(image)
+            sample_ids.append(sample_id)
+    stacked = torch.stack(images) if images else torch.empty(0, 0, 0, 0)
+    return Batch(stacked, torch.tensor(sample_ids, dtype=torch.int64), unreadable_ids)
 
 
 def sample_rng(seed: int, *key: int) -> np.random.Generator:

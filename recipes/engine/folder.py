@@ -109,19 +109,23 @@ class FolderImages(TrainSet):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: tuple[int, int]) -> Item | None:
+    def __getitem__(self, index: tuple[int, int]) -> Item:
         epoch, sample_id = index
         try:
             image = read_image(self.files.path(sample_id))
         except UNREADABLE:
             self._unreadable.add(sample_id)
             check_readable(self.files, self._unreadable)
-            return None
+            return None, sample_id
         rng = sample_rng(self.seed, epoch, sample_id)
         crop = random_resized_crop(image, self.image_size, rng)
         if rng.integers(2):
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return model_input(crop), sample_id
+
+    def describe(self, sample_id: int) -> str:
+        """Give the path of an image."""
+        return str(self.files.path(sample_id))
 
 
 def load_folder(name: str, *, image_size: tuple[int, int], seed: int) -> DataSet:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from recipes.engine.data import TrainSet, collate
+from recipes.engine.data import Batch, TrainSet, collate
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
@@ -65,7 +65,7 @@ def make_loader(
     num_steps: int,
     workers: int,
     pin_memory: bool,
-) -> Iterable[tuple[Tensor, Tensor] | None]:
+) -> Iterable[Batch]:
     """Load the batches of the steps [first_step, num_steps), without a pause between epochs."""
     batches = EpochBatches(
         len(train), batch_size=batch_size, seed=seed, first_step=first_step, num_steps=num_steps

@@ -18,7 +18,7 @@ from recipes.engine.dry_run import describe
 from recipes.engine.errors import UserError
 from recipes.engine.report import print_summary, write_report
 from recipes.engine.run_folder import RunFolder, default_path
-from recipes.engine.train import build_model, count_steps, train
+from recipes.engine.train import build_model, count_steps, train, warn_of_slow_precision
 
 
 def run(recipe: Recipe, description: str, arguments: Sequence[str] | None = None) -> int:
@@ -50,6 +50,7 @@ def _run(recipe: Recipe, options: Options) -> None:
     data = load_data(config.data, image_size=_image_size(config), seed=config.seed)
     config = _with_channels(config, data)
     count_steps(config, data)
+    warn_of_slow_precision(config)
     if options.dry_run:
         print(describe(recipe, config, data))
         return
@@ -57,8 +58,9 @@ def _run(recipe: Recipe, options: Options) -> None:
     with RunFolder(default_path(options, config), config) as folder:
         summary = folder.read_summary()
         if summary is None:
-            model = train(recipe, config, data, folder, options)
-            summary = write_report(recipe, config, data, folder, model)
+            model, unreadable = train(recipe, config, data, folder, options)
+            names = [data.train.describe(sample_id) for sample_id in unreadable]
+            summary = write_report(recipe, config, data, folder, model, unreadable=names)
         print_summary(summary, folder)
 
 

@@ -19,7 +19,13 @@ _BATCH = 256
 
 
 def write_report(
-    recipe: Recipe, config: RunConfig, data: DataSet, folder: RunFolder, model: nn.Module
+    recipe: Recipe,
+    config: RunConfig,
+    data: DataSet,
+    folder: RunFolder,
+    model: nn.Module,
+    *,
+    unreadable: list[str],
 ) -> dict[str, Any]:
     """Evaluate a trained model, write what it shows, and return the summary."""
     save_encoder(model, folder)
@@ -32,6 +38,7 @@ def write_report(
         "final_loss": sum(row["loss"] for row in last) / len(last),
         "images_per_s": sum(row["images_per_s"] for row in metrics[1:] or metrics)
         / len(metrics[1:] or metrics),
+        "unreadable_images": unreadable,
     }
     if data.probe is not None:
         summary["held_out"] = score_held_out(recipe, config, data.probe, model)
@@ -154,6 +161,10 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
             print(
                 f"{name:<22}{row['trained']:>10.1f}{row['untrained']:>11.1f}{row['pixels']:>12.1f}"
             )
+    unreadable = summary["unreadable_images"]
+    if unreadable:
+        print(f"{len(unreadable)} images could not be read and were left out:")
+        print("\n".join(f"  {name}" for name in unreadable))
     print(f"pictures, curves, weights and numbers: {folder.path}")
 
 

@@ -26,8 +26,8 @@ class RunFolder:
         config: The run's configuration.
 
     Raises:
-        UserError: On entering: the path is a file, cannot be written, holds another configuration, or belongs
-            to a process that still runs.
+        UserError: On entering: the path is a file, cannot be written, holds another configuration,
+            or belongs to a process that still runs.
     """
 
     def __init__(self, path: Path, config: RunConfig) -> None:

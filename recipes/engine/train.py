@@ -16,7 +16,7 @@ from mimkit import masking
 from mimkit.masking import Mask
 from recipes.engine.checkpoint import Checkpoints
 from recipes.engine.config import Options, Recipe, RunConfig
-from recipes.engine.data import DataSet
+from recipes.engine.data import Batch, DataSet
 from recipes.engine.errors import UserError
 from recipes.engine.loader import make_loader
 from recipes.engine.optim import gradients, parameter_groups, warmup_cosine
@@ -32,6 +32,18 @@ def build_model(recipe: Recipe, config: RunConfig) -> nn.Module:
         return recipe.build(config.model).to(config.device)
     except ValueError as error:
         raise UserError(f"preset {config.preset} on {config.data}: {error}") from error
+
+
+def warn_of_slow_precision(config: RunConfig) -> None:
+    """Tell the user when bfloat16 is emulated: every product then takes many times longer."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    slow = config.device == "cpu" and not capability.startswith("AVX512")
+    if config.training.precision == "bf16" and slow:
+        print(
+            f"warning: --precision bf16 is slow on this CPU ({capability}), which has no bfloat16 "
+            "products; fp32 is faster",
+            file=sys.stderr,
+        )
 
 
 def autocast(config: RunConfig) -> contextlib.AbstractContextManager[Any]:
@@ -59,11 +71,11 @@ def count_steps(config: RunConfig, data: DataSet) -> tuple[int, int]:
 
 def train(
     recipe: Recipe, config: RunConfig, data: DataSet, folder: RunFolder, options: Options
-) -> nn.Module:
+) -> tuple[nn.Module, list[int]]:
     """Train a model from its last checkpoint on, and log its metrics.
 
     Returns:
-        The trained model, in evaluation mode.
+        The trained model, in evaluation mode, and the ids of images that could not be read.
     """
     training = config.training
     steps_per_epoch, num_steps = count_steps(config, data)
@@ -87,9 +99,11 @@ def train(
         workers=options.workers,
         pin_memory=config.device == "cuda",
     )
+    unreadable: set[int] = set()
     meter = _Meter(every=max(num_steps // _LOGS_PER_RUN, 1), num_steps=num_steps)
     for step, batch in enumerate(meter.watch(loader, first_step), first_step):
-        if batch is not None:  # None: not one image of the batch could be read
+        unreadable.update(batch.unreadable_ids)
+        if len(batch.images):
             lr = _set_lr(optimizer, config, step / steps_per_epoch)
             images, mask = _draw(recipe, config, model, batch, epoch=step // steps_per_epoch)
             # Drop path draws from the global generator: another stream in every step.
@@ -107,7 +121,7 @@ def train(
         done = step + 1
         if done % (options.checkpoint_every or steps_per_epoch) == 0 or done == num_steps:
             checkpoints.save(done, model, optimizer)
-    return model.eval()
+    return model.eval(), sorted(unreadable)
 
 
 def start_from(
@@ -153,11 +167,12 @@ def _set_lr(optimizer: torch.optim.Optimizer, config: RunConfig, epoch: float) -
 
 
 def _draw(
-    recipe: Recipe, config: RunConfig, model: nn.Module, batch: tuple[Tensor, Tensor], *, epoch: int
+    recipe: Recipe, config: RunConfig, model: nn.Module, batch: Batch, *, epoch: int
 ) -> tuple[Tensor, Mask]:
     """Move a batch to the device, and draw its masks there."""
     encoder: Any = model.encoder
-    images, sample_ids = (tensor.to(config.device, non_blocking=True) for tensor in batch)
+    images = batch.images.to(config.device, non_blocking=True)
+    sample_ids = batch.sample_ids.to(config.device, non_blocking=True)
     key = masking.key(sample_ids, seed=config.seed, epoch=epoch)
     return images, recipe.draw_mask(key, encoder.grid, config.training.mask_ratio)
 

@@ -102,7 +102,7 @@ def test_items_have_the_shape_and_type_that_a_model_wants(name, drawn):
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_inputs_are_about_standardized(name, drawn):
-    images, _ = collate(drawn[name].train.__getitems__([(0, i) for i in range(500)]))
+    images = collate(drawn[name].train.__getitems__([(0, i) for i in range(500)])).images
     assert abs(images.mean()) < 0.1
     assert 0.7 < images.std() < 1.1
 
@@ -396,12 +396,14 @@ def test_an_unreadable_image_is_skipped(tmp_path):
     write_tree(tmp_path, {".": 8})
     (tmp_path / "001.png").write_bytes(b"no image at all")
     train = load_data(str(tmp_path), image_size=(8, 8), seed=0).train
-    assert train[0, 1] is None
-    images, ids = collate([train[0, i] for i in range(3)])
-    assert images.shape == (2, 3, 8, 8)
-    assert ids.tolist() == [0, 2]
-    assert ids.dtype == torch.int64
-    assert collate([train[0, 1]]) is None
+    assert train[0, 1] == (None, 1)
+    assert train.describe(1) == str(tmp_path / "001.png")
+    batch = collate([train[0, i] for i in range(3)])
+    assert batch.images.shape == (2, 3, 8, 8)
+    assert batch.sample_ids.tolist() == [0, 2]
+    assert batch.sample_ids.dtype == torch.int64
+    assert batch.unreadable_ids == [1]
+    assert len(collate([train[0, 1]]).images) == 0
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -413,7 +415,7 @@ def test_too_many_unreadable_images_stop_the_run_in_one_line(workers, tmp_path):
     # The same image twice counts once.
     indices = [(epoch, index) for epoch in (0, 1) for index in range(MAX_UNREADABLE)]
     loader = DataLoader(train, sampler=indices, num_workers=workers, collate_fn=collate)
-    assert all(batch is None for batch in loader)
+    assert all(len(batch.images) == 0 for batch in loader)
     indices.append((1, MAX_UNREADABLE))
     with pytest.raises(UserError, match=r"^11 of 26 images cannot be read.*000\.png") as error:
         list(DataLoader(train, sampler=indices, num_workers=workers, collate_fn=collate))

@@ -22,7 +22,7 @@ def config(**changes: object) -> MAEConfig:
         "dim": theirs["embed_dim"],
         "depth": theirs["depth"],
         "heads": theirs["num_heads"],
-        "mlp_ratio": theirs["mlp_ratio"],
+        "mlp_ratio": float(theirs["mlp_ratio"]),
         "decoder_dim": theirs["decoder_embed_dim"],
         "decoder_depth": theirs["decoder_depth"],
         "decoder_heads": theirs["decoder_num_heads"],

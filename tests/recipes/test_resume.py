@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,3 +232,17 @@ def test_a_checkpoint_of_another_model_is_refused(
     error = capfd.readouterr().err
     assert "is not of this model" in error
     assert error.count("\n") == 1
+
+
+def test_an_unreadable_image_is_left_out_and_named_at_the_end(
+    pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    (folder / "05.png").write_bytes(b"cut off")
+    assert run(RECIPE, "", options(folder, tmp_path / "run")) == 0
+    printed = capfd.readouterr().out
+    assert "1 images could not be read" in printed
+    assert "05.png" in printed
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["unreadable_images"] == [str(folder / "05.png")]

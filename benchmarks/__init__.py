@@ -1,0 +1,1 @@
+"""Benchmarks: every variant is checked against its reference, then timed."""

@@ -1,0 +1,58 @@
+"""Options, fixtures and the tables at the end of the session."""
+
+import pytest
+import torch
+
+from benchmarks.harness import Bench, Report, describe_environment, describe_kernel_rows
+
+REPORT = pytest.StashKey[Report]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of the benchmarks."""
+    group = parser.getgroup("benchmarks")
+    group.addoption(
+        "--save", action="store_true", help="append the rows to benchmarks/results/ (JSON lines)"
+    )
+    group.addoption(
+        "--seconds", type=float, default=1.0, help="timing budget of one pass of a case (seconds)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start with an empty report, and look at the machine before loading it."""
+    describe_environment()
+    config.stash[REPORT] = Report()
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Return the GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def bench(request: pytest.FixtureRequest, device: torch.device) -> Bench:
+    """Return what a bench function measures with, in a fresh and seeded PyTorch."""
+    torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = False  # on by default, for convolutions alone
+    torch.compiler.reset()  # else earlier cases count towards the limit of recompilations
+    seconds = request.config.getoption("--seconds")
+    return Bench(request.function.__name__, device, seconds, request.config.stash[REPORT])
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Print one table per bench, and save the rows if asked to."""
+    report = config.stash[REPORT]
+    if not report.rows:
+        return
+    terminalreporter.section("benchmarks")
+    settings = (f"{name} {value}" for name, value in describe_environment().items())
+    terminalreporter.write_line(", ".join(settings))
+    terminalreporter.write_line(describe_kernel_rows())
+    for line in report.lines():
+        terminalreporter.write_line(line)
+    if config.getoption("--save"):
+        terminalreporter.write_line(f"\nsaved to {report.save()}")

@@ -1,0 +1,432 @@
+"""What every bench shares: check every variant, time them in turn, one table per bench.
+
+    pytest benchmarks/                    # check, time, print the tables
+    pytest benchmarks/ --seconds 0.5      # shorter: seconds of timing per pass of a case
+    pytest benchmarks/ --save             # append the rows to benchmarks/results/ as well
+
+Results are written only on request, so that a user's run leaves a checkout clean. Speed is never
+asserted: a bench fails only if a variant computes something else than its reference.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Pass = Literal["forward", "backward", "both"]
+
+RESULTS = Path(__file__).parent / "results"
+MIN_REPEATS = 5
+FLUSH_BYTES = 256 << 20  # several times the largest L2 cache of a GPU
+
+
+def output_and_gradients(output: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Compare the output and every gradient as they are."""
+    return output, *gradients
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute something.
+
+    Attributes:
+        name: Row of the table.
+        function: Called with `inputs`; returns one tensor if there are `leaves`.
+        inputs: Arguments.
+        leaves: What to differentiate by, in the same order in all variants; none: forward only.
+        view: What of (output, gradients) must agree with the reference.
+        is_baseline: Whether this is the authors' way, the fastest of which is what others are
+            compared with.
+        is_compiled: Whether the first call compiles, so that its duration is worth a column.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    inputs: tuple[Any, ...] = ()
+    leaves: tuple[Tensor, ...] = ()
+    view: Callable[[Any, tuple[Tensor, ...]], tuple[Tensor, ...]] = output_and_gradients
+    is_baseline: bool = False
+    is_compiled: bool = False
+
+    def compiled(self) -> "Variant":
+        """Return the same variant under `torch.compile`."""
+        function = torch.compile(self.function, fullgraph=True, dynamic=False)
+        name = f"{self.name}, torch.compile"
+        return replace(self, name=name, function=function, is_compiled=True)
+
+    def forward(self) -> Any:
+        """Run the forward pass."""
+        return self.function(*self.inputs)
+
+    def backward(self, output: Tensor) -> tuple[Tensor, ...]:
+        """Run the backward pass, from the same upstream gradient in every variant."""
+        return torch.autograd.grad(output, self.leaves, upstream_gradient(output))
+
+
+def with_compiled(variants: Iterable[Variant]) -> list[Variant]:
+    """Return the variants, and all of them once more under `torch.compile`."""
+    eager = list(variants)
+    return [*eager, *(variant.compiled() for variant in eager)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table, and of the results."""
+
+    bench: str
+    case: str
+    variant: str
+    pass_: Pass
+    dtype: str
+    repeats: int
+    min_ms: float
+    median_ms: float
+    speedup: float | None
+    moved_bytes: int | None = None
+    share_of_copy: float | None = None
+    first_call_s: float | None = None
+
+    def as_record(self) -> dict[str, Any]:
+        """Return the row under the names of the results file."""
+        record = asdict(self)
+        return {name.rstrip("_"): value for name, value in record.items()}
+
+
+@dataclass
+class Report:
+    """Everything that a session measured."""
+
+    rows: list[Row] = field(default_factory=list)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """Return the tables, one per bench, with their notes."""
+        names = dict.fromkeys([*(row.bench for row in self.rows), *self.notes])
+        lines = []
+        for name in names:
+            rows = [row for row in self.rows if row.bench == name]
+            lines += ["", name, *format_table(rows), *self.notes.get(name, [])]
+        return lines
+
+    def save(self) -> Path:
+        """Append everything to today's results file of this machine, and return its path."""
+        environment = describe_environment()
+        slug = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
+        date, version = environment["date"][:10], environment["torch"]
+        path = RESULTS / f"{date}-{slug}-torch{version}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a") as file:
+            for record in (*(row.as_record() for row in self.rows), *self.records):
+                file.write(json.dumps(record | environment) + "\n")
+        return path
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a bench function is given: where to run, for how long, and where rows go.
+
+    Attributes:
+        name: Title of the table.
+        device: The GPU if there is one, else the CPU.
+        seconds: Timing budget of one pass of a case.
+        report: Where rows and notes go.
+    """
+
+    name: str
+    device: torch.device
+    seconds: float
+    report: Report
+
+    def compare(
+        self,
+        case: str,
+        variants: Sequence[Variant],
+        *,
+        dtype: torch.dtype,
+        tolerance: float,
+        passes: Sequence[Pass] = ("forward",),
+        moved: Mapping[Pass, int] | None = None,
+        min_repeats: int = MIN_REPEATS,
+    ) -> None:
+        """Check every variant against the first one, then time them all in turn.
+
+        Args:
+            case: What the variants compute: shapes, in words.
+            variants: The first one is the reference.
+            dtype: For the table.
+            tolerance: Largest norm of a difference over the norm of the reference.
+            passes: What to time.
+            moved: Bytes that each pass must read and write at least; a copy of as many bytes is
+                timed beside the variants.
+            min_repeats: Timings of a variant, even when the budget is spent.
+
+        Raises:
+            AssertionError: A variant that differs from the reference; then nothing is timed.
+        """
+        first_call = check_variants(variants, tolerance)
+        for pass_ in passes:
+            timed = {v.name: timer(v, pass_, self.device) for v in variants}
+            moved_bytes = (moved or {}).get(pass_)
+            if moved_bytes is not None:
+                timed["copy"] = timer(
+                    copy_variant(moved_bytes, self.device), "forward", self.device
+                )
+            times = alternate(timed, self.seconds, min_repeats)
+            best_baseline = min(
+                (min(times[v.name]) for v in variants if v.is_baseline), default=None
+            )
+            for variant in variants:
+                fastest = min(times[variant.name])
+                share = min(times["copy"]) / fastest if moved_bytes is not None else None
+                row = Row(
+                    bench=self.name,
+                    case=case,
+                    variant=variant.name,
+                    pass_=pass_,
+                    dtype=str(dtype).removeprefix("torch."),
+                    repeats=len(times[variant.name]),
+                    min_ms=1e3 * fastest,
+                    median_ms=1e3 * statistics.median(times[variant.name]),
+                    speedup=None if best_baseline is None else best_baseline / fastest,
+                    moved_bytes=moved_bytes,
+                    share_of_copy=share,
+                    first_call_s=first_call[variant.name] if variant.is_compiled else None,
+                )
+                self.report.rows.append(row)
+
+    def with_seconds(self, seconds: float) -> "Bench":
+        """Return the same bench with another budget."""
+        return replace(self, seconds=seconds)
+
+    def note(self, lines: Sequence[str], **record: Any) -> None:
+        """Print lines below the table; store `record` beside the rows, if there is one."""
+        self.report.notes.setdefault(self.name, []).extend(lines)
+        if record:
+            self.report.records.append({"bench": self.name, **record})
+
+
+def check_variants(variants: Sequence[Variant], tolerance: float) -> dict[str, float]:
+    """Compare every variant with the first, and return the seconds that each first call took.
+
+    Raises:
+        AssertionError: A variant that differs.
+    """
+    seconds: dict[str, float] = {}
+    expected: tuple[Tensor, ...] = ()
+    for variant in variants:
+        start = time.perf_counter()
+        output = variant.forward()
+        gradients = variant.backward(output) if variant.leaves else ()
+        _synchronize()
+        seconds[variant.name] = time.perf_counter() - start
+        results = tuple(result.detach() for result in variant.view(output, gradients))
+        expected = expected or results
+        for i, (result, reference) in enumerate(zip(results, expected, strict=True)):
+            assert_close(f"result {i} of '{variant.name}'", result, reference, tolerance)
+    return seconds
+
+
+def assert_close(name: str, result: Tensor, reference: Tensor, tolerance: float) -> None:
+    """Check the norm of a difference over the norm of the reference."""
+    if result.shape != reference.shape:
+        raise AssertionError(f"{name}: shape {tuple(result.shape)}, not {tuple(reference.shape)}")
+    error = float((result.double() - reference.double()).norm())
+    bound = tolerance * float(reference.double().norm())
+    if not error <= bound:  # also catches nan
+        raise AssertionError(f"{name} is off by {error:.3g}; at most {bound:.3g} is rounding")
+
+
+def timer(variant: Variant, pass_: Pass, device: torch.device) -> Callable[[], float]:
+    """Return a function that runs one pass of a variant and returns its seconds."""
+    clock = time_on_gpu if device.type == "cuda" else time_on_cpu
+
+    def forward() -> float:
+        return clock(variant.forward)
+
+    def backward() -> float:
+        output = variant.forward()  # not timed
+        return clock(lambda: variant.backward(output))
+
+    def both() -> float:
+        return clock(lambda: variant.backward(variant.forward()))
+
+    return {"forward": forward, "backward": backward, "both": both}[pass_]
+
+
+def time_on_cpu(run: Callable[[], Any]) -> float:
+    """Return the seconds of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def time_on_gpu(run: Callable[[], Any]) -> float:
+    """Return the seconds that one call keeps the GPU busy, starting from a cold L2 cache."""
+    torch.cuda.synchronize()
+    # While the flush runs, the host is free to queue the call: launches of short calls are hidden.
+    _flush_buffer().zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds / 1e3
+
+
+def alternate(
+    timed: Mapping[str, Callable[[], float]], seconds: float, min_repeats: int
+) -> dict[str, list[float]]:
+    """Time the callables in turn, A B C A B C ..., so that noise of the machine meets them all.
+
+    They are warm: `check_variants` has run each.
+    """
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    start, repeats = time.perf_counter(), 0
+    while repeats < min_repeats or time.perf_counter() - start < seconds:
+        for name, run in timed.items():
+            times[name].append(run())
+        repeats += 1
+    return times
+
+
+def copy_variant(moved_bytes: int, device: torch.device) -> Variant:
+    """Return a copy that reads half of `moved_bytes` and writes the other half."""
+    size = max(moved_bytes // 2, 1)
+    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
+    return Variant("copy", target.copy_, (source,))
+
+
+def upstream_gradient(output: Tensor) -> Tensor:
+    """Return the gradient that backward starts from: fixed noise, or 1 for a loss."""
+    return torch.ones_like(output) if output.ndim == 0 else _noise(output.shape, output)
+
+
+def nbytes(*tensors: Tensor) -> int:
+    """Return the bytes that tensors fill."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def format_table(rows: Sequence[Row]) -> list[str]:
+    """Lay rows out in columns."""
+    if not rows:
+        return []
+    columns: dict[str, Callable[[Row], str]] = {
+        "case": lambda row: row.case,
+        "dtype": lambda row: row.dtype,
+        "pass": lambda row: row.pass_,
+        "variant": lambda row: row.variant,
+        "min ms": lambda row: f"{row.min_ms:.3f}",
+        "median ms": lambda row: f"{row.median_ms:.3f}",
+        "n": lambda row: str(row.repeats),
+        "x authors": lambda row: _format(row.speedup, "{:.2f}"),
+        "MB moved": lambda row: _format(row.moved_bytes, "{:.2f}", 1e-6),
+        "of copy": lambda row: _format(row.share_of_copy, "{:.0%}"),
+        "compile s": lambda row: _format(row.first_call_s, "{:.1f}"),
+    }
+    cells = [list(columns), *([show(row) for show in columns.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for line in cells:
+        texts, numbers = (
+            zip(line[:4], widths[:4], strict=True),
+            zip(line[4:], widths[4:], strict=True),
+        )
+        aligned = [*(c.ljust(w) for c, w in texts), *(c.rjust(w) for c, w in numbers)]
+        lines.append("  ".join(aligned))
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+@cache
+def describe_environment() -> dict[str, Any]:
+    """Return what a result depends on besides the code."""
+    commit = _git("rev-parse", "HEAD")
+    return {
+        "device": _device_name(),
+        "threads": torch.get_num_threads(),
+        # Above the threads of this run, others were at work: trust the minimum, and that little.
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "commit": commit,
+        "dirty": None if commit is None else bool(_git("status", "--porcelain")),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def describe_kernel_rows() -> str:
+    """Say why no row measures a Triton kernel, or that rows on the GPU do."""
+    if not torch.cuda.is_available():
+        return "kernel rows skipped: torch.cuda.is_available() is False; these are the CPU paths"
+    package = Path(__file__).parent.parent / "kernels" / "mimkit_kernels"
+    if not [path for path in package.glob("*.py") if not path.name.startswith("_")]:
+        return "kernel rows skipped: mimkit_kernels holds no kernel yet"
+    return "kernel rows: mimkit's variants run on the GPU"
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 have hardware or library support on `device`."""
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _noise(shape: torch.Size, like: Tensor) -> Tensor:
+    key = (tuple(shape), like.dtype, like.device)
+    if key not in _noises:
+        generator = torch.Generator(like.device).manual_seed(0)
+        _noises[key] = torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
+    return _noises[key]
+
+
+_noises: dict[Any, Tensor] = {}
+
+
+@cache
+def _flush_buffer() -> Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _format(value: float | None, pattern: str, scale: float = 1.0) -> str:
+    return "" if value is None else pattern.format(value * scale)
+
+
+def _device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return f"{models[0] if models else platform.machine()} {os.cpu_count()} cpus"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
