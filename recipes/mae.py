@@ -65,6 +65,11 @@ class MAEConfig:
     normalize_pixels: bool = True
     drop_path: float = 0.0
 
+    @property
+    def normalize(self) -> Literal["patch"] | None:
+        """What `masked_pixel_loss` calls the target."""
+        return "patch" if self.normalize_pixels else None
+
 
 @container
 class MAEOutput:
@@ -131,31 +136,26 @@ class MAE(nn.Module):
         latent = self.encoder(images, mask)
         prediction = self.head(self.decoder(latent, mask))
         loss = losses.masked_pixel_loss(
-            prediction, images, mask, self.patch_size, normalize=self.normalize
+            prediction, images, mask, self.patch_size, normalize=self.config.normalize
         )
         return MAEOutput(loss, prediction, latent)
-
-    @property
-    def normalize(self) -> Literal["patch"] | None:
-        """What `masked_pixel_loss` calls this model's target."""
-        return "patch" if self.config.normalize_pixels else None
 
 
 def reconstruct(
     model: MAE, images: Float[Tensor, "batch channels *spatial"], mask: Mask
 ) -> Float[Tensor, "batch channels *spatial"]:
     """Fill in the masked patches; normalised ones with the true patches' statistics."""
-    target_type = targets.NormalizedPixels if model.normalize else targets.Pixels
+    target_type = targets.NormalizedPixels if model.config.normalize_pixels else targets.Pixels
     prediction = model(images, mask).prediction.float()
     patches = target_type(model.patch_size).invert(prediction, images, mask)
     return viz.fill_masked(images, mask, patches, model.patch_size)
 
 
 def baselines(
-    model: MAE, images: Float[Tensor, "batch channels *spatial"], mask: Mask
+    config: MAEConfig, images: Float[Tensor, "batch channels *spatial"], mask: Mask
 ) -> dict[str, Float32[Tensor, ""]]:
     """Score trivial predictors under the model's loss."""
-    return losses.baselines(images, mask, model.patch_size, normalize=model.normalize)
+    return losses.baselines(images, mask, config.patch_size, normalize=config.normalize)
 
 
 PAPER = Training(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40, mask_ratio=0.75)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from mimkit.interop._convert import Converted, from_official, unwrap
 from mimkit.masking import Mask
-from mimkit.patches import gather_visible
+from mimkit.patches import gather_visible, grid_of
+from mimkit.patches._patchify import check_mask
 
 _BLOCK = re.compile(r"blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)")
 _CHANGES_THE_FUNCTION = ("blocks.", "norm_pre.", "reg_token")
@@ -58,6 +59,7 @@ class _MaskedTimmViT(nn.Module):
         model: Any = self.model
         tokens = model._pos_embed(model.patch_embed(images))
         if mask is not None:
+            check_mask(mask, grid_of(images, model.patch_embed.patch_size), len(images))
             tokens = gather_visible(tokens, mask, num_prefix=self.num_prefix_tokens)
         tokens = model.norm_pre(tokens)
         for block in model.blocks:

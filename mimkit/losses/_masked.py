@@ -198,7 +198,7 @@ def _masked_loss(
             f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape"
         )
     errors = error(prediction.float(), target.float())
-    return _reduce(errors.reshape(*errors.shape[:2], -1), reduction)
+    return _reduce(_one_axis_of_values(errors), reduction)
 
 
 def _take_masked(name: str, values: Tensor, mask: Mask) -> Tensor:
@@ -206,12 +206,16 @@ def _take_masked(name: str, values: Tensor, mask: Mask) -> Tensor:
     if values.ndim >= 2 and values.shape[1] == mask.num_masked:
         return values
     if values.ndim >= 2 and values.shape[1] == mask.num_tokens:
-        taken = gather_masked(values.reshape(*values.shape[:2], -1), mask)
+        taken = gather_masked(_one_axis_of_values(values), mask)
         return taken.view(*taken.shape[:2], *values.shape[2:])
     raise ValueError(
         f"{name} must be [batch, {mask.num_masked} masked or {mask.num_tokens} tokens, ...]; "
         f"got {tuple(values.shape)}"
     )
+
+
+def _one_axis_of_values(values: Tensor) -> Tensor:
+    return values.flatten(2) if values.ndim > 2 else values.unsqueeze(2)
 
 
 def _reduce(errors: Float32[Tensor, "batch masked values"], reduction: Reduction) -> Tensor:

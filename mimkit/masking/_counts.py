@@ -1,6 +1,7 @@
 """How many tokens a ratio masks."""
 
 import math
+import numbers
 from fractions import Fraction
 from typing import Literal, get_args
 
@@ -23,6 +24,7 @@ def num_masked(num_tokens: int, ratio: float | Fraction, *, rounding: Rounding =
         The number of masked tokens.
 
     Raises:
+        TypeError: A ratio that is not a number.
         ValueError: A ratio outside [0, 1], an unknown rule, or a single token under "nearest".
 
     Source:
@@ -36,6 +38,8 @@ def num_masked(num_tokens: int, ratio: float | Fraction, *, rounding: Rounding =
     """
     if num_tokens < 1:
         raise ValueError(f"num_tokens must be at least 1; got {num_tokens}")
+    if not isinstance(ratio, numbers.Real):
+        raise TypeError(f"ratio must be a number; got {ratio!r}")
     if not 0 <= ratio <= 1:  # also catches nan
         raise ValueError(f"ratio must be a fraction in [0, 1]; got {ratio}")
     match rounding:
@@ -63,6 +67,7 @@ def resolve_count(
     """Return the number of masked tokens from exactly one of a ratio and a count.
 
     Raises:
+        TypeError: A count that is not an integer.
         ValueError: Both, neither, or a count outside [0, num_tokens].
     """
     if (ratio is None) == (count is None):
@@ -72,6 +77,8 @@ def resolve_count(
     if count is None:
         assert ratio is not None
         return num_masked(num_tokens, ratio, rounding=rounding)
+    if not isinstance(count, int):
+        raise TypeError(f"num_masked must be an integer; got {count!r}")
     if not 0 <= count <= num_tokens:
         raise ValueError(f"num_masked must be in [0, {num_tokens}]; got {count}")
     return count

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int64, Integer
 from torch import Tensor
 
 from mimkit._containers import container, static
@@ -58,7 +59,7 @@ class Key:
         return Key(self.sample_ids, self.seed_and_epoch, n)
 
 
-def key(sample_ids: Int64[Tensor, " batch"] | Sequence[int], *, seed: int, epoch: int = 0) -> Key:
+def key(sample_ids: Integer[Tensor, " batch"] | Sequence[int], *, seed: int, epoch: int = 0) -> Key:
     """Name the masks of a batch: a mask is a pure function of (seed, epoch, sample id).
 
     Args:
@@ -68,7 +69,7 @@ def key(sample_ids: Int64[Tensor, " batch"] | Sequence[int], *, seed: int, epoch
         epoch: In [0, 2**32).
 
     Raises:
-        TypeError: Ids that are not integers.
+        TypeError: Ids, a seed or an epoch that are not integers.
         ValueError: Ids that are not one-dimensional; seed or epoch out of range.
 
     Example:
@@ -78,11 +79,17 @@ def key(sample_ids: Int64[Tensor, " batch"] | Sequence[int], *, seed: int, epoch
         >>> batch[1].equal(alone)
         True
     """
-    ids = sample_ids if isinstance(sample_ids, Tensor) else torch.as_tensor(sample_ids)
+    if not isinstance(sample_ids, Tensor):
+        # An empty list has no dtype of its own.
+        sample_ids = torch.as_tensor(sample_ids, dtype=None if len(sample_ids) else torch.int64)
+    ids = sample_ids
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"sample_ids must be integers; got {ids.dtype}")
     if ids.ndim != 1:
         raise ValueError(f"sample_ids must have one axis (batch); got shape {tuple(ids.shape)}")
+    for name, value in (("seed", seed), ("epoch", epoch)):
+        if not isinstance(value, int | np.integer):
+            raise TypeError(f"{name} must be an integer; got {value!r}")
     if not -(1 << 63) <= seed < 1 << 64:
         raise ValueError(f"seed must fit in 64 bits; got {seed}")
     if not 0 <= epoch < _MAX_EPOCHS:

@@ -306,8 +306,12 @@ class Mask:
         return self.complement()
 
     def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> "Mask":
-        # A single row keeps its batch axis.
-        index = torch.arange(self.batch_size)[rows].view(1) if isinstance(rows, int) else rows
+        if isinstance(rows, slice):
+            index: slice | Tensor = rows
+        else:
+            rows = list(rows) if isinstance(rows, Sequence) else rows
+            # A single row keeps its batch axis.
+            index = torch.arange(self.batch_size, device=self.device)[rows].view(-1)
         return Mask(self.visible_ids[index], self.masked_ids[index], self.grid)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Mask":

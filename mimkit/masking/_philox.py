@@ -53,12 +53,21 @@ def philox4x32(
     k0, k1 = key
     c0, c1, c2, c3 = counter
     for _ in range(10):
-        # int64 products wrap; shifting and masking afterwards undoes the sign.
-        a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c2 = ((b >> 32) ^ c1 ^ k0) & _M32, ((a >> 32) ^ c3 ^ k1) & _M32
-        c1, c3 = b & _M32, a & _M32
+        high_a, low_a = _product(c0, _MULTIPLIERS[0])
+        high_b, low_b = _product(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
         k0, k1 = (k0 + _WEYL[0]) & _M32, (k1 + _WEYL[1]) & _M32
     return c0, c1, c2, c3
+
+
+def _product(word: Words, multiplier: int) -> tuple[Words, Words]:
+    """Return the high and the low word of a product of two words, without overflow.
+
+    Overflow of int64 wraps in PyTorch, but is undefined in the C++ that Inductor writes, where
+    compilers then drop the mask behind a shift. Less 2**32, both multipliers are small enough.
+    """
+    product = word * (multiplier - (1 << 32))
+    return (product >> 32) + word, product & _M32
 
 
 def random_words(key: Key, num_words: int, *, sampler: int) -> Int64[Tensor, "batch words"]:

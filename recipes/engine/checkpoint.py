@@ -16,10 +16,11 @@ from typing import Any
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
+from recipes.engine.distributed import World
 from recipes.engine.errors import UserError
 
 _MARKER = "COMPLETE"
@@ -32,11 +33,13 @@ class Checkpoints:
 
     Args:
         folder: Where they are.
+        world: The processes, each of which writes its part.
         keep_every: Steps whose multiples are kept for good; None keeps the last two only.
     """
 
-    def __init__(self, folder: Path, *, keep_every: int | None = None) -> None:
+    def __init__(self, folder: Path, world: World, *, keep_every: int | None = None) -> None:
         self.folder = folder
+        self.world = world
         self.keep_every = keep_every
 
     def steps(self) -> list[int]:
@@ -58,29 +61,48 @@ class Checkpoints:
         """
         partial = self.folder / f"{self.path(step).name}.partial"
         try:
-            self.clean()
-            partial.mkdir(parents=True)
-            with _single_process():
-                save(_state(model, optimizer), checkpoint_id=partial, no_dist=True)
-            (partial / _MARKER).touch()
-            partial.rename(self.path(step))
+            if self.world.is_main:
+                self.clean()
+                partial.mkdir(parents=True)
+            self.world.wait()
+            with _no_warning():
+                dcp_save(
+                    _state(model, optimizer),
+                    checkpoint_id=partial,
+                    no_dist=self.world.size == 1,
+                )
+            if self.world.is_main:
+                (partial / _MARKER).touch()
+                partial.rename(self.path(step))
+                self._forget_old()
         except (OSError, CheckpointException) as error:
             kept = self.steps()
             raise UserError(
                 f"cannot write the checkpoint of step {step} to {self.folder}: {_reason(error)}; "
                 + (f"step {kept[-1]} is safe" if kept else "no earlier one exists")
             ) from error
-        for old in self.steps()[:-_KEPT]:
-            if not (self.keep_every and old % self.keep_every == 0):
-                shutil.rmtree(self.path(old))
 
     def load(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
-        """Load a checkpoint into a model and its optimizer.
+        """Load a checkpoint into a model and its optimizer, spread over any number of processes.
 
         Raises:
             UserError: It belongs to another model.
         """
-        load_checkpoint(self.path(step), model, optimizer)
+        path = self.path(step)
+        try:
+            with _no_warning():
+                state = _state(model, optimizer)
+                dcp_load(state, checkpoint_id=path, no_dist=self.world.size == 1)
+                set_state_dict(
+                    model,
+                    optimizer,
+                    model_state_dict=state["model"],
+                    optim_state_dict=state["optimizer"],
+                )
+        except (CheckpointException, KeyError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"the checkpoint {path} is not of this model: {_reason(error)}"
+            ) from error
 
     def clean(self) -> None:
         """Remove what a killed run left half-written."""
@@ -91,25 +113,10 @@ class Checkpoints:
             if path.is_dir() and not complete:
                 shutil.rmtree(path)
 
-
-def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Load the checkpoint in `path`.
-
-    Raises:
-        UserError: It belongs to another model.
-    """
-    try:
-        with _single_process():
-            state = _state(model, optimizer)
-            load(state, checkpoint_id=path, no_dist=True)
-            set_state_dict(
-                model,
-                optimizer,
-                model_state_dict=state["model"],
-                optim_state_dict=state["optimizer"],
-            )
-    except (CheckpointException, KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"the checkpoint {path} is not of this model: {_reason(error)}") from error
+    def _forget_old(self) -> None:
+        for step in self.steps()[:-_KEPT]:
+            if not (self.keep_every and step % self.keep_every == 0):
+                shutil.rmtree(self.path(step))
 
 
 def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -118,7 +125,7 @@ def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _single_process() -> Iterator[None]:
+def _no_warning() -> Iterator[None]:
     """Keep PyTorch from warning that one process is one process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -71,7 +71,7 @@ class Recipe:
         build: Makes the model of a configuration. It has an `encoder` with `grid` and `pool`, and
             is called with images and a mask.
         draw_mask: Draws the masks of a batch: (key, grid, ratio).
-        baselines: Scores trivial predictors under the model's loss: (model, images, mask).
+        baselines: Scores trivial predictors under the loss: (model's configuration, images, mask).
         reconstruct: Fills in the masked patches of model inputs: (model, images, mask).
         note: What a viewer of reconstructions must know.
     """
@@ -104,6 +104,7 @@ class Options:
         workers: Processes that load images; 0 loads in the training process.
         compile: Run the model through torch.compile.
         accumulate: Parts in which a batch goes through the model, to save memory.
+        shard: Spread weights over the processes of torchrun (FSDP2) instead of copying them (DDP).
         checkpoint_every: Steps between checkpoints; an epoch's by default.
         keep_every: Steps whose multiples are kept; of other checkpoints only the last two are.
         resume: "auto" goes on with the output folder's last checkpoint, "never" insists on a new
@@ -126,6 +127,7 @@ class Options:
     workers: int = 0
     compile: bool = False
     accumulate: int = 1
+    shard: bool = False
     checkpoint_every: int | None = None
     keep_every: int | None = None
     resume: str = "auto"
@@ -194,10 +196,6 @@ def resolve(options: Options, recipe: Recipe) -> RunConfig:
     for name in ("max_steps", "checkpoint_every", "keep_every"):
         if getattr(options, name) is not None:
             _check_positive(name.replace("_", "-"), getattr(options, name))
-    if training.batch_size % options.accumulate:
-        raise UserError(
-            f"--accumulate {options.accumulate} does not divide a batch of {training.batch_size}"
-        )
     if not (lr > 0 and math.isfinite(lr)):
         raise UserError(f"--lr {lr} is no learning rate: give a positive number")
     if not 0 < training.mask_ratio < 1:

@@ -7,6 +7,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from recipes.engine.data import Batch, TrainSet, collate
+from recipes.engine.distributed import World
+
+SINGLE = World()
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
@@ -14,10 +17,11 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
     Args:
         num_samples: Samples of an epoch.
-        batch_size: Samples of a batch.
+        batch_size: Samples of a batch, those of all processes together.
         seed: Seed of the order, another one in each epoch.
         first_step: Step to begin with: a run that goes on needs no other state.
         num_steps: Step to end before.
+        world: The processes; each gets its part of every batch.
 
     Example:
         >>> batches = list(EpochBatches(5, batch_size=2, seed=0, first_step=0, num_steps=3))
@@ -28,13 +32,21 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     """
 
     def __init__(
-        self, num_samples: int, *, batch_size: int, seed: int, first_step: int, num_steps: int
+        self,
+        num_samples: int,
+        *,
+        batch_size: int,
+        seed: int,
+        first_step: int,
+        num_steps: int,
+        world: World = SINGLE,
     ) -> None:
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.seed = seed
         self.first_step = first_step
         self.num_steps = num_steps
+        self.world = world
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         steps_per_epoch = self.num_samples // self.batch_size
@@ -43,8 +55,9 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             if step // steps_per_epoch != epoch:
                 epoch = step // steps_per_epoch
                 order = self._order(epoch)
-            start = step % steps_per_epoch * self.batch_size
-            ids = order[start : start + self.batch_size].tolist()
+            share = self.batch_size // self.world.size
+            start = step % steps_per_epoch * self.batch_size + self.world.rank * share
+            ids = order[start : start + share].tolist()
             yield [(epoch, sample_id) for sample_id in ids]
 
     def __len__(self) -> int:
@@ -59,6 +72,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 def make_loader(
     train: TrainSet,
     *,
+    world: World,
     batch_size: int,
     seed: int,
     first_step: int,
@@ -68,7 +82,12 @@ def make_loader(
 ) -> Iterable[Batch]:
     """Load the batches of the steps [first_step, num_steps), without a pause between epochs."""
     batches = EpochBatches(
-        len(train), batch_size=batch_size, seed=seed, first_step=first_step, num_steps=num_steps
+        len(train),
+        batch_size=batch_size,
+        seed=seed,
+        first_step=first_step,
+        num_steps=num_steps,
+        world=world,
     )
     return DataLoader(
         train,

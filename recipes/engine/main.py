@@ -1,5 +1,6 @@
 """From the command line to a finished run."""
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from recipes.engine.config import (
     resolve,
 )
 from recipes.engine.data import DataSet, load_data
+from recipes.engine.distributed import World, join, rank_from_environment
 from recipes.engine.dry_run import describe
 from recipes.engine.errors import UserError
 from recipes.engine.report import print_summary, write_report
@@ -40,7 +42,8 @@ def run(recipe: Recipe, description: str, arguments: Sequence[str] | None = None
         )
         _run(recipe, options)
     except UserError as error:
-        print_error(error)
+        if rank_from_environment() == 0:
+            print_error(error)
         return 2
     return 0
 
@@ -55,13 +58,29 @@ def _run(recipe: Recipe, options: Options) -> None:
         print(describe(recipe, config, data))
         return
     build_model(recipe, config)  # a shape that does not fit is found before the folder is made
-    with RunFolder(default_path(options, config), config) as folder:
-        summary = folder.read_summary()
-        if summary is None:
-            model, unreadable = train(recipe, config, data, folder, options)
-            names = [data.train.describe(sample_id) for sample_id in unreadable]
-            summary = write_report(recipe, config, data, folder, model, unreadable=names)
-        print_summary(summary, folder)
+    with join(config.device) as world:
+        _check_batch(config, world)
+        folder = RunFolder(default_path(options, config), config)
+        with folder if world.is_main else contextlib.nullcontext():
+            summary = world.agree(folder.read_summary())
+            if summary is None:
+                weights, unreadable = train(recipe, config, data, folder, options, world)
+                if world.is_main:
+                    model = build_model(recipe, config).eval()
+                    model.load_state_dict(weights)
+                    names = [data.train.describe(sample_id) for sample_id in unreadable]
+                    summary = write_report(recipe, config, data, folder, model, unreadable=names)
+            if world.is_main and summary is not None:
+                print_summary(summary, folder)
+
+
+def _check_batch(config: RunConfig, world: World) -> None:
+    parts = world.size * config.accumulate
+    if config.training.batch_size % parts:
+        raise UserError(
+            f"a batch of {config.training.batch_size} cannot be cut evenly for {world.size} "
+            f"processes with --accumulate {config.accumulate}: choose a multiple of {parts}"
+        )
 
 
 def _image_size(config: RunConfig) -> tuple[int, int]:

@@ -111,7 +111,7 @@ def score_held_out(
         )
         with autocast(config):
             scores = {"loss": model(images, mask).loss}
-        scores |= recipe.baselines(model, images, mask)
+        scores |= recipe.baselines(config.model, images, mask)
         for name, value in scores.items():
             share = len(images) / len(probe.test_images)
             totals[name] = totals.get(name, 0.0) + value.item() * share

@@ -17,6 +17,7 @@ from mimkit.masking import Mask
 from recipes.engine.checkpoint import Checkpoints
 from recipes.engine.config import Options, Recipe, RunConfig
 from recipes.engine.data import Batch, DataSet
+from recipes.engine.distributed import World, distribute, gradient_sync, whole, whole_weights
 from recipes.engine.errors import UserError
 from recipes.engine.loader import make_loader
 from recipes.engine.optim import gradients, parameter_groups, warmup_cosine
@@ -70,28 +71,28 @@ def count_steps(config: RunConfig, data: DataSet) -> tuple[int, int]:
 
 
 def train(
-    recipe: Recipe, config: RunConfig, data: DataSet, folder: RunFolder, options: Options
-) -> tuple[nn.Module, list[int]]:
+    recipe: Recipe,
+    config: RunConfig,
+    data: DataSet,
+    folder: RunFolder,
+    options: Options,
+    world: World,
+) -> tuple[dict[str, Tensor], list[int]]:
     """Train a model from its last checkpoint on, and log its metrics.
 
     Returns:
-        The trained model, in evaluation mode, and the ids of images that could not be read.
+        The trained weights, and the ids of images that this process could not read.
     """
     training = config.training
     steps_per_epoch, num_steps = count_steps(config, data)
-    model = build_model(recipe, config).train()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, weight_decay=training.weight_decay),
-        betas=training.betas,
-        fused=True,
-    )
-    checkpoints = Checkpoints(folder.path / "checkpoints", keep_every=options.keep_every)
-    first_step = start_from(options.resume, checkpoints, model, optimizer)
-    folder.start_metrics(first_step=first_step)
-    if config.compile:
-        model.compile()
+    trainer = Trainer(recipe, config, world, shard=options.shard)
+    checkpoints = Checkpoints(folder.path / "checkpoints", world, keep_every=options.keep_every)
+    first_step = start_from(options.resume, checkpoints, trainer)
+    if world.is_main:
+        folder.start_metrics(first_step=first_step)
     loader = make_loader(
         data.train,
+        world=world,
         batch_size=training.batch_size,
         seed=config.seed,
         first_step=first_step,
@@ -100,105 +101,159 @@ def train(
         pin_memory=config.device == "cuda",
     )
     unreadable: set[int] = set()
-    meter = _Meter(every=max(num_steps // _LOGS_PER_RUN, 1), num_steps=num_steps)
+    meter = _Meter(every=max(num_steps // _LOGS_PER_RUN, 1), num_steps=num_steps, world=world)
     for step, batch in enumerate(meter.watch(loader, first_step), first_step):
         unreadable.update(batch.unreadable_ids)
-        if len(batch.images):
-            lr = _set_lr(optimizer, config, step / steps_per_epoch)
-            images, mask = _draw(recipe, config, model, batch, epoch=step // steps_per_epoch)
-            # Drop path draws from the global generator: another stream in every step.
-            torch.manual_seed((config.seed << 32) + step)
-            loss = _backward(model, config, images, mask)
-            norm = _clip(model, training.clip_grad)
-            optimizer.step()
-            meter.count(len(images))
-            if meter.is_due(step):
-                row = meter.row(step + 1, loss, lr, norm)
-                row["epoch"] = (step + 1) / steps_per_epoch
-                scores = recipe.baselines(model, images, mask)
+        done = step + 1
+        result = trainer.step(batch, step, step / steps_per_epoch)
+        if result is not None and meter.is_due(done, result):
+            row = {"step": done, "epoch": done / steps_per_epoch, **meter.row(done, result)}
+            if world.is_main and len(result.images):
+                scores = recipe.baselines(config.model, result.images, result.mask)
                 row["baselines"] = {name: score.item() for name, score in scores.items()}
                 folder.append_metrics(row)
-        done = step + 1
         if done % (options.checkpoint_every or steps_per_epoch) == 0 or done == num_steps:
-            checkpoints.save(done, model, optimizer)
-    return model.eval(), sorted(unreadable)
+            checkpoints.save(done, trainer.model, trainer.optimizer)
+    return whole_weights(trainer.model), sorted(unreadable)
 
 
-def start_from(
-    resume: str, checkpoints: Checkpoints, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> int:
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gives the log.
+
+    Attributes:
+        loss: Mean over all processes.
+        lr: Learning rate.
+        grad_norm: Norm of the gradient before clipping.
+        num_images: Images of all processes.
+        images: Those of this process.
+        mask: Their masks.
+    """
+
+    loss: Tensor
+    lr: float
+    grad_norm: Tensor
+    num_images: int
+    images: Tensor
+    mask: Mask
+
+
+class Trainer:
+    """Model and optimizer, spread over the processes, and how they make a step.
+
+    Args:
+        recipe: The method.
+        config: The run's configuration.
+        world: The processes.
+        shard: Whether weights are spread over the processes, or copied to each.
+    """
+
+    def __init__(self, recipe: Recipe, config: RunConfig, world: World, *, shard: bool) -> None:
+        self.recipe = recipe
+        self.config = config
+        self.world = world
+        model = build_model(recipe, config).train()
+        encoder: Any = model.encoder
+        self.grid: tuple[int, ...] = encoder.grid
+        self.model = distribute(model, world, shard=shard)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, weight_decay=config.training.weight_decay),
+            betas=config.training.betas,
+            fused=True,
+        )
+        if config.compile:
+            self.model.compile()
+
+    def step(self, batch: Batch, step: int, epoch: float) -> StepResult | None:
+        """Make a step; `None` if not one image of the batch could be read.
+
+        Args:
+            batch: This process's share of the batch.
+            step: Number of the step.
+            epoch: Epochs done, a fraction within one.
+        """
+        count = torch.tensor(len(batch.images), device=self.config.device)
+        num_images = int(self.world.total(count))
+        if num_images == 0:
+            return None
+        lr = self._set_lr(epoch)
+        images, mask = self._draw(batch, epoch=int(epoch))
+        # Drop path draws from the global generator: another stream in every step and process.
+        torch.manual_seed(((self.config.seed << 40) + (step << 8) + self.world.rank) % (1 << 63))
+        loss = self._backward(images, mask, num_images)
+        norm = self._clip()
+        self.optimizer.step()
+        return StepResult(loss, lr, norm, num_images, images, mask)
+
+    def _set_lr(self, epoch: float) -> float:
+        lr = warmup_cosine(
+            epoch,
+            lr=self.config.lr,
+            epochs=self.config.training.epochs,
+            warmup_epochs=self.config.training.warmup_epochs,
+            min_lr=self.config.training.min_lr,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _draw(self, batch: Batch, *, epoch: int) -> tuple[Tensor, Mask]:
+        """Move a batch to the device, and draw its masks there."""
+        images = batch.images.to(self.config.device, non_blocking=True)
+        sample_ids = batch.sample_ids.to(self.config.device, non_blocking=True)
+        key = masking.key(sample_ids, seed=self.config.seed, epoch=epoch)
+        return images, self.recipe.draw_mask(key, self.grid, self.config.training.mask_ratio)
+
+    def _backward(self, images: Tensor, mask: Mask, num_images: int) -> Tensor:
+        """Fill in the gradients, part by part, and return the loss over all processes."""
+        self.model.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=images.device)
+        parts = torch.arange(len(images)).tensor_split(self.config.accumulate)
+        for index, rows in enumerate(parts, 1):
+            with gradient_sync(self.model, enabled=index == len(parts)):
+                with autocast(self.config):
+                    loss = self.model(images[rows], mask[rows]).loss
+                # Processes count the same, however many images each could read: weigh by images.
+                share = loss * (len(rows) * self.world.size / num_images)
+                share.backward()
+            total += share.detach()
+        return self.world.total(total) / self.world.size
+
+    def _clip(self) -> Tensor:
+        """Clip the gradient to a norm, and return the norm that it had."""
+        norm = whole(nn.utils.get_total_norm(gradients(self.model.parameters())))
+        if self.config.training.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(
+                self.model.parameters(), self.config.training.clip_grad, norm
+            )
+        return norm
+
+
+def start_from(resume: str, checkpoints: Checkpoints, trainer: Trainer) -> int:
     """Load the checkpoint that `--resume` asks for, and return its step; 0 without one.
 
     Raises:
         UserError: There is none, or one that must not be overwritten.
     """
-    steps = checkpoints.steps()
+    # The main process chooses: another one might still see a folder that is being renamed.
+    steps = trainer.world.agree(checkpoints.steps())
     if resume == "never" and steps:
         raise UserError(
             f"--resume never, but {checkpoints.folder} holds the checkpoint of step {steps[-1]}: "
             "choose another --out"
         )
     if steps:
-        checkpoints.load(steps[-1], model, optimizer)
+        checkpoints.load(steps[-1], trainer.model, trainer.optimizer)
         return steps[-1]
     if resume in ("auto", "never"):
         return 0
     origin = Path(resume)
-    others = Checkpoints(origin.parent)
+    others = Checkpoints(origin.parent, trainer.world)
     found = next((step for step in others.steps() if others.path(step) == origin), None)
     if found is None:
         raise UserError(f"--resume {resume} is no complete checkpoint: give auto, never or one")
-    others.load(found, model, optimizer)
+    others.load(found, trainer.model, trainer.optimizer)
     return found
-
-
-def _set_lr(optimizer: torch.optim.Optimizer, config: RunConfig, epoch: float) -> float:
-    """Set the learning rate of a moment of the run, and return it."""
-    lr = warmup_cosine(
-        epoch,
-        lr=config.lr,
-        epochs=config.training.epochs,
-        warmup_epochs=config.training.warmup_epochs,
-        min_lr=config.training.min_lr,
-    )
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
-
-
-def _draw(
-    recipe: Recipe, config: RunConfig, model: nn.Module, batch: Batch, *, epoch: int
-) -> tuple[Tensor, Mask]:
-    """Move a batch to the device, and draw its masks there."""
-    encoder: Any = model.encoder
-    images = batch.images.to(config.device, non_blocking=True)
-    sample_ids = batch.sample_ids.to(config.device, non_blocking=True)
-    key = masking.key(sample_ids, seed=config.seed, epoch=epoch)
-    return images, recipe.draw_mask(key, encoder.grid, config.training.mask_ratio)
-
-
-def _backward(model: nn.Module, config: RunConfig, images: Tensor, mask: Mask) -> Tensor:
-    """Fill in the gradients of a batch, part by part, and return its loss."""
-    model.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=images.device)
-    for rows in torch.arange(len(images)).tensor_split(config.accumulate):
-        if len(rows) == 0:  # unreadable images left fewer than there are parts
-            continue
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        with autocast(config):
-            loss = model(images[part], mask[part]).loss
-        share = loss * (len(rows) / len(images))
-        share.backward()
-        total += share.detach()
-    return total
-
-
-def _clip(model: nn.Module, limit: float | None) -> Tensor:
-    """Clip the gradient to a norm, and return the norm that it had."""
-    norm = nn.utils.get_total_norm(gradients(model.parameters()))
-    if limit is not None:
-        nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
-    return norm
 
 
 @dataclass
@@ -208,22 +263,24 @@ class _Meter:
     Attributes:
         every: Steps between two logged rows.
         num_steps: Steps of the run.
+        world: The processes, of which the main one shows its progress.
     """
 
     every: int
     num_steps: int
+    world: World
     images: int = 0
     waited: float = 0.0
     since: float = field(default_factory=time.perf_counter)
     bar: Any = None
 
-    def watch(self, loader: Any, first_step: int) -> Iterator[Any]:
+    def watch(self, loader: Any, first_step: int) -> Iterator[Batch]:
         """Pass batches on, and measure how long each one is waited for."""
         # A terminal gets a bar; a file or a pipe gets a line a logged row.
         self.bar = tqdm(
             total=self.num_steps,
             initial=first_step,
-            disable=not sys.stderr.isatty(),
+            disable=not (self.world.is_main and sys.stderr.isatty()),
             unit="step",
         )
         self.since = time.perf_counter()
@@ -231,28 +288,24 @@ class _Meter:
         with self.bar:
             while True:
                 start = time.perf_counter()
-                batch = next(batches, StopIteration)
+                batch = next(batches, None)
                 self.waited += time.perf_counter() - start
-                if batch is StopIteration:
+                if batch is None:
                     return
                 yield batch
                 self.bar.update()
 
-    def count(self, images: int) -> None:
-        """Add to the images seen since the last row."""
-        self.images += images
+    def is_due(self, done: int, result: StepResult) -> bool:
+        """Count a step, and say whether it is logged: the first, every so many, and the last."""
+        self.images += result.num_images
+        return done == 1 or done % self.every == 0 or done == self.num_steps
 
-    def is_due(self, step: int) -> bool:
-        """Whether this step is logged: the first, every so many, and the last."""
-        return step == 0 or (step + 1) % self.every == 0 or step + 1 == self.num_steps
-
-    def row(self, step: int, loss: Tensor, lr: float, norm: Tensor) -> dict[str, Any]:
+    def row(self, done: int, result: StepResult) -> dict[str, Any]:
         """Close an interval and describe it."""
         row = {
-            "step": step,
-            "loss": loss.item(),  # waits for the device, so that the times are true
-            "lr": lr,
-            "grad_norm": norm.item(),
+            "loss": result.loss.item(),  # waits for the device, so that the times are true
+            "lr": result.lr,
+            "grad_norm": result.grad_norm.item(),
         }
         elapsed = max(time.perf_counter() - self.since, 1e-9)
         row["images_per_s"] = self.images / elapsed
@@ -261,9 +314,9 @@ class _Meter:
             f"loss {row['loss']:.3f}  {row['images_per_s']:.0f} images/s  "
             f"data {row['data_share']:.0%}"
         )
-        if self.bar.disable:
-            print(f"step {step}/{self.num_steps}  {text}", file=sys.stderr, flush=True)
-        else:
+        if not self.bar.disable:
             self.bar.set_postfix_str(text)
+        elif self.world.is_main:
+            print(f"step {done}/{self.num_steps}  {text}", file=sys.stderr, flush=True)
         self.images, self.waited, self.since = 0, 0.0, time.perf_counter()
         return row

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from recipes.engine import run
 from recipes.engine.checkpoint import Checkpoints
+from recipes.engine.distributed import World
 from recipes.mae import RECIPE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,7 +80,7 @@ def kill_at_random_and_finish(pictures: Path, out: Path, rng: random.Random) -> 
     """Kill a run at a random step, sometimes while it writes a checkpoint, then let it finish."""
     process = start(pictures, out)
     wanted = 2 * rng.randrange(1, STEPS // 2)
-    checkpoints = Checkpoints(out / "checkpoints")
+    checkpoints = Checkpoints(out / "checkpoints", World())
     partial = checkpoints.folder / f"{checkpoints.path(wanted).name}.partial"
     while process.poll() is None:
         steps = checkpoints.steps()
@@ -127,14 +128,14 @@ def test_only_the_last_two_checkpoints_and_the_asked_for_ones_are_kept(
 ) -> None:
     with single_thread():
         assert run(RECIPE, "", options(pictures, tmp_path / "run", "--keep-every", "10")) == 0
-    assert Checkpoints(tmp_path / "run/checkpoints").steps() == [10, 20, 22, 24]
+    assert Checkpoints(tmp_path / "run/checkpoints", World()).steps() == [10, 20, 22, 24]
 
 
 def test_a_half_written_checkpoint_is_ignored_and_cleaned(
     pictures: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    checkpoints = Checkpoints(out / "checkpoints")
+    checkpoints = Checkpoints(out / "checkpoints", World())
     for name in ("step-00000020", "step-00000022.partial"):
         (checkpoints.folder / name).mkdir(parents=True)
         (checkpoints.folder / name / "__0_0.distcp").write_bytes(b"half")
@@ -177,7 +178,7 @@ def test_a_finished_run_prints_its_summary_again_and_trains_no_more(
     ("more", "says"),
     [
         (["--seed", "1"], "seed"),
-        (["--accumulate", "3"], "--accumulate 3 does not divide"),
+        (["--accumulate", "3"], "cannot be cut evenly for 1 processes with --accumulate 3"),
         (["--resume", "nowhere"], "--resume nowhere"),
     ],
     ids=["other-config", "accumulate", "resume"],

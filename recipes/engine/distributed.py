@@ -1,0 +1,113 @@
+"""Several processes: who they are, and how a model is spread over them."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from mimkit.nn import PixelHead, TransformerBlock
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, which `torchrun` starts.
+
+    Attributes:
+        rank: Number of this process.
+        size: Number of processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def total(self, value: Tensor) -> Tensor:
+        """Sum a value over the processes."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def agree(self, value: T) -> T:
+        """Return the main process's value in every process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    def wait(self) -> None:
+        """Wait for every process to come here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def rank_from_environment() -> int:
+    """Return the rank that `torchrun` gave this process; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextlib.contextmanager
+def join(device: str) -> Iterator[World]:
+    """Join the other processes of `torchrun`: NCCL on GPUs, gloo on CPUs."""
+    world = World(rank_from_environment(), int(os.environ.get("WORLD_SIZE", "1")))
+    if world.size == 1:
+        yield world
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
+
+
+def distribute(model: nn.Module, world: World, *, shard: bool) -> nn.Module:
+    """Copy the model to every process (DDP), or spread its weights over them (FSDP2)."""
+    if shard:
+        for module in model.modules():
+            if isinstance(module, TransformerBlock | PixelHead):
+                fully_shard(module)
+        fully_shard(model)
+        return model
+    if world.size == 1:
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+@contextlib.contextmanager
+def gradient_sync(model: nn.Module, *, enabled: bool) -> Iterator[None]:
+    """Exchange gradients in this backward, or leave that to a later one."""
+    if isinstance(model, DistributedDataParallel) and not enabled:
+        with model.no_sync():
+            yield
+        return
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+    yield
+
+
+def whole(value: Tensor) -> Tensor:
+    """Put a spread tensor together."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return all weights on the CPU, under the names of the model alone."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return dict(get_model_state_dict(model, options=options))  # type: ignore[arg-type]

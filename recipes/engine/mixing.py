@@ -1,0 +1,112 @@
+"""Mixup and cutmix: two images in one, and targets that say how much of each."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Mix each image of a batch with its mirror image in the batch: the first with the last.
+
+    Attributes:
+        num_classes: Width of the targets.
+        mixup: Alpha of the Beta distribution of mixup's share; 0 for no mixup.
+        cutmix: Alpha of the Beta distribution of the share that cutmix keeps; 0 for no cutmix.
+        smoothing: Share of each target that is spread over all classes.
+        switch_probability: Of cutmix, where both are in use.
+
+    Source:
+        Mixup, arXiv:1710.09412; cutmix, arXiv:1905.04899; timm `Mixup` in mode "batch", as MAE's
+        fine-tuning uses it: one draw for the whole batch.
+
+    Example:
+        >>> mixing = Mixing(num_classes=2, smoothing=0.0)
+        >>> images, targets = mixing(
+        ...     torch.rand(4, 3, 8, 8), torch.tensor([0, 0, 1, 1]), step_generator(seed=0, step=5))
+        >>> images.shape, targets.sum(dim=1)
+        (torch.Size([4, 3, 8, 8]), tensor([1., 1., 1., 1.]))
+    """
+
+    num_classes: int
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    smoothing: float = 0.1
+    switch_probability: float = 0.5
+
+    def __call__(
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        labels: Int64[Tensor, " batch"],
+        generator: torch.Generator,
+    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch classes"]]:
+        """Mix a batch.
+
+        Args:
+            images: Model inputs.
+            labels: Their classes.
+            generator: Source of randomness, on the CPU.
+
+        Returns:
+            Mixed inputs, and for each the probabilities of the classes.
+        """
+        images, share = self._mix(images, generator)
+        targets = smooth_targets(labels, self.num_classes, smoothing=self.smoothing)
+        return images, targets * share + targets.flip(0) * (1 - share)
+
+    def _mix(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:
+        """Return mixed images, and the share of each that is its own."""
+        if not (self.mixup or self.cutmix):
+            return images, 1.0
+        switch = torch.rand((), generator=generator).item()
+        cuts = switch < self.switch_probability if self.mixup and self.cutmix else self.cutmix > 0
+        share = draw_beta(self.cutmix if cuts else self.mixup, generator)
+        if not cuts:
+            return images * share + images.flip(0) * (1 - share), share
+        height, width = images.shape[2:]
+        top, bottom, left, right = draw_box(height, width, share, generator)
+        mixed = images.clone()
+        mixed[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
+        # A box that the border cuts off is smaller than drawn.
+        return mixed, 1 - (bottom - top) * (right - left) / (height * width)
+
+
+def step_generator(*, seed: int, step: int) -> torch.Generator:
+    """Make the random generator of a step, on the CPU: a run that goes on needs no other state."""
+    return torch.Generator().manual_seed((seed << 32) + step)
+
+
+def smooth_targets(
+    labels: Int64[Tensor, " batch"], num_classes: int, *, smoothing: float
+) -> Float[Tensor, "batch classes"]:
+    """Spread a share of each target evenly over all classes, its own included."""
+    hard = F.one_hot(labels, num_classes).float()
+    return hard * (1 - smoothing) + smoothing / num_classes
+
+
+def draw_beta(alpha: float, generator: torch.Generator) -> float:
+    """Draw from the Beta(alpha, alpha) distribution."""
+    # PyTorch's own takes no generator.
+    seed = torch.randint(2**63 - 1, (), generator=generator).item()
+    return float(np.random.default_rng(int(seed)).beta(alpha, alpha))
+
+
+def draw_box(
+    height: int, width: int, share: float, generator: torch.Generator
+) -> tuple[int, int, int, int]:
+    """Draw top, bottom, left and right of a box that leaves about `share` of an image.
+
+    The center is anywhere in the image, so the border may cut off a part of the box.
+    """
+    ratio = math.sqrt(1 - share)
+    bounds: list[int] = []
+    for length in (height, width):
+        half = int(length * ratio) // 2
+        center = int(torch.randint(length, (), generator=generator))
+        bounds += [max(center - half, 0), min(center + half, length)]
+    return bounds[0], bounds[1], bounds[2], bounds[3]

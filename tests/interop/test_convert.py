@@ -1,0 +1,143 @@
+"""Names: from the authors' checkpoints to mimkit's, and back."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mimkit.interop import from_official, from_timm, to_official, to_timm
+from mimkit.nn import ViT
+from recipes.mae import MAE, MAEConfig
+from tests.golden_files import golden
+from tests.strategies import generators
+
+FINE_TUNED = golden("mae_finetune_vit_A")
+OFFICIAL = {
+    "mae": golden("mae_A").tensors("param/"),
+    "mae_vit": FINE_TUNED.tensors("global_pool/param/") | FINE_TUNED.tensors("cls/param/"),
+}
+CONVERTERS = {
+    "mae": (lambda x: from_official("mae", x), lambda y: to_official("mae", y)),
+    "mae_vit": (lambda x: from_official("mae_vit", x), lambda y: to_official("mae_vit", y)),
+    "timm": (from_timm, to_timm),
+}
+OFFICIAL["timm"] = OFFICIAL["mae_vit"]
+methods = st.sampled_from(sorted(CONVERTERS))
+
+
+def inner(left: dict[str, Tensor], right: dict[str, Tensor]) -> Tensor:
+    assert left.keys() == right.keys()
+    return sum((left[name].double() * right[name].double()).sum() for name in left)
+
+
+@st.composite
+def parts(draw: st.DrawFn, names: list[str]) -> list[str]:
+    return draw(st.lists(st.sampled_from(names), unique=True, max_size=len(names)))
+
+
+@given(methods, st.data())
+def test_any_part_goes_in_and_comes_out_as_it_was(method, data):
+    come, go = CONVERTERS[method]
+    official = OFFICIAL[method]
+    part = {name: official[name] for name in data.draw(parts(sorted(official)))}
+    converted = come(part)
+    assert converted.dropped == ()
+    back = go(converted)
+    assert back.dropped == ()
+    assert list(back) == list(part)
+    assert all(torch.equal(back[name], part[name]) for name in part)
+
+
+@given(methods, generators(), st.data())
+def test_converters_are_each_others_adjoint(method, generator, data):
+    """`<from(x), y> == <x, to(y)>`: what renames weights renames gradients."""
+    come, go = CONVERTERS[method]
+    official = OFFICIAL[method]
+    names = data.draw(parts(sorted(official)))
+    x = {name: torch.randn(official[name].shape, generator=generator) for name in names}
+    y = {name: torch.randn(value.shape, generator=generator) for name, value in come(x).items()}
+    torch.testing.assert_close(inner(come(x), y), inner(x, go(y)))
+
+
+def test_the_official_names_load_into_the_model_and_nothing_is_left():
+    model = MAE(
+        MAEConfig(
+            image_size=64,
+            patch_size=8,
+            dim=48,
+            depth=2,
+            heads=3,
+            decoder_dim=32,
+            decoder_depth=1,
+            decoder_heads=2,
+        )
+    )
+    converted = from_official("mae", OFFICIAL["mae"])
+    assert converted.keys() == model.state_dict().keys()
+    assert to_official("mae", model.state_dict()).keys() == OFFICIAL["mae"].keys()
+
+
+def test_a_pre_training_checkpoint_gives_its_encoder():
+    converted = from_official("mae_vit", OFFICIAL["mae"])
+    encoder = ViT(image_size=64, patch_size=8, dim=48, depth=2, heads=3)
+    encoder.load_state_dict(converted)
+    assert torch.equal(encoder.cls_token, OFFICIAL["mae"]["cls_token"])
+    assert set(converted.dropped) == {
+        name for name in OFFICIAL["mae"] if name.startswith("decoder") or name == "mask_token"
+    }
+
+
+@pytest.mark.parametrize("method", ["mae", "mae_vit"])
+def test_names_without_counterpart_are_dropped_and_named(method):
+    known = next(iter(OFFICIAL[method]))
+    extra = {"optimizer_state": torch.zeros(1), "normal.weight": torch.zeros(1)}
+    converted = from_official(method, {known: torch.zeros(1)} | extra)
+    assert len(converted) == 1
+    assert converted.dropped == ("optimizer_state", "normal.weight")
+    assert to_official(method, extra).dropped == ("optimizer_state", "normal.weight")
+
+
+@pytest.mark.parametrize("method", sorted(CONVERTERS))
+def test_the_model_is_taken_out_of_its_checkpoint(method):
+    come, go = CONVERTERS[method]
+    weights = OFFICIAL[method]
+    expected = come(weights)
+    for checkpoint in (
+        {"model": weights, "epoch": 3, "optimizer": {"state": {}}},
+        {"model": {"model": weights}},
+    ):
+        converted = come(checkpoint)
+        assert converted.dropped == ()
+        assert converted.keys() == expected.keys()
+    assert go({"model": expected}).keys() == weights.keys()
+
+
+def test_converting_leaves_the_input_and_its_values_alone():
+    weights = dict(OFFICIAL["mae"])
+    names = list(weights)
+    converted = from_official("mae", weights)
+    assert list(weights) == names
+    assert converted["encoder.cls_token"] is weights["cls_token"]
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("convert", [from_official, to_official])
+def test_an_unknown_method_is_named_with_the_known_ones(convert):
+    with pytest.raises(ValueError, match=r"'mae'.*'mae_vit'.*'beit'"):
+        convert("beit", {})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blocks.0.ls1.gamma",
+        "blocks.11.attn.q_norm.weight",
+        "norm_pre.weight",
+        "reg_token",
+        "blocks.0.mlp.norm.weight",
+    ],
+)
+def test_timm_models_that_compute_something_else_are_refused(name):
+    with pytest.raises(ValueError, match=name):
+        from_timm(OFFICIAL["timm"] | {name: torch.zeros(1)})

@@ -1,0 +1,179 @@
+"""timm's Vision Transformers under a mimkit mask.
+
+timm needs torchvision, which is not installed where torch is a CPU build: there a stand-in with the
+attributes of timm's class is run, and the tests of timm itself are skipped.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor, nn
+
+from mimkit import masking
+from mimkit.interop import from_timm, to_timm, wrap_timm
+from mimkit.masking import Mask
+from mimkit.nn import TransformerBlock, ViT
+from mimkit.patches import gather_visible
+from tests.nn import plain
+from tests.strategies import masks
+
+SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3}
+GRID = (4, 4)
+
+
+class VisionTransformer(nn.Module):
+    """The parts of timm's `VisionTransformer` that run between image and tokens."""
+
+    def __init__(self, *, prefix: int = 1) -> None:
+        super().__init__()
+        dim = 12
+        self.num_prefix_tokens = prefix
+        self.patch_embed = nn.Sequential(nn.Conv2d(3, dim, 4, 4), nn.Flatten(2))
+        self.patch_embed.patch_size = (4, 4)
+        self.cls_token = nn.Parameter(torch.zeros(1, prefix, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, prefix + 16, dim))
+        self.norm_pre = nn.LayerNorm(dim)
+        self.blocks = nn.Sequential(*(TransformerBlock(dim=dim, heads=3) for _ in range(2)))
+        self.norm = nn.LayerNorm(dim)
+        plain.randomize(self)
+
+    def _pos_embed(self, patches: Tensor) -> Tensor:
+        prefix = self.cls_token.expand(len(patches), -1, -1)
+        return torch.cat([prefix, patches.mT], dim=1) + self.pos_embed
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        tokens = self.norm_pre(self._pos_embed(self.patch_embed(images)))
+        return self.norm(self.blocks(tokens))
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        return tokens[:, self.num_prefix_tokens :].mean(dim=1)
+
+
+def timms(**options: Any) -> nn.Module:
+    module = pytest.importorskip(
+        "timm.models.vision_transformer",
+        reason="timm cannot be imported (it needs torchvision)",
+        exc_type=ImportError,
+    )
+    model = module.VisionTransformer(**(SIZES | options)).eval()
+    plain.randomize(model)
+    return model
+
+
+MODELS = {
+    "stand-in": VisionTransformer,
+    "stand-in, no prefix": lambda: VisionTransformer(prefix=0),
+    "timm": timms,
+    "timm, layer scale and registers": lambda: timms(init_values=0.1, reg_tokens=2),
+    "timm, no class token": lambda: timms(class_token=False, global_pool="avg"),
+    "timm, norm before the blocks": lambda: timms(pre_norm=True),
+    "timm, class token without position": lambda: timms(no_embed_class=True),
+}
+
+
+def encode_by_hand(model: Any, images: Tensor, mask: Mask) -> Tensor:
+    """Sample by sample: all tokens get their position, then the hidden ones are deleted."""
+    rows = []
+    for image, hidden in zip(images, mask.is_masked.flatten(1), strict=True):
+        tokens = model._pos_embed(model.patch_embed(image[None]))
+        kept = torch.cat([torch.ones(model.num_prefix_tokens, dtype=torch.bool), ~hidden])
+        rows.append(model.norm(model.blocks(model.norm_pre(tokens[:, kept]))))
+    return torch.cat(rows)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_wrapped_model_without_a_mask_is_forward_features(name, images):
+    model = MODELS[name]()
+    encoder = wrap_timm(model)
+    assert encoder.num_prefix_tokens == model.num_prefix_tokens
+    expected = model.forward_features(images)
+    assert torch.equal(encoder(images), expected)
+    nothing = Mask.from_bool(torch.zeros(2, *GRID, dtype=torch.bool))
+    assert torch.equal(encoder(images, nothing), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_wrapped_model_encodes_the_visible_tokens(name, images):
+    model = MODELS[name]()
+    encoder = wrap_timm(model)
+    mask = masking.uniform(masking.key([0, 1], seed=0), GRID, 0.6)
+    encoded = encoder(images, mask)
+    assert encoded.shape == (2, model.num_prefix_tokens + mask.num_visible, 12)
+    expected = encode_by_hand(model, images, mask)
+    torch.testing.assert_close(encoded, expected, rtol=1e-4, atol=1e-5)
+    assert encoder.pool(encoded).shape == (2, 12)
+
+
+@given(masks(grid=GRID, batch_size=2))
+@torch.no_grad()
+def test_hidden_pixels_do_not_reach_a_wrapped_model(mask):
+    encoder = wrap_timm(VisionTransformer())
+    images = torch.randn(2, 3, 16, 16)
+    hidden = mask.refine(4).is_masked.unsqueeze(1)
+    poisoned = images.masked_fill(hidden, float("nan"))
+    assert torch.equal(encoder(poisoned, mask), encoder(images, mask))
+
+
+@torch.no_grad()
+def test_mimkits_weights_compute_the_same_in_timm(images):
+    ours = ViT(image_size=16, patch_size=4, dim=12, depth=2, heads=3, num_classes=5, pool="token")
+    plain.randomize(ours)
+    model = timms(num_classes=5)
+    converted = to_timm(ours.state_dict())
+    assert converted.dropped == ()
+    model.load_state_dict(converted)
+    mask = masking.uniform(masking.key([0, 1], seed=0), GRID, 0.6)
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(ours(images), model.forward_features(images), **close)
+    torch.testing.assert_close(ours(images, mask), wrap_timm(model)(images, mask), **close)
+    torch.testing.assert_close(ours.head(ours.pool(ours(images))), model(images), **close)
+
+
+@torch.no_grad()
+def test_timms_weights_compute_the_same_in_mimkit(images):
+    model = timms(num_classes=5, global_pool="avg")
+    ours = ViT(image_size=16, patch_size=4, dim=12, depth=2, heads=3, num_classes=5, pool_norm=True)
+    converted = from_timm(model.state_dict())
+    assert converted.dropped == ()
+    ours.load_state_dict(converted)
+    tokens = ours(images)
+    torch.testing.assert_close(ours.head(ours.pool(tokens)), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_reach_the_wrapped_models_weights(images):
+    model = VisionTransformer()
+    mask = masking.uniform(masking.key([0, 1], seed=0), GRID, 0.6)
+    wrap_timm(model)(images, mask).pow(3).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    visible = gather_visible(torch.arange(16.0).expand(2, 16).unsqueeze(2), mask).unique().long()
+    touched = model.pos_embed.grad[0, 1:].ne(0).any(dim=1)
+    assert torch.equal(touched.nonzero().flatten(), visible)
+
+
+@pytest.mark.untyped
+def test_other_models_cannot_be_wrapped():
+    with pytest.raises(TypeError, match=r"Linear is no timm.*'patch_embed', '_pos_embed'"):
+        wrap_timm(nn.Linear(2, 2))
+    model = VisionTransformer()
+    model.patch_drop = nn.Dropout(0.5)
+    model.patch_drop.prob = 0.5
+    with pytest.raises(ValueError, match="patch_drop_rate=0"):
+        wrap_timm(model)
+
+
+@pytest.mark.untyped
+def test_a_mask_of_another_grid_is_refused(images):
+    encoder = wrap_timm(VisionTransformer())
+    # As many tokens, but other places.
+    mask = masking.uniform(masking.key([0, 1], seed=0), (2, 8), 0.5)
+    with pytest.raises(ValueError, match=r"\(2, 8\).*\(4, 4\)"):
+        encoder(images, mask)
