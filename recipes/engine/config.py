@@ -105,6 +105,8 @@ class Options:
         compile: Run the model through torch.compile.
         accumulate: Parts in which a batch goes through the model, to save memory.
         shard: Spread weights over the processes of torchrun (FSDP2) instead of copying them (DDP).
+        non_finite: What to do about a loss that is not finite: "stop", or "rewind" to the last
+            checkpoint and leave out the batch.
         checkpoint_every: Steps between checkpoints; an epoch's by default.
         keep_every: Steps whose multiples are kept; of other checkpoints only the last two are.
         resume: "auto" goes on with the output folder's last checkpoint, "never" insists on a new
@@ -128,6 +130,7 @@ class Options:
     compile: bool = False
     accumulate: int = 1
     shard: bool = False
+    non_finite: Literal["stop", "rewind"] = "stop"
     checkpoint_every: int | None = None
     keep_every: int | None = None
     resume: str = "auto"

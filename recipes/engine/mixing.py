@@ -78,7 +78,9 @@ class Mixing:
 
 def step_generator(*, seed: int, step: int) -> torch.Generator:
     """Make the random generator of a step, on the CPU: a run that goes on needs no other state."""
-    return torch.Generator().manual_seed((seed << 32) + step)
+    # PyTorch's CPU generator looks at the low 32 bits of its seed alone: they must hold both.
+    mixed = np.random.SeedSequence(seed, spawn_key=(step,)).generate_state(1)
+    return torch.Generator().manual_seed(int(mixed[0]))
 
 
 def smooth_targets(

@@ -98,6 +98,16 @@ class RunFolder:
         complete = file.read_text().split("\n")[:-1]
         return [json.loads(line) for line in complete if line]
 
+    def read_skipped(self) -> list[int]:
+        """Return the steps whose batches are skipped, because they gave no finite loss."""
+        file = self.path / "skipped_steps.json"
+        steps: list[int] = json.loads(file.read_text()) if file.exists() else []
+        return steps
+
+    def write_skipped(self, steps: list[int]) -> None:
+        """Write the steps whose batches are skipped."""
+        write_atomically(self.path / "skipped_steps.json", json.dumps(steps) + "\n")
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write `summary.json`, which marks the run as finished."""
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")

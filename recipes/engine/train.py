@@ -24,6 +24,7 @@ from recipes.engine.optim import gradients, parameter_groups, warmup_cosine
 from recipes.engine.run_folder import RunFolder
 
 _LOGS_PER_RUN = 50
+_MAX_SKIPPED = 10
 
 
 def build_model(recipe: Recipe, config: RunConfig) -> nn.Module:
@@ -83,38 +84,102 @@ def train(
     Returns:
         The trained weights, and the ids of images that this process could not read.
     """
-    training = config.training
-    steps_per_epoch, num_steps = count_steps(config, data)
     trainer = Trainer(recipe, config, world, shard=options.shard)
     checkpoints = Checkpoints(folder.path / "checkpoints", world, keep_every=options.keep_every)
     first_step = start_from(options.resume, checkpoints, trainer)
+    unreadable: set[int] = set()
+    while True:
+        try:
+            for batch in _train_from(first_step, trainer, data, folder, checkpoints, options):
+                unreadable.update(batch.unreadable_ids)
+        except NonFiniteError as error:
+            first_step = _rewind(error, trainer, folder, checkpoints, options)
+        else:
+            return whole_weights(trainer.model), sorted(unreadable)
+
+
+def _train_from(
+    first_step: int,
+    trainer: "Trainer",
+    data: DataSet,
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    options: Options,
+) -> Iterator[Batch]:
+    """Make the steps from `first_step` to the end, and yield every batch once it is done.
+
+    Raises:
+        NonFiniteError: A step whose loss or gradient is not finite; it changed nothing.
+    """
+    config, world = trainer.config, trainer.world
+    steps_per_epoch, num_steps = count_steps(config, data)
+    skipped = world.agree(folder.read_skipped())
     if world.is_main:
         folder.start_metrics(first_step=first_step)
+    if options.non_finite == "rewind" and not world.agree(checkpoints.steps()):
+        checkpoints.save(first_step, trainer.model, trainer.optimizer)
     loader = make_loader(
         data.train,
         world=world,
-        batch_size=training.batch_size,
+        batch_size=config.training.batch_size,
         seed=config.seed,
         first_step=first_step,
         num_steps=num_steps,
         workers=options.workers,
         pin_memory=config.device == "cuda",
     )
-    unreadable: set[int] = set()
     meter = _Meter(every=max(num_steps // _LOGS_PER_RUN, 1), num_steps=num_steps, world=world)
     for step, batch in enumerate(meter.watch(loader, first_step), first_step):
-        unreadable.update(batch.unreadable_ids)
         done = step + 1
-        result = trainer.step(batch, step, step / steps_per_epoch)
+        result = None if step in skipped else trainer.step(batch, step, step / steps_per_epoch)
         if result is not None and meter.is_due(done, result):
             row = {"step": done, "epoch": done / steps_per_epoch, **meter.row(done, result)}
             if world.is_main and len(result.images):
-                scores = recipe.baselines(config.model, result.images, result.mask)
+                scores = trainer.recipe.baselines(config.model, result.images, result.mask)
                 row["baselines"] = {name: score.item() for name, score in scores.items()}
                 folder.append_metrics(row)
         if done % (options.checkpoint_every or steps_per_epoch) == 0 or done == num_steps:
             checkpoints.save(done, trainer.model, trainer.optimizer)
-    return whole_weights(trainer.model), sorted(unreadable)
+        yield batch
+
+
+class NonFiniteError(Exception):
+    """A step whose loss or gradient is not finite."""
+
+    def __init__(self, step: int, loss: float, norm: float) -> None:
+        super().__init__(f"the loss of step {step + 1} is {loss}, the norm of its gradient {norm}")
+        self.step = step
+
+
+def _rewind(
+    error: NonFiniteError,
+    trainer: "Trainer",
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    options: Options,
+) -> int:
+    """Go back to the last checkpoint and skip the batch, if that is asked for and helps.
+
+    Raises:
+        UserError: It is not, or it did not the last few times.
+    """
+    steps = trainer.world.agree(checkpoints.steps())
+    safe = f"the checkpoint of step {steps[-1]} is safe" if steps else "no checkpoint was written"
+    if options.non_finite == "stop":
+        raise UserError(
+            f"{error}; {safe}: lower --lr, take --precision fp32, or skip the batch with "
+            "--non-finite rewind"
+        )
+    skipped = sorted({*trainer.world.agree(folder.read_skipped()), error.step})
+    if len(skipped) > _MAX_SKIPPED:
+        raise UserError(f"{error}, after {_MAX_SKIPPED} batches that were skipped; {safe}")
+    if trainer.world.is_main:
+        # On disk, so that a run which is killed and goes on skips the same batches.
+        folder.write_skipped(skipped)
+        print(f"warning: {error}; back to step {steps[-1]}, without its batch", file=sys.stderr)
+    trainer.world.wait()
+    checkpoints.load(steps[-1], trainer.model, trainer.optimizer)
+    return steps[-1]
 
 
 @dataclass(frozen=True)
@@ -171,6 +236,9 @@ class Trainer:
             batch: This process's share of the batch.
             step: Number of the step.
             epoch: Epochs done, a fraction within one.
+
+        Raises:
+            NonFiniteError: The loss or its gradient is not finite; the weights are as they were.
         """
         count = torch.tensor(len(batch.images), device=self.config.device)
         num_images = int(self.world.total(count))
@@ -182,6 +250,8 @@ class Trainer:
         torch.manual_seed(((self.config.seed << 40) + (step << 8) + self.world.rank) % (1 << 63))
         loss = self._backward(images, mask, num_images)
         norm = self._clip()
+        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+            raise NonFiniteError(step, loss.item(), norm.item())
         self.optimizer.step()
         return StepResult(loss, lr, norm, num_images, images, mask)
 

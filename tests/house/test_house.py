@@ -105,11 +105,13 @@ def test_a_wheel_built_from_the_sdist_holds_both_packages_and_nothing_else(tmp_p
     assert not tops & {"runs", ".git", "dist"}
 
 
-def test_doctests_and_the_golden_model_run_with_shapes_and_types_checked() -> None:
+def test_doctests_and_the_rooms_tests_run_with_shapes_and_types_checked() -> None:
     # beartype draws from `random`, which `assert_sampler_conforms` takes for the sampler's doing.
     run_python(
         "import sys, pytest\n"
         "sys.exit(pytest.main(['mimkit', 'recipes/mae.py', 'tests/recipes/test_mae_golden.py',\n"
-        "    '--ignore=mimkit/testing/_samplers.py', '-q', '-p', 'no:cacheprovider',\n"
+        "    'tests/masking', 'tests/patches', 'tests/targets', 'tests/losses', 'tests/nn',\n"
+        "    'tests/interop', '-m', 'not full and not untyped', '-q', '-p', 'no:cacheprovider',\n"
+        "    '--ignore=mimkit/testing/_samplers.py',\n"
         "    '--jaxtyping-packages=mimkit,beartype.beartype']))"
     )

@@ -1,6 +1,7 @@
 """A killed run goes on bit for bit; what must not be overwritten is not."""
 
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -17,10 +18,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from recipes.engine import run
+from mimkit.masking import Mask
+from recipes.engine import Recipe, run
 from recipes.engine.checkpoint import Checkpoints
 from recipes.engine.distributed import World
-from recipes.mae import RECIPE
+from recipes.mae import MAE, RECIPE, MAEOutput
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
@@ -247,3 +249,46 @@ def test_an_unreadable_image_is_left_out_and_named_at_the_end(
     assert "05.png" in printed
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["unreadable_images"] == [str(folder / "05.png")]
+
+
+def spoiled_recipe(spoiled: set[int]) -> Recipe:
+    """MAE whose loss is nan at its n-th forward passes."""
+    calls = itertools.count()
+
+    class Spoiled(MAE):
+        def forward(self, images: torch.Tensor, mask: Mask) -> MAEOutput:
+            output = super().forward(images, mask)
+            factor = float("nan") if next(calls) in spoiled else 1.0
+            return dataclasses.replace(output, loss=output.loss * factor)
+
+    return dataclasses.replace(RECIPE, build=Spoiled)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(
+    pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(spoiled_recipe({5}), "", options(pictures, tmp_path / "run")) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the loss of step 6 is nan")
+    assert "the checkpoint of step 4 is safe" in error
+    assert Checkpoints(tmp_path / "run/checkpoints", World()).steps() == [2, 4]
+
+
+def test_a_run_rewinds_past_a_loss_that_is_not_finite_and_skips_its_batch(
+    pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    arguments = options(pictures, out, "--non-finite", "rewind")
+    assert run(spoiled_recipe({5}), "", arguments) == 0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == [step for step in range(1, STEPS + 1) if step != 6]
+    assert json.loads((out / "skipped_steps.json").read_text()) == [5]
+    assert all(np.isfinite(row["loss"]) for row in rows)
+
+
+def test_a_run_gives_up_when_no_loss_is_finite(
+    pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = options(pictures, tmp_path / "run", "--non-finite", "rewind")
+    assert run(spoiled_recipe(set(range(100))), "", arguments) == 2
+    assert "after 10 batches that were skipped" in capfd.readouterr().err

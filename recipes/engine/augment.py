@@ -1,0 +1,149 @@
+"""Augmentation of labelled images: random crops, RandAugment, random erasing."""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from recipes.engine.errors import UserError
+from recipes.engine.folder import CROP_RATIO, NORMALIZE, model_input
+
+# Of timm and of BYOL's linear probe; pre-training's crops have .2 and more.
+CROP_AREA = (0.08, 1.0)
+RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
+ERASED_AREA = (0.02, 1 / 3)
+ERASED_RATIO = (0.3, 1 / 0.3)
+
+Policy = Callable[[Image.Image], Image.Image]
+
+
+@dataclass(frozen=True, eq=False)
+class Augmentation:
+    """Turns an image file's content into a model input.
+
+    Attributes:
+        attempts: Boxes to draw until one lies inside the image; the last one is cut to fit.
+        policy: RandAugment, or None.
+        erase: Fraction of the images of which a box is replaced by noise.
+    """
+
+    attempts: int = 10
+    policy: Policy | None = None
+    erase: float = 0.0
+
+    def __call__(
+        self, image: Image.Image, size: tuple[int, int], rng: np.random.Generator
+    ) -> Float[Tensor, "3 height width"]:
+        """Crop, flip, recolor and erase; height and width are in pixels."""
+        height, width = size
+        box = random_box(image.width, image.height, rng, attempts=self.attempts)
+        crop = image.crop(box).resize((width, height), Image.Resampling.BICUBIC)
+        if rng.integers(2):
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.policy is not None:
+            with_seed(int(rng.integers(2**32)))
+            crop = self.policy(crop)
+        inputs = model_input(crop)
+        return random_erase(inputs, rng) if rng.uniform() < self.erase else inputs
+
+
+def random_box(
+    width: int, height: int, rng: np.random.Generator, *, attempts: int
+) -> tuple[int, int, int, int]:
+    """Draw left, top, right and bottom of a box of 8-100 % of an image's area, in pixels.
+
+    Args:
+        width: Of the image.
+        height: Of the image.
+        rng: Source of randomness.
+        attempts: Draws until a box lies inside; the last one is cut to fit.
+
+    Source:
+        One attempt: facebookresearch/mae `crop.py`, after BYOL. Ten: timm and torchvision, but for
+        images so long that all ten fail, of which those take the center.
+    """
+    for _ in range(attempts):
+        area = width * height * rng.uniform(*CROP_AREA)
+        ratio = math.exp(rng.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
+        box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            break
+    box_width, box_height = min(max(box_width, 1), width), min(max(box_height, 1), height)
+    left = int(rng.integers(width - box_width + 1))
+    top = int(rng.integers(height - box_height + 1))
+    return left, top, left + box_width, top + box_height
+
+
+def random_erase(
+    inputs: Float[Tensor, "channels height width"], rng: np.random.Generator
+) -> Float[Tensor, "channels height width"]:
+    """Replace a box by noise.
+
+    Source:
+        Zhong et al., arXiv:1708.04896; timm `RandomErasing`, mode "pixel", one box, ten attempts.
+    """
+    height, width = inputs.shape[1:]
+    for _ in range(10):
+        area = height * width * rng.uniform(*ERASED_AREA)
+        ratio = math.exp(rng.uniform(math.log(ERASED_RATIO[0]), math.log(ERASED_RATIO[1])))
+        box_height, box_width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if box_height < height and box_width < width:
+            top = int(rng.integers(height - box_height + 1))
+            left = int(rng.integers(width - box_width + 1))
+            noise = rng.standard_normal((len(inputs), box_height, box_width), dtype=np.float32)
+            erased = inputs.clone()
+            erased[:, top : top + box_height, left : left + box_width] = torch.from_numpy(noise)
+            return erased
+    return inputs
+
+
+def with_seed(seed: int) -> None:
+    """Seed the generators that timm (Python's, NumPy's) and torchvision (PyTorch's) draw from.
+
+    In the training process nothing else draws from them but drop path, seeded in every step.
+    """
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+
+
+def rand_augment(image_size: tuple[int, int]) -> Policy:
+    """Make the RandAugment of MAE's fine-tuning; timm's, or torchvision's which is close to it.
+
+    Args:
+        image_size: Height and width of the images in pixels.
+
+    Raises:
+        UserError: Neither package is installed.
+    """
+    fill = tuple(round(255 * mean) for mean in NORMALIZE.mean)
+    try:
+        from timm.data.auto_augment import rand_augment_transform
+
+        settings = {
+            "translate_const": int(min(image_size) * 0.45),
+            "img_mean": fill,
+            "interpolation": Image.Resampling.BICUBIC,
+        }
+        timm_policy: Policy = rand_augment_transform(RAND_AUGMENT, settings)
+        return timm_policy
+    except ModuleNotFoundError:
+        pass
+    try:
+        from torchvision.transforms import InterpolationMode, RandAugment
+
+        policy: Policy = RandAugment(
+            num_ops=2, magnitude=9, interpolation=InterpolationMode.BICUBIC, fill=list(fill)
+        )
+        return policy
+    except ModuleNotFoundError:
+        raise UserError(
+            "--augment randaugment needs timm or torchvision: pip install timm, "
+            "or choose --augment crop"
+        ) from None

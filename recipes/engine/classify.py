@@ -1,0 +1,181 @@
+"""The training loop of classifiers, and their score."""
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recipes.engine.checkpoint import Checkpoints
+from recipes.engine.commands import CommonOptions
+from recipes.engine.config import RunConfig
+from recipes.engine.distributed import World
+from recipes.engine.errors import UserError
+from recipes.engine.labelled import LabelledData, test_batches
+from recipes.engine.loader import make_loader
+from recipes.engine.mixing import Mixing, step_generator
+from recipes.engine.optim import warmup_cosine
+from recipes.engine.run_folder import RunFolder
+from recipes.engine.train import autocast, count_steps
+
+_LOGS_PER_RUN = 20
+_STEPS_BETWEEN_CHECKPOINTS = 100
+_TEST_BATCH = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """A model to be trained, and how.
+
+    Attributes:
+        model: Maps images to logits; its weights are those that a checkpoint holds.
+        optimizer: Its groups may have an `lr_scale`, a factor of the schedule's rate.
+        mixing: Mixes images, and turns labels into targets.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    mixing: Mixing
+
+
+def fit(
+    classifier: Classifier,
+    config: RunConfig,
+    data: LabelledData,
+    folder: RunFolder,
+    options: CommonOptions,
+) -> list[int]:
+    """Train a classifier from its last checkpoint on, and log its metrics.
+
+    Returns:
+        The ids of images that could not be read.
+    """
+    model = classifier.model.train()
+    steps_per_epoch, num_steps = count_steps(config, data.images)
+    checkpoints = Checkpoints(
+        folder.path / "checkpoints", World(), keep_every=options.keep_every
+    )  # fmt: skip
+    first_step = resume(options, checkpoints, classifier)
+    folder.start_metrics(first_step=first_step)
+    loader = make_loader(
+        data.images.train,
+        world=World(),
+        batch_size=config.training.batch_size,
+        seed=config.seed,
+        first_step=first_step,
+        num_steps=num_steps,
+        workers=options.workers,
+        pin_memory=config.device == "cuda",
+    )
+    checkpoint_every = options.checkpoint_every or max(steps_per_epoch, _STEPS_BETWEEN_CHECKPOINTS)
+    log_every = max(num_steps // _LOGS_PER_RUN, 1)
+    unreadable: set[int] = set()
+    start = time.perf_counter()
+    for done, batch in enumerate(loader, first_step + 1):
+        unreadable.update(batch.unreadable_ids)
+        if len(batch.images):
+            lr = set_lr(classifier.optimizer, config, (done - 1) / steps_per_epoch)
+            loss = train_step(
+                classifier, config, batch.images, data.train_labels[batch.sample_ids], step=done - 1
+            )
+            if done % log_every == 0 or done == num_steps:
+                row = {"step": done, "epoch": done / steps_per_epoch, "loss": loss.item(), "lr": lr}
+                row["seconds"] = time.perf_counter() - start
+                log(folder, row, num_steps)
+        if done % checkpoint_every == 0 or done == num_steps:
+            checkpoints.save(done, model, classifier.optimizer)
+    model.eval()
+    return sorted(unreadable)
+
+
+def resume(options: CommonOptions, checkpoints: Checkpoints, classifier: Classifier) -> int:
+    """Load the last checkpoint, and return its step; 0 without one.
+
+    Raises:
+        UserError: There is one, but a new start was asked for.
+    """
+    steps = checkpoints.steps()
+    if not steps:
+        return 0
+    if options.resume == "never":
+        raise UserError(
+            f"--resume never, but {checkpoints.folder} holds the checkpoint of step {steps[-1]}: "
+            "choose another --out"
+        )
+    checkpoints.load(steps[-1], classifier.model, classifier.optimizer)
+    return steps[-1]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, config: RunConfig, epoch: float) -> float:
+    """Set the learning rates of a moment of the run, and return that of the last layer."""
+    training = config.training
+    lr = warmup_cosine(
+        epoch,
+        lr=config.lr,
+        epochs=training.epochs,
+        warmup_epochs=training.warmup_epochs,
+        min_lr=training.min_lr,
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    return lr
+
+
+def train_step(
+    classifier: Classifier, config: RunConfig, images: Tensor, labels: Tensor, *, step: int
+) -> Tensor:
+    """Make a step on a batch, and return its loss."""
+    generator = step_generator(seed=config.seed, step=step)
+    images, labels = (t.to(config.device, non_blocking=True) for t in (images, labels))
+    images, targets = classifier.mixing(images, labels, generator)
+    # Drop path draws from the global generator: another stream in every step.
+    torch.manual_seed(generator.initial_seed())
+    with autocast(config):
+        logits = classifier.model(images)
+    loss = F.cross_entropy(logits.float(), targets)
+    classifier.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if config.training.clip_grad is not None:
+        nn.utils.clip_grad_norm_(classifier.model.parameters(), config.training.clip_grad)
+    classifier.optimizer.step()
+    return loss.detach()
+
+
+def log(folder: RunFolder, row: dict[str, Any], num_steps: int) -> None:
+    """Write a row of metrics, and show it.
+
+    Raises:
+        UserError: The loss is no number any more.
+    """
+    if not math.isfinite(row["loss"]):
+        raise UserError(
+            f"the loss is {row['loss']} at step {row['step']}: choose a smaller --lr and another "
+            "--out"
+        )
+    folder.append_metrics(row)
+    print(
+        f"{folder.path.name}: step {row['step']}/{num_steps}  loss {row['loss']:.3f}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+@torch.no_grad()
+def score(model: nn.Module, config: RunConfig, data: LabelledData, *, workers: int) -> float:
+    """Return the accuracy on the images to score on, in percent."""
+    model.eval()
+    correct = total = 0
+    for batch in test_batches(data, batch_size=_TEST_BATCH, workers=workers):
+        if len(batch.images):
+            with autocast(config):
+                logits = model(batch.images.to(config.device))
+            labels = data.test_labels[batch.sample_ids]
+            correct += int((logits.argmax(dim=1).cpu() == labels).sum())
+            total += len(labels)
+    if total == 0:
+        raise UserError(f"none of the {len(data.test)} test images of {data.images.name} is read")
+    return 100 * correct / total

@@ -1,0 +1,166 @@
+"""Pre-trained encoders: reading them from files, and checking that they fit."""
+
+import dataclasses
+import hashlib
+import math
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from torch import Tensor
+
+from mimkit.interop import from_official, load_checkpoint
+from mimkit.nn import ViT
+from mimkit.patches import interpolate_positions
+from recipes.engine.errors import UserError
+
+_UNREADABLE = (
+    OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError,
+)  # fmt: skip
+# What stands between the encoder's tokens and classes: pre-training's is not fine-tuning's.
+_LAST_NORM = "norm."
+_CLASSIFIER = ("fc_norm.", "head.")
+
+
+@dataclass(frozen=True)
+class EncoderShape:
+    """Shape of a Vision Transformer, in the words of `nn.ViT`; the defaults are ViT-B/16."""
+
+    image_size: int | tuple[int, ...] = 224
+    patch_size: int | tuple[int, ...] = 16
+    in_channels: int = 3
+    dim: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+
+    def image_axes(self) -> tuple[int, int]:
+        """Return height and width in pixels."""
+        size = self.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height, width
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderFile:
+    """A pre-trained encoder.
+
+    Attributes:
+        path: Where it is.
+        digest: Eight characters that name the content of the file.
+        shape: Its shape.
+        weights: Its weights, under mimkit's names.
+    """
+
+    path: Path
+    digest: str
+    shape: EncoderShape
+    weights: Mapping[str, Tensor]
+
+
+def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
+    """Read an encoder.
+
+    Args:
+        path: An `encoder.safetensors`, or a checkpoint of the authors' MAE.
+        shape: Its shape, where no `config.yaml` beside it tells.
+
+    Raises:
+        UserError: The file cannot be read, or there is no Vision Transformer in it.
+    """
+    if not path.is_file():
+        raise UserError(f"--encoder {path} is no file: give an encoder.safetensors or a checkpoint")
+    try:
+        checkpoint = load_checkpoint(path)
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
+    except _UNREADABLE as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise UserError(f"--encoder {path} cannot be read: {reason}") from error
+    weights = from_official("mae_vit", checkpoint) if isinstance(checkpoint, Mapping) else {}
+    if "patch_embed.proj.weight" not in weights:
+        raise UserError(f"--encoder {path} holds no Vision Transformer")
+    return EncoderFile(path, digest, _shape_beside(path) or shape, weights)
+
+
+def _shape_beside(path: Path) -> EncoderShape | None:
+    """Read the shape from the `config.yaml` of the run that wrote an encoder."""
+    file = path.with_name("config.yaml")
+    if not file.is_file():
+        return None
+    try:
+        model = yaml.safe_load(file.read_text())["model"]
+        values = {field.name: model[field.name] for field in dataclasses.fields(EncoderShape)}
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{file} does not tell the shape of a ViT: move it elsewhere") from error
+    plain = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return EncoderShape(**plain)
+
+
+def build_encoder(shape: EncoderShape, *, seed: int, **options: Any) -> ViT:
+    """Make an untrained encoder with the weights that a seed gives.
+
+    Args:
+        shape: Its shape.
+        seed: The seed.
+        options: Other arguments of `nn.ViT`.
+
+    Raises:
+        UserError: The shape is none.
+    """
+    torch.manual_seed(seed)
+    try:
+        return ViT(**dataclasses.asdict(shape), **options)
+    except ValueError as error:
+        raise UserError(f"no encoder of this shape: {error}") from error
+
+
+def fill_encoder(encoder: ViT, file: EncoderFile) -> None:
+    """Load pre-trained weights; a new norm after pooling and a new head stay as they are.
+
+    The position table is resampled where the encoder is for another image size.
+
+    Raises:
+        UserError: Weights that are missing, left over, or of another shape.
+    """
+    own = encoder.state_dict()
+    wanted = {name for name in own if not name.startswith(_CLASSIFIER)}
+    weights = {
+        name: tensor
+        for name, tensor in file.weights.items()
+        if name in wanted or not name.startswith((_LAST_NORM, *_CLASSIFIER))
+    }
+    advice = "give the --preset of this encoder, or the config.yaml of its run beside it"
+    odd = sorted(wanted ^ weights.keys())
+    if odd:
+        verb = "lacks" if odd[0] in wanted else "has a part that this shape lacks:"
+        raise UserError(f"--encoder {file.path} {verb} {odd[0]}: {advice}")
+    if weights["pos_embed"].shape[1:] != own["pos_embed"].shape[1:]:
+        weights["pos_embed"] = _resampled(weights["pos_embed"], encoder, file)
+    for name, tensor in weights.items():
+        if tensor.shape != own[name].shape:
+            raise UserError(
+                f"--encoder {file.path}: {name} is {tuple(tensor.shape)} "
+                f"where {tuple(own[name].shape)} is wanted: {advice}"
+            )
+    encoder.load_state_dict({**own, **weights})
+
+
+def _resampled(table: Tensor, encoder: ViT, file: EncoderFile) -> Tensor:
+    """Resample a position table to the encoder's grid; as it is where that cannot be done."""
+    num_prefix = encoder.num_prefix_tokens
+    side = math.isqrt(max(table.shape[1] - num_prefix, 0))
+    patch = encoder.patch_embed.patch_size
+    told = tuple(s // p for s, p in zip(file.shape.image_axes(), patch, strict=True))
+    for old_grid in (told, (side, side)):
+        if math.prod(old_grid) + num_prefix == table.shape[1]:
+            resampled = interpolate_positions(
+                table[0], old_grid, encoder.grid, num_prefix=num_prefix
+            )
+            return resampled.unsqueeze(0)
+    return table

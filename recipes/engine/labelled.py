@@ -1,0 +1,198 @@
+"""Labelled images to train a classifier on, and to score it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from recipes.engine.augment import Augmentation
+from recipes.engine.data import (
+    Batch,
+    DataSet,
+    Item,
+    ProbeData,
+    TrainSet,
+    collate,
+    load_data,
+    sample_rng,
+)
+from recipes.engine.errors import UserError
+from recipes.engine.folder import (
+    NORMALIZE,
+    UNREADABLE,
+    ImageFiles,
+    center_crop_to,
+    check_readable,
+    hold_out,
+    list_images,
+    model_input,
+    read_image,
+    relabel,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledData:
+    """Labelled images.
+
+    Attributes:
+        images: The data set; its `train` are the labelled images to train on.
+        train_labels: Class of each of them by sample id, counted from 0.
+        test: Images to score on, one epoch of them, always the same.
+        test_labels: Class of each of those by sample id.
+    """
+
+    images: DataSet
+    train_labels: Int64[Tensor, " train"]
+    test: TrainSet
+    test_labels: Int64[Tensor, " test"]
+
+    @property
+    def num_classes(self) -> int:
+        """Count the classes."""
+        return len(self.images.class_names)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredImages(TrainSet):
+    """Model inputs that are in memory.
+
+    Attributes:
+        inputs: The inputs; a sample id counts them.
+        flip: Whether half of them, drawn anew in each epoch, are mirrored.
+        seed: Seed of the run.
+    """
+
+    inputs: Float[Tensor, "images channels height width"]
+    flip: bool
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: tuple[int, int]) -> Item:
+        epoch, sample_id = index
+        image = self.inputs[sample_id]
+        flipped = self.flip and sample_rng(self.seed, epoch, sample_id).integers(2)
+        return (image.flip(-1) if flipped else image), sample_id
+
+
+@dataclass(frozen=True, eq=False)
+class AugmentedFiles(TrainSet):
+    """Image files, augmented to train on, or their centers to score on.
+
+    Attributes:
+        files: The images; a sample id counts them.
+        image_size: Height and width of a model input in pixels.
+        augmentation: None for the center.
+        seed: Seed of the run.
+        unreadable: Ids of images that this process could not read.
+    """
+
+    files: ImageFiles
+    image_size: tuple[int, int]
+    augmentation: Augmentation | None
+    seed: int
+    unreadable: set[int]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: tuple[int, int]) -> Item:
+        epoch, sample_id = index
+        try:
+            image = read_image(self.files.path(sample_id))
+        except UNREADABLE:
+            self.unreadable.add(sample_id)
+            check_readable(self.files, self.unreadable)
+            return None, sample_id
+        if self.augmentation is None:
+            return model_input(center_crop_to(image, self.image_size)), sample_id
+        rng = sample_rng(self.seed, epoch, sample_id)
+        return self.augmentation(image, self.image_size, rng), sample_id
+
+    def describe(self, sample_id: int) -> str:
+        """Give the path of an image."""
+        return str(self.files.path(sample_id))
+
+
+def load_labelled(
+    name: str, *, image_size: tuple[int, int], augmentation: Augmentation, seed: int
+) -> LabelledData:
+    """Load a labelled data set.
+
+    Args:
+        name: "photos" or "digits", of which 50 crops a class are labelled; or a folder with
+            `train/<class>/<image>`, and `val/<class>/<image>` or else a tenth held out.
+        image_size: Height and width of a model input in pixels.
+        augmentation: Of the images of a folder. Stored photos are mirrored, digits left alone.
+        seed: Seed of everything that is drawn.
+
+    Raises:
+        UserError: There is no such data set, or it has no labels.
+    """
+    if name not in ("photos", "digits") and Path(name).is_dir():
+        return _load_folder(name, image_size, augmentation, seed)
+    data = load_data(name, image_size=image_size, seed=seed)
+    probe: ProbeData | None = data.probe
+    assert probe is not None  # bundled sets have labels
+    images = StoredImages(probe.train_images, flip=name == "photos", seed=seed)
+    test = StoredImages(probe.test_images, flip=False, seed=seed)
+    return LabelledData(
+        _with_train(data, images), probe.train_labels, test, probe.test_labels
+    )  # fmt: skip
+
+
+def _load_folder(
+    name: str, image_size: tuple[int, int], augmentation: Augmentation, seed: int
+) -> LabelledData:
+    folder = Path(name)
+    if not (folder / "train").is_dir():
+        raise UserError(f"--data {name} has no labels: expected train/<class>/<image> in it")
+    train, class_names = list_images(folder / "train", labelled=True)
+    if not class_names:
+        raise UserError(f"--data {name} has no labels: expected train/<class>/<image> in it")
+    if (folder / "val").is_dir():
+        test, val_names = list_images(folder / "val", labelled=True)
+        test = relabel(test, val_names, class_names)
+    else:
+        train, test = hold_out(train, labelled=True)
+    data = DataSet(
+        name=name,
+        in_channels=3,
+        class_names=class_names,
+        train=AugmentedFiles(train, image_size, augmentation, seed, set()),
+        pictures=[],
+        normalize=NORMALIZE,
+        load_probe=None,
+    )
+    return LabelledData(
+        data,
+        torch.from_numpy(train.labels),
+        AugmentedFiles(test, image_size, None, seed, set()),
+        torch.from_numpy(test.labels),
+    )
+
+
+def _with_train(data: DataSet, train: TrainSet) -> DataSet:
+    return DataSet(
+        data.name, data.in_channels, data.class_names, train, [], data.normalize, data.load_probe
+    )
+
+
+def test_batches(data: LabelledData, *, batch_size: int, workers: int) -> Iterator[Batch]:
+    """Load the images to score on, in order."""
+    indices = [(0, sample_id) for sample_id in range(len(data.test))]
+    return iter(
+        DataLoader(
+            data.test,
+            sampler=indices,
+            batch_size=batch_size,
+            num_workers=workers,
+            collate_fn=collate,
+        )
+    )
