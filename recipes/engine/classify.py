@@ -15,7 +15,7 @@ from recipes.engine.commands import CommonOptions
 from recipes.engine.config import RunConfig
 from recipes.engine.distributed import World
 from recipes.engine.errors import UserError
-from recipes.engine.labelled import LabelledData, test_batches
+from recipes.engine.labelled import LabelledData, held_out_batches
 from recipes.engine.loader import make_loader
 from recipes.engine.mixing import Mixing, step_generator
 from recipes.engine.optim import warmup_cosine
@@ -169,7 +169,7 @@ def score(model: nn.Module, config: RunConfig, data: LabelledData, *, workers: i
     """Return the accuracy on the images to score on, in percent."""
     model.eval()
     correct = total = 0
-    for batch in test_batches(data, batch_size=_TEST_BATCH, workers=workers):
+    for batch in held_out_batches(data, batch_size=_TEST_BATCH, workers=workers):
         if len(batch.images):
             with autocast(config):
                 logits = model(batch.images.to(config.device))

@@ -111,6 +111,7 @@ class Options:
         keep_every: Steps whose multiples are kept; of other checkpoints only the last two are.
         resume: "auto" goes on with the output folder's last checkpoint, "never" insists on a new
             start, and a checkpoint's folder begins with that one.
+        tracker: Where metrics go beside metrics.jsonl.
         dry_run: Print configuration, parameters, FLOPs and memory, and stop.
         config: YAML file with any of these options; the command line wins.
     """
@@ -134,6 +135,7 @@ class Options:
     checkpoint_every: int | None = None
     keep_every: int | None = None
     resume: str = "auto"
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     dry_run: bool = False
     config: Path | None = None
 

@@ -85,7 +85,9 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
     weights = from_official("mae_vit", checkpoint) if isinstance(checkpoint, Mapping) else {}
     if "patch_embed.proj.weight" not in weights:
         raise UserError(f"--encoder {path} holds no Vision Transformer")
-    return EncoderFile(path, digest, _shape_beside(path) or shape, weights)
+    in_channels = weights["patch_embed.proj.weight"].shape[1]
+    told = _shape_beside(path) or dataclasses.replace(shape, in_channels=in_channels)
+    return EncoderFile(path, digest, told, weights)
 
 
 def _shape_beside(path: Path) -> EncoderShape | None:

@@ -184,7 +184,7 @@ def _with_train(data: DataSet, train: TrainSet) -> DataSet:
     )
 
 
-def test_batches(data: LabelledData, *, batch_size: int, workers: int) -> Iterator[Batch]:
+def held_out_batches(data: LabelledData, *, batch_size: int, workers: int) -> Iterator[Batch]:
     """Load the images to score on, in order."""
     indices = [(0, sample_id) for sample_id in range(len(data.test))]
     return iter(

@@ -22,6 +22,7 @@ from recipes.engine.errors import UserError
 from recipes.engine.loader import make_loader
 from recipes.engine.optim import gradients, parameter_groups, warmup_cosine
 from recipes.engine.run_folder import RunFolder
+from recipes.engine.tracker import make_tracker
 
 _LOGS_PER_RUN = 50
 _MAX_SKIPPED = 10
@@ -88,13 +89,17 @@ def train(
     checkpoints = Checkpoints(folder.path / "checkpoints", world, keep_every=options.keep_every)
     first_step = start_from(options.resume, checkpoints, trainer)
     unreadable: set[int] = set()
+    tracker = make_tracker(options.tracker if world.is_main else "none", config, folder)
     while True:
         try:
-            for batch in _train_from(first_step, trainer, data, folder, checkpoints, options):
+            for batch, row in _train_from(first_step, trainer, data, folder, checkpoints, options):
                 unreadable.update(batch.unreadable_ids)
+                if row is not None:
+                    tracker.log(row)
         except NonFiniteError as error:
             first_step = _rewind(error, trainer, folder, checkpoints, options)
         else:
+            tracker.close()
             return whole_weights(trainer.model), sorted(unreadable)
 
 
@@ -105,8 +110,8 @@ def _train_from(
     folder: RunFolder,
     checkpoints: Checkpoints,
     options: Options,
-) -> Iterator[Batch]:
-    """Make the steps from `first_step` to the end, and yield every batch once it is done.
+) -> Iterator[tuple[Batch, dict[str, Any] | None]]:
+    """Make the steps from `first_step` to the end; yield every batch and the row logged for it.
 
     Raises:
         NonFiniteError: A step whose loss or gradient is not finite; it changed nothing.
@@ -131,6 +136,7 @@ def _train_from(
     meter = _Meter(every=max(num_steps // _LOGS_PER_RUN, 1), num_steps=num_steps, world=world)
     for step, batch in enumerate(meter.watch(loader, first_step), first_step):
         done = step + 1
+        row = None
         result = None if step in skipped else trainer.step(batch, step, step / steps_per_epoch)
         if result is not None and meter.is_due(done, result):
             row = {"step": done, "epoch": done / steps_per_epoch, **meter.row(done, result)}
@@ -140,7 +146,7 @@ def _train_from(
                 folder.append_metrics(row)
         if done % (options.checkpoint_every or steps_per_epoch) == 0 or done == num_steps:
             checkpoints.save(done, trainer.model, trainer.optimizer)
-        yield batch
+        yield batch, row
 
 
 class NonFiniteError(Exception):
