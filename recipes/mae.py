@@ -174,10 +174,10 @@ PRESETS = {
             decoder_heads=4,
         ),
         Training(
-            epochs=8,
+            epochs=6,
             batch_size=64,
             base_lr=6e-3,
-            warmup_epochs=0.4,
+            warmup_epochs=0.3,
             mask_ratio=0.75,
             clip_grad=1.0,
         ),

@@ -59,7 +59,7 @@ class _MaskedTimmViT(nn.Module):
         model: Any = self.model
         tokens = model._pos_embed(model.patch_embed(images))
         if mask is not None:
-            check_mask(mask, grid_of(images, model.patch_embed.patch_size), len(images))
+            check_mask(mask, grid_of(images, model.patch_embed.patch_size), images)
             tokens = gather_visible(tokens, mask, num_prefix=self.num_prefix_tokens)
         tokens = model.norm_pre(tokens)
         for block in model.blocks:

@@ -202,7 +202,7 @@ def _masked_loss(
 
 
 def _take_masked(name: str, values: Tensor, mask: Mask) -> Tensor:
-    check_batch(mask, values.shape[0])
+    check_batch(mask, values)
     if values.ndim >= 2 and values.shape[1] == mask.num_masked:
         return values
     if values.ndim >= 2 and values.shape[1] == mask.num_tokens:

@@ -84,7 +84,7 @@ class MAEDecoder(nn.Module):
         Raises:
             ValueError: A mask of another grid, or latents that do not fit it.
         """
-        check_mask(mask, self.grid, latent.shape[0])
+        check_mask(mask, self.grid, latent)
         if latent.shape[1] != self.num_prefix + mask.num_visible:
             raise ValueError(
                 f"latent must hold {self.num_prefix} prefix and {mask.num_visible} visible tokens; "

@@ -148,31 +148,38 @@ def gather_patches(
     if not (images.is_floating_point() or images.dtype == torch.uint8):
         raise TypeError(f"images must be floats or uint8; got {images.dtype}")
     grid = grid_of(images, patch_size)
-    check_mask(mask, grid, images.shape[0])
+    check_mask(mask, grid, images)
     patch = per_axis("patch_size", patch_size, len(grid))
     patches = _normalize(_take_patches(images, mask.visible_ids, grid, patch), mean, std)
     return (patches.movedim(2, -1) if _check_order(order) == "p1 p2 c" else patches).flatten(2)
 
 
-def check_mask(mask: Mask, grid: Sequence[int], batch_size: int) -> None:
-    """Check that a mask belongs to a batch of tokens of `grid`.
+def check_mask(mask: Mask, grid: Sequence[int], samples: Shaped[Tensor, "batch ..."]) -> None:
+    """Check that a mask belongs to samples with tokens of `grid`.
 
     Raises:
-        ValueError: Another grid or batch size; with `mimkit.use(check=True)` also wrong ids.
+        ValueError: Another grid, or what `check_batch` raises.
     """
     if mask.grid != tuple(grid):
         raise ValueError(f"the mask has grid {mask.grid}, but the input has grid {tuple(grid)}")
-    check_batch(mask, batch_size)
+    check_batch(mask, samples)
 
 
-def check_batch(mask: Mask, batch_size: int) -> None:
-    """Check that a mask has one row per sample (and valid ids, with `mimkit.use(check=True)`).
+def check_batch(mask: Mask, samples: Shaped[Tensor, "batch ..."]) -> None:
+    """Check that a mask has one row per sample, on their device.
 
     Raises:
-        ValueError: Another batch size or, where values are checked, wrong ids.
+        ValueError: Another batch size or device; with `mimkit.use(check=True)` also wrong ids.
     """
-    if mask.batch_size != batch_size:
-        raise ValueError(f"the mask has {mask.batch_size} samples, but the input has {batch_size}")
+    if mask.batch_size != len(samples):
+        raise ValueError(
+            f"the mask has {mask.batch_size} samples, but the input has {len(samples)}"
+        )
+    if mask.device != samples.device:
+        raise ValueError(
+            f"the mask is on {mask.device}, but the input on {samples.device}: "
+            "draw it there, or move it with mask.to(device)"
+        )
     if Settings.check:
         mask.validate()
 

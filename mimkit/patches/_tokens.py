@@ -89,7 +89,7 @@ def restore(
         [0.0, 1.0, 0.0, 3.0]
     """
     batch, length, dim = visible.shape
-    check_batch(mask, batch)
+    check_batch(mask, visible)
     if length != num_prefix + mask.num_visible:
         raise ValueError(
             f"visible must hold {num_prefix} prefix and {mask.num_visible} visible tokens; "
@@ -127,7 +127,7 @@ def take_rows(
 
 
 def _gather(tokens: Tensor, mask: Mask, ids: Tensor, num_prefix: int) -> Tensor:
-    check_batch(mask, tokens.shape[0])
+    check_batch(mask, tokens)
     if tokens.ndim != 3 or tokens.shape[1] != num_prefix + mask.num_tokens:
         raise ValueError(
             f"tokens must be [batch, {num_prefix + mask.num_tokens}, dim] for grid {mask.grid} "

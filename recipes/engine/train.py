@@ -226,6 +226,7 @@ class Trainer:
         model = build_model(recipe, config).train()
         encoder: Any = model.encoder
         self.grid: tuple[int, ...] = encoder.grid
+        self.image_size: tuple[int, ...] = encoder.image_size
         self.model = distribute(model, world, shard=shard)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, weight_decay=config.training.weight_decay),
@@ -276,6 +277,8 @@ class Trainer:
     def _draw(self, batch: Batch, *, epoch: int) -> tuple[Tensor, Mask]:
         """Move a batch to the device, and draw its masks there."""
         images = batch.images.to(self.config.device, non_blocking=True)
+        if len(images) == 0:  # this process takes part in the step all the same
+            images = images.new_empty(0, self.config.model.in_channels, *self.image_size)
         sample_ids = batch.sample_ids.to(self.config.device, non_blocking=True)
         key = masking.key(sample_ids, seed=self.config.seed, epoch=epoch)
         return images, self.recipe.draw_mask(key, self.grid, self.config.training.mask_ratio)

@@ -337,3 +337,12 @@ IMAGES = make_images(ENCODER)
 def test_what_does_not_fit_is_repeated_in_the_error(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_an_empty_batch_gives_empty_tokens_and_zero_gradients():
+    encoder = ViT(image_size=16, patch_size=4, dim=16, depth=2, heads=2)
+    mask = masking.uniform(masking.key([], seed=0), encoder.grid, 0.75)
+    tokens = encoder(torch.empty(0, 3, 16, 16), mask)
+    assert tokens.shape == (0, 5, 16)
+    tokens.sum().backward()
+    assert all((p.grad == 0).all() for p in encoder.parameters() if p.requires_grad)

@@ -85,9 +85,9 @@ def test_items_do_not_depend_on_the_number_of_workers(photo_set):
         )
         for workers in (0, 2)
     )
-    for (images, ids), (other_images, other_ids) in zip(here, there, strict=True):
-        assert torch.equal(images, other_images)
-        assert torch.equal(ids, other_ids)
+    for batch, other in zip(here, there, strict=True):
+        assert torch.equal(batch.images, other.images)
+        assert torch.equal(batch.sample_ids, other.sample_ids)
 
 
 @pytest.mark.parametrize("name", DRAWN)

@@ -1,11 +1,17 @@
 """The four ways to start a recipe, and what a wrong start says."""
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+
+from recipes.engine import run
+from recipes.mae import MAE, RECIPE
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["--data", "digits", "--max-steps", "2", "--batch-size", "8"]
@@ -19,9 +25,15 @@ def start(command: list[str], cwd: Path, **environment: str) -> subprocess.Compl
     )
 
 
-def test_a_recipe_runs_as_a_script_from_any_folder(tmp_path: Path) -> None:
-    result = start([sys.executable, str(ROOT / "recipes/mae.py"), *SHORT], tmp_path)
-    assert result.returncode == 0, result.stderr
+def test_a_run_writes_all_it_promises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # Few and quick probes: what they measure is tested elsewhere.
+    monkeypatch.setattr("recipes.engine.digits.PROBE_PER_DIGIT", 10)
+    monkeypatch.setattr("recipes.engine.digits.PROBE_TEST", 100)
+    monkeypatch.setattr("recipes.engine.probes.ATTENTIVE_SAMPLES", 640)
+    monkeypatch.chdir(tmp_path)
+    assert run(RECIPE, "", SHORT) == 0
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("mae-tiny-digits-")
     written = {path.name for path in folder.iterdir()}
@@ -34,6 +46,21 @@ def test_a_recipe_runs_as_a_script_from_any_folder(tmp_path: Path) -> None:
         "curves.png",
         "encoder.safetensors",
     }
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["probes"].keys() == {"knn", "linear", "attentive"}
+    for scores in summary["probes"].values():
+        assert scores.keys() == {"trained", "untrained", "pixels"}
+    assert summary["held_out"].keys() == {"loss", "zero", "mean_color", "nearest", "interpolated"}
+    assert "raw pixels" in capfd.readouterr().out
+    encoder = MAE(dataclasses.replace(RECIPE.presets["tiny"].model, in_channels=1)).encoder
+    encoder.load_state_dict(load_file(folder / "encoder.safetensors"))
+
+
+def test_a_recipe_runs_as_a_script_from_any_folder(tmp_path: Path) -> None:
+    script = [str(ROOT / "recipes/mae.py"), *SHORT, "--dry-run"]
+    result = start([sys.executable, *script], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "parameters" in result.stdout
 
 
 def test_a_recipe_runs_under_torchrun(tmp_path: Path) -> None:
@@ -96,9 +123,6 @@ def test_a_mistake_gets_one_clear_line_and_exit_code_2(
     arguments: list[str], says: str, tmp_path: Path, capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from recipes.engine import run
-    from recipes.mae import RECIPE
-
     monkeypatch.chdir(tmp_path)
     assert run(RECIPE, "", [*SHORT, *arguments]) == 2
     printed = capfd.readouterr()
