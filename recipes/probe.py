@@ -1,8 +1,9 @@
-"""Probing of a frozen ViT encoder: k-NN, a linear classifier and an attentive one.
+r"""Probing of a frozen ViT encoder: k-NN, a linear classifier and an attentive one.
 
-    python recipes/mae.py --out runs/mae && python recipes/probe.py --encoder runs/mae/encoder.safetensors
-    python recipes/probe.py --encoder mae_pretrain_vit_base.pth --preset vit_base --protocol paper \\
-        --data /path/to/imagenet
+    python recipes/mae.py --out runs/mae
+    python recipes/probe.py --encoder runs/mae/encoder.safetensors          # a minute on a CPU
+    python recipes/probe.py --preset vit_base --encoder mae_pretrain_vit_base.pth \
+        --data /path/to/imagenet --protocol paper --precision bf16
 
 The protocol "small" fits classifiers to the features of 50 labelled images a class. "paper" trains
 them for 90 epochs on random crops of all images: MAE's linear probe (arXiv:2111.06377, A.1: class
@@ -35,16 +36,17 @@ from mimkit.nn import AttentiveProbe, ViT
 from recipes.engine import Training
 from recipes.engine.augment import Augmentation
 from recipes.engine.classify import Classifier, fit, score
-from recipes.engine.commands import (
-    CommonOptions,
-    check_options,
-    choose_preset,
-    open_encoder,
-    run_command,
-)
-from recipes.engine.config import Options, RunConfig, replace_given, scaled_lr
+from recipes.engine.cli import check_options, choose_preset, run_command
+from recipes.engine.config import RunConfig, replace_given, scaled_lr
 from recipes.engine.data import DataSet, ProbeData, load_data
-from recipes.engine.encoders import EncoderFile, EncoderShape, build_encoder, fill_encoder
+from recipes.engine.encoders import (
+    EncoderFile,
+    EncoderOptions,
+    EncoderShape,
+    build_encoder,
+    fill_encoder,
+    open_encoder,
+)
 from recipes.engine.errors import UserError
 from recipes.engine.labelled import LabelledData, load_labelled
 from recipes.engine.lars import LARS
@@ -60,8 +62,8 @@ _NAMES = {"knn": "k-NN", "linear": "linear", "attentive": "attentive"}
 _ATTENTIVE_HEADS = 12
 
 
-@dataclass(frozen=True)
-class ProbeOptions(CommonOptions):
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions(EncoderOptions):
     """Options of probing.
 
     Attributes:
@@ -258,8 +260,6 @@ def train_probe(
     with RunFolder(path, config) as folder:
         summary = folder.read_summary()
         if summary is None:
-            image, _ = data.test[0, 0]
-            assert image is not None or len(data.test) > 1
             height, width = config.model.image_axes()
             blank = torch.zeros(1, data.images.in_channels, height, width)
             with torch.no_grad():
@@ -311,6 +311,7 @@ def resolve(
     """
     training = _given(preset, "linear", options)
     lr = _lr(options, training)
+    device = check_options(options, epochs=training.epochs, batch_size=training.batch_size, lr=lr)
     return ProbeConfig(
         recipe="probe",
         preset=preset_name,
@@ -320,7 +321,7 @@ def resolve(
         lr=lr,
         max_steps=options.max_steps,
         seed=options.seed,
-        device=check_options(options, training, lr),
+        device=device,
         compile=False,
         accumulate=1,
         encoder=file.digest,
@@ -409,7 +410,7 @@ def run(options: ProbeOptions) -> None:
     if options.dry_run:
         print(yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip())
         return
-    path = options.out or default_path(Options(), config)
+    path = options.out or default_path(config)
     print_summary(probe_encoder(config, preset, file, data, options, path), path)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recipes.engine.checkpoint import Checkpoints
-from recipes.engine.commands import CommonOptions
+from recipes.engine.cli import CommonOptions
 from recipes.engine.config import RunConfig
 from recipes.engine.distributed import World
 from recipes.engine.errors import UserError

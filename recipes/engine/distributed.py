@@ -61,10 +61,15 @@ def rank_from_environment() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def world_size_from_environment() -> int:
+    """Return the number of processes that `torchrun` started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextlib.contextmanager
 def join(device: str) -> Iterator[World]:
     """Join the other processes of `torchrun`: NCCL on GPUs, gloo on CPUs."""
-    world = World(rank_from_environment(), int(os.environ.get("WORLD_SIZE", "1")))
+    world = World(rank_from_environment(), world_size_from_environment())
     if world.size == 1:
         yield world
         return

@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -17,6 +17,8 @@ from torch import Tensor
 from mimkit.interop import from_official, load_checkpoint
 from mimkit.nn import ViT
 from mimkit.patches import interpolate_positions
+from recipes.engine.cli import CommonOptions
+from recipes.engine.distributed import world_size_from_environment
 from recipes.engine.errors import UserError
 
 _UNREADABLE = (
@@ -25,6 +27,36 @@ _UNREADABLE = (
 # What stands between the encoder's tokens and classes: pre-training's is not fine-tuning's.
 _LAST_NORM = "norm."
 _CLASSIFIER = ("fc_norm.", "head.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderOptions(CommonOptions):
+    """Options of what is done to a finished encoder.
+
+    Attributes:
+        encoder: An `encoder.safetensors`, whose shape is in the `config.yaml` beside it, or a
+            checkpoint of the authors' MAE, whose shape is the preset's; "none" for none.
+        resume: "auto" goes on with the output folder's last checkpoint, "never" insists on a new
+            start.
+    """
+
+    encoder: str
+    resume: Literal["auto", "never"] = "auto"
+
+
+def open_encoder(options: EncoderOptions, shape: "EncoderShape") -> "EncoderFile | None":
+    """Read the encoder that `--encoder` names; None for "none".
+
+    Args:
+        options: The options.
+        shape: Its shape, where no `config.yaml` beside it tells.
+
+    Raises:
+        UserError: It cannot be read, or several processes try.
+    """
+    if world_size_from_environment() > 1:
+        raise UserError("this recipe runs in one process: start it without torchrun")
+    return None if options.encoder == "none" else load_encoder(Path(options.encoder), shape)
 
 
 @dataclass(frozen=True)
@@ -100,7 +132,9 @@ def _shape_beside(path: Path) -> EncoderShape | None:
         values = {field.name: model[field.name] for field in dataclasses.fields(EncoderShape)}
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{file} does not tell the shape of a ViT: move it elsewhere") from error
-    plain = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    plain: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
     return EncoderShape(**plain)
 
 

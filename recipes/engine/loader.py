@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from recipes.engine.data import Batch, TrainSet, collate
+from recipes.engine.data import Batch, TrainSet, collate, sample_rng
 from recipes.engine.distributed import World
 
 SINGLE = World()
@@ -29,6 +29,8 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         [[0], [0], [1]]
         >>> batches[1:] == list(EpochBatches(5, batch_size=2, seed=0, first_step=1, num_steps=3))
         True
+        >>> batches == list(EpochBatches(5, batch_size=2, seed=1, first_step=0, num_steps=3))
+        False
     """
 
     def __init__(
@@ -64,9 +66,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         return self.num_steps - self.first_step
 
     def _order(self, epoch: int) -> Tensor:
-        # Seeds of neighbouring epochs and runs must not meet.
-        generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
-        return torch.randperm(self.num_samples, generator=generator)
+        return torch.from_numpy(sample_rng(self.seed, epoch).permutation(self.num_samples))
 
 
 def make_loader(

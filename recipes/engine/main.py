@@ -2,20 +2,14 @@
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from recipes.engine.config import (
-    Options,
-    Recipe,
-    RunConfig,
-    parse_options,
-    print_error,
-    resolve,
-)
+from recipes.engine.cli import run_command
+from recipes.engine.config import Options, Recipe, RunConfig, resolve
 from recipes.engine.data import DataSet, load_data
-from recipes.engine.distributed import World, join, rank_from_environment
+from recipes.engine.distributed import World, join
 from recipes.engine.dry_run import describe
 from recipes.engine.errors import UserError
 from recipes.engine.report import print_summary, write_report
@@ -34,18 +28,13 @@ def run(recipe: Recipe, description: str, arguments: Sequence[str] | None = None
     Returns:
         The exit code: 0, or 2 after a user's mistake, which is told on one line of stderr.
     """
-    try:
-        options = parse_options(
-            sys.argv[1:] if arguments is None else arguments,
-            program=f"recipes/{recipe.name}.py",
-            description=description,
-        )
-        _run(recipe, options)
-    except UserError as error:
-        if rank_from_environment() == 0:
-            print_error(error)
-        return 2
-    return 0
+    return run_command(
+        partial(_run, recipe),
+        Options,
+        name=recipe.name,
+        description=description,
+        arguments=arguments,
+    )
 
 
 def _run(recipe: Recipe, options: Options) -> None:
@@ -60,7 +49,7 @@ def _run(recipe: Recipe, options: Options) -> None:
     build_model(recipe, config)  # a shape that does not fit is found before the folder is made
     with join(config.device) as world:
         _check_batch(config, world)
-        folder = RunFolder(default_path(options, config), config)
+        folder = RunFolder(options.out or default_path(config), config)
         with folder if world.is_main else contextlib.nullcontext():
             summary = world.agree(folder.read_summary())
             if summary is None:

@@ -14,7 +14,7 @@ from typing import IO, Any
 import torch
 import yaml
 
-from recipes.engine.config import Options, RunConfig
+from recipes.engine.config import RunConfig
 from recipes.engine.errors import UserError
 
 
@@ -119,10 +119,8 @@ class RunFolder:
         return summary
 
 
-def default_path(options: Options, config: RunConfig) -> Path:
-    """Return the folder that `--out` names, or one named after the configuration."""
-    if options.out is not None:
-        return options.out
+def default_path(config: RunConfig) -> Path:
+    """Name a folder after a configuration."""
     data = Path(config.data).name or "folder"
     return Path("runs") / f"{config.recipe}-{config.preset}-{data}-{config.digest()}"
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -254,7 +255,7 @@ class Trainer:
         lr = self._set_lr(epoch)
         images, mask = self._draw(batch, epoch=int(epoch))
         # Drop path draws from the global generator: another stream in every step and process.
-        torch.manual_seed(((self.config.seed << 40) + (step << 8) + self.world.rank) % (1 << 63))
+        torch.manual_seed(_stream(self.config.seed, step, self.world.rank))
         loss = self._backward(images, mask, num_images)
         norm = self._clip()
         if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
@@ -306,6 +307,11 @@ class Trainer:
                 self.model.parameters(), self.config.training.clip_grad, norm
             )
         return norm
+
+
+def _stream(seed: int, *key: int) -> int:
+    """Mix integers into a seed for PyTorch, whose CPU generator looks at 32 bits of it only."""
+    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1)[0])
 
 
 def start_from(resume: str, checkpoints: Checkpoints, trainer: Trainer) -> int:

@@ -1,61 +1,50 @@
-"""The command line of what is done to a finished encoder: fine-tuning and probing."""
+"""The command line of every recipe: options in dataclasses, a YAML file beneath them."""
 
 import contextlib
 import dataclasses
 import io
 import math
-import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 import tyro
 import yaml
 
-from recipes.engine.config import (
-    Precision,
-    Training,
-    _check_positive,
-    _config_path,
-    _one_line,
-    _resolve_device,
-    print_error,
-)
-from recipes.engine.encoders import EncoderFile, EncoderShape, load_encoder
+from recipes.engine.distributed import rank_from_environment
 from recipes.engine.errors import UserError
 
-OptionsType = TypeVar("OptionsType", bound="CommonOptions")
+Precision = Literal["fp32", "bf16"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CommonOptions:
-    """Options of fine-tuning and probing; what is not given comes from the preset.
+    """Options that every recipe has; what is not given comes from the preset.
 
     Attributes:
-        encoder: An `encoder.safetensors`, whose shape is in the `config.yaml` beside it, or a
-            checkpoint of the authors' MAE, whose shape is the preset's.
-        preset: Shape of an encoder without `config.yaml`, and how it is trained.
-        data: "photos", "digits", or a folder with train/<class> and, if need be, val/<class>.
+        preset: Model and schedule.
+        data: "photos", "digits", or a folder of images.
         out: Output folder; by default runs/<recipe>-<preset>-<data>-<hash of the configuration>.
         epochs: Length of the run.
         max_steps: Stop after this many optimizer steps; the schedule is that of the whole run.
         batch_size: Images per optimizer step.
         lr: Highest learning rate, not scaled with the batch.
-        seed: Seed of weights, order, augmentation and mixing.
+        seed: Seed of weights, order, augmentation and masks.
         device: Where to train; "auto" takes a GPU if there is one.
         precision: fp32, or bf16 for bfloat16 autocast.
         workers: Processes that load images; 0 loads in the training process.
-        checkpoint_every: Steps between checkpoints; by default an epoch's, or 100 if that is more.
+        checkpoint_every: Steps between checkpoints; an epoch's by default.
         keep_every: Steps whose multiples are kept; of other checkpoints only the last two are.
         resume: "auto" goes on with the output folder's last checkpoint, "never" insists on a new
-            start.
-        dry_run: Print configuration, parameters and steps, and stop.
+            start, and a checkpoint's folder begins with that one.
+        dry_run: Print what the run would be, and stop.
         config: YAML file with any of these options; the command line wins.
     """
 
-    encoder: str
     preset: str | None = None
     data: str = "photos"
     out: Path | None = None
@@ -69,9 +58,13 @@ class CommonOptions:
     workers: int = 0
     checkpoint_every: int | None = None
     keep_every: int | None = None
-    resume: Literal["auto", "never"] = "auto"
+    resume: str = "auto"
     dry_run: bool = False
     config: Path | None = None
+
+
+OptionsType = TypeVar("OptionsType", bound=CommonOptions)
+PresetType = TypeVar("PresetType")
 
 
 def run_command(
@@ -82,7 +75,7 @@ def run_command(
     description: str,
     arguments: Sequence[str] | None,
 ) -> int:
-    """Run a command.
+    """Run a command with the options of a command line.
 
     Args:
         command: What to do with the options.
@@ -95,10 +88,8 @@ def run_command(
         The exit code: 0, or 2 after a user's mistake, which is told on one line of stderr.
     """
     try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(f"recipes/{name}.py runs in one process: start it without torchrun")
         command(
-            parse(
+            parse_options(
                 options_type,
                 sys.argv[1:] if arguments is None else arguments,
                 program=f"recipes/{name}.py",
@@ -106,12 +97,13 @@ def run_command(
             )
         )
     except UserError as error:
-        print_error(error)
+        if rank_from_environment() == 0:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
 
-def parse(
+def parse_options(
     options_type: type[OptionsType], arguments: Sequence[str], *, program: str, description: str
 ) -> OptionsType:
     """Read the command line, on top of the YAML file that `--config` names.
@@ -119,7 +111,7 @@ def parse(
     Raises:
         UserError: An unknown option or one that cannot be read, in either place.
     """
-    from_file = yaml_arguments(_config_path(arguments), options_type)
+    from_file = _yaml_arguments(_config_path(arguments), options_type)
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
@@ -135,12 +127,64 @@ def parse(
         raise UserError(_one_line(messages.getvalue())) from None
 
 
-def yaml_arguments(path: Path | None, options_type: type[Any]) -> list[str]:
-    """Turn a YAML file into the arguments that would say the same on the command line.
+def choose_preset(
+    options: CommonOptions, presets: Mapping[str, PresetType]
+) -> tuple[str, PresetType]:
+    """Return the preset that was asked for, or the first one, with its name.
 
     Raises:
-        UserError: A file that cannot be read, or an unknown key.
+        UserError: There is none of that name.
     """
+    name = options.preset or next(iter(presets))
+    if name not in presets:
+        raise UserError(f"no preset {name!r}: choose {', '.join(presets)}")
+    return name, presets[name]
+
+
+def check_options(options: CommonOptions, *, epochs: int, batch_size: int, lr: float) -> str:
+    """Check the numbers that a run will use, and return its device.
+
+    Raises:
+        UserError: A number out of range, or a device that is not there.
+    """
+    check_positive("epochs", epochs)
+    check_positive("batch-size", batch_size)
+    for name in ("max_steps", "checkpoint_every", "keep_every"):
+        if getattr(options, name) is not None:
+            check_positive(name.replace("_", "-"), getattr(options, name))
+    if not (lr > 0 and math.isfinite(lr)):
+        raise UserError(f"--lr {lr} is no learning rate: give a positive number")
+    for name in ("seed", "workers"):
+        if getattr(options, name) < 0:
+            raise UserError(f"--{name} {getattr(options, name)} is negative: give 0 or more")
+    if options.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no GPU here; choose cpu or auto")
+    return options.device
+
+
+def check_positive(name: str, value: int) -> None:
+    """Check an option that must be 1 or more.
+
+    Raises:
+        UserError: It is less.
+    """
+    if value < 1:
+        raise UserError(f"--{name} {value} is too small: give 1 or more")
+
+
+def _config_path(arguments: Sequence[str]) -> Path | None:
+    for position, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            return Path(argument.removeprefix("--config="))
+        if argument == "--config" and position + 1 < len(arguments):
+            return Path(arguments[position + 1])
+    return None
+
+
+def _yaml_arguments(path: Path | None, options_type: type[Any]) -> list[str]:
+    """Turn a YAML file into the arguments that would say the same on the command line."""
     if path is None:
         return []
     try:
@@ -166,50 +210,8 @@ def yaml_arguments(path: Path | None, options_type: type[Any]) -> list[str]:
     return arguments
 
 
-PresetType = TypeVar("PresetType")
-
-
-def choose_preset(
-    options: CommonOptions, presets: Mapping[str, PresetType]
-) -> tuple[str, PresetType]:
-    """Return the preset that was asked for, or the first one, with its name.
-
-    Raises:
-        UserError: There is none of that name.
-    """
-    name = options.preset or next(iter(presets))
-    if name not in presets:
-        raise UserError(f"no preset {name!r}: choose {', '.join(presets)}")
-    return name, presets[name]
-
-
-def open_encoder(options: CommonOptions, shape: EncoderShape) -> EncoderFile | None:
-    """Read the encoder that `--encoder` names; None for "none".
-
-    Args:
-        options: The options.
-        shape: Its shape, where no `config.yaml` beside it tells.
-
-    Raises:
-        UserError: It cannot be read.
-    """
-    return None if options.encoder == "none" else load_encoder(Path(options.encoder), shape)
-
-
-def check_options(options: CommonOptions, training: Training, lr: float) -> str:
-    """Check what was asked for, and return the device.
-
-    Raises:
-        UserError: A number out of range, or a device that is not there.
-    """
-    _check_positive("epochs", training.epochs)
-    _check_positive("batch-size", training.batch_size)
-    for name in ("max_steps", "checkpoint_every", "keep_every"):
-        if getattr(options, name) is not None:
-            _check_positive(name.replace("_", "-"), getattr(options, name))
-    if not (lr > 0 and math.isfinite(lr)):
-        raise UserError(f"--lr {lr} is no learning rate: give a positive number")
-    for name in ("seed", "workers"):
-        if getattr(options, name) < 0:
-            raise UserError(f"--{name} {getattr(options, name)} is negative: give 0 or more")
-    return _resolve_device(options.device)
+def _one_line(message: str) -> str:
+    """Take the sentences out of tyro's framed message."""
+    lines = (re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in message.splitlines())
+    sentences = [line for line in lines if line and not re.match(r"^[╭╰─+\-]", line)]
+    return " ".join(sentences) if sentences else "the command line cannot be read"
