@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 if __name__ == "__main__":
-    # Threads that spin while they wait bring a busy machine to a crawl; read when torch loads.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin for long while they wait bring a busy machine to a crawl.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # read when torch loads
     if not __package__:  # a script: the same as `python -m recipes.mae` from the root
         sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -175,8 +175,8 @@ PRESETS = {
         ),
         Training(
             epochs=6,
-            batch_size=64,
-            base_lr=6e-3,
+            batch_size=32,
+            base_lr=8e-3,
             warmup_epochs=0.3,
             mask_ratio=0.75,
             clip_grad=1.0,
