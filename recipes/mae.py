@@ -1,6 +1,6 @@
 """MAE: Masked Autoencoders Are Scalable Vision Learners (He et al., arXiv:2111.06377).
 
-    python recipes/mae.py                                             # two minutes on a CPU
+    python recipes/mae.py                                             # a few minutes on a CPU
     python recipes/mae.py --preset vit_base --data /path/to/imagenet --precision bf16
 
 An encoder sees the visible quarter of an image's patches; a light decoder predicts the pixels of
@@ -161,7 +161,7 @@ def baselines(
 PAPER = Training(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40, mask_ratio=0.75)
 
 PRESETS = {
-    # About two minutes on two CPU cores.
+    # Two to four minutes on two CPU cores, probes included.
     "tiny": Preset(
         MAEConfig(
             image_size=32,
