@@ -1,5 +1,6 @@
 """What is hidden: masks, the keys they are functions of, and the samplers that draw them."""
 
+from mimkit.masking import stats
 from mimkit.masking._counts import num_masked
 from mimkit.masking._dataset import with_ids
 from mimkit.masking._key import Key, fresh_key, key
@@ -17,6 +18,7 @@ __all__ = [
     "num_masked",
     "philox4x32",
     "square",
+    "stats",
     "uniform",
     "with_ids",
 ]
