@@ -3,6 +3,17 @@
 from mimkit.nn._decoders import MAEDecoder, PixelHead
 from mimkit.nn._layers import TransformerBlock
 from mimkit.nn._probes import AttentiveProbe
+from mimkit.nn._relative import RelativePositionBias
+from mimkit.nn._swin import SwinTransformer
 from mimkit.nn._vit import PatchEmbed, ViT
 
-__all__ = ["AttentiveProbe", "MAEDecoder", "PatchEmbed", "PixelHead", "TransformerBlock", "ViT"]
+__all__ = [
+    "AttentiveProbe",
+    "MAEDecoder",
+    "PatchEmbed",
+    "PixelHead",
+    "RelativePositionBias",
+    "SwinTransformer",
+    "TransformerBlock",
+    "ViT",
+]
