@@ -11,7 +11,8 @@ Every random decision of a sampler is a 32-bit word of the counter-based generat
 `uniform` ranks the tokens of a sample by `(word << 16) | token`; the lowest stay visible. So a mask
 is a function of (seed, epoch, sample id) alone, the same on every device and for any batching.
 `blockwise` reads area, aspect ratio, top and left of its n-th block from the four words of block n
-of stream 2, and ranks what it masks singly by stream 3. A change of any of this is a new version of the format.
+of stream 2, and ranks by stream 3 the tokens that it masks singly. A change of any of this is a new
+version of the format.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Random123.
 """
