@@ -26,11 +26,11 @@ if __name__ == "__main__":
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from mimkit import losses, masking, targets, viz
+from mimkit import losses, targets, viz
 from mimkit._containers import container
 from mimkit.masking import Mask
 from mimkit.nn import MAEDecoder, PixelHead, ViT
-from recipes.engine import Preset, Recipe, Training, run
+from recipes.engine import Masking, Preset, Recipe, Training, run
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class MAE(nn.Module):
 
     Example:
         >>> import torch
+        >>> from mimkit import masking
         >>> model = MAE(MAEConfig(image_size=32, patch_size=8, dim=64, depth=2, heads=4,
         ...                       decoder_dim=32, decoder_depth=1, decoder_heads=4))
         >>> mask = masking.uniform(masking.key([0, 1], seed=0), model.encoder.grid, 0.75)
@@ -158,7 +159,8 @@ def baselines(
     return losses.baselines(images, mask, config.patch_size, normalize=config.normalize)
 
 
-PAPER = Training(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40, mask_ratio=0.75)
+PAPER = Training(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40)
+MASKING = Masking(mask_ratio=0.75)
 
 PRESETS = {
     # Two to four minutes on two CPU cores, probes included.
@@ -178,14 +180,16 @@ PRESETS = {
             batch_size=32,
             base_lr=8e-3,
             warmup_epochs=0.3,
-            mask_ratio=0.75,
             clip_grad=1.0,
         ),
+        MASKING,
     ),
-    "vit_base": Preset(MAEConfig(image_size=224), PAPER),
-    "vit_large": Preset(MAEConfig(image_size=224, dim=1024, depth=24, heads=16), PAPER),
+    "vit_base": Preset(MAEConfig(image_size=224), PAPER, MASKING),
+    "vit_large": Preset(MAEConfig(image_size=224, dim=1024, depth=24, heads=16), PAPER, MASKING),
     "vit_huge": Preset(
-        MAEConfig(image_size=224, patch_size=14, dim=1280, depth=32, heads=16), PAPER
+        MAEConfig(image_size=224, patch_size=14, dim=1280, depth=32, heads=16),
+        PAPER,
+        MASKING,
     ),
 }
 
@@ -193,7 +197,6 @@ RECIPE = Recipe(
     name="mae",
     presets=PRESETS,
     build=MAE,
-    draw_mask=masking.uniform,
     baselines=baselines,
     reconstruct=reconstruct,
     note="Predicted patches are normalised; here they have the ground truth's patch statistics.",

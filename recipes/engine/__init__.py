@@ -2,5 +2,6 @@
 
 from recipes.engine.config import Preset, Recipe, Training
 from recipes.engine.main import run
+from recipes.engine.masks import Masking
 
-__all__ = ["Preset", "Recipe", "Training", "run"]
+__all__ = ["Masking", "Preset", "Recipe", "Training", "run"]
