@@ -15,7 +15,13 @@ from torch.nn import functional as F
 
 from mimkit._grids import as_sizes, count_tokens, divide, per_axis
 from mimkit.masking import Mask
-from mimkit.nn._layers import NORM_EPS, TransformerBlock, drop_path_rates, xavier_linear
+from mimkit.nn._layers import (
+    NORM_EPS,
+    QKVBias,
+    TransformerBlock,
+    drop_path_rates,
+    xavier_linear,
+)
 from mimkit.patches import gather_patches, patchify, sincos_positions
 
 
@@ -100,6 +106,9 @@ class ViT(nn.Module):
         pool_norm: Whether the last LayerNorm comes after pooling (`fc_norm`, as in MAE's and timm's
             fine-tuning by mean) instead of before (`norm`).
         learn_positions: Whether the position table, sine-cosine at first, is trained.
+        first_axis: Which axis comes first in that table: "column" (MAE) or "row" (CAE).
+        layer_scale: First value of the learned factors of every residual branch; `None` for none.
+        qkv_bias: `True` for biases of queries, keys and values; "qv" for all but the keys.
         num_classes: Width of `head`, a linear classifier for pooled tokens; 0 for none.
 
     Attributes:
@@ -137,6 +146,9 @@ class ViT(nn.Module):
         pool: Literal["mean", "token"] = "mean",
         pool_norm: bool = False,
         learn_positions: bool = False,
+        first_axis: Literal["column", "row"] = "column",
+        layer_scale: float | None = None,
+        qkv_bias: QKVBias = True,
         num_classes: int = 0,
     ) -> None:
         super().__init__()
@@ -155,11 +167,20 @@ class ViT(nn.Module):
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
         self.pos_embed = nn.Parameter(
-            position_table(dim, self.grid, num_prefix=self.num_prefix_tokens),
+            position_table(
+                dim, self.grid, num_prefix=self.num_prefix_tokens, first_axis=first_axis
+            ),
             requires_grad=learn_positions,
         )
         self.blocks = nn.ModuleList(
-            TransformerBlock(dim=dim, heads=heads, mlp_ratio=mlp_ratio, drop_path=rate)
+            TransformerBlock(
+                dim=dim,
+                heads=heads,
+                mlp_ratio=mlp_ratio,
+                drop_path=rate,
+                layer_scale=layer_scale,
+                qkv_bias=qkv_bias,
+            )
             for rate in drop_path_rates(drop_path, depth)
         )
         self.norm = nn.Identity() if pool_norm else nn.LayerNorm(dim, eps=NORM_EPS)
@@ -219,8 +240,12 @@ def image_axes(image_size: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def position_table(
-    dim: int, grid: Sequence[int], *, num_prefix: int
+    dim: int,
+    grid: Sequence[int],
+    *,
+    num_prefix: int,
+    first_axis: Literal["column", "row"] = "column",
 ) -> Float[Tensor, "1 prefix_and_tokens dim"]:
-    """Make MAE's sine-cosine table, with zeros for the prefix tokens."""
-    table = sincos_positions(dim, grid)
+    """Make a sine-cosine table, with zeros for the prefix tokens."""
+    table = sincos_positions(dim, grid, first_axis=first_axis)
     return torch.cat([torch.zeros(num_prefix, dim), table]).unsqueeze(0)
