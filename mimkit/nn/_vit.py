@@ -102,6 +102,7 @@ class ViT(nn.Module):
             fine-tuning by mean) instead of before (`norm`).
         absolute_positions: Whether position embeddings are added to the tokens.
         learn_positions: Whether their table, sine-cosine at first, is trained.
+        first_axis: Which axis comes first in that table: "column" (MAE) or "row" (CAE).
         relative_positions: Learned biases of attention for the offset between two tokens:
             "shared" by all blocks, or each "block" its own.
         layer_scale: What the learned factors of all residual branches are at first; `None` for no
@@ -146,6 +147,7 @@ class ViT(nn.Module):
         pool_norm: bool = False,
         absolute_positions: bool = True,
         learn_positions: bool = False,
+        first_axis: Literal["column", "row"] = "column",
         relative_positions: Literal["shared", "block"] | None = None,
         layer_scale: float | None = None,
         qkv_bias: QKVBias = True,
@@ -172,7 +174,9 @@ class ViT(nn.Module):
             nn.init.normal_(self.cls_token, std=0.02)
         self.pos_embed = (
             nn.Parameter(
-                position_table(dim, self.grid, num_prefix=self.num_prefix_tokens),
+                position_table(
+                    dim, self.grid, num_prefix=self.num_prefix_tokens, first_axis=first_axis
+                ),
                 requires_grad=learn_positions,
             )
             if absolute_positions
@@ -284,8 +288,12 @@ def image_axes(image_size: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def position_table(
-    dim: int, grid: Sequence[int], *, num_prefix: int
+    dim: int,
+    grid: Sequence[int],
+    *,
+    num_prefix: int,
+    first_axis: Literal["column", "row"] = "column",
 ) -> Float[Tensor, "1 prefix_and_tokens dim"]:
-    """Make MAE's sine-cosine table, with zeros for the prefix tokens."""
-    table = sincos_positions(dim, grid)
+    """Make a sine-cosine table, with zeros for the prefix tokens."""
+    table = sincos_positions(dim, grid, first_axis=first_axis)
     return torch.cat([torch.zeros(num_prefix, dim), table]).unsqueeze(0)
