@@ -1,6 +1,6 @@
 """Modules built from the rooms below."""
 
-from mimkit.nn._decoders import MAEDecoder, PixelHead
+from mimkit.nn._decoders import CrossDecoder, MAEDecoder, PixelHead
 from mimkit.nn._layers import TransformerBlock
 from mimkit.nn._probes import AttentiveProbe
 from mimkit.nn._relative import RelativePositionBias
@@ -9,6 +9,7 @@ from mimkit.nn._vit import PatchEmbed, ViT
 
 __all__ = [
     "AttentiveProbe",
+    "CrossDecoder",
     "MAEDecoder",
     "PatchEmbed",
     "PixelHead",

@@ -114,7 +114,7 @@ class SwinTransformer(nn.Module):
         images: Float[Tensor, "batch channels height width"],
         mask: Mask | None = None,
         *,
-        mask_token: Float[Tensor, "1 1 dim"] | None = None,
+        mask_token: Float[Tensor, "*_ dim"] | None = None,
     ) -> Float[Tensor, "batch tokens out_dim"]:
         """Encode images, masked patches replaced by the mask token.
 

@@ -207,7 +207,7 @@ class ViT(nn.Module):
         images: Float[Tensor, "batch channels *spatial"],
         mask: Mask | None = None,
         *,
-        mask_token: Float[Tensor, "1 1 dim"] | None = None,
+        mask_token: Float[Tensor, "*_ dim"] | None = None,
     ) -> Float[Tensor, "batch prefix_and_tokens dim"]:
         """Encode images: their visible patches under a mask, all patches without one.
 
@@ -269,7 +269,7 @@ class ViT(nn.Module):
 def fill_in(
     tokens: Float[Tensor, "batch visible dim"],
     mask: Mask | None,
-    mask_token: Float[Tensor, "1 1 dim"],
+    mask_token: Float[Tensor, "*_ dim"],
 ) -> Float[Tensor, "batch tokens dim"]:
     """Put visible tokens in their places and a mask token in all others.
 
