@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from mimkit.interop import _simmim
+
 
 class Converted(dict[str, Tensor]):
     """A name -> tensor dictionary that knows what was left out.
@@ -50,7 +52,10 @@ def from_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
 
     Args:
         method: "mae" (loads into `recipes.mae.MAE`) or "mae_vit" (the fine-tuning or probing
-            encoder, loads into `nn.ViT`; a pre-training checkpoint gives its encoder).
+            encoder, loads into `nn.ViT`; a pre-training checkpoint gives its encoder). "simmim_vit"
+            and "simmim_swin" (load into `recipes.simmim.SimMIM`), "simmim_vit_finetune" and
+            "simmim_swin_finetune" (into `nn.ViT` and `nn.SwinTransformer`; a pre-training
+            checkpoint gives its encoder, the shared table of relative positions in every block).
         state_dict: Name -> tensor, or the checkpoint around it (`{"model": ...}`).
 
     Returns:
@@ -66,8 +71,11 @@ def from_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
         >>> list(converted), converted.dropped
         (['cls_token'], ('mask_token',))
     """
+    if method in _simmim.METHODS:
+        converted, dropped = _simmim.from_official(method, unwrap(state_dict))
+        return Converted(converted, tuple(dropped))
     pairs = _pairs(method)
-    return rename(unwrap(state_dict), lambda name: _replace_prefix(name, pairs))
+    return rename(unwrap(state_dict), lambda name: _simmim.replace_prefix(name, pairs))
 
 
 def to_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
@@ -85,8 +93,11 @@ def to_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
         >>> list(to_official("mae", {"head.weight": torch.zeros(12, 4)}))
         ['decoder_pred.weight']
     """
+    if method in _simmim.METHODS:
+        converted, dropped = _simmim.to_official(method, unwrap(state_dict))
+        return Converted(converted, tuple(dropped))
     pairs = tuple((ours, theirs) for theirs, ours in _pairs(method))
-    return rename(unwrap(state_dict), lambda name: _replace_prefix(name, pairs))
+    return rename(unwrap(state_dict), lambda name: _simmim.replace_prefix(name, pairs))
 
 
 def unwrap(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -105,12 +116,6 @@ def rename(tensors: Mapping[str, Tensor], new_name: Callable[[str], str | None])
 
 def _pairs(method: str) -> tuple[tuple[str, str], ...]:
     if method not in _RENAMES:
-        raise ValueError(f"method must be one of {sorted(_RENAMES)}; got {method!r}")
+        known = sorted({*_RENAMES, *_simmim.METHODS})
+        raise ValueError(f"method must be one of {known}; got {method!r}")
     return _RENAMES[method]
-
-
-def _replace_prefix(name: str, pairs: tuple[tuple[str, str], ...]) -> str | None:
-    for old, new in pairs:
-        if name == old or (old.endswith(".") and name.startswith(old)):
-            return new + name[len(old) :]
-    return None

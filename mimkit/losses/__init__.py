@@ -1,6 +1,19 @@
 """How a prediction is scored."""
 
 from mimkit.losses._baselines import baselines
-from mimkit.losses._masked import masked_l1, masked_mse, masked_pixel_loss, masked_smooth_l1
+from mimkit.losses._masked import (
+    masked_cross_entropy,
+    masked_l1,
+    masked_mse,
+    masked_pixel_loss,
+    masked_smooth_l1,
+)
 
-__all__ = ["baselines", "masked_l1", "masked_mse", "masked_pixel_loss", "masked_smooth_l1"]
+__all__ = [
+    "baselines",
+    "masked_cross_entropy",
+    "masked_l1",
+    "masked_mse",
+    "masked_pixel_loss",
+    "masked_smooth_l1",
+]

@@ -5,11 +5,14 @@ Every random decision of a sampler is a 32-bit word of the counter-based generat
     key      = (seed bits 0-31, seed bits 32-63)
     counter  = ((stream << 16) | token // 4, epoch, sample id bits 0-31, sample id bits 32-63)
     word     = output[token % 4]
-    stream   = (sampler << 8) | view               sampler: 0 uniform, 1 square
+    stream   = (sampler << 8) | view               sampler: 0 uniform, 1 square,
+                                                   2 and 3 blockwise
 
 `uniform` ranks the tokens of a sample by `(word << 16) | token`; the lowest stay visible. So a mask
 is a function of (seed, epoch, sample id) alone, the same on every device and for any batching.
-A change of any of this is a new version of the format.
+`blockwise` reads area, aspect ratio, top and left of its n-th block from the four words of block n
+of stream 2, and ranks by stream 3 the tokens that it masks singly. A change of any of this is a new
+version of the format.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Random123.
 """
@@ -70,20 +73,24 @@ def _product(word: Words, multiplier: int) -> tuple[Words, Words]:
     return (product >> 32) + word, product & _M32
 
 
-def random_words(key: Key, num_words: int, *, sampler: int) -> Int64[Tensor, "batch words"]:
+def random_words(
+    key: Key, num_words: int, *, sampler: int, first_block: int = 0
+) -> Int64[Tensor, "batch words"]:
     """Draw `num_words` 32-bit words for every sample of `key`, in the public format.
 
     Args:
         key: Seed, epoch, view and sample ids.
         num_words: Words per sample, at most 65536.
         sampler: Number of the sampler in the format, so that no two samplers share words.
+        first_block: Blocks of four words to skip.
 
     Returns:
         Values in [0, 2**32).
     """
     seed, epoch = key.seed_and_epoch.unbind()
     stream = (sampler << 8) | key.view_index
-    blocks = torch.arange((num_words + 3) // 4, device=key.device) | (stream << 16)
+    last_block = first_block + (num_words + 3) // 4
+    blocks = torch.arange(first_block, last_block, device=key.device) | (stream << 16)
     sample = key.sample_ids.unsqueeze(1)
     words = philox4x32(
         (seed & _M32, (seed >> 32) & _M32),

@@ -3,6 +3,8 @@
 from mimkit.nn._decoders import CrossDecoder, MAEDecoder, PixelHead
 from mimkit.nn._layers import TransformerBlock
 from mimkit.nn._probes import AttentiveProbe
+from mimkit.nn._relative import RelativePositionBias
+from mimkit.nn._swin import SwinTransformer
 from mimkit.nn._vit import PatchEmbed, ViT
 
 __all__ = [
@@ -11,6 +13,8 @@ __all__ = [
     "MAEDecoder",
     "PatchEmbed",
     "PixelHead",
+    "RelativePositionBias",
+    "SwinTransformer",
     "TransformerBlock",
     "ViT",
 ]
