@@ -5,9 +5,12 @@ weights, gradients or optimizer moments. Every converter keeps the values as the
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
+
+from mimkit.interop import _cae
 
 
 class Converted(dict[str, Tensor]):
@@ -50,7 +53,10 @@ def from_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
 
     Args:
         method: "mae" (loads into `recipes.mae.MAE`) or "mae_vit" (the fine-tuning or probing
-            encoder, loads into `nn.ViT`; a pre-training checkpoint gives its encoder).
+            encoder, loads into `nn.ViT`; a pre-training checkpoint gives its encoder). "cae" (loads
+            into `recipes.cae.CAE`), "cae_vit" (as above) or "cae_probe" (its attentive probe, loads
+            into `nn.AttentiveProbe`). "dalle" and "dalle_decoder" (encoder and decoder of the
+            tokenizer, load into `nn.DiscreteVAE`).
         state_dict: Name -> tensor, or the checkpoint around it (`{"model": ...}`).
 
     Returns:
@@ -66,16 +72,22 @@ def from_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
         >>> list(converted), converted.dropped
         (['cls_token'], ('mask_token',))
     """
+    if method in _cae.PATTERNS:
+        return rename(unwrap(state_dict), partial(_cae.to_ours, method))
     pairs = _pairs(method)
     return rename(unwrap(state_dict), lambda name: _replace_prefix(name, pairs))
 
 
-def to_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
+def to_official(
+    method: str, state_dict: Mapping[str, Any], *, duplicates: bool = False
+) -> Converted:
     """Undo `from_official`.
 
     Args:
         method: As in `from_official`.
         state_dict: mimkit's names -> tensors.
+        duplicates: Whether to write what the authors store twice a second time, too: CAE's encoder
+            as `alignment_encoder`, which `from_official` leaves out.
 
     Raises:
         ValueError: An unknown method.
@@ -85,6 +97,13 @@ def to_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
         >>> list(to_official("mae", {"head.weight": torch.zeros(12, 4)}))
         ['decoder_pred.weight']
     """
+    if method in _cae.PATTERNS:
+        converted = rename(unwrap(state_dict), partial(_cae.to_theirs, method))
+        if duplicates:
+            for name in list(converted):
+                if name.startswith("encoder."):
+                    converted[f"alignment_{name}"] = converted[name]
+        return converted
     pairs = tuple((ours, theirs) for theirs, ours in _pairs(method))
     return rename(unwrap(state_dict), lambda name: _replace_prefix(name, pairs))
 
@@ -105,7 +124,8 @@ def rename(tensors: Mapping[str, Tensor], new_name: Callable[[str], str | None])
 
 def _pairs(method: str) -> tuple[tuple[str, str], ...]:
     if method not in _RENAMES:
-        raise ValueError(f"method must be one of {sorted(_RENAMES)}; got {method!r}")
+        known = sorted([*_RENAMES, *_cae.PATTERNS])
+        raise ValueError(f"method must be one of {known}; got {method!r}")
     return _RENAMES[method]
 
 

@@ -1,6 +1,14 @@
 """How a prediction is scored."""
 
+from mimkit.losses._alignment import alignment_mse
 from mimkit.losses._baselines import baselines
 from mimkit.losses._masked import masked_l1, masked_mse, masked_pixel_loss, masked_smooth_l1
 
-__all__ = ["baselines", "masked_l1", "masked_mse", "masked_pixel_loss", "masked_smooth_l1"]
+__all__ = [
+    "alignment_mse",
+    "baselines",
+    "masked_l1",
+    "masked_mse",
+    "masked_pixel_loss",
+    "masked_smooth_l1",
+]

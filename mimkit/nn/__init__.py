@@ -1,8 +1,24 @@
 """Modules built from the rooms below."""
 
 from mimkit.nn._decoders import MAEDecoder, PixelHead
+from mimkit.nn._discrete_vae import DiscreteVAE
+from mimkit.nn._heads import TokenHead
 from mimkit.nn._layers import TransformerBlock
 from mimkit.nn._probes import AttentiveProbe
+from mimkit.nn._regressor import CAEDecoder, ContextRegressor
+from mimkit.nn._tokenizers import PatchTokenizer
 from mimkit.nn._vit import PatchEmbed, ViT
 
-__all__ = ["AttentiveProbe", "MAEDecoder", "PatchEmbed", "PixelHead", "TransformerBlock", "ViT"]
+__all__ = [
+    "AttentiveProbe",
+    "CAEDecoder",
+    "ContextRegressor",
+    "DiscreteVAE",
+    "MAEDecoder",
+    "PatchEmbed",
+    "PatchTokenizer",
+    "PixelHead",
+    "TokenHead",
+    "TransformerBlock",
+    "ViT",
+]
