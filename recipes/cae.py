@@ -201,8 +201,10 @@ class CAE(nn.Module):
         queries = self.mask_token.expand(len(images), mask.num_masked, -1)
         predicted = self.regressor(queries, visible, positions, self._positions(mask.visible_ids))
         wanted = self._alignment_target(images, mask)
-        alignment = losses.alignment_mse(
-            predicted, predicted.detach() if wanted is None else wanted
+        alignment = (
+            torch.zeros((), device=images.device)
+            if wanted is None
+            else losses.alignment_mse(predicted, wanted)
         )
         tokens = self.decoder(predicted, positions)
         if self.config.target == "rgb":

@@ -1,10 +1,13 @@
 """Names of CAE, of what is trained on its encoder, and of DALL-E's tokenizer.
 
 Patterns: `{i}` stands for a number, `{rest}` for the rest of a name; the first pattern that fits
-counts.
+counts. What is paired with `None` is left out.
 """
 
 import re
+from collections.abc import Iterable
+
+Patterns = tuple[tuple[str, str | None], ...]
 
 _REGRESSOR_BLOCK = (
     ("gamma_1_cross", "gamma_1"),
@@ -19,11 +22,12 @@ _REGRESSOR_BLOCK = (
     ("mlp_cross.{rest}", "mlp.{rest}"),
 )
 _CONVOLUTION = (("blocks.{rest}.w", "weight"), ("blocks.{rest}.b", "bias"))
-_VIT = (
+_VIT: Patterns = (
     ("cls_token", "cls_token"),
     ("pos_embed", "pos_embed"),
     ("patch_embed.proj.{rest}", "patch_embed.proj.{rest}"),
     ("blocks.{i}.attn.relative_position_bias_table", "rel_pos_bias.{i}.table"),
+    ("blocks.{i}.attn.relative_position_index", None),  # a constant
     ("blocks.{rest}", "blocks.{rest}"),
     ("norm.{rest}", "norm.{rest}"),
     ("fc_norm.{rest}", "fc_norm.{rest}"),
@@ -31,7 +35,7 @@ _VIT = (
 )
 
 # (official, mimkit) patterns by method.
-PATTERNS = {
+PATTERNS: dict[str, Patterns] = {
     "cae": (
         ("rd_pos_embed", "pos_embed"),
         ("mask_token", "mask_token"),
@@ -70,18 +74,17 @@ def to_ours(method: str, name: str) -> str | None:
 
 def to_theirs(method: str, name: str) -> str | None:
     """Undo `to_ours`."""
-    swapped = tuple((ours, theirs) for theirs, ours in PATTERNS[method])
-    if method == "cae_probe":  # there, the block's names stand bare: they come last
-        swapped = tuple(sorted(swapped, key=lambda pair: pair[0] == "{rest}"))
+    swapped = [(ours, theirs) for theirs, ours in PATTERNS[method] if ours is not None]
+    swapped.sort(key=lambda pair: pair[0] == "{rest}")  # what fits any name comes last
     return _translate(name, swapped)
 
 
-def _translate(name: str, patterns: tuple[tuple[str, str], ...]) -> str | None:
+def _translate(name: str, patterns: Iterable[tuple[str, str | None]]) -> str | None:
     for old, new in patterns:
         expression = re.escape(old)
         expression = expression.replace(r"\{i\}", r"(?P<i>\d+)")
         expression = expression.replace(r"\{rest\}", r"(?P<rest>.+)")
         match = re.fullmatch(expression, name)
         if match:
-            return new.format(**match.groupdict())
+            return None if new is None else new.format(**match.groupdict())
     return None

@@ -1,6 +1,6 @@
 """What is hidden: masks, the keys they are functions of, and the samplers that draw them."""
 
-from mimkit.masking import compat
+from mimkit.masking import compat, stats
 from mimkit.masking._blockwise import blockwise
 from mimkit.masking._counts import num_masked
 from mimkit.masking._dataset import with_ids
@@ -21,6 +21,7 @@ __all__ = [
     "num_masked",
     "philox4x32",
     "square",
+    "stats",
     "uniform",
     "with_ids",
 ]

@@ -6,6 +6,8 @@ from mimkit.nn._heads import TokenHead
 from mimkit.nn._layers import TransformerBlock
 from mimkit.nn._probes import AttentiveProbe
 from mimkit.nn._regressor import CAEDecoder, ContextRegressor
+from mimkit.nn._relative import RelativePositionBias
+from mimkit.nn._swin import SwinTransformer
 from mimkit.nn._tokenizers import PatchTokenizer
 from mimkit.nn._vit import PatchEmbed, ViT
 
@@ -15,9 +17,14 @@ __all__ = [
     "ContextRegressor",
     "DiscreteVAE",
     "MAEDecoder",
+    "MAEDecoder",
+    "PatchEmbed",
     "PatchEmbed",
     "PatchTokenizer",
     "PixelHead",
+    "PixelHead",
+    "RelativePositionBias",
+    "SwinTransformer",
     "TokenHead",
     "TransformerBlock",
     "ViT",

@@ -15,14 +15,9 @@ from torch.nn import functional as F
 
 from mimkit._grids import as_sizes, count_tokens, divide, per_axis
 from mimkit.masking import Mask
-from mimkit.nn._layers import (
-    NORM_EPS,
-    QKVBias,
-    TransformerBlock,
-    drop_path_rates,
-    xavier_linear,
-)
-from mimkit.patches import gather_patches, patchify, sincos_positions
+from mimkit.nn._layers import NORM_EPS, QKVBias, TransformerBlock, drop_path_rates, xavier_linear
+from mimkit.nn._relative import RelativePositionBias
+from mimkit.patches import gather_patches, patchify, restore, sincos_positions
 
 
 class PatchProjection(nn.Module):
@@ -105,9 +100,13 @@ class ViT(nn.Module):
         pool: What `pool` returns: the "mean" of the patch tokens, or the class "token".
         pool_norm: Whether the last LayerNorm comes after pooling (`fc_norm`, as in MAE's and timm's
             fine-tuning by mean) instead of before (`norm`).
-        learn_positions: Whether the position table, sine-cosine at first, is trained.
+        absolute_positions: Whether position embeddings are added to the tokens.
+        learn_positions: Whether their table, sine-cosine at first, is trained.
         first_axis: Which axis comes first in that table: "column" (MAE) or "row" (CAE).
-        layer_scale: First value of the learned factors of every residual branch; `None` for none.
+        relative_positions: Learned biases of attention for the offset between two tokens:
+            "shared" by all blocks, or each "block" its own.
+        layer_scale: What the learned factors of all residual branches are at first; `None` for no
+            factors.
         qkv_bias: `True` for biases of queries, keys and values; "qv" for all but the keys.
         num_classes: Width of `head`, a linear classifier for pooled tokens; 0 for none.
 
@@ -118,7 +117,8 @@ class ViT(nn.Module):
     Source:
         Dosovitskiy et al., arXiv:2010.11929; MAE, arXiv:2111.06377, appendix A.1;
         facebookresearch/mae `models_mae.py`, `models_vit.py`. There all patches are embedded and
-        most then dropped; here the hidden ones are never read.
+        most then dropped; here the hidden ones are never read. Relative positions, layer scale and
+        "qv" as in BEiT, arXiv:2106.08254, and microsoft/SimMIM `vision_transformer.py`.
 
     Example:
         >>> from mimkit import masking
@@ -145,8 +145,10 @@ class ViT(nn.Module):
         class_token: bool = True,
         pool: Literal["mean", "token"] = "mean",
         pool_norm: bool = False,
+        absolute_positions: bool = True,
         learn_positions: bool = False,
         first_axis: Literal["column", "row"] = "column",
+        relative_positions: Literal["shared", "block"] | None = None,
         layer_scale: float | None = None,
         qkv_bias: QKVBias = True,
         num_classes: int = 0,
@@ -156,6 +158,10 @@ class ViT(nn.Module):
             raise ValueError(f'pool must be "mean" or "token"; got {pool!r}')
         if pool == "token" and not class_token:
             raise ValueError('pool="token" needs class_token=True')
+        if relative_positions not in ("shared", "block", None):
+            raise ValueError(
+                f'relative_positions must be "shared", "block" or None; got {relative_positions!r}'
+            )
         self.image_size = image_axes(image_size)
         patch = per_axis("patch_size", patch_size, len(self.image_size))
         self.grid = divide("image size", self.image_size, patch, "patch size")
@@ -166,11 +172,20 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token else None
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
-        self.pos_embed = nn.Parameter(
-            position_table(
-                dim, self.grid, num_prefix=self.num_prefix_tokens, first_axis=first_axis
-            ),
-            requires_grad=learn_positions,
+        self.pos_embed = (
+            nn.Parameter(
+                position_table(
+                    dim, self.grid, num_prefix=self.num_prefix_tokens, first_axis=first_axis
+                ),
+                requires_grad=learn_positions,
+            )
+            if absolute_positions
+            else None
+        )
+        num_tables = {None: 0, "shared": 1, "block": depth}[relative_positions]
+        self.rel_pos_bias = nn.ModuleList(
+            RelativePositionBias(grid=self.grid, heads=heads, class_token=class_token)
+            for _ in range(num_tables)
         )
         self.blocks = nn.ModuleList(
             TransformerBlock(
@@ -188,20 +203,26 @@ class ViT(nn.Module):
         self.head = xavier_linear(dim, num_classes) if num_classes else nn.Identity()
 
     def forward(
-        self, images: Float[Tensor, "batch channels *spatial"], mask: Mask | None = None
+        self,
+        images: Float[Tensor, "batch channels *spatial"],
+        mask: Mask | None = None,
+        *,
+        mask_token: Float[Tensor, "1 1 dim"] | None = None,
     ) -> Float[Tensor, "batch prefix_and_tokens dim"]:
         """Encode images: their visible patches under a mask, all patches without one.
 
         Args:
             images: Images of the size that the encoder was built for.
             mask: Which patches are visible.
+            mask_token: Stands for each masked patch, as in SimMIM: all tokens are then encoded.
 
         Returns:
-            The prefix tokens, then one token per (visible) patch in ascending order of position,
+            The prefix tokens, then one token per encoded patch in ascending order of position,
             after the last norm.
 
         Raises:
-            ValueError: Images of another size or number of channels, or a mask that does not fit.
+            ValueError: Images of another size or number of channels, a mask that does not fit, or
+                a mask token without a mask.
         """
         if tuple(images.shape[2:]) != self.image_size:
             raise ValueError(
@@ -209,17 +230,29 @@ class ViT(nn.Module):
                 "Build one for the new size and load its position table with "
                 "patches.interpolate_positions"
             )
-        prefix_position, positions = self.pos_embed[0].tensor_split([self.num_prefix_tokens])
-        if mask is not None:
-            positions = F.embedding(mask.visible_ids, positions)
-        tokens = self.patch_embed(images, mask) + positions
-        if self.cls_token is not None:
-            prefix = (self.cls_token + prefix_position).expand(len(images), -1, -1)
-            tokens = torch.cat([prefix, tokens], dim=1)
-        for block in self.blocks:
-            tokens = block(tokens)
+        tokens = self.patch_embed(images, mask)
+        if mask_token is not None:
+            tokens, mask = fill_in(tokens, mask, mask_token), None
+        tokens = self._with_prefix_and_positions(tokens, mask)
+        biases: list[Tensor | None] = [bias(mask) for bias in self.rel_pos_bias]
+        if len(biases) != len(self.blocks):  # none, or one that all blocks share
+            biases = (biases or [None]) * len(self.blocks)
+        for block, bias in zip(self.blocks, biases, strict=True):
+            tokens = block(tokens, attn_bias=bias)
         encoded: Tensor = self.norm(tokens)
         return encoded
+
+    def _with_prefix_and_positions(self, tokens: Tensor, mask: Mask | None) -> Tensor:
+        prefix: Tensor | None = self.cls_token
+        if self.pos_embed is not None:
+            prefix_position, positions = self.pos_embed[0].tensor_split([self.num_prefix_tokens])
+            if mask is not None:
+                positions = F.embedding(mask.visible_ids, positions)
+            tokens = tokens + positions
+            prefix = None if prefix is None else prefix + prefix_position
+        if prefix is None:
+            return tokens
+        return torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1)
 
     def pool(
         self, tokens: Float[Tensor, "batch prefix_and_tokens dim"]
@@ -231,6 +264,21 @@ class ViT(nn.Module):
             pooled = tokens[:, self.num_prefix_tokens :].mean(dim=1)
         summary: Tensor = self.fc_norm(pooled)
         return summary
+
+
+def fill_in(
+    tokens: Float[Tensor, "batch visible dim"],
+    mask: Mask | None,
+    mask_token: Float[Tensor, "1 1 dim"],
+) -> Float[Tensor, "batch tokens dim"]:
+    """Put visible tokens in their places and a mask token in all others.
+
+    Raises:
+        ValueError: No mask.
+    """
+    if mask is None:
+        raise ValueError("a mask_token stands for masked patches: pass a mask with it")
+    return restore(tokens, mask, mask_token.view(-1))
 
 
 def image_axes(image_size: int | Sequence[int]) -> tuple[int, ...]:
