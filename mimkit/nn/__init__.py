@@ -1,6 +1,6 @@
 """Modules built from the rooms below."""
 
-from mimkit.nn._decoders import MAEDecoder, PixelHead
+from mimkit.nn._decoders import CrossDecoder, MAEDecoder, PixelHead
 from mimkit.nn._discrete_vae import DiscreteVAE
 from mimkit.nn._heads import TokenHead
 from mimkit.nn._layers import TransformerBlock
@@ -15,13 +15,11 @@ __all__ = [
     "AttentiveProbe",
     "CAEDecoder",
     "ContextRegressor",
+    "CrossDecoder",
     "DiscreteVAE",
     "MAEDecoder",
-    "MAEDecoder",
-    "PatchEmbed",
     "PatchEmbed",
     "PatchTokenizer",
-    "PixelHead",
     "PixelHead",
     "RelativePositionBias",
     "SwinTransformer",

@@ -94,7 +94,7 @@ class Recipe:
         presets: Name -> preset; the first one is the default.
         build: Makes the model of a configuration. It has an `encoder` with `grid` and `pool`, and
             is called with images and what the preset's `masking` draws.
-        baselines: Scores trivial predictors under the loss: (model's configuration, images, mask).
+        baselines: Scores trivial predictors under the loss: (model, images, mask).
         reconstruct: Fills in the masked patches of model inputs: (model, images, mask).
         note: What a viewer of reconstructions must know.
         options: Its command line. An option named as a field of the preset's model, training or
@@ -109,7 +109,7 @@ class Recipe:
     reconstruct: Callable[[Any, Tensor, Mask], Tensor]
     note: str
     options: type[Options] = Options
-    fit: Callable[[nn.Module, Tensor], None] | None = None
+    fit: Callable[[Any, Tensor], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,8 @@ from mimkit.masking import Key, Mask
 # Several masks an image, one after the other for the whole batch, as the models take them.
 Masks: TypeAlias = Mask | Sequence[Mask]
 
+Sampler = Literal["uniform", "gridwise"]
+
 
 @dataclass(frozen=True)
 class Masking:
@@ -28,7 +30,7 @@ class Masking:
     """
 
     mask_ratio: float
-    sampler: Literal["uniform", "gridwise"] = "uniform"
+    sampler: Sampler = "uniform"
     views: int = 1
 
     def __post_init__(self) -> None:

@@ -108,7 +108,7 @@ def score_held_out(
         mask = first(config.masking.draw(masking.key(ids, seed=config.seed).view(1), encoder.grid))
         with autocast(config):
             scores = {"loss": model(images, mask).loss}
-        scores |= recipe.baselines(config.model, images, mask)
+        scores |= recipe.baselines(model, images, mask)
         for name, value in scores.items():
             share = len(images) / len(probe.test_images)
             totals[name] = totals.get(name, 0.0) + value.item() * share

@@ -145,7 +145,7 @@ def _train_from(
             row = {"step": done, "epoch": done / steps_per_epoch, **meter.row(done, result)}
             if world.is_main and len(result.images):
                 mask = first(result.masks)
-                scores = trainer.recipe.baselines(config.model, result.images, mask)
+                scores = trainer.recipe.baselines(trainer.bare_model, result.images, mask)
                 row["baselines"] = {name: score.item() for name, score in scores.items()}
                 folder.append_metrics(row)
         if done % (options.checkpoint_every or steps_per_epoch) == 0 or done == num_steps:
@@ -244,6 +244,7 @@ class Trainer:
         encoder: Any = model.encoder
         self.grid: tuple[int, ...] = encoder.grid
         self.image_size: tuple[int, ...] = encoder.image_size
+        self.bare_model = model
         self.model = distribute(model, world, shard=shard)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, weight_decay=config.training.weight_decay),
