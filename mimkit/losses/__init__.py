@@ -1,5 +1,6 @@
 """How a prediction is scored."""
 
+from mimkit.losses._alignment import alignment_mse
 from mimkit.losses._baselines import baselines
 from mimkit.losses._masked import (
     masked_cross_entropy,
@@ -10,6 +11,7 @@ from mimkit.losses._masked import (
 )
 
 __all__ = [
+    "alignment_mse",
     "baselines",
     "masked_cross_entropy",
     "masked_l1",
