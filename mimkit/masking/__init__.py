@@ -1,5 +1,6 @@
 """What is hidden: masks, the keys they are functions of, and the samplers that draw them."""
 
+from mimkit.masking._complementary import complementary
 from mimkit.masking._counts import num_masked
 from mimkit.masking._dataset import with_ids
 from mimkit.masking._key import Key, fresh_key, key
@@ -11,6 +12,7 @@ __all__ = [
     "FORMAT_VERSION",
     "Key",
     "Mask",
+    "complementary",
     "fresh_key",
     "gridwise",
     "key",
