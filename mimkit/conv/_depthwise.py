@@ -93,7 +93,9 @@ def packed_depthwise_conv2d(
         )
     halo = halo_positions(neighbors, size, radius)
     cells, weight, bias = _autocast(cells, weight, bias)
-    out: Tensor = _PackedDepthwiseConv.apply(cells, weight, bias, halo, size)
+    out: Tensor = _PackedDepthwiseConv.apply(  # type: ignore[no-untyped-call]
+        cells, weight, bias, halo, size
+    )
     return out
 
 
@@ -154,7 +156,7 @@ class _PackedDepthwiseConv(torch.autograd.Function):
         # Channels stay last in memory: the view is what a convolution likes best on a CPU.
         seen = rearrange(_take(cells, halo), "n h w c -> n c h w")
         out = F.conv2d(seen, weight, bias, groups=cells.shape[-1])
-        return rearrange(out, "n c h w -> n h w c").reshape(cells.shape)
+        return out.permute(0, 2, 3, 1).reshape(cells.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -169,7 +171,9 @@ class _PackedDepthwiseConv(torch.autograd.Function):
         grad_cells = grad_weight = grad_bias = None
         if needs_cells:
             turned = weight.flip(2, 3)
-            grad_cells = _PackedDepthwiseConv.apply(grad, turned, None, halo, ctx.cell)
+            grad_cells = _PackedDepthwiseConv.apply(  # type: ignore[no-untyped-call]
+                grad, turned, None, halo, ctx.cell
+            )
         if needs_weight:
             grad_weight = _weight_gradient(cells, grad, halo, ctx.cell)
         if needs_bias and ctx.has_bias:

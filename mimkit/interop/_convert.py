@@ -1,13 +1,15 @@
 """Names: from other people's checkpoints to mimkit's, and back.
 
 A converter is a list of renames, applied to any name -> tensor dictionary and any part of one:
-weights, gradients or optimizer moments. Every converter keeps the values as they are.
+weights, gradients or optimizer moments. Every converter keeps the values as they are; some reshape.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
+
+from mimkit.interop import _convmae
 
 
 class Converted(dict[str, Tensor]):
@@ -42,6 +44,7 @@ _RENAMES = {
         ("decoder_pred.", "head."),
     ),
     "mae_vit": tuple((name, name) for name in (*_VIT, "fc_norm.", "head.")),
+    **_convmae.RENAMES,
 }
 
 
@@ -50,7 +53,10 @@ def from_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
 
     Args:
         method: "mae" (loads into `recipes.mae.MAE`) or "mae_vit" (the fine-tuning or probing
-            encoder, loads into `nn.ViT`; a pre-training checkpoint gives its encoder).
+            encoder, loads into `nn.ViT`; a pre-training checkpoint gives its encoder); "convmae"
+            or "fastconvmae" (load into `recipes.convmae.ConvMAE`), "convmae_vit" (the fine-tuning
+            encoder, loads into `nn.ConvViT`; of a pre-training checkpoint, the fusions of scales
+            are dropped as the authors do), "convmae_det" (loads into `nn.ConvViTDetector`).
         state_dict: Name -> tensor, or the checkpoint around it (`{"model": ...}`).
 
     Returns:
@@ -67,7 +73,10 @@ def from_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
         (['cls_token'], ('mask_token',))
     """
     pairs = _pairs(method)
-    return rename(unwrap(state_dict), lambda name: _replace_prefix(name, pairs))
+    converted = rename(unwrap(state_dict), lambda name: _replace_prefix(name, pairs))
+    if method in _convmae.RENAMES:
+        return Converted(_convmae.blocks_from_official(converted), converted.dropped)
+    return converted
 
 
 def to_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
@@ -86,7 +95,10 @@ def to_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
         ['decoder_pred.weight']
     """
     pairs = tuple((ours, theirs) for theirs, ours in _pairs(method))
-    return rename(unwrap(state_dict), lambda name: _replace_prefix(name, pairs))
+    converted = rename(unwrap(state_dict), lambda name: _replace_prefix(name, pairs))
+    if method in _convmae.RENAMES:
+        return Converted(_convmae.blocks_to_official(converted), converted.dropped)
+    return converted
 
 
 def unwrap(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:

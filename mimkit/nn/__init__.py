@@ -1,8 +1,19 @@
 """Modules built from the rooms below."""
 
+from mimkit.nn._convvit import ConvViT
+from mimkit.nn._convvit_detector import ConvViTDetector
 from mimkit.nn._decoders import MAEDecoder, PixelHead
 from mimkit.nn._layers import TransformerBlock
 from mimkit.nn._probes import AttentiveProbe
 from mimkit.nn._vit import PatchEmbed, ViT
 
-__all__ = ["AttentiveProbe", "MAEDecoder", "PatchEmbed", "PixelHead", "TransformerBlock", "ViT"]
+__all__ = [
+    "AttentiveProbe",
+    "ConvViT",
+    "ConvViTDetector",
+    "MAEDecoder",
+    "PatchEmbed",
+    "PixelHead",
+    "TransformerBlock",
+    "ViT",
+]

@@ -39,7 +39,8 @@ def pack_cells(
         [2.0, 3.0, 6.0, 7.0]
     """
     cell = cell_of(feature_map, mask)
-    return gather_patches(feature_map, mask, cell).unflatten(2, (math.prod(cell), -1))
+    patches = gather_patches(feature_map, mask, cell)
+    return rearrange(patches, "b v (p c) -> b v p c", c=feature_map.shape[1])
 
 
 def unpack_cells(
