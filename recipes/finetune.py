@@ -61,7 +61,6 @@ class FineTuning(Training):
     """How an encoder is fine-tuned.
 
     Attributes:
-        mask_ratio: Nothing is masked.
         layer_decay: Factor from each layer's learning rate to that of the layer before it.
         drop_path: Fraction of samples whose residual branches the last block leaves out.
         mixup: Alpha of mixup's Beta distribution; 0 for none.
@@ -71,7 +70,6 @@ class FineTuning(Training):
             erasing.
     """
 
-    mask_ratio: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     min_lr: float = 1e-6
     layer_decay: float = 0.75
@@ -121,7 +119,7 @@ class FineTuneOptions(EncoderOptions):
     scratch: Literal["auto", "always", "never"] = "auto"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FineTuneConfig(RunConfig):
     """All that decides the result; `encoder` is the digest of the weights, or "none"."""
 
@@ -307,8 +305,6 @@ def resolve(
         max_steps=options.max_steps,
         seed=options.seed,
         device=device,
-        compile=False,
-        accumulate=1,
         encoder=file.digest if file else "none",
         trained_blocks=options.trained_blocks,
     )

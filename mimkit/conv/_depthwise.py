@@ -155,7 +155,7 @@ class _PackedDepthwiseConv(torch.autograd.Function):
     ) -> Tensor:
         # Channels stay last in memory: the view is what a convolution likes best on a CPU.
         seen = rearrange(_take(cells, halo), "n h w c -> n c h w")
-        out = F.conv2d(seen, weight, bias, groups=cells.shape[-1])
+        out: Tensor = F.conv2d(seen, weight, bias, groups=cells.shape[-1])
         return out.permute(0, 2, 3, 1).reshape(cells.shape)
 
     @staticmethod

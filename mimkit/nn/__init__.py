@@ -2,7 +2,7 @@
 
 from mimkit.nn._convvit import ConvViT
 from mimkit.nn._convvit_detector import ConvViTDetector
-from mimkit.nn._decoders import MAEDecoder, PixelHead
+from mimkit.nn._decoders import CrossDecoder, MAEDecoder, PixelHead
 from mimkit.nn._layers import TransformerBlock
 from mimkit.nn._probes import AttentiveProbe
 from mimkit.nn._vit import PatchEmbed, ViT
@@ -11,6 +11,7 @@ __all__ = [
     "AttentiveProbe",
     "ConvViT",
     "ConvViTDetector",
+    "CrossDecoder",
     "MAEDecoder",
     "PatchEmbed",
     "PixelHead",
