@@ -7,7 +7,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mimkit.interop._convert import Converted, from_official, unwrap
+from mimkit.interop._convert import from_official, unwrap
+from mimkit.interop._rules import Converted
 from mimkit.masking import Mask
 from mimkit.patches import gather_visible, grid_of
 from mimkit.patches._patchify import check_mask

@@ -12,9 +12,7 @@ from mimkit._grids import as_sizes, count_tokens, divide, per_axis
 from mimkit.masking._counts import Rounding, resolve_count
 from mimkit.masking._key import Key
 from mimkit.masking._mask import Mask
-from mimkit.masking._philox import MAX_TOKENS, random_words
-
-_UNIFORM, _SQUARE = 0, 1
+from mimkit.masking._philox import MAX_TOKENS, SQUARE, UNIFORM, random_words
 
 
 def uniform(
@@ -65,7 +63,7 @@ def uniform(
     units_masked = None if num_masked is None else num_masked // tokens_per_unit
     count = resolve_count(num_units, ratio, units_masked, rounding)
     token = torch.arange(num_units, device=key.device)
-    ranks = (random_words(key, num_units, sampler=_UNIFORM) << 16) | token
+    ranks = (random_words(key, num_units, sampler=UNIFORM) << 16) | token
     mask = Mask._from_flat(ranks > _kth_lowest(ranks, num_units - count), units, count)
     return mask if tokens_per_unit == 1 else mask.refine(unit)
 
@@ -130,7 +128,7 @@ def square(
         start = torch.tensor([space // 2 for space in room], device=key.device)
         start = start.expand(key.batch_size, -1)
     elif position == "random":
-        words = random_words(key, len(grid), sampler=_SQUARE)
+        words = random_words(key, len(grid), sampler=SQUARE)
         # word * n >> 32 is uniform on [0, n) without a float.
         start = (words * torch.tensor([space + 1 for space in room], device=key.device)) >> 32
     else:

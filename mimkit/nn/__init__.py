@@ -1,5 +1,7 @@
 """Modules built from the rooms below."""
 
+from mimkit.nn._convvit import ConvViT
+from mimkit.nn._convvit_detector import ConvViTDetector
 from mimkit.nn._decoders import CrossDecoder, MAEDecoder, PixelHead
 from mimkit.nn._discrete_vae import DiscreteVAE
 from mimkit.nn._heads import TokenHead
@@ -15,6 +17,8 @@ __all__ = [
     "AttentiveProbe",
     "CAEDecoder",
     "ContextRegressor",
+    "ConvViT",
+    "ConvViTDetector",
     "CrossDecoder",
     "DiscreteVAE",
     "MAEDecoder",

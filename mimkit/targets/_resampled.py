@@ -188,4 +188,5 @@ def _channels_first(
     num_points = math.prod(points)
     pattern = "b m (n c) -> b m c n" if order == "p1 p2 c" else "b m (c n) -> b m c n"
     flat: Tensor = rearrange(values, pattern, c=channels, n=num_points)
-    return flat.unflatten(-1, points)
+    unflattened: Tensor = flat.unflatten(-1, points)
+    return unflattened
