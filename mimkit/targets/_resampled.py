@@ -187,6 +187,5 @@ def _channels_first(
     """Undo `_in_order`."""
     num_points = math.prod(points)
     pattern = "b m (n c) -> b m c n" if order == "p1 p2 c" else "b m (c n) -> b m c n"
-    flat: Tensor = rearrange(values, pattern, c=channels, n=num_points)
-    unflattened: Tensor = flat.unflatten(-1, points)
-    return unflattened
+    flat = rearrange(values, pattern, c=channels, n=num_points)
+    return flat.view(*flat.shape[:3], *points)
