@@ -99,7 +99,7 @@ class Recipe:
         note: What a viewer of reconstructions must know.
         options: Its command line. An option named as a field of the preset's model, training or
             masking replaces that field.
-        pictures: More files of held-out pictures by name. Each makes columns of pictures by caption:
+        pictures: More files of held-out pictures by name. Each makes columns by caption:
             (model, model inputs).
         fit: Fits what a model must see images for before its first step: (model, model inputs).
     """
