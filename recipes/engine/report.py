@@ -78,7 +78,7 @@ def draw_reconstructions(
     encoder: Any = model.encoder
     patch_size = pixels_per_token(encoder)
     rows = []
-    for number, picture in enumerate(tiled_pictures(data, encoder)):
+    for number, picture in enumerate(tiled_pictures(data, encoder.image_size)):
         ids = torch.arange(len(picture.tiles)) + (number << 32)
         mask = first(config.masking.draw(masking.key(ids, seed=config.seed), encoder.grid))
         with autocast(config):
@@ -102,7 +102,7 @@ def draw_more_pictures(
     encoder: Any = model.encoder
     for name, draw in recipe.pictures.items():
         rows, captions = [], []
-        for picture in tiled_pictures(data, encoder):
+        for picture in tiled_pictures(data, encoder.image_size):
             with autocast(config):
                 columns = draw(model, picture.inputs.to(config.device))
             captions = ["input (not trained on)", *columns]
@@ -141,9 +141,9 @@ class TiledPicture:
         return rearrange(tiles, "(a b) c h w -> c (a h) (b w)", a=self.down, b=self.across)
 
 
-def tiled_pictures(data: DataSet, encoder: Any) -> Iterator[TiledPicture]:
-    """Cut each held-out picture into tiles."""
-    height, width = encoder.image_size
+def tiled_pictures(data: DataSet, size: tuple[int, int]) -> Iterator[TiledPicture]:
+    """Cut each held-out picture into tiles of a height and width."""
+    height, width = size
     for picture in data.pictures:
         down, across = picture.shape[1] // height, picture.shape[2] // width
         tiles = rearrange(picture, "c (a h) (b w) -> (a b) c h w", a=down, b=across)
