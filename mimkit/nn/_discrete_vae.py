@@ -188,6 +188,7 @@ class DiscreteVAE(nn.Module):
         depth: Blocks of a group.
         vocabulary_size: Number of codes.
         stem_dim: Width of a code's embedding in the decoder.
+        has_decoder: Whether there is a decoder; making tokens needs none.
 
     Attributes:
         stride: Pixels that a code stands for, per axis.
@@ -212,6 +213,7 @@ class DiscreteVAE(nn.Module):
         depth: int = 2,
         vocabulary_size: int = 8192,
         stem_dim: int = 128,
+        has_decoder: bool = True,
     ) -> None:
         super().__init__()
         if dim % 4:
@@ -226,13 +228,17 @@ class DiscreteVAE(nn.Module):
             depth=depth,
             vocabulary_size=vocabulary_size,
         )
-        self.decoder = DiscreteDecoder(
-            in_channels=in_channels,
-            dim=dim,
-            stem_dim=stem_dim,
-            groups=groups,
-            depth=depth,
-            vocabulary_size=vocabulary_size,
+        self.decoder = (
+            DiscreteDecoder(
+                in_channels=in_channels,
+                dim=dim,
+                stem_dim=stem_dim,
+                groups=groups,
+                depth=depth,
+                vocabulary_size=vocabulary_size,
+            )
+            if has_decoder
+            else None
         )
 
     @torch.no_grad()
@@ -256,7 +262,7 @@ class DiscreteVAE(nn.Module):
     ) -> Float[Tensor, "batch channels height width"]:
         """Return the images, in [0, 1], that codes stand for."""
         codes = F.one_hot(ids, self.vocabulary_size).movedim(-1, 1).float()
-        mean, _ = self.decoder(codes).chunk(2, dim=1)
+        mean, _ = self._statistics(codes)
         return unmap_pixels(mean.sigmoid())
 
     def forward(
@@ -285,7 +291,7 @@ class DiscreteVAE(nn.Module):
         """
         logits = self._logits(images)
         codes = F.gumbel_softmax(logits, tau=temperature, hard=hard, dim=1)
-        mean, log_scale = self.decoder(codes).chunk(2, dim=1)
+        mean, log_scale = self._statistics(codes)
         target = map_pixels(images)
         # -log of a Laplace density of the pixel's logit, the pixel's own share of it left in.
         error = (target.logit() - mean).abs() * torch.exp(-log_scale)
@@ -302,6 +308,12 @@ class DiscreteVAE(nn.Module):
             unmap_pixels(mean.sigmoid()),
             logits.argmax(dim=1),
         )
+
+    def _statistics(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        if self.decoder is None:
+            raise ValueError("this DiscreteVAE has no decoder: build it with has_decoder=True")
+        mean, log_scale = self.decoder(codes).chunk(2, dim=1)
+        return mean, log_scale
 
     def _logits(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] != self.in_channels:

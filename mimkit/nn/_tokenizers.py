@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mimkit._grids import as_sizes, count_tokens
-from mimkit.patches import grid_of, patchify
+from mimkit.patches import grid_of, patchify, unpatchify
 from mimkit.targets._pixels import patch_statistics
 
 _CHUNK = 1 << 14  # patches whose distances to all codes are held at a time
@@ -83,6 +83,22 @@ class PatchTokenizer(nn.Module):
         patches = self._normalized(images)
         ids = self._nearest(patches.flatten(0, -2))
         return ids.view(len(images), *grid_of(images, self.patch_size))
+
+    def decode(
+        self,
+        ids: Int64[Tensor, "batch *grid"],
+        *,
+        like: Float[Tensor, "batch channels *spatial"],
+    ) -> Float[Tensor, "batch channels *spatial"]:
+        """Return the images that codes stand for.
+
+        Args:
+            ids: One code per patch.
+            like: Images whose patches lend their mean and deviation, which a code does not hold.
+        """
+        mean, std = patch_statistics(patchify(like, self.patch_size))
+        patches = self.centers[ids.flatten(1)] * std + mean
+        return unpatchify(patches, ids.shape[1:], self.patch_size, order="c p1 p2")
 
     def _normalized(self, images: Tensor) -> Float[Tensor, "batch tokens patch"]:
         patches = patchify(images.float(), self.patch_size, order="c p1 p2")
