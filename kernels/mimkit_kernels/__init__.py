@@ -2,6 +2,7 @@
 
 from mimkit_kernels._dispatch import Backend, Settings
 from mimkit_kernels.gather_patches import gather_patches
+from mimkit_kernels.linear_cross_entropy import linear_cross_entropy
 from mimkit_kernels.masked_pixel_loss import (
     elementwise_error,
     masked_pixel_loss,
@@ -13,6 +14,7 @@ __all__ = [
     "Settings",
     "elementwise_error",
     "gather_patches",
+    "linear_cross_entropy",
     "masked_pixel_loss",
     "patch_statistics",
 ]

@@ -43,7 +43,7 @@ def takes_kernel(name: str, tensor: Tensor, find_obstacle: Callable[[], str | No
     if Settings.backend == "reference" or (Settings.backend == "auto" and not tensor.is_cuda):
         return False
     obstacle = find_obstacle()
-    if _is_transformed():
+    if is_transformed():
         obstacle = obstacle or "torch.func transforms and forward-mode derivatives"
     if Settings.backend == "auto":
         if not HAS_TRITON and not torch.compiler.is_compiling():
@@ -60,15 +60,16 @@ def takes_kernel(name: str, tensor: Tensor, find_obstacle: Callable[[], str | No
     return True
 
 
-def dtype_obstacle(**tensors: Tensor | None) -> str | None:
-    """Name the first floating-point tensor that kernels do not compute in."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
-            return f"{name} of {tensor.dtype}"
+def dtype_obstacle(**dtypes: torch.dtype) -> str | None:
+    """Name the first of some tensors whose type kernels do not take."""
+    for name, dtype in dtypes.items():
+        if dtype not in KERNEL_DTYPES:
+            return f"{name} of {dtype}"
     return None
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
+    """Whether a `torch.func` transform or a forward-mode derivative is under way."""
     # Both are private, but torch.compile traces them; a test notices if that ends.
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 

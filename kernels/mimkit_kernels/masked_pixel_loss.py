@@ -367,7 +367,7 @@ def _obstacle(
     mean: Statistic,
     std: Statistic,
 ) -> str | None:
-    obstacle = dtype_obstacle(prediction=prediction) or image_obstacle(images, mean, std)
+    obstacle = dtype_obstacle(prediction=prediction.dtype) or image_obstacle(images, mean, std)
     if obstacle is None and images.requires_grad:
         return "images that require a gradient"
     rows, columns = prediction.shape[2] // patch[-1], patch[-1]
