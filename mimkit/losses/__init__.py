@@ -1,6 +1,14 @@
 """How a prediction is scored."""
 
 from mimkit.losses._baselines import baselines
+from mimkit.losses._linear_cross_entropy import linear_cross_entropy
 from mimkit.losses._masked import masked_l1, masked_mse, masked_pixel_loss, masked_smooth_l1
 
-__all__ = ["baselines", "masked_l1", "masked_mse", "masked_pixel_loss", "masked_smooth_l1"]
+__all__ = [
+    "baselines",
+    "linear_cross_entropy",
+    "masked_l1",
+    "masked_mse",
+    "masked_pixel_loss",
+    "masked_smooth_l1",
+]
