@@ -245,9 +245,9 @@ PRESETS = {
             decoder_heads=4,
         ),
         Training(
-            epochs=6,
-            batch_size=64,
-            base_lr=6e-3,
+            epochs=12,
+            batch_size=32,
+            base_lr=8e-3,
             warmup_epochs=0.3,
             clip_grad=1.0,
         ),

@@ -135,7 +135,7 @@ def halo_positions(
     around = neighbors.view(-1, 2 * reach + 1, 2 * reach + 1)[:, row.unsqueeze(1), column].long()
     sample = torch.arange(batch, device=neighbors.device).repeat_interleave(visible)
     positions = math.prod(cell)
-    places = (sample.view(-1, 1, 1) * visible + around) * positions
+    places: Tensor = (sample.view(-1, 1, 1) * visible + around) * positions
     places = places + y.unsqueeze(1) * cell[1] + x
     filled: Tensor = places.masked_fill(around < 0, batch * visible * positions)
     return filled

@@ -2,6 +2,7 @@
 
 from mimkit.losses._alignment import alignment_mse
 from mimkit.losses._baselines import baselines
+from mimkit.losses._linear_cross_entropy import linear_cross_entropy
 from mimkit.losses._masked import (
     masked_cross_entropy,
     masked_l1,
@@ -13,6 +14,7 @@ from mimkit.losses._masked import (
 __all__ = [
     "alignment_mse",
     "baselines",
+    "linear_cross_entropy",
     "masked_cross_entropy",
     "masked_l1",
     "masked_mse",
