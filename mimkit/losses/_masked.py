@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor
+from torch.nn import functional as F
 
 import mimkit_kernels as kernels
 from mimkit._grids import count_tokens, per_axis

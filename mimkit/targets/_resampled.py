@@ -18,7 +18,8 @@ from mimkit._grids import Grid, divide, per_axis
 from mimkit.masking import Mask
 from mimkit.patches import gather_masked, patchify, restore, unpatchify
 from mimkit.patches._patchify import Order
-from mimkit.targets._pixels import NORMALIZATION_EPS, Pixels
+from mimkit.targets._pixels import Pixels
+from mimkit_kernels.masked_pixel_loss import NORMALIZATION_EPS
 
 
 @dataclass(frozen=True)
