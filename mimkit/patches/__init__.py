@@ -2,6 +2,7 @@
 
 from mimkit.patches._patchify import gather_patches, grid_of, patchify, unpatchify
 from mimkit.patches._positions import interpolate_positions, sincos_positions
+from mimkit.patches._relative import interpolate_relative_positions
 from mimkit.patches._tokens import gather_masked, gather_visible, restore
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "gather_visible",
     "grid_of",
     "interpolate_positions",
+    "interpolate_relative_positions",
     "patchify",
     "restore",
     "sincos_positions",
