@@ -18,6 +18,7 @@ from mimkit.masking import Mask
 from mimkit.nn._layers import NORM_EPS, QKVBias, TransformerBlock, drop_path_rates, xavier_linear
 from mimkit.nn._relative import RelativePositionBias
 from mimkit.patches import gather_patches, patchify, restore, sincos_positions
+from mimkit.patches._patchify import Order
 
 
 class PatchProjection(nn.Module):
@@ -33,10 +34,11 @@ class PatchProjection(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(
-        self, patches: Float[Tensor, "batch tokens patch"]
+        self, patches: Float[Tensor, "batch tokens patch"], order: Order = "c p1 p2"
     ) -> Float[Tensor, "batch tokens dim"]:
-        """Project patches in the order "c p1 p2"."""
-        return F.linear(patches, self.weight.flatten(1), self.bias)
+        """Project patches, whose values come in `order`."""
+        weight = self.weight if order == "c p1 p2" else self.weight.movedim(1, -1)
+        return F.linear(patches, weight.flatten(1), self.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -46,6 +48,7 @@ class PatchEmbed(nn.Module):
         patch_size: Pixels per patch, per spatial axis.
         in_channels: Channels of the images.
         dim: Width of a token.
+        order: Order in which the values of a patch are loaded and summed (see `patches.patchify`).
 
     Source:
         timm `PatchEmbed` (a convolution over all patches, parameters `proj.weight`, `proj.bias`);
@@ -59,8 +62,16 @@ class PatchEmbed(nn.Module):
         torch.Size([1, 4, 16])
     """
 
-    def __init__(self, *, patch_size: Sequence[int], in_channels: int, dim: int) -> None:
+    def __init__(
+        self,
+        *,
+        patch_size: Sequence[int],
+        in_channels: int,
+        dim: int,
+        order: Order = "c p1 p2",
+    ) -> None:
         super().__init__()
+        self.order: Order = order
         self.patch_size = as_sizes("patch_size", patch_size)
         self.in_channels = in_channels
         self.proj = PatchProjection(in_channels=in_channels, patch=self.patch_size, dim=dim)
@@ -74,10 +85,10 @@ class PatchEmbed(nn.Module):
                 f"images must have {self.in_channels} channels; got shape {tuple(images.shape)}"
             )
         if mask is None:
-            patches = patchify(images, self.patch_size, order="c p1 p2")
+            patches = patchify(images, self.patch_size, order=self.order)
         else:
-            patches = gather_patches(images, mask, self.patch_size, order="c p1 p2")
-        tokens: Tensor = self.proj(patches)
+            patches = gather_patches(images, mask, self.patch_size, order=self.order)
+        tokens: Tensor = self.proj(patches, self.order)
         return tokens
 
 
