@@ -3,13 +3,8 @@
 import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-_CHUNK = 512  # tokens whose logits are held at a time
-
-
-def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(x, weight, bias).flatten(0, -2).float(), target.flatten())
+from mimkit.losses import linear_cross_entropy
 
 
 class TokenHead(nn.Linear):
@@ -50,7 +45,7 @@ class TokenHead(nn.Linear):
             x: Tokens.
             target: The right code of each.
             return_accuracy: Whether to return, behind the cross-entropy, the share of tokens whose
-                most likely code is right; a second product with the weight.
+                most likely code is right.
 
         Raises:
             ValueError: A target of another shape, or (on a CPU) codes out of range.
@@ -58,16 +53,10 @@ class TokenHead(nn.Linear):
         if target is None:
             return super().forward(x)
         self._check(x, target)
-        loss = linear_cross_entropy(x, self.weight, self.bias, target)
-        return (loss, self._accuracy(x, target)) if return_accuracy else loss
-
-    @torch.no_grad()
-    def _accuracy(self, x: Tensor, target: Tensor) -> Tensor:
-        parts = zip(x.flatten(0, 1).split(_CHUNK), target.flatten().split(_CHUNK), strict=True)
-        right = [
-            (super(TokenHead, self).forward(some).argmax(1) == ids).sum() for some, ids in parts
-        ]
-        return torch.stack(right).sum().float() / max(target.numel(), 1)
+        loss, accuracy = linear_cross_entropy(
+            x, self.weight, self.bias, target, return_accuracy=True
+        )
+        return (loss, accuracy) if return_accuracy else loss
 
     def _check(self, x: Tensor, target: Tensor) -> None:
         if target.shape != x.shape[:2]:
