@@ -8,6 +8,7 @@ from mimkit_kernels.masked_pixel_loss import (
     masked_pixel_loss,
     patch_statistics,
 )
+from mimkit_kernels.packed_depthwise_conv import packed_depthwise_conv
 
 __all__ = [
     "Backend",
@@ -16,5 +17,6 @@ __all__ = [
     "gather_patches",
     "linear_cross_entropy",
     "masked_pixel_loss",
+    "packed_depthwise_conv",
     "patch_statistics",
 ]

@@ -4,22 +4,21 @@
                                                     * in[c, y + i - r, x + j - r]
 
 Axes: batch; channels; height, width; visible (cells); cell (positions of a cell, row-major);
-window (cells around a cell); halo (positions that the outputs of a cell see, row-major).
+window (cells around a cell).
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from einops import rearrange
-from jaxtyping import Float, Int32, Int64
+from jaxtyping import Float, Int32
 from torch import Tensor
 from torch.nn import functional as F
 
 from mimkit._grids import Grid, per_axis
 from mimkit.masking import Mask
 from mimkit.patches._cells import cell_of
+from mimkit_kernels import packed_depthwise_conv
 
 
 def masked_depthwise_conv2d(
@@ -91,126 +90,19 @@ def packed_depthwise_conv2d(
             f"neighbors are of {tuple(neighbors.shape[:2])} cells, but there are "
             f"{tuple(cells.shape[:2])}"
         )
-    halo = halo_positions(neighbors, size, radius)
+    reach = (math.isqrt(neighbors.shape[2]) - 1) // 2
+    if (2 * reach + 1) ** 2 != neighbors.shape[2] or reach < reach_of(radius, size):
+        raise ValueError(
+            f"a kernel of radius {radius} on cells of {size} needs neighbors with "
+            f"reach={reach_of(radius, size)}; got a window of {neighbors.shape[2]} cells"
+        )
     cells, weight, bias = _autocast(cells, weight, bias)
-    out: Tensor = _PackedDepthwiseConv.apply(  # type: ignore[no-untyped-call]
-        cells, weight, bias, halo, size
-    )
-    return out
+    return packed_depthwise_conv(cells, weight, bias, neighbors, size)
 
 
 def reach_of(radius: Sequence[int], cell: Sequence[int]) -> int:
     """Return how many cells away the outputs of a cell look."""
     return max(-(-r // size) for r, size in zip(radius, cell, strict=True))
-
-
-def halo_positions(
-    neighbors: Int32[Tensor, "batch visible window"], cell: Grid, radius: Sequence[int]
-) -> Int64[Tensor, "cells halo_height halo_width"]:
-    """Find what the outputs of every cell see.
-
-    Returns:
-        Rows of the packed positions of the whole batch; the row after the last one stands for all
-        that is masked or outside.
-    """
-    batch, visible, window = neighbors.shape
-    reach = (math.isqrt(window) - 1) // 2
-    if (2 * reach + 1) ** 2 != window or reach < reach_of(radius, cell):
-        raise ValueError(
-            f"a kernel of radius {tuple(radius)} on cells of {cell} needs neighbors with "
-            f"reach={reach_of(radius, cell)}; got a window of {window} cells"
-        )
-    # Along each axis: which cell of the window, and which position in it.
-    steps = [
-        torch.arange(-r, size + r, device=neighbors.device)
-        for r, size in zip(radius, cell, strict=True)
-    ]
-    (row, column), (y, x) = zip(
-        *(
-            (torch.div(step, size, rounding_mode="floor") + reach, step % size)
-            for step, size in zip(steps, cell, strict=True)
-        ),
-        strict=True,
-    )
-    around = neighbors.view(-1, 2 * reach + 1, 2 * reach + 1)[:, row.unsqueeze(1), column].long()
-    sample = torch.arange(batch, device=neighbors.device).repeat_interleave(visible)
-    positions = math.prod(cell)
-    places: Tensor = (sample.view(-1, 1, 1) * visible + around) * positions
-    places = places + y.unsqueeze(1) * cell[1] + x
-    filled: Tensor = places.masked_fill(around < 0, batch * visible * positions)
-    return filled
-
-
-class _PackedDepthwiseConv(torch.autograd.Function):
-    """Gather each cell with its halo, and convolve without padding.
-
-    "Sees" is symmetric, so the gradient of the input is the same convolution with the filter turned
-    around; autograd would scatter it. All parts are differentiable again.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        cells: Tensor, weight: Tensor, bias: Tensor | None, halo: Tensor, cell: Grid
-    ) -> Tensor:
-        # Channels stay last in memory: the view is what a convolution likes best on a CPU.
-        seen = rearrange(_take(cells, halo), "n h w c -> n c h w")
-        out: Tensor = F.conv2d(seen, weight, bias, groups=cells.shape[-1])
-        return out.permute(0, 2, 3, 1).reshape(cells.shape)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        cells, weight, bias, halo, ctx.cell = inputs
-        ctx.has_bias = bias is not None
-        ctx.save_for_backward(cells, weight, halo)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cells, weight, halo = ctx.saved_tensors
-        needs_cells, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_cells = grad_weight = grad_bias = None
-        if needs_cells:
-            turned = weight.flip(2, 3)
-            grad_cells = _PackedDepthwiseConv.apply(  # type: ignore[no-untyped-call]
-                grad, turned, None, halo, ctx.cell
-            )
-        if needs_weight:
-            grad_weight = _weight_gradient(cells, grad, halo, ctx.cell)
-        if needs_bias and ctx.has_bias:
-            grad_bias = grad.sum((0, 1, 2))
-        return grad_cells, grad_weight, grad_bias, None, None
-
-
-def _weight_gradient(
-    cells: Float[Tensor, "batch visible cell channels"],
-    grad: Float[Tensor, "batch visible cell channels"],
-    halo: Int64[Tensor, "cells halo_height halo_width"],
-    cell: Grid,
-) -> Float[Tensor, "channels 1 kernel_height kernel_width"]:
-    """Multiply what every tap saw with the gradient of what it was used for, and add up.
-
-    Tap by tap, all channels at once: a CPU's own backward of depth-wise convolution is slower.
-    """
-    (height, width), channels = cell, cells.shape[-1]
-    seen, grad = _take(cells, halo), grad.reshape(-1, height, width, channels)
-    kernel = halo.shape[1] - height + 1, halo.shape[2] - width + 1
-    taps = [
-        (seen[:, i : i + height, j : j + width] * grad).sum((0, 1, 2))
-        for i in range(kernel[0])
-        for j in range(kernel[1])
-    ]
-    return torch.stack(taps, dim=1).view(channels, 1, *kernel)
-
-
-def _take(
-    cells: Float[Tensor, "batch visible cell channels"],
-    halo: Int64[Tensor, "cells halo_height halo_width"],
-) -> Float[Tensor, "cells halo_height halo_width channels"]:
-    """Take rows of the packed positions, with zeros behind the last one."""
-    channels = cells.shape[-1]
-    rows = torch.cat([cells.reshape(-1, channels), cells.new_zeros(1, channels)])
-    return rows.index_select(0, halo.flatten()).view(*halo.shape, channels)
 
 
 def _radius(weight: Tensor, bias: Tensor | None, channels: int) -> Grid:
