@@ -50,7 +50,7 @@ from recipes.engine.errors import UserError
 from recipes.engine.labelled import LabelledData, load_labelled
 from recipes.engine.layer_decay import layer_decay_groups
 from recipes.engine.mixing import Mixing
-from recipes.engine.run_folder import RunFolder, default_path
+from recipes.engine.run_folder import RunFolder, default_path, write_weights
 from recipes.engine.train import count_steps, warn_of_slow_precision
 
 Augment = Literal["crop", "randaugment"]
@@ -61,7 +61,6 @@ class FineTuning(Training):
     """How an encoder is fine-tuned.
 
     Attributes:
-        mask_ratio: Nothing is masked.
         layer_decay: Factor from each layer's learning rate to that of the layer before it.
         drop_path: Fraction of samples whose residual branches the last block leaves out.
         mixup: Alpha of mixup's Beta distribution; 0 for none.
@@ -71,7 +70,6 @@ class FineTuning(Training):
             erasing.
     """
 
-    mask_ratio: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     min_lr: float = 1e-6
     layer_decay: float = 0.75
@@ -121,7 +119,7 @@ class FineTuneOptions(EncoderOptions):
     scratch: Literal["auto", "always", "never"] = "auto"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FineTuneConfig(RunConfig):
     """All that decides the result; `encoder` is the digest of the weights, or "none"."""
 
@@ -233,7 +231,8 @@ def fine_tune(
             return summary
         classifier = build_classifier(config, file, data.num_classes)
         unreadable = fit(classifier, config, data, folder, options)
-        save_model(classifier.model, folder)
+        encoder: Any = classifier.model.encoder
+        write_weights(folder.path / "model.safetensors", encoder)
         summary = {
             "steps": folder.read_metrics()[-1]["step"],
             "accuracy": score(classifier.model, config, data, workers=options.workers),
@@ -245,15 +244,6 @@ def fine_tune(
             summary["from_scratch"] = untrained["accuracy"]
         folder.write_summary(summary)
     return summary
-
-
-def save_model(model: nn.Module, folder: RunFolder) -> None:
-    """Write the fine-tuned weights, under timm's names."""
-    from safetensors.torch import save_file
-
-    encoder: Any = model.encoder
-    weights = {name: tensor.cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    save_file(weights, folder.path / "model.safetensors")
 
 
 def compares(options: FineTuneOptions) -> bool:
@@ -307,8 +297,6 @@ def resolve(
         max_steps=options.max_steps,
         seed=options.seed,
         device=device,
-        compile=False,
-        accumulate=1,
         encoder=file.digest if file else "none",
         trained_blocks=options.trained_blocks,
     )

@@ -10,6 +10,7 @@ and flips, no color jitter). Published for 1600 epochs on ImageNet-1K, top-1 aft
 linear probing: ViT-B 83.6 / 68.0, ViT-L 85.9 / 75.8, ViT-H 86.9 / 76.6.
 """
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -23,14 +24,22 @@ if __name__ == "__main__":
     if not __package__:  # a script: the same as `python -m recipes.mae` from the root
         sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from mimkit import losses, masking, targets, viz
+from mimkit import losses, targets, viz
 from mimkit._containers import container
 from mimkit.masking import Mask
-from mimkit.nn import MAEDecoder, PixelHead, ViT
-from recipes.engine import Preset, Recipe, Training, run
+from mimkit.nn import CrossDecoder, MAEDecoder, PixelHead, ViT
+from mimkit.patches import gather_masked
+from recipes.engine import Masking, Options, Preset, Recipe, Training, run
+from recipes.engine.masks import Sampler
+
+Target = Literal["pixels", "pca"]
+LossOn = Literal["masked", "all"]
+MaskTokens = Literal["decoder", "encoder"]
+Decoder = Literal["self", "cross"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,15 @@ class MAEConfig:
         decoder_depth: Blocks of the decoder.
         decoder_heads: Attention heads of the decoder.
         normalize_pixels: Whether each target patch is brought to zero mean and unit variance.
+        target: "pixels", or "pca" for the patches' largest principal components (table 1d).
+        pca_components: How many components.
+        loss_on: "masked" patches, or "all" (section 3: half a point worse).
+        mask_tokens: Where they come in: "decoder", or "encoder" (table 1c), which then works on
+            all patches.
+        decoder: "self" for the paper's, "cross" for CrossMAE's, whose masked tokens attend to the
+            visible ones only.
+        decode_fraction: Fraction of the masked patches that a training step predicts, in (0, 1];
+            less than 1 with `decoder="cross"` only.
         drop_path: Fraction of samples whose residual branches the last encoder block leaves out.
     """
 
@@ -63,7 +81,21 @@ class MAEConfig:
     decoder_depth: int = 8
     decoder_heads: int = 16
     normalize_pixels: bool = True
+    target: Target = "pixels"
+    pca_components: int = 96
+    loss_on: LossOn = "masked"
+    mask_tokens: MaskTokens = "decoder"
+    decoder: Decoder = "self"
+    decode_fraction: float = 1.0
     drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decode_fraction <= 1:
+            raise ValueError(f"decode_fraction must be in (0, 1]; got {self.decode_fraction}")
+        if self.decode_fraction < 1 and (self.decoder, self.loss_on) != ("cross", "masked"):
+            raise ValueError('decode_fraction below 1 needs decoder="cross" and loss_on="masked"')
+        if self.decoder == "cross" and self.mask_tokens == "encoder":
+            raise ValueError('decoder="cross" needs mask_tokens="decoder"')
 
     @property
     def normalize(self) -> Literal["patch"] | None:
@@ -91,6 +123,7 @@ class MAE(nn.Module):
 
     Example:
         >>> import torch
+        >>> from mimkit import masking
         >>> model = MAE(MAEConfig(image_size=32, patch_size=8, dim=64, depth=2, heads=4,
         ...                       decoder_dim=32, decoder_depth=1, decoder_heads=4))
         >>> mask = masking.uniform(masking.key([0, 1], seed=0), model.encoder.grid, 0.75)
@@ -98,6 +131,9 @@ class MAE(nn.Module):
         >>> output.prediction.shape, output.latent.shape
         (torch.Size([2, 12, 192]), torch.Size([2, 5, 64]))
     """
+
+    pca_center: Tensor
+    pca_directions: Tensor
 
     def __init__(self, config: MAEConfig) -> None:
         super().__init__()
@@ -112,7 +148,11 @@ class MAE(nn.Module):
             mlp_ratio=config.mlp_ratio,
             drop_path=config.drop_path,
         )
-        self.decoder = MAEDecoder(
+        self.mask_token = None
+        if config.mask_tokens == "encoder":
+            self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(config.dim), std=0.02))
+        make_decoder = CrossDecoder if config.decoder == "cross" else MAEDecoder
+        self.decoder = make_decoder(
             grid=self.encoder.grid,
             in_dim=config.dim,
             dim=config.decoder_dim,
@@ -122,9 +162,21 @@ class MAE(nn.Module):
             num_prefix=self.encoder.num_prefix_tokens,
         )
         self.patch_size = self.encoder.patch_embed.patch_size
-        self.head = PixelHead(
-            dim=config.decoder_dim, patch_size=self.patch_size, in_channels=config.in_channels
-        )
+        values = config.in_channels * math.prod(self.patch_size)
+        if config.target == "pca":
+            if not 1 <= config.pca_components <= values:
+                raise ValueError(
+                    f"pca_components must be in [1, {values}] for these patches; "
+                    f"got {config.pca_components}"
+                )
+            self.head: nn.Module = nn.Linear(config.decoder_dim, config.pca_components)
+            # Buffers, so that a checkpoint holds what `fit` finds.
+            self.register_buffer("pca_center", torch.zeros(values))
+            self.register_buffer("pca_directions", torch.zeros(config.pca_components, values))
+        else:
+            self.head = PixelHead(
+                dim=config.decoder_dim, patch_size=self.patch_size, in_channels=config.in_channels
+            )
 
     def forward(
         self, images: Float[Tensor, "images channels *spatial"], mask: Mask | Sequence[Mask]
@@ -133,32 +185,117 @@ class MAE(nn.Module):
         if not isinstance(mask, Mask):
             images = images.repeat(len(mask), *[1] * (images.ndim - 1))
             mask = Mask.cat(mask)
-        latent = self.encoder(images, mask)
-        prediction = self.head(self.decoder(latent, mask))
-        loss = losses.masked_pixel_loss(
+        scored = self._choose_scored(mask)
+        if self.mask_token is None:
+            latent, seen = self.encoder(images, mask), mask
+        else:
+            latent = self.encoder(images, mask, mask_token=self.mask_token)
+            seen = _with_masked(mask, 0)
+        query_ids = None if scored is seen else scored.masked_ids
+        prediction = self.head(self.decoder(latent, seen, query_ids))
+        loss = self._score(prediction, images, scored)
+        if self.config.loss_on == "all":
+            prediction = gather_masked(prediction, mask)
+        return MAEOutput(loss, prediction, latent)
+
+    def _choose_scored(self, mask: Mask) -> Mask:
+        """Return a mask of the patches to predict and to score."""
+        if self.config.loss_on == "all":
+            return _with_masked(mask, mask.num_tokens)
+        if self.config.decode_fraction == 1 or not self.training:
+            return mask
+        count = max(round(self.config.decode_fraction * mask.num_masked), 1)
+        hidden = mask.is_masked.flatten(1)
+        noise = torch.rand(hidden.shape, device=hidden.device)
+        return Mask.from_noise(hidden * (1 + noise), mask.grid, count)
+
+    def _score(self, prediction: Tensor, images: Tensor, mask: Mask) -> Tensor:
+        if self.config.target == "pca":
+            return losses.masked_mse(prediction, self.target(images, mask), mask)
+        return losses.masked_pixel_loss(
             prediction, images, mask, self.patch_size, normalize=self.config.normalize
         )
-        return MAEOutput(loss, prediction, latent)
+
+    @property
+    def target(self) -> targets.Pixels | targets.NormalizedPixels | targets.PCATarget:
+        """What is predicted."""
+        if self.config.target == "pca":
+            target = targets.PCATarget(self.patch_size, self.config.pca_components)
+            target.center, target.components = self.pca_center, self.pca_directions
+            return target
+        target_type = targets.NormalizedPixels if self.config.normalize_pixels else targets.Pixels
+        return target_type(self.patch_size)
+
+    def fit(self, images: Float[Tensor, "images channels *spatial"]) -> None:
+        """Find the principal components of images, where these are to be predicted."""
+        if self.config.target == "pca":
+            fitted = targets.PCATarget(self.patch_size, self.config.pca_components).fit(images)
+            assert fitted.center is not None
+            assert fitted.components is not None
+            self.pca_center.copy_(fitted.center)
+            self.pca_directions.copy_(fitted.components)
+
+
+def _with_masked(mask: Mask, count: int) -> Mask:
+    """Mask none or all of a grid, for as many samples as `mask` has."""
+    noise = torch.zeros(mask.batch_size, mask.num_tokens, device=mask.device)
+    return Mask.from_noise(noise, mask.grid, count)
 
 
 def reconstruct(
     model: MAE, images: Float[Tensor, "batch channels *spatial"], mask: Mask
 ) -> Float[Tensor, "batch channels *spatial"]:
     """Fill in the masked patches; normalised ones with the true patches' statistics."""
-    target_type = targets.NormalizedPixels if model.config.normalize_pixels else targets.Pixels
     prediction = model(images, mask).prediction.float()
-    patches = target_type(model.patch_size).invert(prediction, images, mask)
+    patches = model.target.invert(prediction, images, mask)
     return viz.fill_masked(images, mask, patches, model.patch_size)
 
 
 def baselines(
-    config: MAEConfig, images: Float[Tensor, "batch channels *spatial"], mask: Mask
+    model: MAE, images: Float[Tensor, "batch channels *spatial"], mask: Mask
 ) -> dict[str, Float32[Tensor, ""]]:
-    """Score trivial predictors under the model's loss."""
-    return losses.baselines(images, mask, config.patch_size, normalize=config.normalize)
+    """Score trivial predictors under the model's loss: the mean patch alone for "pca"."""
+    if model.config.target == "pca":
+        target = model.target(images, mask)
+        return {"zero": losses.masked_mse(torch.zeros_like(target), target, mask)}
+    return losses.baselines(images, mask, model.patch_size, normalize=model.config.normalize)
 
 
-PAPER = Training(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40, mask_ratio=0.75)
+@dataclass(frozen=True, kw_only=True)
+class MAEOptions(Options):
+    """Pre-training of MAE, with the ablations of its table 1 and section 3.
+
+    Attributes:
+        sampler: How masks are drawn (table 1f): "uniform", or "gridwise" at ratio 0.75.
+        views: Masks an image.
+        target: What is predicted (table 1d): "pixels", or "pca" components of the patches.
+        pca_components: How many components.
+        normalize_pixels: Whether each target patch is normalised (table 1d).
+        loss_on: The "masked" patches, or "all".
+        mask_tokens: Where mask tokens come in (table 1c): "decoder" or "encoder".
+        decoder: "self", or "cross" for CrossMAE's.
+        decode_fraction: Fraction of the masked patches to predict in a step ("cross" only).
+        decoder_dim: Width of the decoder (table 1b).
+        decoder_depth: Blocks of the decoder (table 1a).
+        decoder_heads: Attention heads of the decoder.
+    """
+
+    sampler: Sampler | None = None
+    views: int | None = None
+    target: Target | None = None
+    pca_components: int | None = None
+    normalize_pixels: bool | None = None
+    loss_on: LossOn | None = None
+    mask_tokens: MaskTokens | None = None
+    decoder: Decoder | None = None
+    decode_fraction: float | None = None
+    decoder_dim: int | None = None
+    decoder_depth: int | None = None
+    decoder_heads: int | None = None
+
+
+PAPER = Training(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40)
+MASKING = Masking(mask_ratio=0.75)
 
 PRESETS = {
     # Two to four minutes on two CPU cores, probes included.
@@ -178,14 +315,16 @@ PRESETS = {
             batch_size=32,
             base_lr=8e-3,
             warmup_epochs=0.3,
-            mask_ratio=0.75,
             clip_grad=1.0,
         ),
+        MASKING,
     ),
-    "vit_base": Preset(MAEConfig(image_size=224), PAPER),
-    "vit_large": Preset(MAEConfig(image_size=224, dim=1024, depth=24, heads=16), PAPER),
+    "vit_base": Preset(MAEConfig(image_size=224), PAPER, MASKING),
+    "vit_large": Preset(MAEConfig(image_size=224, dim=1024, depth=24, heads=16), PAPER, MASKING),
     "vit_huge": Preset(
-        MAEConfig(image_size=224, patch_size=14, dim=1280, depth=32, heads=16), PAPER
+        MAEConfig(image_size=224, patch_size=14, dim=1280, depth=32, heads=16),
+        PAPER,
+        MASKING,
     ),
 }
 
@@ -193,9 +332,10 @@ RECIPE = Recipe(
     name="mae",
     presets=PRESETS,
     build=MAE,
-    draw_mask=masking.uniform,
     baselines=baselines,
     reconstruct=reconstruct,
+    options=MAEOptions,
+    fit=MAE.fit,
     note="Predicted patches are normalised; here they have the ground truth's patch statistics.",
 )
 

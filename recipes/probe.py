@@ -86,7 +86,7 @@ class ProbePreset:
     attentive: Training
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ProbeConfig(RunConfig):
     """All that decides the result.
 
@@ -322,8 +322,6 @@ def resolve(
         max_steps=options.max_steps,
         seed=options.seed,
         device=device,
-        compile=False,
-        accumulate=1,
         encoder=file.digest,
         protocol=options.protocol,
         pool=options.pool or ("mean" if options.protocol == "small" else "token"),
@@ -359,7 +357,6 @@ def _training(epochs: int, batch_size: int, base_lr: float, min_lr: float) -> Tr
         batch_size=batch_size,
         base_lr=base_lr,
         warmup_epochs=10,
-        mask_ratio=0.0,
         weight_decay=0.0,
         min_lr=min_lr,
     )

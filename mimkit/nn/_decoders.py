@@ -7,15 +7,16 @@ Axes: batch; prefix; visible; masked; tokens (of the whole grid); dim (decoder's
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mimkit._grids import as_sizes, count_tokens
 from mimkit.masking import Mask
-from mimkit.nn._layers import NORM_EPS, TransformerBlock, xavier_linear
+from mimkit.nn._layers import NORM_EPS, CrossAttention, Mlp, TransformerBlock, xavier_linear
 from mimkit.nn._vit import position_table
 from mimkit.patches._patchify import check_mask
+from mimkit.patches._tokens import take_rows
 
 
 class MAEDecoder(nn.Module):
@@ -70,26 +71,25 @@ class MAEDecoder(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
 
     def forward(
-        self, latent: Float[Tensor, "batch prefix_and_visible in_dim"], mask: Mask
-    ) -> Float[Tensor, "batch masked dim"]:
-        """Decode the masked positions.
+        self,
+        latent: Float[Tensor, "batch prefix_and_visible in_dim"],
+        mask: Mask,
+        query_ids: Int64[Tensor, "batch queries"] | None = None,
+    ) -> Float[Tensor, "batch queries dim"]:
+        """Decode the masked positions, or those that are asked for.
 
         Args:
             latent: Prefix tokens, then visible tokens in ascending order of position.
             mask: The mask that they were encoded under.
+            query_ids: Positions to return, visible ones too; the masked ones if `None`.
 
         Returns:
-            One token per masked position, ascending, after the last norm.
+            One token per masked position, ascending, or per query, after the last norm.
 
         Raises:
             ValueError: A mask of another grid, or latents that do not fit it.
         """
-        check_mask(mask, self.grid, latent)
-        if latent.shape[1] != self.num_prefix + mask.num_visible:
-            raise ValueError(
-                f"latent must hold {self.num_prefix} prefix and {mask.num_visible} visible tokens; "
-                f"got {tuple(latent.shape)}"
-            )
+        check_latent(latent, mask, self.grid, self.num_prefix)
         prefix_position, positions = self.pos_embed[0].tensor_split([self.num_prefix])
         order = torch.cat([mask.visible_ids, mask.masked_ids], dim=1)
         positions = F.embedding(order, positions)
@@ -97,10 +97,133 @@ class MAEDecoder(nn.Module):
         mask_tokens = self.mask_token.expand(latent.shape[0], mask.num_masked, -1)
         tokens = torch.cat([self.embed(latent), mask_tokens], dim=1)
         tokens = tokens + torch.cat([prefix_position, positions], dim=1)
+        num_queries = mask.num_masked if query_ids is None else None
         for index, block in enumerate(self.blocks, 1):
-            tokens = block(tokens, mask.num_masked if index == len(self.blocks) else None)
-        decoded: Tensor = self.norm(tokens[:, tokens.shape[1] - mask.num_masked :])
+            tokens = block(tokens, num_queries if index == len(self.blocks) else None)
+        if query_ids is None:
+            tokens = tokens[:, tokens.shape[1] - mask.num_masked :]
+        else:
+            tokens = take_rows(tokens, mask.restore_ids.gather(1, query_ids) + self.num_prefix)
+        decoded: Tensor = self.norm(tokens)
         return decoded
+
+
+class CrossDecoder(nn.Module):
+    """Decoder whose queries attend to the visible tokens, and not to each other.
+
+    Without self-attention no position depends on which others are decoded: a random subset of the
+    masked positions can be trained on, at a cost in proportion.
+
+    Args:
+        grid: Tokens per axis.
+        in_dim: Width of the latents.
+        dim: Width of the decoder.
+        depth: Number of blocks.
+        heads: Attention heads; divides `dim`.
+        mlp_ratio: Hidden width of each MLP over `dim`.
+        num_prefix: Prefix tokens of the latents, which are attended to as well.
+
+    Source:
+        CrossMAE, arXiv:2401.14391, section 3. There each block reads its own learned mix of all
+        encoder layers; here all read the encoder's output.
+
+    Example:
+        >>> from mimkit import masking
+        >>> mask = masking.uniform(masking.key([0], seed=0), (4, 4), 0.75)
+        >>> decoder = CrossDecoder(grid=(4, 4), in_dim=64, dim=32, depth=1, heads=4)
+        >>> latent = torch.randn(1, 1 + 4, 64)
+        >>> decoder(latent, mask).shape, decoder(latent, mask, mask.masked_ids[:, :3]).shape
+        (torch.Size([1, 12, 32]), torch.Size([1, 3, 32]))
+    """
+
+    def __init__(
+        self,
+        *,
+        grid: Sequence[int],
+        in_dim: int,
+        dim: int = 512,
+        depth: int = 12,
+        heads: int = 16,
+        mlp_ratio: float = 4.0,
+        num_prefix: int = 1,
+    ) -> None:
+        super().__init__()
+        self.grid = as_sizes("grid", grid)
+        self.num_prefix = num_prefix
+        self.embed = xavier_linear(in_dim, dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.pos_embed = nn.Parameter(
+            position_table(dim, self.grid, num_prefix=0), requires_grad=False
+        )
+        self.blocks = nn.ModuleList(
+            CrossBlock(dim=dim, heads=heads, mlp_ratio=mlp_ratio) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+
+    def forward(
+        self,
+        latent: Float[Tensor, "batch prefix_and_visible in_dim"],
+        mask: Mask,
+        query_ids: Int64[Tensor, "batch queries"] | None = None,
+    ) -> Float[Tensor, "batch queries dim"]:
+        """Decode the masked positions, or those that are asked for; as `MAEDecoder` does."""
+        check_latent(latent, mask, self.grid, self.num_prefix)
+        query_ids = mask.masked_ids if query_ids is None else query_ids
+        queries = self.mask_token + F.embedding(query_ids, self.pos_embed[0])
+        context = self.embed(latent)
+        for block in self.blocks:
+            queries = block(queries, context)
+        decoded: Tensor = self.norm(queries)
+        return decoded
+
+
+class CrossBlock(nn.Module):
+    """Pre-norm block of cross-attention and MLP.
+
+    Args:
+        dim: Width of a token.
+        heads: Attention heads; divides `dim`.
+        mlp_ratio: Hidden width of the MLP over `dim`.
+    """
+
+    def __init__(self, *, dim: int, heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm_context = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.cross_attn = CrossAttention(dim=dim, heads=heads)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = Mlp(dim=dim, hidden_dim=int(dim * mlp_ratio))
+
+    def forward(
+        self,
+        queries: Float[Tensor, "batch queries dim"],
+        context: Float[Tensor, "batch tokens dim"],
+    ) -> Float[Tensor, "batch queries dim"]:
+        """Let each query look at the context, then transform it."""
+        context = self.norm_context(context)
+        queries = queries + self.cross_attn(self.norm1(queries), context, context)
+        out: Tensor = queries + self.mlp(self.norm2(queries))
+        return out
+
+
+def check_latent(
+    latent: Float[Tensor, "batch prefix_and_visible in_dim"],
+    mask: Mask,
+    grid: tuple[int, ...],
+    num_prefix: int,
+) -> None:
+    """Check that latents were encoded under a mask.
+
+    Raises:
+        ValueError: A mask of another grid, or latents that do not fit it.
+    """
+    check_mask(mask, grid, latent)
+    if latent.shape[1] != num_prefix + mask.num_visible:
+        raise ValueError(
+            f"latent must hold {num_prefix} prefix and {mask.num_visible} visible tokens; "
+            f"got {tuple(latent.shape)}"
+        )
 
 
 class PixelHead(nn.Linear):

@@ -16,7 +16,7 @@ import tyro
 import yaml
 
 from recipes.engine.distributed import rank_from_environment
-from recipes.engine.errors import UserError
+from recipes.engine.errors import LostProcessError, UserError
 
 Precision = Literal["fp32", "bf16"]
 
@@ -97,7 +97,7 @@ def run_command(
             )
         )
     except UserError as error:
-        if rank_from_environment() == 0:
+        if rank_from_environment() == 0 or isinstance(error, LostProcessError):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -195,7 +195,8 @@ def _yaml_arguments(path: Path | None, options_type: type[Any]) -> list[str]:
         raise UserError(f"--config {path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold `option: value` lines; got {content!r}")
-    known = {field.name for field in dataclasses.fields(options_type)} - {"config"}
+    known = {field.name: field.type for field in dataclasses.fields(options_type)}
+    del known["config"]
     arguments: list[str] = []
     for name, value in content.items():
         option = str(name).replace("-", "_")
@@ -203,7 +204,7 @@ def _yaml_arguments(path: Path | None, options_type: type[Any]) -> list[str]:
             choices = ", ".join(sorted(known))
             raise UserError(f"--config {path} has an unknown key {name!r}: choose from {choices}")
         flag = option.replace("_", "-")
-        if isinstance(value, bool):
+        if known[option] is bool:
             arguments.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
             arguments += [f"--{flag}", str(value)]

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
-from mimkit.masking import Key, Mask
+from mimkit.masking import Mask
 from recipes.engine.cli import (
     CommonOptions,
     Precision,
@@ -29,7 +29,6 @@ class Training:
         batch_size: Images per optimizer step.
         base_lr: Learning rate per 256 images of a step.
         warmup_epochs: Epochs in which the rate rises from 0.
-        mask_ratio: Fraction of patches to mask, in (0, 1).
         weight_decay: Of parameters with more than one axis.
         betas: Of AdamW.
         min_lr: Learning rate at the end.
@@ -41,7 +40,6 @@ class Training:
     batch_size: int
     base_lr: float
     warmup_epochs: float
-    mask_ratio: float
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     min_lr: float = 0.0
@@ -51,10 +49,42 @@ class Training:
 
 @dataclass(frozen=True)
 class Preset:
-    """A model's shape and how it is trained."""
+    """A model's shape, how it is trained, and on which masks.
+
+    Attributes:
+        model: Shape of the model: a frozen dataclass.
+        training: How it is trained.
+        masking: Which patches are masked: a frozen dataclass like `masks.Masking`, with at least
+            `mask_ratio` and `draw(key, grid)`.
+    """
 
     model: Any
     training: Training
+    masking: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(CommonOptions):
+    """Command line of pre-training; what is not given comes from the preset.
+
+    Attributes:
+        image_size: Side of the images in pixels.
+        mask_ratio: Fraction of patches to mask, in (0, 1).
+        compile: Run the model through torch.compile.
+        accumulate: Parts in which a batch goes through the model, to save memory.
+        shard: Spread weights over the processes of torchrun (FSDP2) instead of copying them (DDP).
+        non_finite: What to do about a loss that is not finite: "stop", or "rewind" to the last
+            checkpoint and leave out the batch.
+        tracker: Where metrics go beside metrics.jsonl.
+    """
+
+    image_size: int | None = None
+    mask_ratio: float | None = None
+    compile: bool = False
+    accumulate: int = 1
+    shard: bool = False
+    non_finite: Literal["stop", "rewind"] = "stop"
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
 
 
 @dataclass(frozen=True)
@@ -65,45 +95,26 @@ class Recipe:
         name: Name of the recipe, as in the default output folder.
         presets: Name -> preset; the first one is the default.
         build: Makes the model of a configuration. It has an `encoder` with `grid` and `pool`, and
-            is called with images and a mask.
-        draw_mask: Draws the masks of a batch: (key, grid, ratio).
-        baselines: Scores trivial predictors under the loss: (model's configuration, images, mask).
+            is called with images and what the preset's `masking` draws.
+        baselines: Scores trivial predictors under the loss: (model, images, mask).
         reconstruct: Fills in the masked patches of model inputs: (model, images, mask).
         note: What a viewer of reconstructions must know.
+        options: Its command line. An option named as a field of the preset's model, training or
+            masking replaces that field.
+        fit: Fits what a model must see images for before its first step: (model, model inputs).
     """
 
     name: str
     presets: Mapping[str, Preset]
     build: Callable[[Any], nn.Module]
-    draw_mask: Callable[[Key, tuple[int, ...], float], Mask]
     baselines: Callable[[Any, Tensor, Mask], dict[str, Tensor]]
     reconstruct: Callable[[Any, Tensor, Mask], Tensor]
     note: str
+    options: type[Options] = Options
+    fit: Callable[[Any, Tensor], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(CommonOptions):
-    """Command line of pre-training; what is not given comes from the preset.
-
-    Attributes:
-        mask_ratio: Fraction of patches to mask, in (0, 1).
-        compile: Run the model through torch.compile.
-        accumulate: Parts in which a batch goes through the model, to save memory.
-        shard: Spread weights over the processes of torchrun (FSDP2) instead of copying them (DDP).
-        non_finite: What to do about a loss that is not finite: "stop", or "rewind" to the last
-            checkpoint and leave out the batch.
-        tracker: Where metrics go beside metrics.jsonl.
-    """
-
-    mask_ratio: float | None = None
-    compile: bool = False
-    accumulate: int = 1
-    shard: bool = False
-    non_finite: Literal["stop", "rewind"] = "stop"
-    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """All that decides the result of a run."""
 
@@ -116,8 +127,6 @@ class RunConfig:
     max_steps: int | None
     seed: int
     device: str
-    compile: bool
-    accumulate: int
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings, lists and dictionaries, as in `config.yaml`."""
@@ -130,33 +139,33 @@ class RunConfig:
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def resolve(options: Options, recipe: Recipe) -> RunConfig:
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """All that decides the result of pre-training."""
+
+    masking: Any
+    compile: bool
+    accumulate: int
+
+
+def resolve(options: Options, recipe: Recipe) -> PretrainConfig:
     """Fill in the preset's values.
 
     Raises:
-        UserError: An unknown preset or device, or a number out of range.
+        UserError: An unknown preset or device, or a value that does not fit.
     """
     preset_name, preset = choose_preset(options, recipe.presets)
-    training = replace_given(
-        preset.training,
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        mask_ratio=options.mask_ratio,
-        precision=options.precision,
-    )
+    training = override(preset.training, options)
     lr = options.lr if options.lr is not None else scaled_lr(training)
     device = check_options(options, epochs=training.epochs, batch_size=training.batch_size, lr=lr)
     check_positive("accumulate", options.accumulate)
-    if not 0 < training.mask_ratio < 1:
-        raise UserError(
-            f"--mask-ratio {training.mask_ratio} is out of range: give a fraction between 0 and 1"
-        )
-    return RunConfig(
+    return PretrainConfig(
         recipe=recipe.name,
         preset=preset_name,
         data=options.data,
-        model=preset.model,
+        model=override(preset.model, options),
         training=training,
+        masking=override(preset.masking, options),
         lr=lr,
         max_steps=options.max_steps,
         seed=options.seed,
@@ -172,6 +181,20 @@ def scaled_lr(training: Training) -> float:
 
 
 Dataclass = TypeVar("Dataclass")
+
+
+def override(part: Dataclass, options: CommonOptions) -> Dataclass:
+    """Replace the fields of a preset's part that options of the same name give.
+
+    Raises:
+        UserError: A value that does not fit.
+    """
+    names = {field.name for field in dataclasses.fields(part)}  # type: ignore[arg-type]
+    given = {name: value for name, value in vars(options).items() if name in names}
+    try:
+        return replace_given(part, **given)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def replace_given(value: Dataclass, **changes: Any) -> Dataclass:

@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mimkit import masking
-from recipes.engine.config import Recipe, RunConfig
+from mimkit.masking import Mask
+from recipes.engine.config import PretrainConfig, Recipe
 from recipes.engine.data import DataSet
 from recipes.engine.train import autocast, count_steps
 
@@ -17,7 +18,7 @@ _GIB = 2**30
 _BYTES_PER_PARAMETER = 16
 
 
-def describe(recipe: Recipe, config: RunConfig, data: DataSet) -> str:
+def describe(recipe: Recipe, config: PretrainConfig, data: DataSet) -> str:
     """Describe a run: configuration, parameters, FLOPs of an image, memory, steps."""
     with torch.device("meta"):
         model = recipe.build(config.model).train()
@@ -47,7 +48,9 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def measure(recipe: Recipe, config: RunConfig, data: DataSet, model: nn.Module) -> tuple[int, int]:
+def measure(
+    recipe: Recipe, config: PretrainConfig, data: DataSet, model: nn.Module
+) -> tuple[int, int]:
     """Return FLOPs of a step on one image, and the bytes kept for its backward."""
     encoder: Any = model.encoder
     saved: dict[int, int] = {}
@@ -58,14 +61,13 @@ def measure(recipe: Recipe, config: RunConfig, data: DataSet, model: nn.Module) 
             saved[storage._cdata] = storage.nbytes()
         return tensor
 
-    mask = recipe.draw_mask(
-        masking.key([0], seed=config.seed), encoder.grid, config.training.mask_ratio
-    )
+    masks = config.masking.draw(masking.key([0], seed=config.seed), encoder.grid)
+    masks = masks.to("meta") if isinstance(masks, Mask) else [mask.to("meta") for mask in masks]
     images = torch.empty(1, data.in_channels, *encoder.image_size, device="meta")
     with (
         FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         autocast(config),
     ):
-        model(images, mask.to("meta")).loss.backward()
+        model(images, masks).loss.backward()
     return int(counter.get_total_flops()), sum(saved.values())

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from recipes.engine.cli import run_command
-from recipes.engine.config import Options, Recipe, RunConfig, resolve
+from recipes.engine.config import Options, PretrainConfig, Recipe, resolve
 from recipes.engine.data import DataSet, load_data
 from recipes.engine.distributed import World, join
 from recipes.engine.dry_run import describe
@@ -30,7 +30,7 @@ def run(recipe: Recipe, description: str, arguments: Sequence[str] | None = None
     """
     return run_command(
         partial(_run, recipe),
-        Options,
+        recipe.options,
         name=recipe.name,
         description=description,
         arguments=arguments,
@@ -63,7 +63,7 @@ def _run(recipe: Recipe, options: Options) -> None:
                 print_summary(summary, folder)
 
 
-def _check_batch(config: RunConfig, world: World) -> None:
+def _check_batch(config: PretrainConfig, world: World) -> None:
     parts = world.size * config.accumulate
     if config.training.batch_size % parts:
         raise UserError(
@@ -72,11 +72,11 @@ def _check_batch(config: RunConfig, world: World) -> None:
         )
 
 
-def _image_size(config: RunConfig) -> tuple[int, int]:
+def _image_size(config: PretrainConfig) -> tuple[int, int]:
     size: Any = config.model.image_size
     return (size, size) if isinstance(size, int) else size
 
 
-def _with_channels(config: RunConfig, data: DataSet) -> RunConfig:
+def _with_channels(config: PretrainConfig, data: DataSet) -> PretrainConfig:
     model = dataclasses.replace(config.model, in_channels=data.in_channels)
     return dataclasses.replace(config, model=model)

@@ -8,10 +8,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mimkit import masking, viz
-from recipes.engine.config import Recipe, RunConfig
+from recipes.engine.config import PretrainConfig, Recipe
 from recipes.engine.data import DataSet, ProbeData
+from recipes.engine.masks import first
 from recipes.engine.probes import Features, evaluate, raw_pixels
-from recipes.engine.run_folder import RunFolder
+from recipes.engine.run_folder import RunFolder, write_weights
 from recipes.engine.train import autocast, build_model
 
 _PROBE_NAMES = {"knn": "k-NN", "linear": "linear", "attentive": "attentive"}
@@ -20,7 +21,7 @@ _BATCH = 256
 
 def write_report(
     recipe: Recipe,
-    config: RunConfig,
+    config: PretrainConfig,
     data: DataSet,
     folder: RunFolder,
     model: nn.Module,
@@ -28,7 +29,8 @@ def write_report(
     unreadable: list[str],
 ) -> dict[str, Any]:
     """Evaluate a trained model, write what it shows, and return the summary."""
-    save_encoder(model, folder)
+    encoder: Any = model.encoder
+    write_weights(folder.path / "encoder.safetensors", encoder)
     draw_curves(folder)
     draw_reconstructions(recipe, config, data, folder, model)
     metrics = folder.read_metrics()
@@ -47,15 +49,6 @@ def write_report(
     return summary
 
 
-def save_encoder(model: nn.Module, folder: RunFolder) -> None:
-    """Write the encoder's weights, under mimkit's names, which are timm's."""
-    from safetensors.torch import save_file
-
-    encoder: Any = model.encoder
-    weights = {name: tensor.cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    save_file(weights, folder.path / "encoder.safetensors")
-
-
 def draw_curves(folder: RunFolder) -> None:
     """Draw the loss over the steps, beside what trivial predictors score."""
     metrics = folder.read_metrics()
@@ -68,28 +61,26 @@ def draw_curves(folder: RunFolder) -> None:
 
 @torch.no_grad()
 def draw_reconstructions(
-    recipe: Recipe, config: RunConfig, data: DataSet, folder: RunFolder, model: nn.Module
+    recipe: Recipe, config: PretrainConfig, data: DataSet, folder: RunFolder, model: nn.Module
 ) -> None:
     """Draw held-out pictures: as they are, masked, and reconstructed tile by tile."""
     encoder: Any = model.encoder
     height, width = encoder.image_size
-    patch_size = encoder.patch_embed.patch_size
+    patch_size = pixels_per_token(encoder)
     rows = []
     for number, picture in enumerate(data.pictures):
         down, across = picture.shape[1] // height, picture.shape[2] // width
         tiles = rearrange(picture, "c (a h) (b w) -> (a b) c h w", a=down, b=across)
         inputs, mean, std = data.normalize(tiles)
         ids = torch.arange(len(tiles)) + (number << 32)
-        mask = recipe.draw_mask(
-            masking.key(ids, seed=config.seed), encoder.grid, config.training.mask_ratio
-        )
+        mask = first(config.masking.draw(masking.key(ids, seed=config.seed), encoder.grid))
         with autocast(config):
             filled = recipe.reconstruct(
                 model, inputs.to(config.device), mask.to(config.device)
             ).float()
         shown = (tiles, viz.show_masked(tiles, mask, patch_size), filled.cpu() * std + mean)
         rows.append([rearrange(t, "(a b) c h w -> c (a h) (b w)", a=down, b=across) for t in shown])
-    percent = f"{config.training.mask_ratio:.0%}"
+    percent = f"{config.masking.mask_ratio:.0%}"
     captions = ["input (not trained on)", f"masked, {percent}", "reconstruction"]
     note = (
         f"Tiles of {height} x {width} px, each normalised and filled in by itself.\n{recipe.note}"
@@ -99,19 +90,17 @@ def draw_reconstructions(
 
 @torch.no_grad()
 def score_held_out(
-    recipe: Recipe, config: RunConfig, probe: ProbeData, model: nn.Module
+    recipe: Recipe, config: PretrainConfig, probe: ProbeData, model: nn.Module
 ) -> dict[str, float]:
     """Score the model and trivial predictors on images it was not trained on, fixed masks."""
     encoder: Any = model.encoder
     totals: dict[str, float] = {}
-    for first, images in _batches(probe.test_images, config):
-        ids = torch.arange(first, first + len(images), device=images.device)
-        mask = recipe.draw_mask(
-            masking.key(ids, seed=config.seed).view(1), encoder.grid, config.training.mask_ratio
-        )
+    for start, images in _batches(probe.test_images, config):
+        ids = torch.arange(start, start + len(images), device=images.device)
+        mask = first(config.masking.draw(masking.key(ids, seed=config.seed).view(1), encoder.grid))
         with autocast(config):
             scores = {"loss": model(images, mask).loss}
-        scores |= recipe.baselines(config.model, images, mask)
+        scores |= recipe.baselines(model, images, mask)
         for name, value in scores.items():
             share = len(images) / len(probe.test_images)
             totals[name] = totals.get(name, 0.0) + value.item() * share
@@ -119,7 +108,7 @@ def score_held_out(
 
 
 def run_probes(
-    recipe: Recipe, config: RunConfig, probe: ProbeData, model: nn.Module
+    recipe: Recipe, config: PretrainConfig, probe: ProbeData, model: nn.Module
 ) -> dict[str, dict[str, float]]:
     """Probe the trained encoder, the same encoder untrained, and raw pixels."""
     untrained = build_model(recipe, config).eval()
@@ -127,13 +116,13 @@ def run_probes(
     features = {
         "trained": encoder_features(model, config),
         "untrained": encoder_features(untrained, config),
-        "pixels": raw_pixels(encoder.patch_embed.patch_size),
+        "pixels": raw_pixels(pixels_per_token(encoder)),
     }
     scores = {name: evaluate(f, probe, seed=config.seed) for name, f in features.items()}
     return {kind: {name: scores[name][kind] for name in features} for kind in _PROBE_NAMES}
 
 
-def encoder_features(model: nn.Module, config: RunConfig) -> Features:
+def encoder_features(model: nn.Module, config: PretrainConfig) -> Features:
     """Return pooled features and tokens of the encoder, which sees whole images."""
     encoder: Any = model.encoder
 
@@ -143,6 +132,14 @@ def encoder_features(model: nn.Module, config: RunConfig) -> Features:
         return encoder.pool(tokens), tokens
 
     return features
+
+
+def pixels_per_token(encoder: Any) -> tuple[int, int]:
+    """Return height and width, in pixels, of what an encoder's token stands for."""
+    height, width = (
+        size // tokens for size, tokens in zip(encoder.image_size, encoder.grid, strict=True)
+    )
+    return height, width
 
 
 def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
@@ -168,6 +165,6 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     print(f"pictures, curves, weights and numbers: {folder.path}")
 
 
-def _batches(images: Tensor, config: RunConfig) -> Iterator[tuple[int, Tensor]]:
-    for first in range(0, len(images), _BATCH):
-        yield first, images[first : first + _BATCH].to(config.device)
+def _batches(images: Tensor, config: PretrainConfig) -> Iterator[tuple[int, Tensor]]:
+    for start in range(0, len(images), _BATCH):
+        yield start, images[start : start + _BATCH].to(config.device)

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator
@@ -14,22 +15,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mimkit import masking
-from mimkit.masking import Mask
 from recipes.engine.checkpoint import Checkpoints
-from recipes.engine.config import Options, Recipe, RunConfig
+from recipes.engine.config import Options, PretrainConfig, Recipe, RunConfig
 from recipes.engine.data import Batch, DataSet
 from recipes.engine.distributed import World, distribute, gradient_sync, whole, whole_weights
 from recipes.engine.errors import UserError
 from recipes.engine.loader import make_loader
+from recipes.engine.masks import Masks, first, take_rows
 from recipes.engine.optim import gradients, parameter_groups, warmup_cosine
 from recipes.engine.run_folder import RunFolder
 from recipes.engine.tracker import make_tracker
 
 _LOGS_PER_RUN = 50
 _MAX_SKIPPED = 10
+_FITTING_IMAGES = 256
 
 
-def build_model(recipe: Recipe, config: RunConfig) -> nn.Module:
+def build_model(recipe: Recipe, config: PretrainConfig) -> nn.Module:
     """Make the model with the weights that the run's seed gives."""
     torch.manual_seed(config.seed)
     try:
@@ -75,7 +77,7 @@ def count_steps(config: RunConfig, data: DataSet) -> tuple[int, int]:
 
 def train(
     recipe: Recipe,
-    config: RunConfig,
+    config: PretrainConfig,
     data: DataSet,
     folder: RunFolder,
     options: Options,
@@ -86,7 +88,7 @@ def train(
     Returns:
         The trained weights, and the ids of images that this process could not read.
     """
-    trainer = Trainer(recipe, config, world, shard=options.shard)
+    trainer = Trainer(recipe, config, data, world, shard=options.shard)
     checkpoints = Checkpoints(folder.path / "checkpoints", world, keep_every=options.keep_every)
     first_step = start_from(options.resume, checkpoints, trainer)
     unreadable: set[int] = set()
@@ -97,7 +99,9 @@ def train(
                 unreadable.update(batch.unreadable_ids)
                 if row is not None:
                     tracker.log(row)
+            checkpoints.finish()
         except NonFiniteError as error:
+            checkpoints.finish()
             first_step = _rewind(error, trainer, folder, checkpoints, options)
         else:
             tracker.close()
@@ -142,7 +146,8 @@ def _train_from(
         if result is not None and meter.is_due(done, result):
             row = {"step": done, "epoch": done / steps_per_epoch, **meter.row(done, result)}
             if world.is_main and len(result.images):
-                scores = trainer.recipe.baselines(config.model, result.images, result.mask)
+                mask = first(result.masks)
+                scores = trainer.recipe.baselines(trainer.bare_model, result.images, mask)
                 row["baselines"] = {name: score.item() for name, score in scores.items()}
                 folder.append_metrics(row)
         if done % (options.checkpoint_every or steps_per_epoch) == 0 or done == num_steps:
@@ -195,19 +200,21 @@ class StepResult:
 
     Attributes:
         loss: Mean over all processes.
+        others: Means of the output's other numbers, by name.
         lr: Learning rate.
         grad_norm: Norm of the gradient before clipping.
         num_images: Images of all processes.
         images: Those of this process.
-        mask: Their masks.
+        masks: Their masks.
     """
 
     loss: Tensor
+    others: dict[str, Tensor]
     lr: float
     grad_norm: Tensor
     num_images: int
     images: Tensor
-    mask: Mask
+    masks: Masks
 
 
 class Trainer:
@@ -216,18 +223,30 @@ class Trainer:
     Args:
         recipe: The method.
         config: The run's configuration.
+        data: The images.
         world: The processes.
         shard: Whether weights are spread over the processes, or copied to each.
     """
 
-    def __init__(self, recipe: Recipe, config: RunConfig, world: World, *, shard: bool) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: PretrainConfig,
+        data: DataSet,
+        world: World,
+        *,
+        shard: bool,
+    ) -> None:
         self.recipe = recipe
         self.config = config
         self.world = world
         model = build_model(recipe, config).train()
+        if recipe.fit is not None:  # the same in every process; a checkpoint overwrites it
+            recipe.fit(model, fitting_images(data).to(config.device))
         encoder: Any = model.encoder
         self.grid: tuple[int, ...] = encoder.grid
         self.image_size: tuple[int, ...] = encoder.image_size
+        self.bare_model = model
         self.model = distribute(model, world, shard=shard)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, weight_decay=config.training.weight_decay),
@@ -253,15 +272,16 @@ class Trainer:
         if num_images == 0:
             return None
         lr = self._set_lr(epoch)
-        images, mask = self._draw(batch, epoch=int(epoch))
+        images, masks = self._draw(batch, epoch=int(epoch))
         # Drop path draws from the global generator: another stream in every step and process.
         torch.manual_seed(_stream(self.config.seed, step, self.world.rank))
-        loss = self._backward(images, mask, num_images)
+        numbers = self._backward(images, masks, num_images)
+        loss = numbers.pop("loss")
         norm = self._clip()
         if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
             raise NonFiniteError(step, loss.item(), norm.item())
         self.optimizer.step()
-        return StepResult(loss, lr, norm, num_images, images, mask)
+        return StepResult(loss, numbers, lr, norm, num_images, images, masks)
 
     def _set_lr(self, epoch: float) -> float:
         lr = warmup_cosine(
@@ -275,29 +295,31 @@ class Trainer:
             group["lr"] = lr
         return lr
 
-    def _draw(self, batch: Batch, *, epoch: int) -> tuple[Tensor, Mask]:
+    def _draw(self, batch: Batch, *, epoch: int) -> tuple[Tensor, Masks]:
         """Move a batch to the device, and draw its masks there."""
         images = batch.images.to(self.config.device, non_blocking=True)
         if len(images) == 0:  # this process takes part in the step all the same
             images = images.new_empty(0, self.config.model.in_channels, *self.image_size)
         sample_ids = batch.sample_ids.to(self.config.device, non_blocking=True)
         key = masking.key(sample_ids, seed=self.config.seed, epoch=epoch)
-        return images, self.recipe.draw_mask(key, self.grid, self.config.training.mask_ratio)
+        return images, self.config.masking.draw(key, self.grid)
 
-    def _backward(self, images: Tensor, mask: Mask, num_images: int) -> Tensor:
-        """Fill in the gradients, part by part, and return the loss over all processes."""
+    def _backward(self, images: Tensor, masks: Masks, num_images: int) -> dict[str, Tensor]:
+        """Fill in the gradients, part by part; return the output's numbers over all processes."""
         self.model.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=images.device)
+        totals: dict[str, Tensor] = {}
         parts = torch.arange(len(images)).tensor_split(self.config.accumulate)
         for index, rows in enumerate(parts, 1):
             with gradient_sync(self.model, enabled=index == len(parts)):
                 with autocast(self.config):
-                    loss = self.model(images[rows], mask[rows]).loss
+                    output = self.model(images[rows], take_rows(masks, rows))
                 # Processes count the same, however many images each could read: weigh by images.
-                share = loss * (len(rows) * self.world.size / num_images)
-                share.backward()
-            total += share.detach()
-        return self.world.total(total) / self.world.size
+                share = len(rows) * self.world.size / num_images
+                (output.loss * share).backward()
+            for name, value in scalars(output).items():
+                totals[name] = totals.get(name, 0.0) + value * share
+        summed = self.world.total(torch.stack(list(totals.values()))) / self.world.size
+        return dict(zip(totals, summed, strict=True))
 
     def _clip(self) -> Tensor:
         """Clip the gradient to a norm, and return the norm that it had."""
@@ -307,6 +329,23 @@ class Trainer:
                 self.model.parameters(), self.config.training.clip_grad, norm
             )
         return norm
+
+
+def fitting_images(data: DataSet) -> Tensor:
+    """Take some model inputs for `Recipe.fit`."""
+    count = min(len(data.train), _FITTING_IMAGES)
+    items = (data.train[0, sample_id] for sample_id in range(count))
+    return torch.stack([image for image, _ in items if image is not None])
+
+
+def scalars(output: Any) -> dict[str, Tensor]:
+    """Return the numbers of a model's output, the loss among them, by name."""
+    values = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+    return {
+        name: value.detach().float()
+        for name, value in values.items()
+        if isinstance(value, Tensor) and value.ndim == 0
+    }
 
 
 def _stream(seed: int, *key: int) -> int:
@@ -392,6 +431,7 @@ class _Meter:
             "lr": result.lr,
             "grad_norm": result.grad_norm.item(),
         }
+        row |= {name: value.item() for name, value in result.others.items()}
         elapsed = max(time.perf_counter() - self.since, 1e-9)
         row["images_per_s"] = self.images / elapsed
         row["data_share"] = self.waited / elapsed

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mimkit import masking
 from mimkit.masking import Mask
-from mimkit.nn import MAEDecoder, PixelHead
+from mimkit.nn import CrossDecoder, MAEDecoder, PixelHead
 from mimkit.patches import gather_masked, restore
 from tests.nn import plain
 from tests.strategies import generators, grids, masks
@@ -124,3 +124,30 @@ MASK = masking.uniform(masking.key([0, 1], seed=0), (2, 3), 0.5)
 def test_what_does_not_fit_is_repeated_in_the_error(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_decoder_returns_any_positions_that_are_asked_for() -> None:
+    torch.manual_seed(0)
+    mask = masking.uniform(masking.key([0, 1], seed=0), (3, 5), 0.6)
+    decoder = MAEDecoder(grid=(3, 5), in_dim=8, dim=16, depth=2, heads=2).double()
+    latent = torch.randn(2, 1 + mask.num_visible, 8, dtype=torch.float64)
+    everything = decoder(latent, mask, torch.arange(15).expand(2, -1))
+    assert everything.shape == (2, 15, 16)
+    torch.testing.assert_close(gather_masked(everything, mask), decoder(latent, mask))
+
+
+def test_a_cross_decoder_decodes_every_position_by_itself() -> None:
+    torch.manual_seed(0)
+    mask = masking.uniform(masking.key([0, 1], seed=0), (3, 5), 0.6)
+    decoder = CrossDecoder(grid=(3, 5), in_dim=8, dim=16, depth=2, heads=2).double()
+    latent = torch.randn(2, 1 + mask.num_visible, 8, dtype=torch.float64)
+    decoded = decoder(latent, mask)
+    some = decoder(latent, mask, mask.masked_ids[:, 1::3])
+    torch.testing.assert_close(some, decoded[:, 1::3])
+
+
+def test_a_cross_decoder_refuses_latents_of_another_mask() -> None:
+    mask = masking.uniform(masking.key([0], seed=0), (3, 5), 0.6)
+    decoder = CrossDecoder(grid=(3, 5), in_dim=8, dim=16, depth=1, heads=2)
+    with pytest.raises(ValueError, match="1 prefix and 6 visible tokens"):
+        decoder(torch.randn(1, 8, 8), mask)

@@ -1,0 +1,84 @@
+"""How the masks of a run are drawn."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+
+from mimkit import masking
+from mimkit.masking import Key, Mask
+
+# Several masks an image, one after the other for the whole batch, as the models take them.
+Masks: TypeAlias = Mask | Sequence[Mask]
+
+Sampler = Literal["uniform", "gridwise"]
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Which patches of a batch are masked.
+
+    Attributes:
+        mask_ratio: Fraction of patches to mask, in (0, 1).
+        sampler: "uniform" draws patches one by one; "gridwise" leaves every second one of every
+            second row visible.
+        views: Masks an image: a step costs as many passes, and loads each image once.
+
+    Source:
+        MAE, arXiv:2111.06377, table 1f.
+    """
+
+    mask_ratio: float
+    sampler: Sampler = "uniform"
+    views: int = 1
+
+    def __post_init__(self) -> None:
+        check_ratio(self.mask_ratio)
+        if self.views < 1:
+            raise ValueError(f"--views {self.views} is too small: give 1 or more")
+        if self.sampler == "gridwise" and self.mask_ratio != 0.75:
+            raise ValueError(
+                f"--sampler gridwise masks three patches in four: --mask-ratio {self.mask_ratio} "
+                "does not fit"
+            )
+
+    def draw(self, key: Key, grid: tuple[int, ...]) -> Masks:
+        """Draw the masks of a batch; a list where each image gets several."""
+        return draw_views(self._draw_one, key, grid, self.views)
+
+    def _draw_one(self, key: Key, grid: tuple[int, ...]) -> Mask:
+        if self.sampler == "gridwise":
+            return masking.gridwise(key, grid)
+        return masking.uniform(key, grid, self.mask_ratio)
+
+
+def draw_views(
+    draw: Callable[[Key, tuple[int, ...]], Mask], key: Key, grid: tuple[int, ...], views: int
+) -> Masks:
+    """Draw one mask an image, or a list of independent ones."""
+    if views == 1:
+        return draw(key, grid)
+    return [draw(key.view(view), grid) for view in range(views)]
+
+
+def check_ratio(mask_ratio: float) -> None:
+    """Check that a fraction of patches is masked, and one left.
+
+    Raises:
+        ValueError: It is not in (0, 1).
+    """
+    if not 0 < mask_ratio < 1:
+        raise ValueError(
+            f"--mask-ratio {mask_ratio} is out of range: give a fraction between 0 and 1"
+        )
+
+
+def take_rows(masks: Masks, rows: Tensor) -> Masks:
+    """Take the masks of some samples."""
+    return masks[rows] if isinstance(masks, Mask) else [mask[rows] for mask in masks]
+
+
+def first(masks: Masks) -> Mask:
+    """Return the first mask of each image."""
+    return masks if isinstance(masks, Mask) else masks[0]

@@ -1,0 +1,148 @@
+"""MAE's ablations: what each option computes, and that the command line reaches it."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from mimkit import losses, masking
+from mimkit.masking import Mask
+from mimkit.patches import gather_masked, patchify
+from recipes.engine import run
+from recipes.mae import MAE, RECIPE, MAEConfig
+
+SMALL = MAEConfig(
+    image_size=(16, 24), patch_size=4, dim=32, depth=2, heads=4,
+    decoder_dim=16, decoder_depth=2, decoder_heads=4,
+)  # fmt: skip
+
+
+def make(**changes: object) -> MAE:
+    torch.manual_seed(0)
+    return MAE(dataclasses.replace(SMALL, **changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(3, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def mask() -> Mask:
+    return masking.uniform(masking.key([0, 1, 2], seed=0), (4, 6), 0.75)
+
+
+def test_the_loss_on_all_patches_is_the_mean_over_visible_and_masked_ones(
+    images: torch.Tensor, mask: Mask
+) -> None:
+    model = make(loss_on="all", normalize_pixels=False)
+    latent = model.encoder(images, mask)
+    positions = torch.arange(24).expand(3, -1)
+    prediction = model.head(model.decoder(latent, mask, positions))
+    output = model(images, mask)
+    expected = (prediction - patchify(images, 4)).square().mean()
+    torch.testing.assert_close(output.loss, expected)
+    torch.testing.assert_close(output.prediction, gather_masked(prediction, mask))
+
+
+def test_predicting_all_patches_predicts_the_masked_ones_as_before(
+    images: torch.Tensor, mask: Mask
+) -> None:
+    masked_only, everything = make(), make(loss_on="all")
+    torch.testing.assert_close(
+        everything(images, mask).prediction, masked_only(images, mask).prediction
+    )
+
+
+def test_principal_components_are_fitted_kept_in_the_state_and_scored(
+    images: torch.Tensor, mask: Mask
+) -> None:
+    model = make(target="pca", pca_components=5)
+    model.fit(images)
+    patches = patchify(images, 4).flatten(0, 1)
+    centered = patches - patches.mean(0)
+    directions = torch.linalg.svd(centered, full_matrices=False).Vh[:5]
+    aligned = (model.pca_directions * directions).sum(1).abs()
+    torch.testing.assert_close(aligned, torch.ones(5), rtol=1e-4, atol=1e-4)
+    other = make(target="pca", pca_components=5)
+    other.load_state_dict(model.state_dict())
+    output = other(images, mask)
+    assert output.prediction.shape == (3, 18, 5)
+    target = gather_masked(
+        (centered @ model.pca_directions.T).unflatten(0, (3, 24)), mask
+    )  # fmt: skip
+    torch.testing.assert_close(output.loss, losses.masked_mse(output.prediction, target, mask))
+
+
+def test_cross_decoding_scores_the_fraction_that_it_decodes(
+    images: torch.Tensor, mask: Mask
+) -> None:
+    model = make(decoder="cross", decode_fraction=0.25, normalize_pixels=False)
+    everything = model.eval()(images, mask).prediction
+    torch.manual_seed(0)
+    output = model.train()(images, mask)
+    assert output.prediction.shape == (3, round(0.25 * 18), 48)
+    distance = torch.cdist(output.prediction, everything)
+    # Each decoded patch is one of those that decoding all gives, in the same order.
+    found = distance.argmin(dim=2)
+    assert (found.diff(dim=1) > 0).all()
+    torch.testing.assert_close(
+        output.prediction, everything.take_along_dim(found.unsqueeze(2), dim=1)
+    )
+    errors = losses.masked_pixel_loss(
+        everything, images, mask, 4, normalize=None, reduction="none"
+    )  # fmt: skip
+    torch.testing.assert_close(output.loss, errors.gather(1, found).mean())
+
+
+def test_another_subset_is_decoded_in_another_step(images: torch.Tensor, mask: Mask) -> None:
+    model = make(decoder="cross", decode_fraction=0.25)
+    torch.manual_seed(0)
+    first, second = model(images, mask).prediction, model(images, mask).prediction
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"decode_fraction": 0.0, "decoder": "cross"}, "decode_fraction"),
+        ({"decode_fraction": 0.5}, 'decoder="cross"'),
+        ({"decode_fraction": 0.5, "decoder": "cross", "loss_on": "all"}, 'loss_on="masked"'),
+        ({"decoder": "cross", "mask_tokens": "encoder"}, 'mask_tokens="decoder"'),
+        ({"target": "pca", "pca_components": 49}, r"\[1, 48\]"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_refused(
+    changes: dict[str, object], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        make(**changes)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--target", "pca", "--pca-components", "20"],
+        ["--loss-on", "all", "--normalize-pixels", "False"],
+        ["--decoder", "cross", "--decode-fraction", "0.25", "--decoder-depth", "2"],
+        ["--sampler", "gridwise", "--views", "2"],
+    ],
+    ids=" ".join,
+)
+def test_the_command_line_reaches_every_ablation(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(8):
+        pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"pictures/{index}.png")
+    out = tmp_path / "run"
+    common = ["--data", str(tmp_path / "pictures"), "--batch-size", "4", "--max-steps", "2"]
+    assert run(RECIPE, "", [*common, "--out", str(out), *arguments]) == 0
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    parts = {**config["model"], **config["masking"]}
+    for flag, value in zip(arguments[::2], arguments[1::2], strict=True):
+        assert str(parts[flag.removeprefix("--").replace("-", "_")]) == value
