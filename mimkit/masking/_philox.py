@@ -49,18 +49,7 @@ def random_words(
     Returns:
         Values in [0, 2**32).
     """
-<<<<<<< HEAD
-    seed, epoch = key.seed_and_epoch.unbind()
-    stream = (sampler << 8) | key.view_index
-    last_block = first_block + (num_words + 3) // 4
-    blocks = torch.arange(first_block, last_block, device=key.device) | (stream << 16)
-    sample = key.sample_ids.unsqueeze(1)
-    words = philox4x32(
-        (seed & _M32, (seed >> 32) & _M32),
-        (blocks, epoch & _M32, sample & _M32, (sample >> 32) & _M32),
-    )
-    return torch.stack(words, dim=-1).flatten(1)[:, :num_words]
-=======
     stream = stream_of(key, sampler)
-    return sample_words(key.sample_ids, key.seed_and_epoch, stream, num_words)
->>>>>>> kernels
+    return sample_words(
+        key.sample_ids, key.seed_and_epoch, stream, num_words, first_block=first_block
+    )

@@ -10,14 +10,8 @@ from mimkit._grids import as_sizes, count_tokens, divide, per_axis
 from mimkit.masking._counts import Rounding, resolve_count
 from mimkit.masking._key import Key
 from mimkit.masking._mask import Mask
-<<<<<<< HEAD
-from mimkit.masking._philox import MAX_TOKENS, SQUARE, UNIFORM, random_words
-=======
-from mimkit.masking._philox import MAX_TOKENS, random_words, stream_of
+from mimkit.masking._philox import MAX_TOKENS, SQUARE, UNIFORM, random_words, stream_of
 from mimkit_kernels import uniform_sample
-
-_UNIFORM, _SQUARE = 0, 1
->>>>>>> kernels
 
 
 def uniform(
@@ -67,15 +61,9 @@ def uniform(
         )
     units_masked = None if num_masked is None else num_masked // tokens_per_unit
     count = resolve_count(num_units, ratio, units_masked, rounding)
-<<<<<<< HEAD
-    token = torch.arange(num_units, device=key.device)
-    ranks = (random_words(key, num_units, sampler=UNIFORM) << 16) | token
-    mask = Mask._from_flat(ranks > _kth_lowest(ranks, num_units - count), units, count)
-=======
-    stream = stream_of(key, _UNIFORM)
+    stream = stream_of(key, UNIFORM)
     ids = uniform_sample(key.sample_ids, key.seed_and_epoch, stream, num_units, num_units - count)
     mask = Mask(*ids, units)
->>>>>>> kernels
     return mask if tokens_per_unit == 1 else mask.refine(unit)
 
 
