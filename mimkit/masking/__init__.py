@@ -5,25 +5,34 @@ from mimkit.masking._blockwise import blockwise
 from mimkit.masking._complementary import complementary
 from mimkit.masking._counts import num_masked
 from mimkit.masking._dataset import with_ids
+from mimkit.masking._inverse_block import inverse_block
 from mimkit.masking._key import Key, fresh_key, key
 from mimkit.masking._mask import Mask
+from mimkit.masking._multiblock import MultiBlock, multiblock
 from mimkit.masking._philox import FORMAT_VERSION, philox4x32
 from mimkit.masking._samplers import gridwise, square, uniform
+from mimkit.masking._tube import tube
+from mimkit.masking._weighted import weighted
 
 __all__ = [
     "FORMAT_VERSION",
     "Key",
     "Mask",
+    "MultiBlock",
     "blockwise",
     "compat",
     "complementary",
     "fresh_key",
     "gridwise",
+    "inverse_block",
     "key",
+    "multiblock",
     "num_masked",
     "philox4x32",
     "square",
     "stats",
+    "tube",
     "uniform",
+    "weighted",
     "with_ids",
 ]

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _samplers() -> dict[str, Callable[..., Mask]]:
-    """All public functions from a key and a grid to a mask."""
+    """All public functions from a key, a grid and numbers to a mask."""
     functions = {name: getattr(masking, name) for name in masking.__all__}
     return {
         name: function
@@ -57,6 +57,7 @@ def _samplers() -> dict[str, Callable[..., Mask]]:
         if inspect.isfunction(function)
         and [*inspect.signature(function).parameters][:2] == ["key", "grid"]
         and inspect.signature(function).return_annotation is Mask
+        and "weights" not in inspect.signature(function).parameters  # no words for a tensor
     }
 
 

@@ -6,13 +6,19 @@ Every random decision of a sampler is a 32-bit word of the counter-based generat
     counter  = ((stream << 16) | token // 4, epoch, sample id bits 0-31, sample id bits 32-63)
     word     = output[token % 4]
     stream   = (sampler << 8) | view               sampler: 0 uniform, 1 square,
-                                                   2 and 3 blockwise
+                                                   2 and 3 blockwise, 4 and 5
+                                                   inverse_block, 6 weighted,
+                                                   7 to 9 multiblock
 
 `uniform` ranks the tokens of a sample by `(word << 16) | token`; the lowest stay visible, and
 `complementary` deals them out in that order. So a mask is a function of (seed, epoch, sample id)
 alone, the same on every device and for any batching. `blockwise` reads area, aspect ratio, top and
 left of its n-th block from the four words of block n of stream 2, and ranks by stream 3 the tokens
-that it masks singly. A change of any of this is a new version of the format.
+that it masks singly. `inverse_block` ranks its blocks by stream 4, and the tokens of the block that
+it shows in part by stream 5. `weighted` reads a token's clock from stream 6, `multiblock` the n-th
+target (aspect ratio, top, left, corner) from the four words of block n of stream 7, its context
+block (scale, top, left) from stream 8, and ranks the context's tokens by stream 9. `tube` is
+`uniform` with units as long as the shared axes. A change of any of this is a new version of the format.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Random123.
 """

@@ -36,6 +36,11 @@ MADE_INSIDE = {
     "uniform in units": lambda key: masking.uniform(key, GRID, 0.5, unit=2),
     "all visible": lambda key: masking.uniform(key, GRID, num_masked=0),
     "blockwise": lambda key: masking.blockwise(key, GRID, 0.5),
+    "inverse block": lambda key: masking.inverse_block(key, GRID, 0.75),
+    "tube": lambda key: masking.tube(key, GRID, 0.5),
+    "weighted": lambda key: masking.weighted(
+        key, GRID, 0.5, weights=torch.linspace(0, 1, 24).expand(key.batch_size, -1)
+    ),
     "gridwise": lambda key: masking.gridwise(key, GRID),
     "central square": lambda key: masking.square(key, GRID, 2),
     "random square": lambda key: masking.square(key, GRID, 2, position="random"),
@@ -59,7 +64,14 @@ MADE_INSIDE = {
 }
 
 
-LONG = {"uniform by the rule of mae", "all visible", "gridwise", "central square", "another view"}
+LONG = {
+    "uniform by the rule of mae",
+    "all visible",
+    "gridwise",
+    "central square",
+    "another view",
+    "tube",
+}
 
 
 @pytest.mark.parametrize(

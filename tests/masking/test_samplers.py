@@ -17,6 +17,13 @@ SAMPLERS = {
     "uniform": lambda key: masking.uniform(key, (6, 5), 0.6),
     "uniform in units": lambda key: masking.uniform(key, (6, 4), 0.5, unit=(2, 1)),
     "random square": lambda key: masking.square(key, (6, 5), 3, position="random"),
+    "tube": lambda key: masking.tube(key, (6, 5), 0.5, shared_axes=1),
+    "inverse block": lambda key: masking.inverse_block(key, (6, 5), 0.6),
+    "context of blocks": lambda key: masking.multiblock(key, (6, 5)).context,
+    "last target": lambda key: masking.multiblock(key, (6, 5)).targets[-1],
+    "weighted": lambda key: masking.weighted(
+        key, (6, 5), 0.6, weights=torch.linspace(0, 1, 30).expand(key.batch_size, -1)
+    ),
 }
 
 

@@ -216,7 +216,9 @@ def test_an_unknown_sampler_is_named_with_the_known_ones(capsys):
 
 
 def test_every_sampler_with_defaults_can_be_described(capsys, tmp_path):
-    sizes = itertools.product(["uniform"], ["0.5"], [("8",), ("4", "6"), ("2", "4", "4")])
+    sizes = itertools.product(
+        ["uniform", "inverse_block"], ["0.5"], [("8",), ("4", "6"), ("2", "4", "4")]
+    )
     for sampler, ratio, grid in sizes:
         code, out, err = describe(
             capsys, sampler, "--ratio", ratio, "--grid", *grid, "--samples", "9",

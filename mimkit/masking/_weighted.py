@@ -1,0 +1,88 @@
+"""Weighted masks: tokens of larger weight are masked more often."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mimkit._grids import as_sizes, count_tokens
+from mimkit.masking._counts import Rounding, resolve_count
+from mimkit.masking._key import Key
+from mimkit.masking._mask import Mask
+from mimkit.masking._philox import MAX_TOKENS, random_words
+
+_RACE = 6  # number of the sampler in the public format
+
+
+def weighted(
+    key: Key,
+    grid: Sequence[int],
+    ratio: float | Fraction | None = None,
+    *,
+    weights: Float[Tensor, "batch tokens"],
+    num_masked: int | None = None,
+    rounding: Rounding = "nearest",
+) -> Mask:
+    """Mask tokens in proportion to weights, the same number in every sample.
+
+    Masked tokens are drawn one after the other without replacement, each with a probability of its
+    weight over the weights that are left. That order is the one of arrival in a race of exponential
+    clocks whose rates are the weights (the Gumbel top-k trick), so no loop is needed. Tokens of
+    weight 0 are masked only when all others are, all alike.
+
+    Args:
+        key: What the mask is a function of, together with the weights.
+        grid: Tokens per axis; at most 65536 in all.
+        ratio: Fraction of tokens to mask, in [0, 1].
+        weights: One per token, not negative, of any scale; equal ones are uniform masking.
+        num_masked: Tokens to mask, instead of `ratio`.
+        rounding: How `ratio` becomes a count (see `num_masked`).
+
+    Returns:
+        A mask on the device of `key`. It goes through a logarithm: the same bits on every run of
+        one device, not of all devices.
+
+    Raises:
+        ValueError: Both or neither of `ratio` and `num_masked`, a count that does not fit, too many
+            tokens, weights of another shape or (on a CPU) negative or not finite ones.
+
+    Source:
+        Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006.
+
+    Example:
+        >>> from mimkit import masking
+        >>> weights = torch.tensor([[1.0, 0.0, 5.0, 0.0]])
+        >>> weighted(masking.key([0], seed=0), (2, 2), 0.5, weights=weights).masked_ids
+        tensor([[0, 2]])
+    """
+    grid = as_sizes("grid", grid)
+    num_tokens = count_tokens(grid)
+    if num_tokens > MAX_TOKENS:
+        raise ValueError(f"grid {grid} has {num_tokens} tokens; at most {MAX_TOKENS} can be ranked")
+    count = resolve_count(num_tokens, ratio, num_masked, rounding)
+    if tuple(weights.shape) != (key.batch_size, num_tokens):
+        raise ValueError(
+            f"weights must be [{key.batch_size}, {num_tokens}] for this key and grid {grid}; "
+            f"got {tuple(weights.shape)}"
+        )
+    if weights.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_weights(weights)
+    words = random_words(key, num_tokens, sampler=_RACE)
+    clocks = -torch.log((words.double() + 0.5) / 2**32)
+    # Infinite arrivals (weight 0) are ties, which a stable second sort leaves in the first's order.
+    first = clocks.argsort(dim=1, stable=True)
+    arrivals = (clocks / weights.detach().double()).gather(1, first)
+    order = first.gather(1, arrivals.argsort(dim=1, stable=True))
+    return Mask.from_visible_ids(order[:, count:], grid)
+
+
+def _check_weights(weights: Tensor) -> None:
+    wrong = ~((weights >= 0) & weights.isfinite())
+    if bool(wrong.any()):
+        row, token = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"weights must be finite and not negative; sample {row} has "
+            f"{weights[row, token].item()} at token {token}"
+        )

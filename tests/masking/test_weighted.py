@@ -1,0 +1,109 @@
+"""Weighted masks: the exact inclusion law, exact counts, zeros and errors."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mimkit import masking
+from mimkit.masking import Key, Mask
+from mimkit.testing import assert_sampler_conforms
+from tests.strategies import generators, grids, keys
+
+DRAWN = 20_000
+WEIGHTS = {
+    "unequal": [1.0, 2.0, 3.0, 0.5, 4.0],
+    "equal": [2.0, 2.0, 2.0, 2.0],
+    "far apart": [1e-6, 1.0, 1e6, 1.0],
+    "with zeros": [0.0, 1.0, 3.0, 0.0, 2.0],
+}
+
+
+def law(weights: list[float], count: int) -> dict[tuple[int, ...], float]:
+    """Probability of every set of `count` tokens drawn one after the other."""
+    sets: dict[tuple[int, ...], float] = {}
+    for order in itertools.permutations(range(len(weights)), count):
+        probability, left = 1.0, list(range(len(weights)))
+        for token in order:
+            total = sum(weights[t] for t in left)
+            probability *= weights[token] / total if total else 1 / len(left)
+            left.remove(token)
+        members = tuple(sorted(order))
+        sets[members] = sets.get(members, 0.0) + probability
+    return sets
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_every_set_is_masked_as_often_as_the_law_says(name, count):
+    weights = WEIGHTS[name]
+    expected = law(weights, count)
+    assert math.isclose(sum(expected.values()), 1)
+    table = torch.tensor([weights]).expand(DRAWN, -1)
+    key = masking.key(range(DRAWN), seed=1)
+    mask = masking.weighted(key, (len(weights),), weights=table, num_masked=count)
+    sets, counts = mask.masked_ids.unique(dim=0, return_counts=True)
+    seen = {tuple(s): n / DRAWN for s, n in zip(sets.tolist(), counts.tolist(), strict=True)}
+    for members, probability in expected.items():
+        bound = 5 * math.sqrt(probability * (1 - probability) / DRAWN) + 1 / DRAWN
+        assert abs(seen.get(members, 0.0) - probability) < bound, members
+
+
+@given(key=keys(), grid=grids(max_tokens=60), generator=generators(), data=st.data())
+def test_counts_are_exact_whatever_the_weights(key, grid, generator, data):
+    count = data.draw(st.integers(0, math.prod(grid)))
+    weights = torch.rand(key.batch_size, math.prod(grid), generator=generator)
+    weights = weights * (weights > data.draw(st.sampled_from([0.0, 0.5, 2.0])))
+    mask = masking.weighted(key, grid, weights=weights, num_masked=count)
+    mask.validate()
+    assert (mask.num_masked, mask.grid) == (count, grid)
+    # A token of weight 0 is masked only when all others are.
+    positive = weights > 0
+    spilled = (mask.is_masked.flatten(1) & ~positive).any(dim=1)
+    assert (mask.is_masked.flatten(1) | ~positive)[spilled].all()
+
+
+@given(key=keys(), scale=st.sampled_from([1e-20, 3.0, 1e20]))
+def test_the_scale_of_the_weights_does_not_matter(key, scale):
+    weights = torch.linspace(0.1, 2, 12, dtype=torch.float64).expand(key.batch_size, -1)
+    one = masking.weighted(key, (3, 4), 0.5, weights=weights)
+    assert one.equal(masking.weighted(key, (3, 4), 0.5, weights=weights * scale))
+
+
+def by_place(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
+    weights = torch.linspace(1, 2, math.prod(grid)).expand(key.batch_size, -1)
+    return masking.weighted(key, grid, ratio, weights=weights)
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("grid", [(12,), (4, 6), (2, 3, 4)])
+def test_weighted_keeps_what_every_sampler_promises(grid):
+    assert_sampler_conforms(by_place, grid, 0.6)
+
+
+def test_no_gradient_goes_through_a_draw():
+    weights = torch.ones(1, 4, requires_grad=True)
+    mask = masking.weighted(masking.key([0], seed=0), (4,), 0.5, weights=weights)
+    assert not mask.visible_ids.requires_grad
+
+
+KEY = masking.key([0, 1], seed=0)
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (torch.ones(2, 3), r"\[2, 4\].*got \(2, 3\)"),
+        (torch.ones(1, 4), r"\[2, 4\].*got \(1, 4\)"),
+        (torch.tensor([[1.0] * 4, [1, -2, 1, 1]]), "sample 1 has -2.0 at token 1"),
+        (torch.tensor([[1.0, 1, 1, math.nan]] * 2), "sample 0 has nan at token 3"),
+        (torch.tensor([[1.0, math.inf, 1, 1]] * 2), "sample 0 has inf at token 1"),
+    ],
+)
+def test_weights_that_do_not_fit_are_repeated_in_the_error(weights, message):
+    with pytest.raises(ValueError, match=message):
+        masking.weighted(KEY, (2, 2), 0.5, weights=weights)
