@@ -18,7 +18,8 @@ that it masks singly. `inverse_block` ranks its blocks by stream 4, and the toke
 it shows in part by stream 5. `weighted` reads a token's clock from stream 6, `multiblock` the n-th
 target (aspect ratio, top, left, corner) from the four words of block n of stream 7, its context
 block (scale, top, left) from stream 8, and ranks the context's tokens by stream 9. `tube` is
-`uniform` with units as long as the shared axes. A change of any of this is a new version of the format.
+`uniform` with units as long as the shared axes. A change of any of this is a new version of the
+format.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Random123.
 """

@@ -1,6 +1,7 @@
 """Masks as the published code draws them, bug for bug: counts may differ within a batch.
 
-Every sampler loops over samples in Python, and is a pure function of its key, too.
+Every sampler loops over samples in Python, and is a pure function of its key, too; `ijepa` of the
+whole key, not of each sample's part of it.
 """
 
 import math
@@ -17,7 +18,7 @@ from mimkit._grids import as_sizes, count_tokens
 from mimkit.masking._counts import Rounding, resolve_count
 from mimkit.masking._key import Key
 
-__all__ = ["beit", "cae"]
+__all__ = ["beit", "cae", "ijepa", "ijepa_targets", "mmpretrain"]
 
 _ATTEMPTS = 10  # per block, as published
 _PATIENCE = 10_000  # blocks in a row that came to nothing, after which none ever will
@@ -102,6 +103,188 @@ def cae(
     )
 
 
+def mmpretrain(
+    key: Key,
+    grid: Sequence[int],
+    ratio: float | Fraction | None = None,
+    *,
+    num_masked: int | None = None,
+    rounding: Rounding = "nearest",
+    min_block: int = 16,
+    max_block: int | None = None,
+    aspect: tuple[float, float] = (0.3, 1 / 0.3),
+) -> Bool[Tensor, "batch *grid"]:
+    """Draw mmpretrain's block-wise masks, which never touch the last row and column.
+
+    Arguments as in `beit`; counts are exact.
+
+    Raises:
+        ValueError: A grid without two axes, a count that does not fit, or one that the tokens
+            within reach cannot fill: there the published loop never ends.
+
+    Source:
+        open-mmlab/mmpretrain `BEiTMaskGenerator`, in its configurations of BEiT, BEiT v2, CAE and
+        MaskFeat; corners come from numpy's `randint(0, height - h)`, which excludes its end.
+
+    Example:
+        >>> from mimkit import masking
+        >>> is_masked = masking.compat.mmpretrain(masking.key(range(9), seed=0), (14, 14), 0.4)
+        >>> is_masked[:, -1].any(), is_masked[:, :, -1].any(), is_masked.sum((1, 2)).unique()
+        (tensor(False), tensor(False), tensor([78]))
+    """
+    count = resolve_count(count_tokens(as_sizes("grid", grid)), ratio, num_masked, rounding)
+    limits = (min_block, count if max_block is None else max_block)
+
+    def draw(rng: random.Random, size: tuple[int, int]) -> np.ndarray:
+        return draw_blocks(rng, size, count, limits, aspect, exact=True, skip_last=True)
+
+    return _per_sample(key, grid, draw)
+
+
+def ijepa(
+    key: Key,
+    grid: Sequence[int],
+    *,
+    num_targets: int = 4,
+    target_scale: tuple[float, float] = (0.15, 0.2),
+    aspect: tuple[float, float] = (0.75, 1.5),
+    context_scale: tuple[float, float] = (0.85, 1.0),
+    min_keep: int = 10,
+) -> Bool[Tensor, "batch *grid"]:
+    """Draw what I-JEPA hides from its context encoder.
+
+    Block sizes are those of the whole batch, and the context's tokens are cut, in row-major order,
+    to the fewest of the batch. So a mask depends on the batch that it is drawn in, the bottom of
+    the image is seldom seen, the less the larger the batch, and the last row and column never are.
+
+    Args:
+        key: What the masks are a function of, all its sample ids together.
+        grid: Tokens on two axes.
+        num_targets: Target blocks of each sample.
+        target_scale: Smallest and largest area of a target, as a fraction of the grid.
+        aspect: Smallest and largest ratio of a target's height to its width, which grows with its
+            area: one random number decides both.
+        context_scale: Smallest and largest area of the context block.
+        min_keep: Tokens that a block must exceed; targets give way to it one by one.
+
+    Returns:
+        True = not in the context; counts are equal within a batch. `ijepa_targets` draws the
+        targets that belong to it.
+
+    Raises:
+        ValueError: A grid without two axes of two tokens or more, or one on which no block exceeds
+            `min_keep` tokens: there the published loop never ends.
+
+    Source:
+        I-JEPA, arXiv:2301.08243; facebookresearch/ijepa `src/masks/multiblock.py`, with the options
+        of its configurations.
+
+    Example:
+        >>> from mimkit import masking
+        >>> is_masked = masking.compat.ijepa(masking.key(range(8), seed=0), (14, 14))
+        >>> bool(is_masked[:, -1].all()), len(is_masked.sum((1, 2)).unique())
+        (True, 1)
+    """
+    options = (num_targets, target_scale, aspect, context_scale, min_keep)
+    return ~_draw_ijepa(key, grid, *options)[0]
+
+
+def ijepa_targets(
+    key: Key,
+    grid: Sequence[int],
+    *,
+    num_targets: int = 4,
+    target_scale: tuple[float, float] = (0.15, 0.2),
+    aspect: tuple[float, float] = (0.75, 1.5),
+    context_scale: tuple[float, float] = (0.85, 1.0),
+    min_keep: int = 10,
+) -> Bool[Tensor, "batch targets *grid"]:
+    """Draw the target blocks (True = in the target) of the masks that `ijepa` draws.
+
+    Arguments, errors and source as in `ijepa`.
+
+    Example:
+        >>> from mimkit import masking
+        >>> masking.compat.ijepa_targets(masking.key(range(8), seed=0), (14, 14)).shape
+        torch.Size([8, 4, 14, 14])
+    """
+    options = (num_targets, target_scale, aspect, context_scale, min_keep)
+    return _draw_ijepa(key, grid, *options)[1]
+
+
+def _draw_ijepa(
+    key: Key,
+    grid: Sequence[int],
+    num_targets: int,
+    target_scale: tuple[float, float],
+    aspect: tuple[float, float],
+    context_scale: tuple[float, float],
+    min_keep: int,
+) -> tuple[Bool[Tensor, "batch *grid"], Bool[Tensor, "batch targets *grid"]]:
+    """Return context and targets, True = inside."""
+    height, width = _two_axes(grid)
+    if min(height, width) < 2:
+        raise ValueError(f"published blocks need two rows and columns or more; got grid {grid}")
+    state = (*key.seed_and_epoch.tolist(), key.view_index)
+    of_batch = random.Random(repr((*state, key.sample_ids.tolist())))
+    target_size = _block_size(of_batch, (height, width), target_scale, aspect)
+    context_size = _block_size(of_batch, (height, width), context_scale, (1.0, 1.0))
+    contexts, targets = [], []
+    for sample_id in key.sample_ids.tolist():
+        rng = random.Random(repr((*state, sample_id)))
+        blocks = [
+            _place_block(rng, (height, width), target_size, [], min_keep)
+            for _ in range(num_targets)
+        ]
+        contexts.append(_place_block(rng, (height, width), context_size, blocks, min_keep))
+        targets.append(np.stack(blocks))
+    kept = min((int(context.sum()) for context in contexts), default=0)
+    inside = np.array(contexts, dtype=bool).reshape(-1, height, width)
+    order = inside.reshape(-1, height * width).cumsum(axis=1).reshape(inside.shape)
+    of_targets = np.array(targets, dtype=bool).reshape(-1, num_targets, height, width)
+    return (
+        torch.from_numpy(inside & (order <= kept)).to(key.device),
+        torch.from_numpy(of_targets).to(key.device),
+    )
+
+
+def _block_size(
+    rng: random.Random,
+    grid: tuple[int, int],
+    scale: tuple[float, float],
+    aspect: tuple[float, float],
+) -> tuple[int, int]:
+    """Draw a size from a single random number; at most one less than the grid on each axis."""
+    share = rng.random()
+    area = int(grid[0] * grid[1] * (scale[0] + share * (scale[1] - scale[0])))
+    ratio = aspect[0] + share * (aspect[1] - aspect[0])
+    h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+    return min(h, grid[0] - 1), min(w, grid[1] - 1)
+
+
+def _place_block(
+    rng: random.Random,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    taken: Sequence[np.ndarray],
+    min_keep: int,
+) -> np.ndarray:
+    """Draw places until more than `min_keep` tokens are free, after 20 misses of one block less."""
+    (height, width), (h, w) = grid, size
+    for miss in range(_PATIENCE):
+        top, left = rng.randrange(height - h), rng.randrange(width - w)
+        block = np.zeros(grid, dtype=bool)
+        block[top : top + h, left : left + w] = True
+        for other in taken[: max(len(taken) - miss // 20, 0)]:
+            block &= ~other
+        if block.sum() > min_keep:
+            return block
+    raise ValueError(
+        f"the published loop does not end on grid {grid}: no block of {h} x {w} tokens leaves more "
+        f"than {min_keep}"
+    )
+
+
 def draw_blocks(
     rng: random.Random,
     grid: tuple[int, int],
@@ -110,6 +293,7 @@ def draw_blocks(
     aspect: tuple[float, float],
     *,
     exact: bool,
+    skip_last: bool = False,
 ) -> np.ndarray:
     """Draw one mask: the loop of `MaskingGenerator`, in the published order of random calls.
 
@@ -120,6 +304,7 @@ def draw_blocks(
         limits: Smallest area, and largest number of tokens that a block may newly mask.
         aspect: Smallest and largest aspect ratio.
         exact: Whether to go on after a block that came to nothing, as CAE does and BEiT does not.
+        skip_last: Whether the last row and column are out of reach, as in mmpretrain.
 
     Raises:
         ValueError: The loop would never end.
@@ -136,7 +321,8 @@ def draw_blocks(
             h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if w >= width or h >= height:
                 continue
-            top, left = rng.randint(0, height - h), rng.randint(0, width - w)
+            top = rng.randint(0, height - h - skip_last)
+            left = rng.randint(0, width - w - skip_last)
             block = is_masked[top : top + h, left : left + w]
             if 0 < h * w - block.sum() <= most:
                 new = int(h * w - block.sum())
@@ -158,10 +344,7 @@ def _per_sample(
     key: Key, grid: Sequence[int], draw: Callable[[random.Random, tuple[int, int]], np.ndarray]
 ) -> Bool[Tensor, "batch *grid"]:
     """Draw a mask for every sample, from a generator that its key seeds."""
-    sizes = as_sizes("grid", grid)
-    if len(sizes) != 2:
-        raise ValueError(f"the published masks have two axes; got grid {sizes}")
-    height, width = sizes
+    height, width = _two_axes(grid)
     seed_and_epoch = key.seed_and_epoch.tolist()
     masks = [
         draw(random.Random(repr((*seed_and_epoch, key.view_index, sample_id))), (height, width))
@@ -169,3 +352,10 @@ def _per_sample(
     ]
     stacked = np.stack(masks) if masks else np.zeros((0, height, width), dtype=bool)
     return torch.from_numpy(stacked).to(key.device)
+
+
+def _two_axes(grid: Sequence[int]) -> tuple[int, int]:
+    sizes = as_sizes("grid", grid)
+    if len(sizes) != 2:
+        raise ValueError(f"the published masks have two axes; got grid {sizes}")
+    return sizes[0], sizes[1]

@@ -1,0 +1,209 @@
+"""Published masks of I-JEPA and mmpretrain: two-sample tests against the published laws."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from mimkit import masking
+from mimkit.masking import Key, compat
+from mimkit.testing import assert_sampler_conforms
+from tests.masking.test_blockwise import neighbors_masked
+from tests.strategies import keys
+
+GRID = (14, 14)
+
+
+def mmpretrain_as_published(rng: np.random.RandomState, count: int) -> np.ndarray:
+    """Blocks whose corners numpy draws from [0, size - side)."""
+    mask = np.zeros(GRID, dtype=bool)
+    while mask.sum() != count:
+        most = count - mask.sum()
+        for _ in range(10):
+            area = rng.uniform(16, most)
+            ratio = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
+            h, w = int(round(math.sqrt(area * ratio))), int(round(math.sqrt(area / ratio)))
+            if w < GRID[1] and h < GRID[0]:
+                top, left = rng.randint(0, GRID[0] - h), rng.randint(0, GRID[1] - w)
+                block = mask[top : top + h, left : left + w]
+                if 0 < (~block).sum() <= most:
+                    block[:] = True
+                    break
+    return mask
+
+
+def ijepa_as_published(generator: torch.Generator, batch: int) -> tuple[Tensor, Tensor]:
+    """A batch of contexts (cut to the shortest) and first targets, True = inside."""
+    rows, columns = GRID
+
+    def size(scale, aspect):
+        share = torch.rand(1, generator=generator).item()
+        area = int(rows * columns * (scale[0] + share * (scale[1] - scale[0])))
+        ratio = aspect[0] + share * (aspect[1] - aspect[0])
+        h, w = int(round(math.sqrt(area * ratio))), int(round(math.sqrt(area / ratio)))
+        return min(h, rows - 1), min(w, columns - 1)
+
+    def place(h, w, others):
+        misses = 0
+        while True:
+            top = int(torch.randint(0, rows - h, (1,), generator=generator))
+            left = int(torch.randint(0, columns - w, (1,), generator=generator))
+            block = torch.zeros(GRID, dtype=torch.bool)
+            block[top : top + h, left : left + w] = True
+            for other in others[: max(4 - misses // 20, 0)]:
+                block &= ~other
+            if block.sum() > 10:
+                return block
+            misses += 1
+
+    target_size, context_size = size((0.15, 0.2), (0.75, 1.5)), size((0.85, 1.0), (1.0, 1.0))
+    contexts, targets = [], []
+    for _ in range(batch):
+        blocks = [place(*target_size, []) for _ in range(4)]
+        targets.append(blocks[0])
+        contexts.append(place(*context_size, blocks).flatten().nonzero().squeeze(1))
+    kept = min(map(len, contexts))
+    cut = torch.zeros(batch, rows * columns, dtype=torch.bool)
+    for row, ids in zip(cut, contexts, strict=True):
+        row[ids[:kept]] = True
+    return cut.view(batch, *GRID), torch.stack(targets)
+
+
+def assert_same_law(ours: Tensor, theirs: Tensor, *, clusters: int | None = None) -> None:
+    """Compare marginals and adjacency of two samples at five standard errors.
+
+    Args:
+        ours: Booleans, [samples, rows, columns].
+        theirs: As many.
+        clusters: Independent groups of samples, where a batch shares random numbers.
+    """
+    groups = len(ours) if clusters is None else clusters
+    for a, b in (
+        (ours.double().flatten(1), theirs.double().flatten(1)),
+        (neighbors_masked(ours)[:, None], neighbors_masked(theirs)[:, None]),
+        (ours.double().sum((1, 2))[:, None], theirs.double().sum((1, 2))[:, None]),
+    ):
+        means = [x.view(groups, -1, x.shape[1]).mean(dim=1) for x in (a, b)]
+        error = ((means[0].var(dim=0) + means[1].var(dim=0)) / groups).sqrt()
+        gap = (means[0].mean(dim=0) - means[1].mean(dim=0)).abs()
+        # A position that is hit once in thousands of draws has no estimate of its variance.
+        assert (gap <= 5 * error + 5 / len(ours)).all(), float((gap / (error + 1e-9)).max())
+
+
+def test_mmpretrain_follows_the_published_law():
+    drawn, count = 1500, 75
+    rng = np.random.RandomState(0)
+    theirs = np.stack([mmpretrain_as_published(rng, count) for _ in range(drawn)])
+    ours = compat.mmpretrain(masking.key(range(drawn), seed=0), GRID, num_masked=count)
+    assert_same_law(ours, torch.from_numpy(theirs))
+
+
+def test_the_two_sample_test_tells_mmpretrain_from_cae():
+    key = masking.key(range(1500), seed=0)
+    draws = [sampler(key, GRID, num_masked=75) for sampler in (compat.mmpretrain, compat.cae)]
+    with pytest.raises(AssertionError):
+        assert_same_law(*draws)
+
+
+def test_mmpretrain_never_masks_the_last_row_and_column():
+    is_masked = compat.mmpretrain(masking.key(range(1000), seed=0), GRID, num_masked=75)
+    assert not is_masked[:, -1].any()
+    assert not is_masked[:, :, -1].any()
+    assert is_masked[:, :-1, :-1].any(dim=0).all()
+    assert compat.cae(masking.key(range(1000), seed=0), GRID, num_masked=75).any(dim=0).all()
+
+
+@pytest.fixture(scope="module")
+def ijepa_draws() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Contexts and first targets of 300 batches of 8, ours and as published."""
+    generator = torch.Generator().manual_seed(0)
+    theirs = [ijepa_as_published(generator, 8) for _ in range(300)]
+    keys = [masking.key(range(8 * n, 8 * n + 8), seed=0) for n in range(300)]
+    return (
+        ~torch.cat([compat.ijepa(key, GRID) for key in keys]),
+        torch.cat([context for context, _ in theirs]),
+        torch.cat([compat.ijepa_targets(key, GRID)[:, 0] for key in keys]),
+        torch.cat([target for _, target in theirs]),
+    )
+
+
+def test_ijepa_follows_the_published_law(ijepa_draws):
+    contexts, their_contexts, targets, their_targets = ijepa_draws
+    assert_same_law(contexts, their_contexts, clusters=300)
+    assert_same_law(targets, their_targets, clusters=300)
+
+
+def test_the_two_sample_test_tells_ijepa_from_multiblock(ijepa_draws):
+    blocks = masking.multiblock(masking.key(range(2400), seed=0), GRID)
+    with pytest.raises(AssertionError):
+        assert_same_law(~blocks.context.is_masked, ijepa_draws[1], clusters=300)
+
+
+def test_ijepa_never_reaches_the_last_row_and_column(ijepa_draws):
+    contexts, _, targets, _ = ijepa_draws
+    for inside in (contexts, targets):
+        assert not inside[:, -1].any()
+        assert not inside[:, :, -1].any()
+    assert targets[:, :-1, :-1].any(dim=0).all()
+
+
+def test_the_bottom_is_seen_less_in_larger_batches():
+    def seen_below(batch: int) -> float:
+        keys = [masking.key(range(n, n + batch), seed=0) for n in range(0, 512, batch)]
+        contexts = torch.cat([~compat.ijepa(key, GRID) for key in keys])
+        return float(contexts[:, -4:].double().mean())
+
+    assert seen_below(64) < 0.6 * seen_below(4)
+
+
+def test_the_sizes_of_ijepa_are_few():
+    """One random number for area and aspect ratio; published: 5 shapes in 200 seeds."""
+    shapes = set()
+    for seed in range(100):
+        target = compat.ijepa_targets(masking.key([0], seed=seed), GRID)[0, 0]
+        shapes.add((int(target.any(dim=1).sum()), int(target.any(dim=0).sum())))
+    assert len(shapes) <= 6
+
+
+@given(key=keys(min_batch=2))
+def test_context_and_targets_belong_together_and_to_their_key(key):
+    context, targets = ~compat.ijepa(key, GRID), compat.ijepa_targets(key, GRID)
+    assert torch.equal(context, ~compat.ijepa(key, GRID))
+    assert len(context.sum((1, 2)).unique()) == 1
+    assert not (context.unsqueeze(1) & targets)[:, 0].any()
+
+
+@pytest.mark.parametrize("sampler", [compat.ijepa, compat.mmpretrain])
+def test_a_batch_without_samples_has_masks(sampler):
+    options = {} if sampler is compat.ijepa else {"num_masked": 9}
+    assert sampler(masking.key([], seed=0), GRID, **options).shape == (0, *GRID)
+
+
+@pytest.mark.untyped
+def test_the_kit_names_what_mmpretrain_never_masks():
+    def sampler(key: Key, grid: tuple[int, ...], ratio: float) -> masking.Mask:
+        return masking.Mask.from_bool(compat.mmpretrain(key, grid, ratio, min_block=4))
+
+    with pytest.raises(AssertionError, match="index 6 of axis 0 and index 6 of axis 1 never"):
+        assert_sampler_conforms(sampler, (7, 7), 0.4)
+
+
+KEY = masking.key([0, 1], seed=0)
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: compat.ijepa(KEY, (2, 2)), r"does not end on grid \(2, 2\)"),
+        (lambda: compat.ijepa(KEY, (1, 16)), r"\(1, 16\)"),
+        (lambda: compat.ijepa(KEY, (16,)), r"two axes; got grid \(16,\)"),
+        (lambda: compat.mmpretrain(KEY, (4, 4), num_masked=10), r"not end on grid \(4, 4\)"),
+    ],
+)
+def test_where_the_published_loops_never_end_an_error_does(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
