@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 from mimkit._grids import Grid, divide
 from mimkit.masking import Mask
@@ -15,6 +16,7 @@ AnyMask = Mask | Bool[Tensor, "batch *grid"]
 
 # What is written over pixels: noise of the images' own size, and much larger.
 _SCALES = (1.0, 1e3)
+_ROUNDING = 1e-4  # of the largest value: another batch size may sum in another order
 
 
 def assert_no_leak(
@@ -23,8 +25,9 @@ def assert_no_leak(
     """Check that no hidden pixel changes any output of `encoder(images, mask)`, bit for bit.
 
     Args:
-        encoder: Any callable that returns one tensor, [batch, tokens, dim] or [batch, ...]. It runs
-            twice and more, each time from the same random state.
+        encoder: Any callable that returns one tensor: tokens (visible ones or all, prefix tokens
+            first), a feature map [batch, channels, ...], or anything else, whose changes cannot be
+            placed. It runs twice and more, each time from the same random state.
         images: Images on which to try.
         mask: A `Mask`; or booleans, one per patch, True = masked, given to the encoder as is.
 
@@ -93,6 +96,84 @@ def assert_samples_isolated(
             )
 
 
+def assert_mask_equivariant(
+    encoder: Encoder, images: Float[Tensor, "batch channels *spatial"], mask: Mask
+) -> None:
+    """Check that outputs follow each sample and its own mask, and nothing that came before.
+
+    A sample alone, and all samples in the opposite order, give the same outputs; and so does the
+    gradient of the images where the encoder runs with other masks before the backward pass (which
+    a mask in a global variable does not survive under activation checkpointing).
+
+    Args:
+        encoder: As in `assert_no_leak`, without dropout; its output has one row per sample.
+        images: At least two images.
+        mask: At least two different masks.
+
+    Raises:
+        AssertionError: The first difference beyond rounding, with the sample.
+
+    Example:
+        >>> from mimkit import masking
+        >>> mask = masking.uniform(masking.key([0, 1], seed=0), (4, 4), 0.75)
+        >>> first = lambda images, mask: images.flatten(2)[:, :, mask.visible_ids[0]]
+        >>> assert_mask_equivariant(first, torch.rand(2, 3, 4, 4), mask)
+        Traceback (most recent call last):
+        AssertionError: the output of sample 1 is another one alone than in a batch of 2: ...
+    """
+    opposite = torch.arange(len(images) - 1, -1, -1, device=images.device)
+    if len(images) < 2 or mask[opposite].equal(mask):
+        raise ValueError(f"two or more images with different masks are needed; got {mask}")
+    expected = _run(encoder, images, mask)
+    for sample in range(len(images)):
+        alone = _run(encoder, images[sample : sample + 1], mask[sample])
+        where = f"alone than in a batch of {len(images)}"
+        _assert_close(f"the output of sample {sample}", where, alone[0], expected[sample])
+    turned = _run(encoder, images[opposite], mask[opposite])[opposite]
+    for sample in range(len(images)):
+        where = "with the samples in the opposite order"
+        _assert_close(f"the output of sample {sample}", where, turned[sample], expected[sample])
+    plain = _image_gradient(encoder, images, mask, between=None)
+    mixed = _image_gradient(encoder, images, mask, between=mask[opposite])
+    for sample in range(len(images)):
+        where = "after a run with other masks before the backward pass"
+        _assert_close(f"the gradient of sample {sample}", where, mixed[sample], plain[sample])
+
+
+def _image_gradient(
+    encoder: Encoder, images: Tensor, mask: Mask, *, between: Mask | None
+) -> Tensor:
+    """Gradient of a fixed random projection, with a run under `between` before the backward."""
+    leaf = images.detach().clone().requires_grad_()
+    with torch.enable_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        output = encoder(leaf, mask)
+        if between is not None:
+            encoder(leaf.detach(), between)
+        if not output.requires_grad:
+            return torch.zeros_like(images)
+        upstream = _noise_like(output.detach(), 1.0)
+        try:
+            (grad,) = torch.autograd.grad(output, leaf, upstream, allow_unused=True)
+        except CheckpointError as error:
+            raise AssertionError(f"the backward pass recomputes something else: {error}") from error
+    return torch.zeros_like(images) if grad is None else grad
+
+
+def _assert_close(what: str, where: str, seen: Tensor, expected: Tensor) -> None:
+    if seen.shape != expected.shape:
+        raise AssertionError(
+            f"{what} has another shape {where}: expected {tuple(expected.shape)}; "
+            f"got {tuple(seen.shape)}"
+        )
+    bound = _ROUNDING * float(expected.abs().max()) if expected.numel() else 0.0
+    if not bool(((seen - expected).abs() <= bound).all()):  # also catches nan
+        raise AssertionError(
+            f"{what} is another one {where}: {_how_much(seen, expected)} "
+            f"where rounding explains {bound:.2g}"
+        )
+
+
 def _run(encoder: Encoder, images: Tensor, mask: AnyMask) -> Tensor:
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)  # dropout and the like must not look like a leak
@@ -121,7 +202,7 @@ def _describe_leak(
         output = _run(encoder, changed, mask)
         if _bits_equal(output, expected):
             continue
-        where = _farthest(output[sample], expected[sample], mask, sample, place)
+        where = _farthest(encoder, output[sample], expected[sample], mask, sample, place)
         return (
             f"hidden pixels reach the output: the masked patch {tuple(place)} of sample {sample} "
             f"alone changes {_how_much(output, expected)}{where}; expected none to change"
@@ -130,20 +211,41 @@ def _describe_leak(
 
 
 def _farthest(
-    output: Tensor, expected: Tensor, mask: AnyMask, sample: int, place: Sequence[int]
+    encoder: Encoder,
+    output: Tensor,
+    expected: Tensor,
+    mask: AnyMask,
+    sample: int,
+    place: Sequence[int],
 ) -> str:
-    """Say which visible patch is the farthest that changed, where outputs can be placed."""
-    if not isinstance(mask, Mask) or output.ndim != 2 or len(output) < mask.num_visible:
+    """Say which patch is the farthest whose output changed, where outputs can be placed."""
+    is_masked = _booleans(mask)[sample]
+    grid = tuple(is_masked.shape)
+    differs = output != expected
+    if output.ndim == 1 + len(grid) > 2 and all(
+        size % patches == 0 for size, patches in zip(output.shape[1:], grid, strict=True)
+    ):
+        scale = [size // patches for size, patches in zip(output.shape[1:], grid, strict=True)]
+        cells = differs.any(dim=0).nonzero().tolist()
+        places = [tuple(c // s for c, s in zip(cell, scale, strict=True)) for cell in cells]
+    elif output.ndim == 2:
+        ids = (~is_masked).flatten().nonzero().squeeze(1)
+        num_prefix = len(output) - len(ids)
+        if num_prefix != getattr(encoder, "num_prefix_tokens", 0) and len(output) >= math.prod(
+            grid
+        ):
+            ids, num_prefix = torch.arange(math.prod(grid)), len(output) - math.prod(grid)
+        if num_prefix < 0:
+            return ""
+        tokens = ids[differs.any(dim=1)[num_prefix:].to(ids.device)].tolist()
+        places = [_coordinates(token, grid) for token in tokens]
+        if not places:
+            return ", all in prefix tokens"
+    else:
         return ""
-    num_prefix = len(output) - mask.num_visible
-    differs = (output != expected).any(dim=1)[num_prefix:]
-    ids = mask.visible_ids[sample][differs].tolist()
-    if not ids:
-        return ", all in prefix tokens"
-    places = [_coordinates(token, mask.grid) for token in ids]
-    distances = [math.dist(place, other) for other in places]
-    far = max(range(len(ids)), key=distances.__getitem__)
-    return f", as far as the visible patch {places[far]}, {distances[far]:.1f} patches away"
+    far = max(places, key=lambda other: math.dist(place, other))
+    kind = "masked" if is_masked[far] else "visible"
+    return f", as far as the {kind} patch {far}, {math.dist(place, far):.1f} patches away"
 
 
 def _coordinates(token: int, grid: Grid) -> tuple[int, ...]:

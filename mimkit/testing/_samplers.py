@@ -2,7 +2,10 @@
 
 import math
 import random
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,8 @@ Sampler = Callable[[Key, Grid, float], Mask]
 
 _BATCH = 64
 _MAX_DRAWN_TOKENS = 1 << 25
+_SHOWN = 8  # positions in a message
+_MAX_LINES = 1_000_000  # of Python in one call; vectorized samplers take a few hundred
 
 
 def assert_sampler_conforms(
@@ -23,9 +28,9 @@ def assert_sampler_conforms(
 ) -> None:
     """Check what a random sampler owes its users.
 
-    Valid masks of the asked count; a pure function of (seed, epoch, sample id), whatever the batch
-    size and order and the state of global generators; other masks for other seeds, epochs and
-    samples; and every position both masked and visible now and then.
+    An end of drawing; valid masks of the asked count; a pure function of (seed, epoch, sample id),
+    whatever the batch size and order and the state of global generators; other masks for other
+    seeds, epochs and samples; and every position both masked and visible now and then.
 
     Args:
         sampler: Called as `sampler(key, grid, ratio)`, returns a `Mask`.
@@ -47,7 +52,8 @@ def assert_sampler_conforms(
     """
     grid = as_sizes("grid", grid)
     ids = torch.arange(_BATCH) * 7919 + 2**40
-    drawn = _draw(sampler, key(ids, seed=1), grid, ratio)
+    with _bounded(grid):
+        drawn = _draw(sampler, key(ids, seed=1), grid, ratio)
     _check_count(drawn, grid, ratio, num_masked)
     _check_purity(sampler, drawn, ids, grid, ratio)
     _check_batching(sampler, drawn, ids, grid, ratio)
@@ -56,7 +62,15 @@ def assert_sampler_conforms(
 
 
 def _draw(sampler: Sampler, k: Key, grid: Grid, ratio: float) -> Mask:
-    mask = sampler(k, grid, ratio)
+    try:
+        mask = sampler(k, grid, ratio)
+    except AssertionError:
+        raise
+    except Exception as error:
+        raise AssertionError(
+            f"expected masks of grid {grid} at ratio {ratio}; the sampler raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not isinstance(mask, Mask):
         raise AssertionError(f"expected a Mask; got {type(mask).__name__}")
     if mask.grid != grid or mask.batch_size != k.batch_size:
@@ -66,6 +80,29 @@ def _draw(sampler: Sampler, k: Key, grid: Grid, ratio: float) -> Mask:
     except ValueError as error:
         raise AssertionError(f"expected valid masks: {error}") from error
     return mask
+
+
+@contextmanager
+def _bounded(grid: Grid) -> Iterator[None]:
+    """Stop Python code that runs for too many lines: not too long, which a busy machine might."""
+    left = _MAX_LINES
+
+    def count(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal left
+        left -= event == "line"
+        if left < 0:
+            raise AssertionError(
+                f"expected drawing to end; on grid {grid} {_BATCH} masks took more than "
+                f"{_MAX_LINES} lines, the last one in {frame.f_code.co_name}"
+            )
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def _check_count(drawn: Mask, grid: Grid, ratio: float, num_masked: int | None) -> None:
@@ -82,8 +119,12 @@ def _check_purity(
     sampler: Sampler, drawn: Mask, ids: torch.Tensor, grid: Grid, ratio: float
 ) -> None:
     before = _global_states()
-    if not _draw(sampler, key(ids, seed=1), grid, ratio).equal(drawn):
-        raise AssertionError("expected equal masks from equal keys; got different ones")
+    again = _draw(sampler, key(ids, seed=1), grid, ratio)
+    if not again.equal(drawn):
+        raise AssertionError(
+            f"expected equal masks from equal keys; got different ones: "
+            f"{_first_difference(again, drawn, ids)}"
+        )
     if _global_states() != before:
         raise AssertionError("expected global random state to be left alone; it was advanced")
 
@@ -93,17 +134,27 @@ def _check_batching(
 ) -> None:
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
     permuted = _draw(sampler, key(ids[order], seed=1), grid, ratio)
-    parts = [_draw(sampler, key(part, seed=1), grid, ratio) for part in ids.split([1, 5, 58])]
-    for name, mask, expected in (
-        ("order", permuted, drawn[order]),
-        ("size", Mask.cat(parts), drawn),
-    ):
-        if not mask.equal(expected):
-            differs = (mask.is_masked != expected.is_masked).flatten(1).any(dim=1)
+    cases = [("order", ids[order], permuted, drawn[order])]
+    for rows in torch.arange(len(ids)).split([1, 5, 58]):
+        part = _draw(sampler, key(ids[rows], seed=1), grid, ratio)
+        cases.append(("size", ids[rows], part, drawn[rows]))
+    for name, of, seen, expected in cases:
+        if not seen.equal(expected):
             raise AssertionError(
-                f"expected masks that do not depend on the batch's {name}; "
-                f"{int(differs.sum())} of {len(ids)} samples got another mask"
+                f"expected masks that do not depend on the batch's {name}; among {len(of)} of "
+                f"{len(ids)} samples, {_first_difference(seen, expected, of)}"
             )
+
+
+def _first_difference(seen: Mask, expected: Mask, ids: torch.Tensor) -> str:
+    """Name the first sample whose masks differ, and the first positions of both."""
+    differs = (seen.is_masked != expected.is_masked).flatten(1).any(dim=1)
+    row = int(differs.nonzero()[0])
+    both = [
+        f"{mask.num_masked} positions, {mask.masked_ids[row, :_SHOWN].tolist()} ..."
+        for mask in (expected, seen)
+    ]
+    return f"sample id {int(ids[row])} first masked {both[0]}, then {both[1]}"
 
 
 def _check_variety(
