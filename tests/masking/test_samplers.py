@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mimkit import masking
 from mimkit.masking import Mask
+from mimkit.testing import assert_sampler_conforms
 from tests.golden_files import golden
 from tests.strategies import epochs, grids, keys, masks, sample_ids, seeds, views
 
@@ -285,3 +286,49 @@ def test_ids_that_are_no_integers_are_refused(ids):
 def test_a_grid_that_is_no_integers_is_refused():
     with pytest.raises(TypeError, match=r"14\.0"):
         masking.uniform(KEY, (14.0, 14), 0.5)
+
+
+def tubes(key, grid, ratio):
+    """Tubes along the shortest of several axes; along none of a single one there is no tube."""
+    if len(grid) == 1:
+        return masking.uniform(key, grid, ratio)
+    axis = min(range(len(grid)), key=grid.__getitem__)
+    count = masking.num_masked(math.prod(grid) // grid[axis], ratio)
+    return masking.tube(key, grid, num_masked=count * grid[axis], shared_axes=axis)
+
+
+def weighted_by_place(key, grid, ratio):
+    weights = torch.linspace(1, 3, math.prod(grid)).expand(key.batch_size, -1)
+    return masking.weighted(key, grid, ratio, weights=weights)
+
+
+CONFORMING = {
+    "uniform": masking.uniform,
+    "inverse_block": masking.inverse_block,
+    "tube": tubes,
+    "weighted": weighted_by_place,
+}
+
+
+def assert_conforms_on(name, grid, ratio):
+    count = None
+    if name == "tube" and len(grid) > 1:
+        assume(math.prod(grid) // min(grid) >= 2)
+        count = masking.num_masked(math.prod(grid) // min(grid), ratio) * min(grid)
+    assert_sampler_conforms(CONFORMING[name], grid, ratio, num_masked=count)
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("name", CONFORMING)
+@given(grid=grids(min_tokens=3, max_tokens=40), ratio=st.fractions(1, 9).map(lambda n: n / 10))
+def test_samplers_keep_their_promises_on_drawn_grids(name, grid, ratio):
+    assert_conforms_on(name, grid, ratio)
+
+
+@pytest.mark.untyped
+@pytest.mark.full
+@pytest.mark.parametrize("name", CONFORMING)
+@settings(max_examples=20)
+@given(grid=grids(min_tokens=3, max_tokens=4096), ratio=st.fractions(1, 19).map(lambda n: n / 20))
+def test_samplers_keep_their_promises_on_large_grids(name, grid, ratio):
+    assert_conforms_on(name, grid, ratio)
