@@ -66,7 +66,6 @@ def draw_reconstructions(
     """Draw held-out pictures: as they are, masked, and reconstructed tile by tile."""
     encoder: Any = model.encoder
     height, width = encoder.image_size
-    patch_size = pixels_per_token(encoder)
     rows = []
     for number, picture in enumerate(data.pictures):
         down, across = picture.shape[1] // height, picture.shape[2] // width
@@ -74,6 +73,7 @@ def draw_reconstructions(
         inputs, mean, std = data.normalize(tiles)
         ids = torch.arange(len(tiles)) + (number << 32)
         mask = first(config.masking.draw(masking.key(ids, seed=config.seed), encoder.grid))
+        patch_size = height // mask.grid[0], width // mask.grid[1]  # not always the encoder's
         with autocast(config):
             filled = recipe.reconstruct(
                 model, inputs.to(config.device), mask.to(config.device)
