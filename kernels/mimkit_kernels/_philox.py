@@ -40,14 +40,17 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
-def sample_words(sample_ids: Tensor, seed_and_epoch: Tensor, stream: int, num_words: int) -> Tensor:
-    """Draw `num_words` 32-bit words for every sample: [batch, words], int64.
+def sample_words(
+    sample_ids: Tensor, seed_and_epoch: Tensor, stream: int, num_words: int, first_block: int = 0
+) -> Tensor:
+    """Draw 32-bit words for every sample, behind `first_block` blocks of 4: [batch, words], int64.
 
     Word w of a sample is output w % 4 of Philox with the seed as key and the counter
-    ((stream << 16) | w // 4, epoch, sample id bits 0-31, sample id bits 32-63).
+    ((stream << 16) | first_block + w // 4, epoch, sample id bits 0-31, sample id bits 32-63).
     """
     seed, epoch = seed_and_epoch.unbind()
-    blocks = torch.arange((num_words + 3) // 4, device=sample_ids.device) | (stream << 16)
+    last_block = first_block + (num_words + 3) // 4
+    blocks = torch.arange(first_block, last_block, device=sample_ids.device) | (stream << 16)
     sample = sample_ids.unsqueeze(1)
     words = philox4x32(
         (seed & _M32, (seed >> 32) & _M32),
