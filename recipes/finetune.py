@@ -50,7 +50,7 @@ from recipes.engine.errors import UserError
 from recipes.engine.labelled import LabelledData, load_labelled
 from recipes.engine.layer_decay import layer_decay_groups
 from recipes.engine.mixing import Mixing
-from recipes.engine.run_folder import RunFolder, default_path
+from recipes.engine.run_folder import RunFolder, default_path, write_weights
 from recipes.engine.train import count_steps, warn_of_slow_precision
 
 Augment = Literal["crop", "randaugment"]
@@ -231,7 +231,8 @@ def fine_tune(
             return summary
         classifier = build_classifier(config, file, data.num_classes)
         unreadable = fit(classifier, config, data, folder, options)
-        save_model(classifier.model, folder)
+        encoder: Any = classifier.model.encoder
+        write_weights(folder.path / "model.safetensors", encoder)
         summary = {
             "steps": folder.read_metrics()[-1]["step"],
             "accuracy": score(classifier.model, config, data, workers=options.workers),
@@ -243,15 +244,6 @@ def fine_tune(
             summary["from_scratch"] = untrained["accuracy"]
         folder.write_summary(summary)
     return summary
-
-
-def save_model(model: nn.Module, folder: RunFolder) -> None:
-    """Write the fine-tuned weights, under timm's names."""
-    from safetensors.torch import save_file
-
-    encoder: Any = model.encoder
-    weights = {name: tensor.cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    save_file(weights, folder.path / "model.safetensors")
 
 
 def compares(options: FineTuneOptions) -> bool:

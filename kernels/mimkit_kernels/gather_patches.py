@@ -21,6 +21,7 @@ from mimkit_kernels._dispatch import KERNEL_DTYPES, takes_kernel
 from mimkit_kernels._jit import jit
 from mimkit_kernels._patch_tiles import Geometry, normalized, pixel_offsets, value_offsets
 from mimkit_kernels._register import on_device, register
+from mimkit_kernels.move_tokens import slots_of
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -294,13 +295,6 @@ def _launch_scatter(
                 enable_fp_fusion=True,
             )
     return grad_images
-
-
-def slots_of(ids: Tensor, tokens: int) -> Tensor:
-    """Return where each token stands among the taken ones; `taken` for those that do not."""
-    batch, taken = ids.shape
-    numbers = torch.arange(taken, device=ids.device).expand(batch, -1)
-    return ids.new_full((batch, tokens), taken).scatter_(1, ids, numbers)
 
 
 # Registration

@@ -3,6 +3,8 @@
 A checkpoint is a folder `checkpoints/step-<n>`, written under another name by
 `torch.distributed.checkpoint`, given its completion marker and then renamed. So a folder without a
 marker, or with the other name, is what a killed run left behind: it is ignored and removed.
+
+Training waits for the copy of the state only; a thread of its own writes the copy.
 """
 
 import contextlib
@@ -10,14 +12,16 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 from torch.optim import Optimizer
 
 from recipes.engine.distributed import World
@@ -41,6 +45,12 @@ class Checkpoints:
         self.folder = folder
         self.world = world
         self.keep_every = keep_every
+        # One process is no mistake. For good: the thread that writes warns as well.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        # Of its own, so that what is written meanwhile cannot meet the messages of training.
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: tuple[int, Future[None]] | None = None
 
     def steps(self) -> list[int]:
         """List the steps of complete checkpoints, ascending."""
@@ -54,27 +64,50 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
-        """Write a checkpoint, then remove those that are no longer needed.
+        """Copy the state, and begin to write it; `finish` waits for the end of that.
 
         Raises:
-            UserError: It cannot be written; earlier ones are untouched.
+            UserError: This checkpoint, or the one before, cannot be written; earlier ones are
+                untouched.
         """
+        self.finish()
         partial = self.folder / f"{self.path(step).name}.partial"
-        try:
+        with self._explaining(step):
             if self.world.is_main:
                 self.clean()
                 partial.mkdir(parents=True)
             self.world.wait()
-            with _no_warning():
-                dcp_save(
-                    _state(model, optimizer),
-                    checkpoint_id=partial,
-                    no_dist=self.world.size == 1,
-                )
-            if self.world.is_main:
-                (partial / _MARKER).touch()
-                partial.rename(self.path(step))
-                self._forget_old()
+            written: Any = dcp_async_save(
+                _state(model, optimizer),
+                checkpoint_id=partial,
+                process_group=self._group,
+                no_dist=self.world.size == 1,
+            )
+        self._writing = step, self._thread.submit(self._complete, step, partial, written)
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being written, if any, is complete.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        if self._writing is not None:
+            (step, complete), self._writing = self._writing, None
+            with self._explaining(step):
+                complete.result()
+
+    def _complete(self, step: int, partial: Path, written: Future[None]) -> None:
+        """Make a checkpoint count, then remove those that are no longer needed."""
+        written.result()  # in the main process: that all processes have written their parts
+        if self.world.is_main:
+            (partial / _MARKER).touch()
+            partial.rename(self.path(step))
+            self._forget_old()
+
+    @contextlib.contextmanager
+    def _explaining(self, step: int) -> Iterator[None]:
+        try:
+            yield
         except (OSError, CheckpointException) as error:
             kept = self.steps()
             raise UserError(
@@ -90,15 +123,14 @@ class Checkpoints:
         """
         path = self.path(step)
         try:
-            with _no_warning():
-                state = _state(model, optimizer)
-                dcp_load(state, checkpoint_id=path, no_dist=self.world.size == 1)
-                set_state_dict(
-                    model,
-                    optimizer,
-                    model_state_dict=state["model"],
-                    optim_state_dict=state["optimizer"],
-                )
+            state = _state(model, optimizer)
+            dcp_load(state, checkpoint_id=path, no_dist=self.world.size == 1)
+            set_state_dict(
+                model,
+                optimizer,
+                model_state_dict=state["model"],
+                optim_state_dict=state["optimizer"],
+            )
         except (CheckpointException, KeyError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"the checkpoint {path} is not of this model: {_reason(error)}"
@@ -122,14 +154,6 @@ class Checkpoints:
 def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     model_state, optimizer_state = get_state_dict(model, optimizer)
     return {"model": model_state, "optimizer": optimizer_state}
-
-
-@contextlib.contextmanager
-def _no_warning() -> Iterator[None]:
-    """Keep PyTorch from warning that one process is one process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
 
 
 def _reason(error: BaseException) -> str:

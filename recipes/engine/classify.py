@@ -88,6 +88,7 @@ def fit(
                 log(folder, row, num_steps)
         if done % checkpoint_every == 0 or done == num_steps:
             checkpoints.save(done, model, classifier.optimizer)
+    checkpoints.finish()
     model.eval()
     return sorted(unreadable)
 

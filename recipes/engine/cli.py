@@ -16,7 +16,7 @@ import tyro
 import yaml
 
 from recipes.engine.distributed import rank_from_environment
-from recipes.engine.errors import UserError
+from recipes.engine.errors import LostProcessError, UserError
 
 Precision = Literal["fp32", "bf16"]
 
@@ -97,7 +97,7 @@ def run_command(
             )
         )
     except UserError as error:
-        if rank_from_environment() == 0:
+        if rank_from_environment() == 0 or isinstance(error, LostProcessError):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -15,8 +16,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mimkit.nn import PixelHead, TransformerBlock
+from recipes.engine.errors import LostProcessError
 
 T = TypeVar("T")
+
+# What gloo and NCCL say when a process at the other end is gone.
+_LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|timed out|nccl", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,11 @@ def world_size_from_environment() -> int:
 
 @contextlib.contextmanager
 def join(device: str) -> Iterator[World]:
-    """Join the other processes of `torchrun`: NCCL on GPUs, gloo on CPUs."""
+    """Join the other processes of `torchrun`: NCCL on GPUs, gloo on CPUs.
+
+    Raises:
+        LostProcessError: Another process died meanwhile.
+    """
     world = World(rank_from_environment(), world_size_from_environment())
     if world.size == 1:
         yield world
@@ -78,6 +87,13 @@ def join(device: str) -> Iterator[World]:
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
         yield world
+    except RuntimeError as error:
+        if not _LOST.search(str(error)):
+            raise
+        raise LostProcessError(
+            f"process {world.rank} of {world.size} has lost another process of the job: start the "
+            "same command again, and it goes on from the last complete checkpoint"
+        ) from error
     finally:
         dist.destroy_process_group()
 

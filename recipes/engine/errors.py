@@ -1,4 +1,4 @@
-"""The error that a user of a recipe causes and can repair."""
+"""The errors that a user of a recipe can repair."""
 
 
 class UserError(Exception):
@@ -12,3 +12,7 @@ class UserError(Exception):
         # A DataLoader worker's error is raised again around the text of its traceback: the line
         # that the user needs is the last thing in it.
         super().__init__(message.rsplit("UserError: ", maxsplit=1)[-1].strip())
+
+
+class LostProcessError(UserError):
+    """Another process of the job died: every one that is left says so."""

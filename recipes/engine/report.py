@@ -13,7 +13,7 @@ from recipes.engine.config import PretrainConfig, Recipe
 from recipes.engine.data import DataSet, ProbeData
 from recipes.engine.masks import first
 from recipes.engine.probes import Features, evaluate, raw_pixels
-from recipes.engine.run_folder import RunFolder
+from recipes.engine.run_folder import RunFolder, write_weights
 from recipes.engine.train import autocast, build_model, scalars
 
 _PROBE_NAMES = {"knn": "k-NN", "linear": "linear", "attentive": "attentive"}
@@ -30,7 +30,8 @@ def write_report(
     unreadable: list[str],
 ) -> dict[str, Any]:
     """Evaluate a trained model, write what it shows, and return the summary."""
-    save_encoder(model, folder)
+    encoder: Any = model.encoder
+    write_weights(folder.path / "encoder.safetensors", encoder)
     draw_curves(folder)
     draw_reconstructions(recipe, config, data, folder, model)
     draw_more_pictures(recipe, config, data, folder, model)
@@ -49,15 +50,6 @@ def write_report(
         summary["probes"] = run_probes(recipe, config, data.probe, model)
     folder.write_summary(summary)
     return summary
-
-
-def save_encoder(model: nn.Module, folder: RunFolder) -> None:
-    """Write the encoder's weights, under mimkit's names, which are timm's."""
-    from safetensors.torch import save_file
-
-    encoder: Any = model.encoder
-    weights = {name: tensor.cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    save_file(weights, folder.path / "encoder.safetensors")
 
 
 def draw_curves(folder: RunFolder) -> None:

@@ -1,6 +1,7 @@
 """The folder of a run: what it holds, and what it protects from being overwritten."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -9,13 +10,17 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 
 import torch
 import yaml
+from torch import nn
 
 from recipes.engine.config import RunConfig
 from recipes.engine.errors import UserError
+
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class RunFolder:
@@ -27,7 +32,7 @@ class RunFolder:
 
     Raises:
         UserError: On entering: the path is a file, cannot be written, holds another configuration,
-            or belongs to a process that still runs.
+            or belongs to a process that still runs. On leaving: it could not be written to.
     """
 
     def __init__(self, path: Path, config: RunConfig) -> None:
@@ -48,8 +53,18 @@ class RunFolder:
             self._held = stack.pop_all()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self._held.close()
+        if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
+            raise UserError(
+                f"cannot write to the output folder {self.path}: {error.strerror}; make room and "
+                "start the same command again, it goes on from the last checkpoint"
+            ) from error
 
     def _lock(self, file: IO[str]) -> None:
         try:
@@ -125,11 +140,19 @@ def default_path(config: RunConfig) -> Path:
     return Path("runs") / f"{config.recipe}-{config.preset}-{data}-{config.digest()}"
 
 
-def write_atomically(file: Path, text: str) -> None:
+def write_atomically(file: Path, content: str | bytes) -> None:
     """Write a file that is either whole or not there."""
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(text)
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(partial, file)
+
+
+def write_weights(file: Path, module: nn.Module) -> None:
+    """Write all weights and buffers of a module to a safetensors file."""
+    from safetensors.torch import save
+
+    weights = {name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}
+    write_atomically(file, save(weights))
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:

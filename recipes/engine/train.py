@@ -99,7 +99,9 @@ def train(
                 unreadable.update(batch.unreadable_ids)
                 if row is not None:
                     tracker.log(row)
+            checkpoints.finish()
         except NonFiniteError as error:
+            checkpoints.finish()
             first_step = _rewind(error, trainer, folder, checkpoints, options)
         else:
             tracker.close()

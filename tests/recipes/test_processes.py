@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +17,22 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
 
 
-def train(out: Path, processes: int, *more: str, steps: int = STEPS) -> None:
-    """Run the recipe; what counts is the files it leaves, not how the processes say goodbye."""
+def command(out: Path, processes: int, *more: str, steps: int = STEPS) -> list[str]:
     torchrun = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         "--nproc-per-node", str(processes),
     ]  # fmt: skip
-    command = [
+    return [
         *(torchrun if processes > 1 else [sys.executable]), str(ROOT / "recipes/mae.py"),
         "--data", str(out.parent / "pictures"), "--out", str(out), "--batch-size", "8",
         "--epochs", "2", "--max-steps", str(steps), "--checkpoint-every", "3", *more,
     ]  # fmt: skip
+
+
+def train(out: Path, processes: int, *more: str) -> None:
+    """Run the recipe; what counts is the files it leaves, not how the processes say goodbye."""
     result = subprocess.run(
-        command,
+        command(out, processes, *more),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -88,6 +93,41 @@ def test_a_run_goes_on_with_another_number_of_processes(
     cut_after_first_checkpoint(out)
     train(out, after, *(shard if after > 1 else []))
     np.testing.assert_allclose(losses(out), losses(folder / "one"), rtol=1e-5)
+
+
+def test_a_job_ends_clearly_when_a_process_dies_and_goes_on_when_started_again(
+    folder: Path,
+) -> None:
+    out = folder / "bereaved"
+    # Steps enough to be killed in.
+    long = ["--epochs", "8", "--batch-size", "4"]
+    job = subprocess.Popen(
+        command(out, 2, *long, steps=60),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (out / "checkpoints/step-00000003/COMPLETE").exists():
+        assert job.poll() is None
+        time.sleep(0.01)
+    os.kill(children(job.pid)[-1], signal.SIGKILL)
+    assert job.stderr is not None
+    printed = job.stderr.read()
+    assert job.wait() != 0
+    assert "has lost another process of the job: start the same command again" in printed
+    last = sorted((out / "checkpoints").glob("step-*/COMPLETE"))[-1]
+    steps = int(last.parent.name.removeprefix("step-"))
+    train(out, 2, *long, "--max-steps", "60")
+    rows = [json.loads(line)["step"] for line in (out / "metrics.jsonl").open()]
+    assert steps >= 3
+    assert rows == sorted(set(rows))
+    assert rows[-1] == 60
+
+
+def children(pid: int) -> list[int]:
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in listed.split()]
 
 
 def cut_after_first_checkpoint(out: Path) -> None:

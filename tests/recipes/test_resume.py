@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -69,12 +70,12 @@ class single_thread:
         torch.set_num_threads(self.before)
 
 
-def start(pictures: Path, out: Path) -> subprocess.Popen[bytes]:
+def start(pictures: Path, out: Path, stderr: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, str(ROOT / "recipes/mae.py"), *options(pictures, out)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=stderr,
     )
 
 
@@ -123,6 +124,37 @@ def test_twenty_killed_runs_end_as_one_that_never_was(
 ) -> None:
     kill_at_random_and_finish(pictures, tmp_path / "run", random.Random())
     assert_equal_runs(tmp_path / "run", uninterrupted)
+
+
+def test_a_full_disk_gives_one_clear_line_and_loses_nothing(
+    pictures: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = start(pictures, out, stderr=subprocess.PIPE)
+    while not Checkpoints(out / "checkpoints", World()).steps():
+        assert process.poll() is None
+        time.sleep(0.01)
+    # No file may grow beyond 64 kB from now on: checkpoints do not fit, lines of text do.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (65_536, 65_536))
+    assert process.stderr is not None
+    *_, error = process.stderr.read().decode().splitlines()
+    assert process.wait() == 2
+    assert error.startswith("error: cannot write the checkpoint of step")
+    assert "is safe" in error
+    assert start(pictures, out).wait() == 0
+    assert_equal_runs(out, uninterrupted)
+
+
+def test_a_checkpoint_holds_the_state_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
+    model = torch.nn.Linear(1000, 1000)
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = model.weight.detach().clone()
+    checkpoints = Checkpoints(tmp_path, World())
+    checkpoints.save(1, model, optimizer)
+    model.weight.data.zero_()  # while it is written
+    checkpoints.finish()
+    checkpoints.load(1, model, optimizer)
+    assert torch.equal(model.weight, before)
 
 
 def test_only_the_last_two_checkpoints_and_the_asked_for_ones_are_kept(
