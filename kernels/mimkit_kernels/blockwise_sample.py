@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 MAX_TOKENS = 4096  # in the kernel: a sample is sorted in the registers of one program
 MAX_ATTEMPTS = 1 << 16  # blocks of four words that a stream has for one sample
 ASPECT_BINS = 256
+_UNCUT = 1 << 20  # longer than any side
 _ROUND = 16  # attempts of the reference between two looks at who is finished
 
 
@@ -82,11 +83,30 @@ def root_tables(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the roots of all areas, of the aspect ratios and of their inverses, times 2**16."""
     areas = torch.tensor([math.isqrt(area << 32) for area in range(max_area + 1)])
+    tall, flat = (torch.tensor(roots) for roots in aspect_roots(log_low, log_high))
+    return areas.to(device), tall.to(device), flat.to(device)
+
+
+@lru_cache(maxsize=16)
+def aspect_roots(log_low: float, log_high: float) -> tuple[list[int], list[int]]:
+    """Return the roots of the aspect ratios and of their inverses, times 2**16."""
     step = (log_high - log_low) / ASPECT_BINS
     halves = [(log_low + (i + 0.5) * step) / 2 for i in range(ASPECT_BINS)]
-    tall = torch.tensor([round(math.exp(half) * 65536) for half in halves])
-    flat = torch.tensor([round(math.exp(-half) * 65536) for half in halves])
-    return areas.to(device), tall.to(device), flat.to(device)
+    return [round(math.exp(h) * 65536) for h in halves], [
+        round(math.exp(-h) * 65536) for h in halves
+    ]
+
+
+def cut_sides(
+    height: int, width: int, min_block: int, log_low: float, log_high: float
+) -> tuple[int, int]:
+    """Return to what height and width blocks are cut: only where even the smallest is too large."""
+    root = math.isqrt(min_block << 32)
+    cuts = []
+    for size, roots in zip((height, width), aspect_roots(log_low, log_high), strict=True):
+        limit, smallest = max(size - 1, 1), (root * min(roots) + (1 << 31)) >> 32
+        cuts.append(limit if smallest > limit else _UNCUT)
+    return cuts[0], cuts[1]
 
 
 def blockwise_sample_reference(
@@ -108,7 +128,8 @@ def blockwise_sample_reference(
     left = torch.full_like(sample_ids, num_masked)
     rejected = torch.zeros_like(sample_ids)
     tables = root_tables(max(min_block, max_block), log_low, log_high, sample_ids.device)
-    shapes = BlockShapes(height, width, min_block, max_block, *tables)
+    cuts = cut_sides(height, width, min_block, log_low, log_high)
+    shapes = BlockShapes((height, width), (min_block, max_block), cuts, tables)
     for first in range(0, MAX_ATTEMPTS, _ROUND):
         rows = ((left > 0) & (rejected < patience)).nonzero().squeeze(1)
         if len(rows) == 0:
@@ -131,44 +152,26 @@ def blockwise_sample_reference(
     return split_positions(is_masked, height * width - num_masked)
 
 
-class BlockShapes:
+class BlockShapes(NamedTuple):
     """Which blocks there are on a grid.
 
     Attributes:
         grid: Height and width.
-        limits: Largest height and width of a block, which spans no axis.
-        cut: Whether even the smallest block spans an axis; blocks are then cut to the limit.
+        blocks: Smallest area, and largest number of newly masked tokens.
+        cuts: Height and width that blocks are cut to.
+        tables: Roots of areas, of aspect ratios and of their inverses.
     """
 
-    def __init__(
-        self,
-        height: int,
-        width: int,
-        min_block: int,
-        max_block: int,
-        areas: Tensor,
-        tall: Tensor,
-        flat: Tensor,
-    ) -> None:
-        self.grid = (height, width)
-        self.min_block, self.max_block = min_block, max_block
-        self.areas, self.tall, self.flat = areas, tall, flat
-        self.limits = (max(height - 1, 1), max(width - 1, 1))
-        self.cut = torch.stack(
-            [
-                _product(areas[min_block], roots.min()) > limit
-                for roots, limit in zip((tall, flat), self.limits, strict=True)
-            ]
-        )
+    grid: tuple[int, int]
+    blocks: tuple[int, int]
+    cuts: tuple[int, int]
+    tables: tuple[Tensor, Tensor, Tensor]
 
     def sides(self, area: Tensor, aspect_bin: Tensor) -> list[Tensor]:
         """Return height and width of each block."""
-        root = self.areas[area]
-        sides = [_product(root, roots[aspect_bin]) for roots in (self.tall, self.flat)]
-        return [
-            torch.where(cut, side.clamp(max=limit), side).clamp(min=1)
-            for side, limit, cut in zip(sides, self.limits, self.cut, strict=True)
-        ]
+        areas, *aspects = self.tables
+        sides = (_product(areas[area], roots[aspect_bin]) for roots in aspects)
+        return [side.clamp(1, cut) for side, cut in zip(sides, self.cuts, strict=True)]
 
 
 def _product(root: Tensor, other: Tensor) -> Tensor:
@@ -199,12 +202,14 @@ def _attempt(
     """
     height, width = shapes.grid
     area_word, aspect_word, top_word, left_word = words.unbind(1)
-    most = left.clamp(max=shapes.max_block)
+    min_block, max_block = shapes.blocks
+    most = left.clamp(max=max_block)
     # While fewer than `min_block` are left, areas lie between the two all the same.
-    least, largest = most.clamp(max=shapes.min_block), most.clamp(min=shapes.min_block)
+    least, largest = most.clamp(max=min_block), most.clamp(min=min_block)
     area = least + (area_word * (largest - least + 1) >> 32)
     block_height, block_width = shapes.sides(area, aspect_word * ASPECT_BINS >> 32)
-    fits = (block_height <= shapes.limits[0]) & (block_width <= shapes.limits[1])
+    # A block spans no axis but one of a single token.
+    fits = (block_height <= max(height - 1, 1)) & (block_width <= max(width - 1, 1))
     top = top_word * (height - block_height + 1).clamp(min=1) >> 32
     start = left_word * (width - block_width + 1).clamp(min=1) >> 32
     rows, columns = _between(top, block_height, height), _between(start, block_width, width)
@@ -242,6 +247,8 @@ def _blockwise_kernel(
     num_masked: tl.tensor,
     min_block: tl.tensor,
     max_block: tl.tensor,
+    tall_cut: tl.tensor,
+    flat_cut: tl.tensor,
     patience: tl.tensor,
     TOKENS: tl.constexpr,
     BINS: tl.constexpr,
@@ -256,13 +263,6 @@ def _blockwise_kernel(
     token = tl.arange(0, TOKENS)
     token_row, token_column = token // width, token % width
 
-    bins = tl.arange(0, BINS)
-    tall_limit, flat_limit = tl.maximum(height - 1, 1), tl.maximum(width - 1, 1)
-    smallest = tl.load(areas + min_block)
-    half = 1 << 31
-    tall_cut = ((smallest * tl.min(tl.load(tall + bins)) + half) >> 32) > tall_limit
-    flat_cut = ((smallest * tl.min(tl.load(flat + bins)) + half) >> 32) > flat_limit
-
     # 1 where masked; what lies behind the grid is in no block.
     hidden = tl.zeros((TOKENS,), tl.int32)
     left = num_masked + 0
@@ -276,20 +276,22 @@ def _blockwise_kernel(
         )
         most = tl.minimum(left, max_block)
         least, largest = tl.minimum(most, min_block), tl.maximum(most, min_block)
-        area = least + ((w0.to(tl.int64) * (largest - least + 1)) >> 32)
-        aspect = (w1.to(tl.int64) * BINS) >> 32
+        area = least + ((w0.to(tl.int64) * (largest - least + 1)) >> 32).to(tl.int32)
+        aspect = ((w1.to(tl.int64) * BINS) >> 32).to(tl.int32)
         root = tl.load(areas + area)
-        down = (root * tl.load(tall + aspect) + half) >> 32
-        across = (root * tl.load(flat + aspect) + half) >> 32
-        down = tl.maximum(tl.where(tall_cut, tl.minimum(down, tall_limit), down), 1)
-        across = tl.maximum(tl.where(flat_cut, tl.minimum(across, flat_limit), across), 1)
-        top = (w2.to(tl.int64) * tl.maximum(height - down + 1, 1)) >> 32
-        start = (w3.to(tl.int64) * tl.maximum(width - across + 1, 1)) >> 32
+        half = 1 << 31
+        down = ((root * tl.load(tall + aspect) + half) >> 32).to(tl.int32)
+        across = ((root * tl.load(flat + aspect) + half) >> 32).to(tl.int32)
+        down = tl.maximum(tl.minimum(down, tall_cut), 1)
+        across = tl.maximum(tl.minimum(across, flat_cut), 1)
+        room_down, room_across = tl.maximum(height - down, 0), tl.maximum(width - across, 0)
+        top = ((w2.to(tl.int64) * (room_down + 1)) >> 32).to(tl.int32)
+        start = ((w3.to(tl.int64) * (room_across + 1)) >> 32).to(tl.int32)
         inside = (token_row >= top) & (token_row < top + down)
         inside = inside & (token_column >= start) & (token_column < start + across)
         inside = inside & (token < num_tokens)
         new = tl.sum(tl.where(inside, 1 - hidden, 0), axis=0)
-        fits = (down <= tall_limit) & (across <= flat_limit)
+        fits = (down <= tl.maximum(height - 1, 1)) & (across <= tl.maximum(width - 1, 1))
         accepted = fits & (new > 0) & (new <= most)
         hidden = tl.where(inside, tl.where(accepted, 1, hidden), hidden)
         left -= tl.where(accepted, new, 0)
@@ -358,6 +360,7 @@ def _launch(
                 num_masked,
                 min_block,
                 max_block,
+                *cut_sides(height, width, min_block, log_low, log_high),
                 patience,
                 TOKENS=tokens,
                 BINS=ASPECT_BINS,
