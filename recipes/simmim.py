@@ -188,7 +188,7 @@ class SimMIM(nn.Module):
             grid=grid,
             dim=self.encoder.dim,
             cell=cell,
-            finest=max(self.row[0], 4 // self.point[0]),
+            finest=max(4 // self.point[0], 1),
             window=config.window,
             values=values,
         )
@@ -356,7 +356,7 @@ def make_vit(config: SimMIMConfig) -> ViT:
 
 def _factor(target: str) -> int:
     """Return the side of a square whose mean is predicted: 8 for "pixels_8x"."""
-    return int(target.removeprefix("pixels_").removesuffix("x")) if "_" in target[:7] else 1
+    return int(target[len("pixels_") : -1]) if target.startswith("pixels_") else 1
 
 
 def _num_bins(target: str) -> int:
