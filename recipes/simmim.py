@@ -164,8 +164,7 @@ class SimMIM(nn.Module):
             make_swin(config) if config.encoder == "swin" else make_vit(config)
         )
         self.patch_size = self.encoder.patch_embed.patch_size
-        width = self.encoder.patch_embed.proj.bias.shape[0]
-        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, config.dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         if config.target == "clusters":
             # A buffer, so that a checkpoint holds what `fit` finds.
@@ -341,13 +340,14 @@ def make_vit(config: SimMIMConfig) -> ViT:
     truncated = partial(nn.init.trunc_normal_, std=0.02, a=-0.02, b=0.02)
     assert encoder.cls_token is not None
     truncated(encoder.cls_token)
-    for module in (*encoder.modules(), encoder.patch_embed.proj):
-        if isinstance(module, nn.Linear) or module is encoder.patch_embed.proj:
-            truncated(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    patches: Any = encoder.patch_embed
+    linear = [module for module in encoder.modules() if isinstance(module, nn.Linear)]
+    for module in (patches.proj, *linear):
+        truncated(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    blocks: Any = encoder.blocks
     with torch.no_grad():
-        blocks: Any = encoder.blocks
         for index, block in enumerate(blocks, 1):
             block.attn.proj.weight /= math.sqrt(2 * index)
             block.mlp.fc2.weight /= math.sqrt(2 * index)
