@@ -72,6 +72,7 @@ class Options(CommonOptions):
     """Command line of pre-training; what is not given comes from the preset.
 
     Attributes:
+        image_size: Side of the images in pixels.
         mask_ratio: Fraction of patches to mask, in (0, 1).
         compile: Run the model through torch.compile.
         accumulate: Parts in which a batch goes through the model, to save memory.
@@ -81,6 +82,7 @@ class Options(CommonOptions):
         tracker: Where metrics go beside metrics.jsonl.
     """
 
+    image_size: int | None = None
     mask_ratio: float | None = None
     compile: bool = False
     accumulate: int = 1
