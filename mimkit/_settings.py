@@ -1,33 +1,50 @@
 """Process-wide switches, set with `mimkit.use`."""
 
 from types import TracebackType
+from typing import get_args
+
+from mimkit_kernels import Backend
+from mimkit_kernels import Settings as KernelSettings
 
 
 class Settings:
-    """The current value of every switch."""
+    """The current value of the library's own switches."""
 
     check: bool = False
 
 
 class use:
-    """Switch value checks on or off: for good when called, for a block in a `with` statement.
+    """Set switches: for good when called, for a block in a `with` statement.
 
     Shapes, dtypes and devices are always checked. Values (are ids in range, ascending, a partition
     of the grid?) are checked where a mask is made on a CPU; `check=True` checks them in every
     operation too, at the price of a synchronisation on a GPU.
 
     Args:
-        check: Whether every operation validates the masks that it is given.
+        backend: "auto" runs the Triton kernels where tensors are on a GPU and a kernel takes them,
+            else plain PyTorch. "reference" always runs plain PyTorch. "triton" insists on the
+            kernels: what they do not take is an error. `None` leaves it as it is.
+        check: Whether every operation validates the masks that it is given. `None` leaves it.
+
+    Raises:
+        ValueError: Another backend.
 
     Example:
         >>> import mimkit
         >>> with mimkit.use(check=True):
         ...     pass  # every gather, restore and loss in here validates its mask
+        >>> with mimkit.use("reference"):
+        ...     pass  # no Triton kernel runs in here
     """
 
-    def __init__(self, *, check: bool) -> None:
-        self._before = Settings.check
-        Settings.check = check
+    def __init__(self, backend: Backend | None = None, *, check: bool | None = None) -> None:
+        if backend is not None and backend not in get_args(Backend):
+            raise ValueError(f"backend must be one of {get_args(Backend)}; got {backend!r}")
+        self._before = (KernelSettings.backend, Settings.check)
+        if backend is not None:
+            KernelSettings.backend = backend
+        if check is not None:
+            Settings.check = check
 
     def __enter__(self) -> "use":
         return self
@@ -38,4 +55,4 @@ class use:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        Settings.check = self._before
+        KernelSettings.backend, Settings.check = self._before

@@ -340,9 +340,8 @@ def make_vit(config: SimMIMConfig) -> ViT:
     truncated = partial(nn.init.trunc_normal_, std=0.02, a=-0.02, b=0.02)
     assert encoder.cls_token is not None
     truncated(encoder.cls_token)
-    patches: Any = encoder.patch_embed
-    linear = [module for module in encoder.modules() if isinstance(module, nn.Linear)]
-    for module in (patches.proj, *linear):
+    linear: list[Any] = [m for m in encoder.modules() if isinstance(m, nn.Linear)]
+    for module in (encoder.patch_embed.proj, *linear):
         truncated(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -1,1 +1,32 @@
 """Triton kernels of mimkit; each one is a file of its own."""
+
+from mimkit_kernels._dispatch import Backend, Settings
+from mimkit_kernels._philox import philox4x32, sample_words
+from mimkit_kernels.blockwise_sample import blockwise_sample
+from mimkit_kernels.gather_patches import gather_patches
+from mimkit_kernels.linear_cross_entropy import linear_cross_entropy
+from mimkit_kernels.masked_pixel_loss import (
+    elementwise_error,
+    masked_pixel_loss,
+    patch_statistics,
+)
+from mimkit_kernels.move_tokens import gather_tokens, restore_tokens
+from mimkit_kernels.uniform_sample import kth_lowest, split_positions, uniform_sample
+
+__all__ = [
+    "Backend",
+    "Settings",
+    "blockwise_sample",
+    "elementwise_error",
+    "gather_patches",
+    "gather_tokens",
+    "kth_lowest",
+    "linear_cross_entropy",
+    "masked_pixel_loss",
+    "patch_statistics",
+    "philox4x32",
+    "restore_tokens",
+    "sample_words",
+    "split_positions",
+    "uniform_sample",
+]

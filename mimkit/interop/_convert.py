@@ -5,11 +5,12 @@ weights, gradients or optimizer moments. Every converter keeps the values as the
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from mimkit.interop import _simmim
+from mimkit.interop import _cae, _simmim
 
 
 class Converted(dict[str, Tensor]):
@@ -56,6 +57,9 @@ def from_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
             and "simmim_swin" (load into `recipes.simmim.SimMIM`), "simmim_vit_finetune" and
             "simmim_swin_finetune" (into `nn.ViT` and `nn.SwinTransformer`; a pre-training
             checkpoint gives its encoder, the shared table of relative positions in every block).
+            "cae" (loads into `recipes.cae.CAE`), "cae_vit" (as "mae_vit") or "cae_probe" (its
+            attentive probe, loads into `nn.AttentiveProbe`). "dalle" and "dalle_decoder" (encoder
+            and decoder of the tokenizer, load into `nn.DiscreteVAE`).
         state_dict: Name -> tensor, or the checkpoint around it (`{"model": ...}`).
 
     Returns:
@@ -74,16 +78,22 @@ def from_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
     if method in _simmim.METHODS:
         converted, dropped = _simmim.from_official(method, unwrap(state_dict))
         return Converted(converted, tuple(dropped))
+    if method in _cae.PATTERNS:
+        return rename(unwrap(state_dict), partial(_cae.to_ours, method))
     pairs = _pairs(method)
     return rename(unwrap(state_dict), lambda name: _simmim.replace_prefix(name, pairs))
 
 
-def to_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
+def to_official(
+    method: str, state_dict: Mapping[str, Any], *, duplicates: bool = False
+) -> Converted:
     """Undo `from_official`.
 
     Args:
         method: As in `from_official`.
         state_dict: mimkit's names -> tensors.
+        duplicates: Whether to write what the authors store twice a second time, too: CAE's encoder
+            as `alignment_encoder`, which `from_official` leaves out.
 
     Raises:
         ValueError: An unknown method.
@@ -96,6 +106,13 @@ def to_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
     if method in _simmim.METHODS:
         converted, dropped = _simmim.to_official(method, unwrap(state_dict))
         return Converted(converted, tuple(dropped))
+    if method in _cae.PATTERNS:
+        converted = rename(unwrap(state_dict), partial(_cae.to_theirs, method))
+        if duplicates:
+            for name in list(converted):
+                if name.startswith("encoder."):
+                    converted[f"alignment_{name}"] = converted[name]
+        return converted
     pairs = tuple((ours, theirs) for theirs, ours in _pairs(method))
     return rename(unwrap(state_dict), lambda name: _simmim.replace_prefix(name, pairs))
 
@@ -116,6 +133,6 @@ def rename(tensors: Mapping[str, Tensor], new_name: Callable[[str], str | None])
 
 def _pairs(method: str) -> tuple[tuple[str, str], ...]:
     if method not in _RENAMES:
-        known = sorted({*_RENAMES, *_simmim.METHODS})
+        known = sorted({*_RENAMES, *_simmim.METHODS, *_cae.PATTERNS})
         raise ValueError(f"method must be one of {known}; got {method!r}")
     return _RENAMES[method]

@@ -11,10 +11,19 @@ from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+import mimkit_kernels as kernels
+from mimkit._grids import count_tokens, per_axis
 from mimkit.masking import Mask
-from mimkit.patches import gather_masked
-from mimkit.patches._patchify import Order, check_batch
-from mimkit.targets import NormalizedPixels, Pixels
+from mimkit.patches import gather_masked, grid_of
+from mimkit.patches._patchify import (
+    Order,
+    channel_statistic,
+    check_batch,
+    check_mask,
+    is_channels_last,
+)
+from mimkit.targets._pixels import check_can_normalize
+from mimkit_kernels import elementwise_error
 
 Reduction = Literal["mean", "sample", "none"]
 Kind = Literal["l2", "l1", "smooth_l1"]
@@ -52,7 +61,7 @@ def masked_mse(
         >>> masked_mse(torch.zeros(1, 2, 4), torch.ones(1, 2, 4), mask)
         tensor(1.)
     """
-    return _masked_loss(_squared_error, prediction, target, mask, reduction)
+    return _masked_loss(elementwise_error("l2"), prediction, target, mask, reduction)
 
 
 def masked_l1(
@@ -70,7 +79,7 @@ def masked_l1(
         >>> masked_l1(torch.zeros(1, 2, 4), torch.full((1, 2, 4), -3.0), mask)
         tensor(3.)
     """
-    return _masked_loss(_absolute_error, prediction, target, mask, reduction)
+    return _masked_loss(elementwise_error("l1"), prediction, target, mask, reduction)
 
 
 def masked_smooth_l1(
@@ -99,7 +108,8 @@ def masked_smooth_l1(
         >>> masked_smooth_l1(torch.zeros(1, 2, 4), torch.full((1, 2, 4), 3.0), mask)
         tensor(2.5000)
     """
-    return _masked_loss(_smooth_absolute_error(beta), prediction, target, mask, reduction)
+    _check_error("smooth_l1", beta)
+    return _masked_loss(elementwise_error("smooth_l1", beta), prediction, target, mask, reduction)
 
 
 def masked_cross_entropy(
@@ -179,38 +189,38 @@ def masked_pixel_loss(
     """
     if normalize not in ("patch", None):
         raise ValueError(f'normalize must be "patch" or None; got {normalize!r}')
-    make_target = NormalizedPixels if normalize == "patch" else Pixels
-    target = make_target(patch_size, order, mean, std)(images, mask)
-    return _masked_loss(error_function(kind, beta), prediction, target, mask, reduction)
+    _check_error(kind, beta)
+    grid = grid_of(images, patch_size)
+    check_mask(mask, grid, images)
+    check_batch(mask, prediction)
+    patch = per_axis("patch_size", patch_size, len(grid))
+    shape = (mask.batch_size, mask.num_masked, images.shape[1] * count_tokens(patch))
+    if prediction.shape == (mask.batch_size, mask.num_tokens, shape[2]):
+        prediction = gather_masked(prediction, mask)
+    if prediction.shape != shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} and target {shape} differ in shape")
+    if normalize == "patch":
+        check_can_normalize(prediction)
+    errors = kernels.masked_pixel_loss(
+        prediction,
+        images,
+        mask.masked_ids,
+        patch,
+        mean=channel_statistic("mean", mean, images),
+        std=channel_statistic("std", std, images),
+        channels_last=is_channels_last(order),
+        normalize=normalize == "patch",
+        kind=kind,
+        beta=beta,
+    )
+    return _reduce(errors.float().unsqueeze(2), reduction)
 
 
-def error_function(kind: Kind, beta: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the elementwise error that `kind` names.
-
-    Raises:
-        ValueError: An unknown kind, or a negative `beta`.
-    """
+def _check_error(kind: str, beta: float) -> None:
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be one of {get_args(Kind)}; got {kind!r}")
-    if kind == "smooth_l1":
-        return _smooth_absolute_error(beta)
-    return _squared_error if kind == "l2" else _absolute_error
-
-
-def _squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    return F.mse_loss(prediction, target, reduction="none")
-
-
-def _absolute_error(prediction: Tensor, target: Tensor) -> Tensor:
-    return F.l1_loss(prediction, target, reduction="none")
-
-
-def _smooth_absolute_error(beta: float) -> Callable[[Tensor, Tensor], Tensor]:
     if not beta >= 0:  # also catches nan
         raise ValueError(f"beta must not be negative; got {beta}")
-    return lambda prediction, target: F.smooth_l1_loss(
-        prediction, target, beta=beta, reduction="none"
-    )
 
 
 def _masked_loss(

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._grids import as_sizes, count_tokens
+from mimkit._grids import Grid, as_sizes, count_tokens
 from mimkit.masking import Mask
 from mimkit.patches import gather_patches, patchify
 from mimkit.patches._patchify import Order
@@ -77,13 +77,16 @@ class PatchEmbed(nn.Module):
         self, images: Float[Tensor, "batch channels *spatial"], mask: Mask | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
         """Embed the visible patches, in ascending order of position; all without a mask."""
+        return self._embed(images, mask, self.patch_size)
+
+    def _embed(self, images: Tensor, mask: Mask | None, patch: Grid) -> Tensor:
         if images.shape[1] != self.in_channels:
             raise ValueError(
                 f"images must have {self.in_channels} channels; got shape {tuple(images.shape)}"
             )
         if mask is None:
-            patches = patchify(images, self.patch_size, order=self.order)
+            patches = patchify(images, patch, order=self.order)
         else:
-            patches = gather_patches(images, mask, self.patch_size, order=self.order)
+            patches = gather_patches(images, mask, patch, order=self.order)
         tokens: Tensor = self.proj(patches, self.order)
         return tokens

@@ -41,7 +41,7 @@ class ConvStem(nn.Sequential):
         self.stride = 2 ** len(channels)
 
 
-class HybridEmbed(nn.Module):
+class HybridEmbed(PatchEmbed):
     """Embed patches of a stem's feature map.
 
     Args:
@@ -59,9 +59,9 @@ class HybridEmbed(nn.Module):
     """
 
     def __init__(self, *, stem: Any, patch_size: Grid, dim: int) -> None:
-        super().__init__()
+        super().__init__(patch_size=patch_size, in_channels=stem.out_channels, dim=dim)
         self.stem = stem
-        self.embed = PatchEmbed(patch_size=patch_size, in_channels=stem.out_channels, dim=dim)
+        self.patch_on_map = self.patch_size
         stride = per_axis("stride", stem.stride, len(patch_size))
         self.patch_size = tuple(s * p for s, p in zip(stride, patch_size, strict=True))
 
@@ -73,5 +73,4 @@ class HybridEmbed(nn.Module):
             down, across = self.patch_size
             hidden = repeat(mask.is_masked, "b h w -> b 1 (h i) (w j)", i=down, j=across)
             images = images.masked_fill(hidden, 0.0)
-        tokens: Tensor = self.embed(self.stem(images), mask)
-        return tokens
+        return self._embed(self.stem(images), mask, self.patch_on_map)

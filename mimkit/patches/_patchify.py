@@ -9,9 +9,10 @@ from typing import Literal, get_args
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int64, Shaped, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
+import mimkit_kernels as kernels
 from mimkit._grids import Grid, as_sizes, count_tokens, divide, per_axis
 from mimkit._settings import Settings
 from mimkit.masking import Mask
@@ -150,8 +151,14 @@ def gather_patches(
     grid = grid_of(images, patch_size)
     check_mask(mask, grid, images)
     patch = per_axis("patch_size", patch_size, len(grid))
-    patches = _normalize(_take_patches(images, mask.visible_ids, grid, patch), mean, std)
-    return (patches.movedim(2, -1) if _check_order(order) == "p1 p2 c" else patches).flatten(2)
+    return kernels.gather_patches(
+        images,
+        mask.visible_ids,
+        patch,
+        mean=channel_statistic("mean", mean, images),
+        std=channel_statistic("std", std, images),
+        channels_last=is_channels_last(order),
+    )
 
 
 def check_mask(mask: Mask, grid: Sequence[int], samples: Shaped[Tensor, "batch ..."]) -> None:
@@ -184,10 +191,32 @@ def check_batch(mask: Mask, samples: Shaped[Tensor, "batch ..."]) -> None:
         mask.validate()
 
 
-def _check_order(order: str) -> str:
+def channel_statistic(
+    name: str, values: Sequence[float] | Tensor | None, images: Shaped[Tensor, "batch channels ..."]
+) -> list[float] | Tensor | None:
+    """Check that there is one value per channel, and return them: numbers as a list.
+
+    Raises:
+        ValueError: Another number of values than channels.
+    """
+    shape = () if values is None else torch.as_tensor(values).shape
+    if values is not None and shape != (images.shape[1],):
+        raise ValueError(
+            f"{name} must hold one value for each of {images.shape[1]} channels; "
+            f"got shape {tuple(shape)}"
+        )
+    return values if values is None or isinstance(values, Tensor) else list(values)
+
+
+def is_channels_last(order: str) -> bool:
+    """Whether `order` is "p1 p2 c".
+
+    Raises:
+        ValueError: An unknown order.
+    """
     if order not in get_args(Order):
         raise ValueError(f"order must be one of {get_args(Order)}; got {order!r}")
-    return order
+    return order == "p1 p2 c"
 
 
 def _pattern(patch: Grid, order: Order) -> tuple[str, dict[str, int]]:
@@ -196,46 +225,6 @@ def _pattern(patch: Grid, order: Order) -> tuple[str, dict[str, int]]:
     image_side = "b c " + " ".join(f"(h{axis} p{axis})" for axis in axes)
     tokens = " ".join(f"h{axis}" for axis in axes)
     pixels = " ".join(f"p{axis}" for axis in axes)
-    inner = f"{pixels} c" if _check_order(order) == "p1 p2 c" else f"c {pixels}"
+    inner = f"{pixels} c" if is_channels_last(order) else f"c {pixels}"
     sizes = {f"p{axis}": size for axis, size in zip(axes, patch, strict=True)}
     return f"{image_side} -> b ({tokens}) ({inner})", sizes
-
-
-def _take_patches(
-    images: Tensor, ids: Int64[Tensor, "batch taken"], grid: Grid, patch: Grid
-) -> Shaped[Tensor, "batch taken channels *patch"]:
-    """Cut out the patches `ids`, run by run of the pixels that lie side by side in memory."""
-    batch, channels, *spatial = images.shape
-    runs = images.reshape(-1, patch[-1])
-    # The numbers of a patch's runs are the patch of an image of run numbers.
-    runs_per_image = channels * count_tokens(spatial) // patch[-1]
-    numbers = torch.arange(runs_per_image, device=images.device)
-    numbers = numbers.view(1, channels, *spatial[:-1], grid[-1])
-    runs_of_patch = patchify(numbers, (*patch[:-1], 1), order="c p1 p2")[0]
-    first_run = torch.arange(batch, device=images.device).view(-1, 1, 1) * runs_per_image
-    taken = runs.index_select(0, (runs_of_patch[ids] + first_run).flatten())
-    return taken.view(batch, ids.shape[1], channels, *patch)
-
-
-def _normalize(
-    patches: Tensor,
-    mean: Sequence[float] | Tensor | None,
-    std: Sequence[float] | Tensor | None,
-) -> Tensor:
-    """Scale uint8 to [0, 1], and apply channel statistics to [batch, taken, channels, *patch]."""
-    if patches.dtype == torch.uint8:
-        patches = patches.float() / 255
-    channels = patches.shape[2]
-    for name, values in (("mean", mean), ("std", std)):
-        if values is None:
-            continue
-        dtype = torch.promote_types(patches.dtype, torch.float32)
-        statistic = torch.as_tensor(values, dtype=dtype, device=patches.device)
-        if statistic.shape != (channels,):
-            raise ValueError(
-                f"{name} must hold one value for each of {channels} channels; "
-                f"got shape {tuple(statistic.shape)}"
-            )
-        statistic = statistic.view(channels, *[1] * (patches.ndim - 3))
-        patches = patches - statistic if name == "mean" else patches / statistic
-    return patches

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
@@ -105,6 +105,8 @@ class Recipe:
         note: What a viewer of reconstructions must know.
         options: Its command line. An option named as a field of the preset's model, training or
             masking replaces that field.
+        pictures: More files of held-out pictures by name. Each makes columns by caption:
+            (model, model inputs).
         fit: Fits what a model must see images for before its first step: (model, model inputs).
     """
 
@@ -115,6 +117,9 @@ class Recipe:
     reconstruct: Callable[[Any, Tensor, Mask], Tensor]
     note: str
     options: type[Options] = Options
+    pictures: Mapping[str, Callable[[Any, Tensor], Mapping[str, Tensor]]] = field(
+        default_factory=dict
+    )
     fit: Callable[[Any, Tensor], None] | None = None
 
 

@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mimkit.interop import from_official, load_checkpoint
+from mimkit.interop._convert import unwrap
 from mimkit.nn import ViT
+from mimkit.nn._layers import QKVBias
 from mimkit.patches import interpolate_positions
 from recipes.engine.cli import CommonOptions
 from recipes.engine.distributed import world_size_from_environment
@@ -26,6 +28,7 @@ _UNREADABLE = (
 )  # fmt: skip
 # What stands between the encoder's tokens and classes: pre-training's is not fine-tuning's.
 _LAST_NORM = "norm."
+_TOLD_BY_WEIGHTS = {"layer_scale", "qkv_bias"}
 _CLASSIFIER = ("fc_norm.", "head.")
 
 
@@ -35,7 +38,7 @@ class EncoderOptions(CommonOptions):
 
     Attributes:
         encoder: An `encoder.safetensors`, whose shape is in the `config.yaml` beside it, or a
-            checkpoint of the authors' MAE, whose shape is the preset's; "none" for none.
+            checkpoint of the authors' MAE or CAE, whose shape is the preset's; "none" for none.
         resume: "auto" goes on with the output folder's last checkpoint, "never" insists on a new
             start.
     """
@@ -61,7 +64,10 @@ def open_encoder(options: EncoderOptions, shape: "EncoderShape") -> "EncoderFile
 
 @dataclass(frozen=True)
 class EncoderShape:
-    """Shape of a Vision Transformer, in the words of `nn.ViT`; the defaults are ViT-B/16."""
+    """Shape of a Vision Transformer, in the words of `nn.ViT`; the defaults are ViT-B/16.
+
+    What weights tell (`layer_scale`, `qkv_bias`) is taken from them.
+    """
 
     image_size: int | tuple[int, ...] = 224
     patch_size: int | tuple[int, ...] = 16
@@ -70,6 +76,8 @@ class EncoderShape:
     depth: int = 12
     heads: int = 12
     mlp_ratio: float = 4.0
+    layer_scale: float | None = None
+    qkv_bias: QKVBias = True
 
     def image_axes(self) -> tuple[int, int]:
         """Return height and width in pixels."""
@@ -99,7 +107,7 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
     """Read an encoder.
 
     Args:
-        path: An `encoder.safetensors`, or a checkpoint of the authors' MAE.
+        path: An `encoder.safetensors`, or a checkpoint of the authors' MAE or CAE.
         shape: Its shape, where no `config.yaml` beside it tells.
 
     Raises:
@@ -114,12 +122,23 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
     except _UNREADABLE as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise UserError(f"--encoder {path} cannot be read: {reason}") from error
-    weights = from_official("mae_vit", checkpoint) if isinstance(checkpoint, Mapping) else {}
+    weights = _under_our_names(checkpoint) if isinstance(checkpoint, Mapping) else {}
     if "patch_embed.proj.weight" not in weights:
         raise UserError(f"--encoder {path} holds no Vision Transformer")
     in_channels = weights["patch_embed.proj.weight"].shape[1]
     told = _shape_beside(path) or dataclasses.replace(shape, in_channels=in_channels)
+    told = dataclasses.replace(
+        told,
+        layer_scale=1.0 if "blocks.0.gamma_1" in weights else None,
+        qkv_bias="qv" if "blocks.0.attn.q_bias" in weights else True,
+    )
     return EncoderFile(path, digest, told, weights)
+
+
+def _under_our_names(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Rename the encoder of the authors' MAE or CAE, or take ours, whose names are theirs."""
+    is_cae = any(name.startswith("encoder.") for name in unwrap(checkpoint))
+    return from_official("cae_vit" if is_cae else "mae_vit", checkpoint)
 
 
 def _shape_beside(path: Path) -> EncoderShape | None:
@@ -129,7 +148,8 @@ def _shape_beside(path: Path) -> EncoderShape | None:
         return None
     try:
         model = yaml.safe_load(file.read_text())["model"]
-        values = {field.name: model[field.name] for field in dataclasses.fields(EncoderShape)}
+        names = {field.name for field in dataclasses.fields(EncoderShape)} - _TOLD_BY_WEIGHTS
+        values = {name: model[name] for name in names}
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{file} does not tell the shape of a ViT: move it elsewhere") from error
     plain: dict[str, Any] = {

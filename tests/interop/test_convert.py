@@ -1,5 +1,7 @@
 """Names: from the authors' checkpoints to mimkit's, and back."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,13 +15,33 @@ from tests.golden_files import golden
 from tests.strategies import generators
 
 FINE_TUNED = golden("mae_finetune_vit_A")
+CAE_FINE_TUNED = golden("cae_finetune_vit_A")
+NOT_WEIGHTS = ("relative_position_index", "num_batches_tracked")
+
+
+def weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in tensors.items() if not name.endswith(NOT_WEIGHTS)}
+
+
+CAE_PROBE = {
+    name: value
+    for name, value in weights(CAE_FINE_TUNED.tensors("attentive/param/")).items()
+    if name.startswith(("query_token", "attentive_blocks.", "fc_norm.", "head."))
+}
 OFFICIAL = {
     "mae": golden("mae_A").tensors("param/"),
     "mae_vit": FINE_TUNED.tensors("global_pool/param/") | FINE_TUNED.tensors("cls/param/"),
+    "cae": golden("cae_A").tensors("param/"),
+    "cae_vit": weights(CAE_FINE_TUNED.tensors("finetune/param/")),
+    "cae_probe": CAE_PROBE,
+    "dalle": golden("dalle_encoder_A").tensors("param/"),
+    "dalle_decoder": golden("dalle_encoder_A").tensors("param/"),
 }
 CONVERTERS = {
-    "mae": (lambda x: from_official("mae", x), lambda y: to_official("mae", y)),
-    "mae_vit": (lambda x: from_official("mae_vit", x), lambda y: to_official("mae_vit", y)),
+    **{
+        method: (partial(from_official, method), partial(to_official, method))
+        for method in OFFICIAL
+    },
     "timm": (from_timm, to_timm),
 }
 OFFICIAL["timm"] = OFFICIAL["mae_vit"]

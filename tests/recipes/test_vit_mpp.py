@@ -99,7 +99,7 @@ def test_a_hybrid_cuts_the_feature_map():
     assert encoder.patch_embed.patch_size == (4, 4)
     images = torch.randn(2, 2, 16, 24)
     maps = encoder.patch_embed.stem(images)
-    expected = encoder.patch_embed.embed.proj(maps.flatten(2).mT)
+    expected = encoder.patch_embed.proj(maps.flatten(2).mT)
     torch.testing.assert_close(encoder.patch_embed(images), expected)
     assert encoder(images).shape == (2, 25, 12)
 

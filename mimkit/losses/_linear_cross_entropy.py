@@ -1,0 +1,98 @@
+"""Cross-entropy over a large vocabulary, without a tensor of all logits."""
+
+from typing import Literal, overload
+
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor
+
+import mimkit_kernels as kernels
+from mimkit._settings import Settings
+
+Scalar = Float32[Tensor, ""]
+
+
+@overload
+def linear_cross_entropy(
+    x: Float[Tensor, "*rows width"],
+    weight: Float[Tensor, "words width"],
+    bias: Float[Tensor, " words"] | None,
+    target: Int64[Tensor, "*rows"],
+    *,
+    return_accuracy: Literal[False] = False,
+) -> Scalar: ...
+@overload
+def linear_cross_entropy(
+    x: Float[Tensor, "*rows width"],
+    weight: Float[Tensor, "words width"],
+    bias: Float[Tensor, " words"] | None,
+    target: Int64[Tensor, "*rows"],
+    *,
+    return_accuracy: Literal[True],
+) -> tuple[Scalar, Scalar]: ...
+def linear_cross_entropy(
+    x: Float[Tensor, "*rows width"],
+    weight: Float[Tensor, "words width"],
+    bias: Float[Tensor, " words"] | None,
+    target: Int64[Tensor, "*rows"],
+    *,
+    return_accuracy: bool = False,
+) -> Scalar | tuple[Scalar, Scalar]:
+    """Score `F.linear(x, weight, bias)` by its cross-entropy with `target`, chunk by chunk.
+
+    The logits of a few hundred or thousand rows exist at a time, in the type of `F.linear`; loss
+    and gradients are made of them at once, so backward costs nothing more. Sums are in float32.
+
+    Args:
+        x: Any number of rows.
+        weight: One row per word of the vocabulary.
+        bias: One value per word, or `None`.
+        target: The right word of each row.
+        return_accuracy: Also return the share of rows whose largest logit is the right one.
+
+    Returns:
+        The mean over the rows, float32; 0 (with zero gradient) if there are none.
+
+    Raises:
+        TypeError: A target that is not int64.
+        ValueError: Shapes or devices that do not fit; with `mimkit.use(check=True)` also a target
+            that is no word.
+
+    Example:
+        >>> import torch
+        >>> x, weight = torch.eye(2), torch.zeros(8, 2)
+        >>> linear_cross_entropy(x, weight, None, torch.tensor([0, 7]))  # log 8
+        tensor(2.0794)
+    """
+    _check(x, weight, bias, target)
+    loss, accuracy = kernels.linear_cross_entropy(
+        x.reshape(-1, x.shape[-1]), weight, bias, target.flatten()
+    )
+    return (loss.float(), accuracy) if return_accuracy else loss.float()
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be int64; got {target.dtype}")
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x [..., width] and weight [words, width] must share their width; "
+            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}]; got {tuple(bias.shape)}")
+    if target.shape != x.shape[:-1]:
+        raise ValueError(
+            f"target must name one word for each row of x {tuple(x.shape[:-1])}; "
+            f"got {tuple(target.shape)}"
+        )
+    devices = {tensor.device for tensor in (x, weight, bias, target) if tensor is not None}
+    if len(devices) > 1:
+        names = sorted(map(str, devices))
+        raise ValueError(f"x, weight, bias and target must be on one device; got {names}")
+    if Settings.check and target.numel():
+        low, high = int(target.min()), int(target.max())
+        if low < 0 or high >= weight.shape[0]:
+            raise ValueError(
+                f"targets must be in [0, {weight.shape[0]}); got values from {low} to {high}"
+            )

@@ -1,0 +1,92 @@
+"""What an operator with a hand-written kernel owes its plain PyTorch reference."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Function = Callable[..., Tensor]
+
+# Of the largest value of the reference, by the coarsest type among inputs and output.
+_TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1e-5}
+
+
+def assert_op_correct(op: Function, reference: Function, inputs: Sequence[Any]) -> None:
+    """Check a fast function against a plain one: values, gradients, and what training does to it.
+
+    Both are called as `f(*inputs)` and return one tensor. The reference runs in float64. Checked
+    are the value and the gradients of all floating-point inputs that require one; then that
+    `torch.compile(fullgraph=True)` and activation checkpointing change neither, and that under
+    autocast the type of the result is the reference's.
+
+    Args:
+        op: The function to check.
+        reference: What is right; must be differentiable, and run in float64.
+        inputs: Arguments; tensors of any floating-point type up to float64.
+
+    Raises:
+        AssertionError: The first difference, with the size that rounding would explain.
+
+    Example:
+        >>> x = torch.randn(3, 5, requires_grad=True)
+        >>> assert_op_correct(torch.sigmoid, lambda x: 1 / (1 + torch.exp(-x)), [x])
+        >>> assert_op_correct(lambda x: x.detach().exp() + 0 * x, torch.exp, [x])
+        Traceback (most recent call last):
+        AssertionError: the gradient of input 0 is off by ...
+    """
+    expected = _run(reference, [_widened(value) for value in inputs])
+    tolerance = max(
+        (_TOLERANCE.get(v.dtype, 0.0) for v in (*inputs, op(*inputs)) if isinstance(v, Tensor)),
+        default=0.0,
+    )
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    for name, way in (
+        ("", op),
+        (" under torch.compile", compiled),
+        (" under checkpoint", lambda *inputs: checkpoint(op, *inputs, use_reentrant=False)),
+    ):
+        for (what, result), (_, right) in zip(_run(way, inputs), expected, strict=True):
+            _assert_close(what + name, result, right, tolerance)
+    device = next(value.device.type for value in inputs if isinstance(value, Tensor))
+    is_half = any(isinstance(v, Tensor) and v.dtype == torch.float16 for v in inputs)
+    low = torch.float16 if is_half else torch.bfloat16  # PyTorch cannot promote one to the other
+    with torch.autocast(device, dtype=low), torch.no_grad():
+        ours, theirs = op(*inputs).dtype, reference(*inputs).dtype
+    if ours != theirs:
+        raise AssertionError(f"under autocast the result is {ours}; the reference's is {theirs}")
+
+
+def _widened(value: Any) -> Any:
+    if not (isinstance(value, Tensor) and value.is_floating_point()):
+        return value
+    return value.detach().double().requires_grad_(value.requires_grad)
+
+
+def _run(function: Function, inputs: Sequence[Any]) -> list[tuple[str, Tensor]]:
+    """Return the value, and the gradients of a fixed random projection of it."""
+    value = function(*inputs)
+    results = [("the value", value.detach())]
+    leaves = [(i, v) for i, v in enumerate(inputs) if isinstance(v, Tensor) and v.requires_grad]
+    if leaves:
+        generator = torch.Generator().manual_seed(0)
+        upstream = torch.randn(value.shape, generator=generator).to(value)
+        grads = torch.autograd.grad(value, [leaf for _, leaf in leaves], upstream)
+        results += [
+            (f"the gradient of input {i}", g) for (i, _), g in zip(leaves, grads, strict=True)
+        ]
+    return results
+
+
+def _assert_close(what: str, result: Tensor, expected: Tensor, tolerance: float) -> None:
+    if result.shape != expected.shape:
+        raise AssertionError(
+            f"{what} has shape {tuple(result.shape)}; expected {tuple(expected.shape)}"
+        )
+    if not expected.numel():
+        return
+    error = float((result.double() - expected.double()).abs().max())
+    bound = tolerance * max(float(expected.abs().max()), 1e-3)
+    if not error <= bound:  # also catches nan
+        raise AssertionError(f"{what} is off by {error:.2g}; rounding explains {bound:.2g}")

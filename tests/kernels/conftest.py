@@ -1,0 +1,27 @@
+"""Kernels run on a GPU where there is one, else in Triton's interpreter, in its own process."""
+
+import pytest
+import torch
+
+from tests.kernels.harness import CAN_LAUNCH
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "launches: runs kernels; without a GPU, test_interpreter.py runs it in the interpreter",
+    )
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch.compiler.reset()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if CAN_LAUNCH:
+        return
+    elsewhere = [item for item in items if item.get_closest_marker("launches")]
+    items[:] = [item for item in items if item not in elsewhere]
+    config.hook.pytest_deselected(items=elsewhere)
