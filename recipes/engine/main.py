@@ -1,6 +1,5 @@
 """From the command line to a finished run."""
 
-import contextlib
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
@@ -9,9 +8,8 @@ from typing import Any
 from recipes.engine.cli import run_command
 from recipes.engine.config import Options, PretrainConfig, Recipe, resolve
 from recipes.engine.data import DataSet, load_data
-from recipes.engine.distributed import World, join
+from recipes.engine.distributed import check_shares, join
 from recipes.engine.dry_run import describe
-from recipes.engine.errors import UserError
 from recipes.engine.report import print_summary, write_report
 from recipes.engine.run_folder import RunFolder, default_path
 from recipes.engine.train import build_model, count_steps, train, warn_of_slow_precision
@@ -48,10 +46,9 @@ def _run(recipe: Recipe, options: Options) -> None:
         return
     build_model(recipe, config)  # a shape that does not fit is found before the folder is made
     with join(config.device) as world:
-        _check_batch(config, world)
-        folder = RunFolder(options.out or default_path(config), config)
-        with folder if world.is_main else contextlib.nullcontext():
-            summary = world.agree(folder.read_summary())
+        check_shares(config.training.batch_size, world, accumulate=config.accumulate)
+        with RunFolder(options.out or default_path(config), config, world) as folder:
+            summary = folder.read_summary()
             if summary is None:
                 weights, unreadable = train(recipe, config, data, folder, options, world)
                 if world.is_main:
@@ -61,15 +58,6 @@ def _run(recipe: Recipe, options: Options) -> None:
                     summary = write_report(recipe, config, data, folder, model, unreadable=names)
             if world.is_main and summary is not None:
                 print_summary(summary, folder)
-
-
-def _check_batch(config: PretrainConfig, world: World) -> None:
-    parts = world.size * config.accumulate
-    if config.training.batch_size % parts:
-        raise UserError(
-            f"a batch of {config.training.batch_size} cannot be cut evenly for {world.size} "
-            f"processes with --accumulate {config.accumulate}: choose a multiple of {parts}"
-        )
 
 
 def _image_size(config: PretrainConfig) -> tuple[int, int]:
