@@ -21,6 +21,7 @@ from mimkit_kernels._dispatch import KERNEL_DTYPES, takes_kernel
 from mimkit_kernels._jit import jit
 from mimkit_kernels._patch_tiles import Geometry, normalized, pixel_offsets, value_offsets
 from mimkit_kernels._register import on_device, register
+from mimkit_kernels.move_tokens import slots_of
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -296,13 +297,6 @@ def _launch_scatter(
     return grad_images
 
 
-def slots_of(ids: Tensor, tokens: int) -> Tensor:
-    """Return where each token stands among the taken ones; `taken` for those that do not."""
-    batch, taken = ids.shape
-    numbers = torch.arange(taken, device=ids.device).expand(batch, -1)
-    return ids.new_full((batch, tokens), taken).scatter_(1, ids, numbers)
-
-
 # Registration
 
 
@@ -312,8 +306,9 @@ def image_obstacle(images: Tensor, mean: Statistic, std: Statistic) -> str | Non
         return f"images of {images.dtype}"
     if isinstance(mean, Tensor) or isinstance(std, Tensor):
         return "channel statistics in tensors"
-    if len(images) and images.stride(0) >= 1 << 31:
-        return f"images of {images.stride(0)} values each"
+    span = sum((n - 1) * s for n, s in zip(images.shape[1:], images.stride()[1:], strict=True))
+    if span >= 1 << 31:
+        return f"images that span {span} values each"
     return None
 
 

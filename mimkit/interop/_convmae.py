@@ -1,85 +1,56 @@
-"""ConvMAE's names: pre-training, fine-tuning and detection; FastConvMAE's are the same.
+"""Names of ConvMAE: pre-training, fine-tuning and detection; FastConvMAE's are the same."""
 
-Its convolutions of size 1 are linear layers here, and their weights lose two axes of size 1.
-"""
+from mimkit.interop._rules import Rule, Translation, renames, same, within
 
-import re
-from collections.abc import Mapping
-
-from torch import Tensor
-
-Pairs = tuple[tuple[str, str], ...]
-
+# What the authors call attention is a depth-wise convolution.
+_CONV_BLOCK = (
+    *(
+        Rule(f"{{i}}.{name}.weight", f"{{i}}.{name}.weight", is_pointwise=True)
+        for name in ("conv1", "conv2", "mlp.fc1", "mlp.fc2")
+    ),
+    *renames(("{i}.attn.{rest}", "{i}.depthwise.{rest}")),
+    *same("{rest}"),
+)
 _BACKBONE = (
-    ("pos_embed", "pos_embed"),
-    ("patch_embed1.", "stages.0.embed."),
-    ("patch_embed2.", "stages.1.embed."),
-    ("patch_embed3.", "embed."),
-    ("patch_embed4.", "embed_proj."),
-    ("blocks1.", "stages.0.blocks."),
-    ("blocks2.", "stages.1.blocks."),
-    ("blocks3.", "blocks."),
+    *same("pos_embed"),
+    *renames(
+        ("patch_embed1.{rest}", "stages.0.embed.{rest}"),
+        ("patch_embed2.{rest}", "stages.1.embed.{rest}"),
+        ("patch_embed3.{rest}", "embed.{rest}"),
+        ("patch_embed4.{rest}", "embed_proj.{rest}"),
+        ("blocks3.{rest}", "blocks.{rest}"),
+    ),
+    *within(_CONV_BLOCK, theirs="blocks1.", ours="stages.0.blocks."),
+    *within(_CONV_BLOCK, theirs="blocks2.", ours="stages.1.blocks."),
 )
-_FUSIONS = (("stage1_output_decode.", "fusions.0."), ("stage2_output_decode.", "fusions.1."))
-_NORM = (("norm.", "norm."),)
-_PRETRAINING = (
-    *((official, f"encoder.{ours}") for official, ours in (*_BACKBONE, *_FUSIONS, *_NORM)),
-    ("mask_token", "decoder.mask_token"),
-    ("decoder_pos_embed", "decoder.pos_embed"),
-    ("decoder_embed.", "decoder.embed."),
-    ("decoder_blocks.", "decoder.blocks."),
-    ("decoder_norm.", "decoder.norm."),
-    ("decoder_pred.", "head."),
+_PRETRAINING = Translation(
+    (
+        *within((*_BACKBONE, *same("norm.{rest}")), ours="encoder."),
+        *renames(
+            ("stage1_output_decode.{rest}", "encoder.fusions.0.{rest}"),
+            ("stage2_output_decode.{rest}", "encoder.fusions.1.{rest}"),
+            ("mask_token", "decoder.mask_token"),
+            ("decoder_pos_embed", "decoder.pos_embed"),
+            ("decoder_embed.{rest}", "decoder.embed.{rest}"),
+            ("decoder_blocks.{rest}", "decoder.blocks.{rest}"),
+            ("decoder_norm.{rest}", "decoder.norm.{rest}"),
+            ("decoder_pred.{rest}", "head.{rest}"),
+        ),
+    )
 )
-RENAMES: dict[str, Pairs] = {
+_TABLE = "relative_position_bias_table"
+
+TRANSLATIONS = {
     "convmae": _PRETRAINING,
     "fastconvmae": _PRETRAINING,
-    "convmae_vit": (*_BACKBONE, *_NORM, ("fc_norm.", "fc_norm."), ("head.", "head.")),
-    "convmae_det": (
-        *_BACKBONE,
+    "convmae_vit": Translation((*_BACKBONE, *same("norm.{rest}", "fc_norm.{rest}", "head.{rest}"))),
+    "convmae_det": Translation(
         (
-            "windowed_rel_pos_bias.relative_position_bias_table",
-            "window_bias.relative_position_bias_table",
-        ),
-        (
-            "global_rel_pos_bias.relative_position_bias_table",
-            "global_bias.relative_position_bias_table",
-        ),
+            *_BACKBONE,
+            *renames(
+                (f"windowed_rel_pos_bias.{_TABLE}", f"window_bias.{_TABLE}"),
+                (f"global_rel_pos_bias.{_TABLE}", f"global_bias.{_TABLE}"),
+            ),
+        )
     ),
 }
-
-_OFFICIAL_BLOCK = re.compile(r"blocks[12]\.")
-_OUR_BLOCK = re.compile(r"(encoder\.)?stages\.\d+\.blocks\.")
-_POINTWISE = re.compile(r"\.(conv[12]|mlp\.fc[12])\.weight$")
-
-
-def blocks_from_official(renamed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Finish what `RENAMES` began: the filters that the authors call attention, and linear layers.
-
-    Args:
-        renamed: Tensors of the authors, under the prefixes of mimkit.
-    """
-    finished = {}
-    for name, tensor in renamed.items():
-        if _OUR_BLOCK.match(name):
-            if _POINTWISE.search(name):
-                tensor = tensor.flatten(1)
-            name = name.replace(".attn.", ".depthwise.")
-        finished[name] = tensor
-    return finished
-
-
-def blocks_to_official(renamed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undo `blocks_from_official`.
-
-    Args:
-        renamed: Tensors of mimkit, under the prefixes of the authors.
-    """
-    finished = {}
-    for name, tensor in renamed.items():
-        if _OFFICIAL_BLOCK.match(name):
-            if _POINTWISE.search(name):
-                tensor = tensor[..., None, None]
-            name = name.replace(".depthwise.", ".attn.")
-        finished[name] = tensor
-    return finished

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mimkit._containers import container, static
 from mimkit._grids import Grid, as_sizes, count_tokens, divide, per_axis
+from mimkit_kernels import split_positions
 
 
 @container
@@ -211,12 +212,7 @@ class Mask:
     ) -> "Mask":
         """Make a mask from booleans that are known to mask `num_masked` tokens per sample."""
         num_visible = count_tokens(grid) - num_masked
-        token = torch.arange(count_tokens(grid), device=is_masked.device).expand_as(is_masked)
-        # Running counts say where each token goes, in ascending order; that beats sorting.
-        seen = (~is_masked).cumsum(dim=1)
-        slot = torch.where(is_masked, num_visible + token - seen, seen - 1)
-        order = torch.empty_like(slot).scatter(1, slot, token)
-        return cls(order[:, :num_visible].contiguous(), order[:, num_visible:].contiguous(), grid)
+        return cls(*split_positions(is_masked, num_visible), grid)
 
     @property
     def batch_size(self) -> int:

@@ -5,14 +5,13 @@ from fractions import Fraction
 from typing import Literal
 
 import torch
-from jaxtyping import Int64
-from torch import Tensor
 
 from mimkit._grids import as_sizes, count_tokens, divide, per_axis
 from mimkit.masking._counts import Rounding, resolve_count
 from mimkit.masking._key import Key
 from mimkit.masking._mask import Mask
-from mimkit.masking._philox import MAX_TOKENS, SQUARE, UNIFORM, random_words
+from mimkit.masking._philox import MAX_TOKENS, SQUARE, UNIFORM, random_words, stream_of
+from mimkit_kernels import uniform_sample
 
 
 def uniform(
@@ -62,9 +61,9 @@ def uniform(
         )
     units_masked = None if num_masked is None else num_masked // tokens_per_unit
     count = resolve_count(num_units, ratio, units_masked, rounding)
-    token = torch.arange(num_units, device=key.device)
-    ranks = (random_words(key, num_units, sampler=UNIFORM) << 16) | token
-    mask = Mask._from_flat(ranks > _kth_lowest(ranks, num_units - count), units, count)
+    stream = stream_of(key, UNIFORM)
+    ids = uniform_sample(key.sample_ids, key.seed_and_epoch, stream, num_units, num_units - count)
+    mask = Mask(*ids, units)
     return mask if tokens_per_unit == 1 else mask.refine(unit)
 
 
@@ -136,10 +135,3 @@ def square(
     stop = start + torch.tensor(sides, device=key.device)
     boxes = torch.cat([start, stop], dim=1).unsqueeze(1)
     return Mask.from_boxes(boxes, grid, num_masked=count_tokens(sides))
-
-
-def _kth_lowest(values: Int64[Tensor, "batch values"], k: int) -> Int64[Tensor, "#batch 1"]:
-    """Return the `k`-th lowest value of each row, counting from 1; below all values for `k` = 0."""
-    if k == 0:
-        return values.new_full((1, 1), -1)
-    return values.kthvalue(k, dim=1, keepdim=True).values

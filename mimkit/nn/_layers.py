@@ -26,8 +26,9 @@ def xavier_linear(in_features: int, out_features: int, *, bias: bool = True) -> 
 
 
 # Where bfloat16 products are native, they beat the backward of PyTorch's fused attention at the
-# lengths that MIM uses (50 to 200 tokens); where they are emulated, it is the other way round.
-# `benchmarks/bench_attention.py` has the numbers.
+# lengths that MIM uses (50 to 200 tokens); where they are emulated, it is the other way round. With
+# a learned bias, PyTorch has no fused attention for a CPU. `benchmarks/bench_attention.py` has the
+# numbers.
 _CPU_HAS_BFLOAT16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
@@ -39,15 +40,33 @@ def attend(
 ) -> Float[Tensor, "batch heads queries head_dim"]:
     """Softmax attention, with `bias` added to its logits.
 
-    Plain matrix products for bfloat16 on a CPU that has it, else PyTorch's fused operator.
+    Plain matrix products on a CPU with a bias, or for bfloat16 if it has it; else PyTorch's fused
+    operator.
     """
     if bias is not None:
         bias = bias.to(query.dtype)
-    if _CPU_HAS_BFLOAT16 and query.dtype == torch.bfloat16 and query.device.type == "cpu":
-        logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-        mixed: Tensor = (logits if bias is None else logits + bias).softmax(dim=-1) @ value
-        return mixed
+    if query.device.type == "cpu":
+        if bias is not None:
+            return _attend_with_bias(query, key, value, bias)
+        if _CPU_HAS_BFLOAT16 and query.dtype == torch.bfloat16:
+            logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+            mixed: Tensor = logits.softmax(dim=-1) @ value
+            return mixed
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+
+def _attend_with_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Attend by plain products that start from the bias instead of adding it in a pass more."""
+    batch, heads, queries, head_dim = query.shape
+    flat_query, flat_key, flat_value = (
+        part.reshape(batch * heads, part.shape[2], head_dim) for part in (query, key, value)
+    )
+    logits = bias.expand(batch, heads, -1, -1).clone(memory_format=torch.contiguous_format)
+    logits = logits.view(batch * heads, queries, key.shape[2]).baddbmm_(
+        flat_query, flat_key.transpose(1, 2), alpha=head_dim**-0.5
+    )
+    mixed: Tensor = logits.softmax(dim=-1) @ flat_value
+    return mixed.view(batch, heads, queries, head_dim)
 
 
 def split_heads(
@@ -153,6 +172,15 @@ class CrossAttention(nn.Module):
         mixed = attend(*(split_heads(tokens, self.heads) for tokens in projected))
         answer: Tensor = self.proj(merge_heads(mixed))
         return answer
+
+    def shares(
+        self, query: Float[Tensor, "batch queries dim"], key: Float[Tensor, "batch tokens dim"]
+    ) -> Float[Tensor, "batch heads queries tokens"]:
+        """Return how much of each token goes into each answer: to look at, not to train."""
+        queries, keys = (split_heads(t, self.heads) for t in (self.q(query), self.k(key)))
+        logits = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-2, -1)
+        shares: Tensor = logits.softmax(dim=-1)
+        return shares
 
 
 class Mlp(nn.Module):

@@ -4,10 +4,10 @@ Axes: batch; prefix (class tokens and the like, which no mask touches); tokens (
 visible; masked; dim.
 """
 
-import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
+import mimkit_kernels as kernels
 from mimkit.masking import Mask
 from mimkit.patches._patchify import check_batch
 
@@ -26,6 +26,7 @@ def gather_visible(
         ValueError: A sequence whose length or batch size does not fit the mask.
 
     Example:
+        >>> import torch
         >>> tokens = torch.arange(4.0).view(1, 4, 1)
         >>> mask = Mask.from_visible_ids(torch.tensor([[3, 1]]), (2, 2))
         >>> gather_visible(tokens, mask).flatten().tolist()
@@ -48,6 +49,7 @@ def gather_masked(
         ValueError: A sequence whose length or batch size does not fit the mask.
 
     Example:
+        >>> import torch
         >>> tokens = torch.arange(4.0).view(1, 4, 1)
         >>> mask = Mask.from_visible_ids(torch.tensor([[3, 1]]), (2, 2))
         >>> gather_masked(tokens, mask).flatten().tolist()
@@ -83,6 +85,7 @@ def restore(
         MAE, facebookresearch/mae `forward_decoder`.
 
     Example:
+        >>> import torch
         >>> mask = Mask.from_visible_ids(torch.tensor([[3, 1]]), (2, 2))
         >>> visible = torch.tensor([[[1.0], [3.0]]])
         >>> restore(visible, mask, torch.zeros(1)).flatten().tolist()
@@ -104,26 +107,19 @@ def restore(
             f"positions must be [{num_prefix + mask.num_tokens}, {dim}]; "
             f"got {tuple(positions.shape)}"
         )
-    dtype = torch.promote_types(visible.dtype, fill.dtype)
-    # A single fill vector stands behind the visible tokens once, and is taken many times.
-    fill = fill.expand(batch, 1, dim) if fill.ndim == 1 else fill
-    source = torch.cat([visible.to(dtype), fill.to(dtype)], dim=1)
-    slots = mask.restore_ids
-    if fill.shape[1] != mask.num_masked:
-        slots = slots.clamp(max=mask.num_visible)
-    tokens = take_rows(source, _behind_prefix(slots, num_prefix))
-    return tokens if positions is None else tokens + positions
+    for name, tensor in (("fill", fill), ("positions", positions)):
+        if tensor is not None and tensor.device != visible.device:
+            raise ValueError(f"{name} is on {tensor.device}, but visible on {visible.device}")
+    return kernels.restore_tokens(
+        visible, fill, mask.visible_ids, mask.masked_ids, positions, num_prefix
+    )
 
 
 def take_rows(
     tokens: Shaped[Tensor, "batch tokens dim"], ids: Int64[Tensor, "batch taken"]
 ) -> Shaped[Tensor, "batch taken dim"]:
     """Take the rows `ids` of each sample."""
-    # One flat index_select: its backward adds whole rows, where that of `gather` adds elements.
-    batch, length, dim = tokens.shape
-    starts = torch.arange(batch, device=ids.device).unsqueeze(1) * length
-    taken = tokens.reshape(-1, dim).index_select(0, (ids + starts).flatten())
-    return taken.view(batch, ids.shape[1], dim)
+    return kernels.gather_tokens(tokens, ids, 0)
 
 
 def _gather(tokens: Tensor, mask: Mask, ids: Tensor, num_prefix: int) -> Tensor:
@@ -133,12 +129,4 @@ def _gather(tokens: Tensor, mask: Mask, ids: Tensor, num_prefix: int) -> Tensor:
             f"tokens must be [batch, {num_prefix + mask.num_tokens}, dim] for grid {mask.grid} "
             f"behind {num_prefix} prefix tokens; got {tuple(tokens.shape)}"
         )
-    return take_rows(tokens, _behind_prefix(ids, num_prefix))
-
-
-def _behind_prefix(ids: Int64[Tensor, "batch n"], num_prefix: int) -> Int64[Tensor, "batch m"]:
-    """Shift ids by the prefix, and put the prefix's own ids in front."""
-    if num_prefix == 0:
-        return ids
-    prefix = torch.arange(num_prefix, device=ids.device).expand(ids.shape[0], -1)
-    return torch.cat([prefix, ids + num_prefix], dim=1)
+    return kernels.gather_tokens(tokens, ids, num_prefix)

@@ -50,7 +50,9 @@ def assert_op_correct(op: Function, reference: Function, inputs: Sequence[Any]) 
         for (what, result), (_, right) in zip(_run(way, inputs), expected, strict=True):
             _assert_close(what + name, result, right, tolerance)
     device = next(value.device.type for value in inputs if isinstance(value, Tensor))
-    with torch.autocast(device, dtype=torch.bfloat16), torch.no_grad():
+    is_half = any(isinstance(v, Tensor) and v.dtype == torch.float16 for v in inputs)
+    low = torch.float16 if is_half else torch.bfloat16  # PyTorch cannot promote one to the other
+    with torch.autocast(device, dtype=low), torch.no_grad():
         ours, theirs = op(*inputs).dtype, reference(*inputs).dtype
     if ours != theirs:
         raise AssertionError(f"under autocast the result is {ours}; the reference's is {theirs}")

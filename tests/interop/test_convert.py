@@ -1,6 +1,6 @@
 """Names: from the authors' checkpoints to mimkit's, and back."""
 
-from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -15,12 +15,28 @@ from tests.golden_files import golden
 from tests.strategies import generators
 
 FINE_TUNED = golden("mae_finetune_vit_A")
+CAE_FINE_TUNED = golden("cae_finetune_vit_A")
+NOT_WEIGHTS = ("relative_position_index", "num_batches_tracked")
+
+
+def weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in tensors.items() if not name.endswith(NOT_WEIGHTS)}
+
+
+CAE_PROBE = {
+    name: value
+    for name, value in weights(CAE_FINE_TUNED.tensors("attentive/param/")).items()
+    if name.startswith(("query_token", "attentive_blocks.", "fc_norm.", "head."))
+}
 CONVMAE_FINE_TUNED = golden("convmae_finetune_A").tensors("global_pool/param/")
 OFFICIAL = {
     "mae": golden("mae_A").tensors("param/"),
     "mae_vit": FINE_TUNED.tensors("global_pool/param/") | FINE_TUNED.tensors("cls/param/"),
-}
-OFFICIAL |= {
+    "cae": golden("cae_A").tensors("param/"),
+    "cae_vit": weights(CAE_FINE_TUNED.tensors("finetune/param/")),
+    "cae_probe": CAE_PROBE,
+    "dalle": golden("dalle_encoder_A").tensors("param/"),
+    "dalle_decoder": golden("dalle_encoder_A").tensors("param/"),
     "convmae": golden("convmae_A").tensors("param/"),
     "fastconvmae": golden("fastconvmae_A").tensors("param/"),
     "convmae_vit": CONVMAE_FINE_TUNED
@@ -28,13 +44,11 @@ OFFICIAL |= {
     "convmae_det": golden("convmae_det_A").tensors("param/"),
 }
 
-
-def official_names(method: str) -> tuple[Callable, Callable]:
-    return lambda x: from_official(method, x), lambda y: to_official(method, y)
-
-
 CONVERTERS = {
-    **{method: official_names(method) for method in OFFICIAL},
+    **{
+        method: (partial(from_official, method), partial(to_official, method))
+        for method in OFFICIAL
+    },
     "timm": (from_timm, to_timm),
 }
 OFFICIAL["timm"] = OFFICIAL["mae_vit"]

@@ -1,0 +1,69 @@
+"""Philox4x32-10 in integers of PyTorch or NumPy, and the words of a batch of samples."""
+
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_M32 = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+Words = TypeVar("Words", Tensor, np.ndarray)
+
+
+def philox4x32(
+    key: tuple[Words, Words], counter: tuple[Words, Words, Words, Words]
+) -> tuple[Words, Words, Words, Words]:
+    """Philox4x32-10 on PyTorch or NumPy int64 arrays, word by word the same.
+
+    Args:
+        key: Two words, each an int64 array with values in [0, 2**32).
+        counter: Four words, broadcast against each other.
+
+    Returns:
+        Four words, int64 arrays with values in [0, 2**32).
+
+    Example:
+        >>> zero = torch.zeros(1, dtype=torch.int64)
+        >>> [f"{int(word):08x}" for word in philox4x32((zero, zero), (zero, zero, zero, zero))]
+        ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
+    """
+    k0, k1 = key
+    c0, c1, c2, c3 = counter
+    for _ in range(10):
+        high_a, low_a = _product(c0, _MULTIPLIERS[0])
+        high_b, low_b = _product(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = (k0 + _WEYL[0]) & _M32, (k1 + _WEYL[1]) & _M32
+    return c0, c1, c2, c3
+
+
+def sample_words(
+    sample_ids: Tensor, seed_and_epoch: Tensor, stream: int, num_words: int, first_block: int = 0
+) -> Tensor:
+    """Draw 32-bit words for every sample, behind `first_block` blocks of 4: [batch, words], int64.
+
+    Word w of a sample is output w % 4 of Philox with the seed as key and the counter
+    ((stream << 16) | first_block + w // 4, epoch, sample id bits 0-31, sample id bits 32-63).
+    """
+    seed, epoch = seed_and_epoch.unbind()
+    last_block = first_block + (num_words + 3) // 4
+    blocks = torch.arange(first_block, last_block, device=sample_ids.device) | (stream << 16)
+    sample = sample_ids.unsqueeze(1)
+    words = philox4x32(
+        (seed & _M32, (seed >> 32) & _M32),
+        (blocks, epoch & _M32, sample & _M32, (sample >> 32) & _M32),
+    )
+    return torch.stack(words, dim=-1).flatten(1)[:, :num_words]
+
+
+def _product(word: Words, multiplier: int) -> tuple[Words, Words]:
+    """Return the high and the low word of a product of two words, without overflow.
+
+    Overflow of int64 wraps in PyTorch, but is undefined in the C++ that Inductor writes, where
+    compilers then drop the mask behind a shift. Less 2**32, both multipliers are small enough.
+    """
+    product = word * (multiplier - (1 << 32))
+    return (product >> 32) + word, product & _M32

@@ -1,0 +1,119 @@
+"""The kernel that turns a chunk's logits into losses, hits and gradients in place."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import mimkit
+from mimkit.losses import linear_cross_entropy
+from mimkit.testing import assert_op_correct
+from mimkit_kernels.linear_cross_entropy import (
+    _CHUNK_VALUES,
+    _launch,
+    _scale,
+    linear_cross_entropy_backward_op,
+    linear_cross_entropy_op,
+    softmax_gradient_reference,
+)
+from tests.kernels.harness import (
+    DEVICE,
+    FLOATS,
+    assert_near,
+    by_reference,
+    few,
+    float_dtypes,
+    laid_out,
+    launches,
+    meta,
+    random,
+)
+from tests.strategies import generators
+
+
+def at_cae(dtype: torch.dtype) -> None:
+    rows = _CHUNK_VALUES["cuda"] // 8192
+    results = meta(rows), meta(rows)
+    _launch(meta(rows, 8192, dtype=dtype), meta(rows, dtype=torch.int64), *results)
+
+
+LAUNCHES = {
+    str(dtype).removeprefix("torch."): lambda dtype=dtype: at_cae(dtype)
+    for dtype in reversed(FLOATS)
+}
+
+
+@launches
+@few
+@given(
+    st.integers(1, 3),
+    st.sampled_from([1, 2, 3, 17, 64, 97, 4096, 4099, 8192]),
+    float_dtypes,
+    st.sampled_from([1.0, 30.0]),
+    generators(),
+)
+def test_losses_hits_and_gradients_are_the_references(rows, words, dtype, scale, generator):
+    logits = (scale * random(generator, rows, words)).to(dtype)
+    target = torch.randint(words, (rows,), generator=generator)
+    expected = logits.float().to(DEVICE, copy=True)
+    right = [torch.full((rows,), float("nan"), device=DEVICE) for _ in range(2)]
+    softmax_gradient_reference(expected, target.to(DEVICE), *right)
+    result, ours = laid_out(logits), [laid_out(torch.zeros(rows)) for _ in range(2)]
+    _launch(result, laid_out(target), *ours)
+    assert_near(result, expected, dtype)
+    for values, reference in zip(ours, right, strict=True):
+        assert_near(values, reference, torch.float32)
+    for values in (result, *ours):  # the guard bands
+        buffer = torch.empty(0, dtype=values.dtype, device=DEVICE).set_(values.untyped_storage())
+        assert buffer[:64].isnan().all()
+        assert buffer[-64:].isnan().all()
+
+
+@launches
+def test_of_equal_logits_the_first_counts():
+    logits = torch.zeros(2, 8, device=DEVICE)
+    losses, hits = torch.zeros(2, device=DEVICE), torch.zeros(2, device=DEVICE)
+    _launch(logits, torch.tensor([0, 1], device=DEVICE), losses, hits)
+    assert hits.tolist() == [1.0, 0.0]
+
+
+@launches
+def test_a_target_that_is_no_word_spoils_the_loss():
+    logits = torch.zeros(2, 8, device=DEVICE)
+    losses, hits = torch.zeros(2, device=DEVICE), torch.zeros(2, device=DEVICE)
+    _launch(logits, torch.tensor([-1, 8], device=DEVICE), losses, hits)
+    assert losses.isnan().all()
+
+
+@launches
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_the_loss_keeps_what_training_needs(dtype, monkeypatch):
+    monkeypatch.setitem(_CHUNK_VALUES, DEVICE.type, 5 * 37)
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        random(generator, *shape).to(DEVICE, dtype).requires_grad_()
+        for shape in ((12, 8), (37, 8), (37,))
+    )
+    target = torch.randint(37, (12,), generator=generator).to(DEVICE)
+
+    def loss(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return linear_cross_entropy(x, weight, bias, target)
+
+    with mimkit.use("triton"):
+        assert_op_correct(loss, by_reference(loss), [x, weight, bias])
+
+
+@pytest.mark.parametrize("needs_gradient", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_registrations_hold(dtype, needs_gradient):
+    x, weight = torch.randn(4, 3).to(dtype), torch.randn(7, 3).to(dtype)
+    for leaf in (x, weight):
+        leaf.requires_grad_(needs_gradient)
+    target = torch.tensor([0, 6, 3, 3])
+    torch.library.opcheck(
+        linear_cross_entropy_op, (x, weight, None, target, dtype, needs_gradient, False)
+    )
+    inputs = (torch.tensor(2.0), x.detach(), weight.detach(), *(torch.randn(3, 2) for _ in "xwb"))
+    torch.library.opcheck(linear_cross_entropy_backward_op, inputs)
+    assert torch.equal(_scale(*inputs)[0], 2 * inputs[3])
