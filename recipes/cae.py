@@ -448,10 +448,15 @@ def decode_full(
             prediction, images, everything
         )
         return {"encoder + decoder": unpatchify(patches, model.encoder.grid, model.cae.patch_size)}
-    return {
+    columns = {
         "encoder + decoder": decode_tokens(model, prediction.argmax(dim=2), images),
         "tokens themselves": decode_tokens(model, ids, images),
     }
+    if isinstance(model.tokenizer, PatchTokenizer):
+        # What the pictures show before any code is right.
+        common = model.frequencies.argmax().expand_as(ids)
+        columns["contrast, one code"] = decode_tokens(model, common, images)
+    return columns
 
 
 def decode_tokens(

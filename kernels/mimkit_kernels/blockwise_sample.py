@@ -92,9 +92,8 @@ def aspect_roots(log_low: float, log_high: float) -> tuple[list[int], list[int]]
     """Return the roots of the aspect ratios and of their inverses, times 2**16."""
     step = (log_high - log_low) / ASPECT_BINS
     halves = [(log_low + (i + 0.5) * step) / 2 for i in range(ASPECT_BINS)]
-    return [round(math.exp(h) * 65536) for h in halves], [
-        round(math.exp(-h) * 65536) for h in halves
-    ]
+    tall, flat = ([round(math.exp(sign * half) * 65536) for half in halves] for sign in (1, -1))
+    return tall, flat
 
 
 def cut_sides(
