@@ -11,6 +11,7 @@ from mimkit_kernels.masked_pixel_loss import (
     patch_statistics,
 )
 from mimkit_kernels.move_tokens import gather_tokens, restore_tokens
+from mimkit_kernels.packed_depthwise_conv import packed_depthwise_conv
 from mimkit_kernels.uniform_sample import kth_lowest, split_positions, uniform_sample
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "kth_lowest",
     "linear_cross_entropy",
     "masked_pixel_loss",
+    "packed_depthwise_conv",
     "patch_statistics",
     "philox4x32",
     "restore_tokens",

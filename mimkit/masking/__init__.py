@@ -2,6 +2,7 @@
 
 from mimkit.masking import compat, stats
 from mimkit.masking._blockwise import blockwise
+from mimkit.masking._complementary import complementary
 from mimkit.masking._counts import num_masked
 from mimkit.masking._dataset import with_ids
 from mimkit.masking._key import Key, fresh_key, key
@@ -15,6 +16,7 @@ __all__ = [
     "Mask",
     "blockwise",
     "compat",
+    "complementary",
     "fresh_key",
     "gridwise",
     "key",

@@ -8,11 +8,11 @@ Every random decision of a sampler is a 32-bit word of the counter-based generat
     stream   = (sampler << 8) | view               sampler: 0 uniform, 1 square,
                                                    2 and 3 blockwise
 
-`uniform` ranks the tokens of a sample by `(word << 16) | token`; the lowest stay visible. So a mask
-is a function of (seed, epoch, sample id) alone, the same on every device and for any batching.
-`blockwise` reads area, aspect ratio, top and left of its n-th block from the four words of block n
-of stream 2, and ranks by stream 3 the tokens that it masks singly. A change of any of this is a new
-version of the format.
+`uniform` ranks the tokens of a sample by `(word << 16) | token`; the lowest stay visible, and
+`complementary` deals them out in that order. So a mask is a function of (seed, epoch, sample id)
+alone, the same on every device and for any batching. `blockwise` reads area, aspect ratio, top and
+left of its n-th block from the four words of block n of stream 2, and ranks by stream 3 the tokens
+that it masks singly. A change of any of this is a new version of the format.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Random123.
 """
@@ -27,6 +27,7 @@ __all__ = ["FORMAT_VERSION", "MAX_TOKENS", "philox4x32", "random_words", "stream
 
 FORMAT_VERSION = 1
 MAX_TOKENS = 1 << 16
+UNIFORM, SQUARE = 0, 1  # numbers of the samplers
 
 
 def stream_of(key: Key, sampler: int) -> int:

@@ -120,7 +120,7 @@ def _masked_distances(
 
 def _nearest_along(
     squares: Int32[Tensor, "*sizes"], axis: int, pixels: int
-) -> Int32[Tensor, "*sizes"]:
+) -> Int32[Tensor, "*larger_sizes"]:
     """Expand one axis from tokens to pixels: the least square over its tokens."""
     tokens = squares.movedim(axis, 0)
     position = torch.arange(len(tokens) * pixels, dtype=torch.int32, device=squares.device)

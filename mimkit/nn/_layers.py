@@ -58,14 +58,15 @@ def attend(
 def _attend_with_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """Attend by plain products that start from the bias instead of adding it in a pass more."""
     batch, heads, queries, head_dim = query.shape
-    logits = bias.expand(batch, heads, -1, -1).clone(memory_format=torch.contiguous_format)
-    logits = logits.view(batch * heads, queries, -1).baddbmm_(
-        query.reshape(batch * heads, queries, head_dim),
-        key.reshape(batch * heads, -1, head_dim).transpose(1, 2),
-        alpha=head_dim**-0.5,
+    flat_query, flat_key, flat_value = (
+        part.reshape(batch * heads, part.shape[2], head_dim) for part in (query, key, value)
     )
-    mixed: Tensor = logits.softmax(dim=-1) @ value.reshape(batch * heads, -1, value.shape[-1])
-    return mixed.view(batch, heads, queries, -1)
+    logits = bias.expand(batch, heads, -1, -1).clone(memory_format=torch.contiguous_format)
+    logits = logits.view(batch * heads, queries, key.shape[2]).baddbmm_(
+        flat_query, flat_key.transpose(1, 2), alpha=head_dim**-0.5
+    )
+    mixed: Tensor = logits.softmax(dim=-1) @ flat_value
+    return mixed.view(batch, heads, queries, head_dim)
 
 
 def split_heads(

@@ -60,8 +60,8 @@ class RelativePositionBias(nn.Module):
         # Heads first, so that each has its matrix in one piece.
         bias = self.table.T.contiguous().index_select(1, index.flatten())
         if mask is None:
-            return bias.view(1, -1, *index.shape)
-        return bias.view(-1, *index.shape).movedim(0, 1)
+            return bias.view(1, len(bias), *index.shape)
+        return bias.view(len(bias), *index.shape).movedim(0, 1)
 
     def _visible_index(self, mask: Mask) -> Int64[Tensor, "batch visible visible"]:
         check_mask(mask, self.grid, mask.visible_ids)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from mimkit._grids import Grid, count_tokens, divide, per_axis
 from mimkit.masking import Mask
+from mimkit.nn._embed import PatchEmbed
 from mimkit.nn._layers import DropPath, Mlp, attend, check_heads, drop_path_rates
 from mimkit.nn._relative import RelativePositionBias
-from mimkit.nn._vit import PatchEmbed, fill_in, image_axes
+from mimkit.nn._vit import fill_in, image_axes
 
 _NORM_EPS = 1e-5
 _NOT_NEIGHBORS = -100.0  # added to logits between tokens that only the roll brought together
@@ -101,7 +102,7 @@ class SwinTransformer(nn.Module):
                 window=window,
                 mlp_ratio=mlp_ratio,
                 drop_path=rates[sum(depth[:stage]) : sum(depth[: stage + 1])],
-                merge=stage < len(depth) - 1,
+                resample=PatchMerging if stage < len(depth) - 1 else None,
             )
             for stage, blocks in enumerate(depth)
         )
@@ -114,7 +115,7 @@ class SwinTransformer(nn.Module):
         images: Float[Tensor, "batch channels height width"],
         mask: Mask | None = None,
         *,
-        mask_token: Float[Tensor, "1 1 dim"] | None = None,
+        mask_token: Float[Tensor, "*masked dim"] | None = None,
     ) -> Float[Tensor, "batch tokens out_dim"]:
         """Encode images, masked patches replaced by the mask token.
 
@@ -167,7 +168,9 @@ class _NormedPatchEmbed(PatchEmbed):
     """Patch embedding with a LayerNorm behind it."""
 
     def __init__(self, *, patch_size: Sequence[int], in_channels: int, dim: int) -> None:
-        super().__init__(patch_size=patch_size, in_channels=in_channels, dim=dim)
+        # Sums of 48 values round with their order. In this one, the loss of the authors' reference
+        # vectors has the same sign as theirs at the one pixel that lies on the kink of L1.
+        super().__init__(patch_size=patch_size, in_channels=in_channels, dim=dim, order="p1 p2 c")
         bound = (in_channels * count_tokens(patch_size)) ** -0.5
         nn.init.uniform_(self.proj.weight, -bound, bound)  # a convolution's default
         self.norm = nn.LayerNorm(dim, eps=_NORM_EPS)
@@ -178,7 +181,7 @@ class _NormedPatchEmbed(PatchEmbed):
 
 
 class SwinStage(nn.Module):
-    """Blocks on one grid, every second one with shifted windows, and the merging behind them.
+    """Blocks on one grid, every second one with shifted windows, and the way to the next grid.
 
     Args:
         grid: Tokens per axis.
@@ -188,7 +191,7 @@ class SwinStage(nn.Module):
         window: Tokens per axis of a window.
         mlp_ratio: Hidden width of each MLP over its input's.
         drop_path: One rate per block.
-        merge: Whether 2x2 tokens are merged at the end.
+        resample: What makes the tokens of the next stage: `PatchMerging` or `PatchSplitting`.
 
     Raises:
         ValueError: Windows that do not fit the grid.
@@ -207,7 +210,7 @@ class SwinStage(nn.Module):
         window: int,
         mlp_ratio: float,
         drop_path: Sequence[float],
-        merge: bool,
+        resample: "type[PatchMerging] | type[PatchSplitting] | None",
     ) -> None:
         super().__init__()
         self.grid = grid
@@ -234,12 +237,12 @@ class SwinStage(nn.Module):
         moves = [old.argsort()[new] for old, new in zip(orders, orders[1:], strict=False)]
         self.register_buffer("moves", torch.stack(moves), persistent=False)
         self.register_buffer("moves_back", self.moves.argsort(dim=1), persistent=False)
-        self.downsample = PatchMerging(grid=grid, dim=dim) if merge else None
+        self.downsample = resample(grid=grid, dim=dim) if resample else None
 
     def forward(
         self, tokens: Float[Tensor, "batch tokens dim"]
-    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch merged merged_dim"]]:
-        """Mix row-major tokens; return them before and after merging, row-major again."""
+    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch next next_dim"]]:
+        """Mix row-major tokens; return them, and those of the next stage, row-major again."""
         for index, block in enumerate(self.blocks):
             tokens = block(self._move(tokens, index))
         tokens = self._move(tokens, -1)
@@ -361,6 +364,23 @@ class PatchMerging(nn.Module):
         quads = rearrange(tokens, "b (y i x j) d -> b (y x) (j i d)", y=self.grid[0] // 2, i=2, j=2)
         merged: Tensor = self.reduction(self.norm(quads))
         return merged
+
+
+class PatchSplitting(nn.Module):
+    """Split a token into 2x2 of half the width: the way back from `PatchMerging`."""
+
+    def __init__(self, *, grid: Grid, dim: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.norm = nn.LayerNorm(dim, eps=_NORM_EPS)
+        self.expansion = nn.Linear(dim, 2 * dim, bias=False)
+
+    def forward(
+        self, tokens: Float[Tensor, "batch tokens dim"]
+    ) -> Float[Tensor, "batch split split_dim"]:
+        """Split row-major tokens to row-major tokens."""
+        quads: Tensor = self.expansion(self.norm(tokens))
+        return rearrange(quads, "b (y x) (i j d) -> b (y i x j) d", y=self.grid[0], i=2, j=2)
 
 
 def fit_window(grid: Grid, window: int) -> tuple[int, int]:

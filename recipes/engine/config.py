@@ -28,10 +28,12 @@ class Training:
         epochs: Length of the run.
         batch_size: Images per optimizer step.
         base_lr: Learning rate per 256 images of a step.
-        warmup_epochs: Epochs in which the rate rises from 0.
+        warmup_epochs: Epochs in which the rate rises from `warmup_lr`.
         weight_decay: Of parameters with more than one axis.
         betas: Of AdamW.
         min_lr: Learning rate at the end.
+        warmup_lr: Learning rate at the start.
+        milestones: Epochs at which the rate is divided by 10, instead of falling along a cosine.
         clip_grad: Largest norm of the gradient; None for no limit.
         precision: "fp32", or "bf16" for bfloat16 autocast.
     """
@@ -43,6 +45,8 @@ class Training:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     min_lr: float = 0.0
+    warmup_lr: float = 0.0
+    milestones: tuple[float, ...] = ()
     clip_grad: float | None = None
     precision: Precision = "fp32"
 

@@ -68,11 +68,12 @@ def draw_reconstructions(
 ) -> None:
     """Draw held-out pictures: as they are, masked, and reconstructed tile by tile."""
     encoder: Any = model.encoder
-    patch_size = pixels_per_token(encoder)
+    height, width = encoder.image_size
     rows = []
     for number, picture in enumerate(tiled_pictures(data, encoder.image_size)):
         ids = torch.arange(len(picture.tiles)) + (number << 32)
         mask = first(config.masking.draw(masking.key(ids, seed=config.seed), encoder.grid))
+        patch_size = height // mask.grid[0], width // mask.grid[1]  # not always the encoder's
         with autocast(config):
             filled = recipe.reconstruct(
                 model, picture.inputs.to(config.device), mask.to(config.device)

@@ -69,6 +69,7 @@ def test_drawing_ends_near_the_ends_too(grid):
         assert mask.num_masked == count
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(("grid", "ratio"), [((14, 14), 0.5), ((1, 30), 0.4), ((7, 9), 0.75)])
 def test_blockwise_keeps_what_every_sampler_promises(grid, ratio):
     assert_sampler_conforms(masking.blockwise, grid, ratio)

@@ -187,6 +187,7 @@ def test_the_command_line_prints_what_the_library_computes(capsys, tmp_path):
         assert image.convert("L").getextrema() == (0, 255)
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
