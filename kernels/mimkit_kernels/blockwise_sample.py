@@ -29,7 +29,7 @@ from mimkit_kernels.uniform_sample import split_positions
 if TYPE_CHECKING:
     import triton.language as tl
 
-MAX_TOKENS = 4096  # in the kernel: a sample is sorted in the registers of one program
+MAX_TOKENS = 1024  # in the kernel: a sample is sorted in the registers of one program
 MAX_ATTEMPTS = 1 << 16  # blocks of four words that a stream has for one sample
 ASPECT_BINS = 256
 _UNCUT = 1 << 20  # longer than any side
@@ -320,7 +320,7 @@ def _blockwise_kernel(
 
 # Launcher: as uniform_sample, whose sort holds the most registers here, too.
 
-_NUM_WARPS = {512: 2, 1024: 4, 2048: 4, 4096: 8}
+_NUM_WARPS = {512: 2, 1024: 4}
 
 
 def _launch(
