@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from mimkit import masking
 from recipes.engine.cli import run_command
 from recipes.engine.config import Options, PretrainConfig, Recipe, resolve
 from recipes.engine.data import DataSet, load_data
@@ -43,10 +44,10 @@ def _run(recipe: Recipe, options: Options) -> None:
     config = _with_channels(config, data)
     count_steps(config, data)
     warn_of_slow_precision(config)
+    _check_fit(recipe, config)  # before a folder is made
     if options.dry_run:
         print(describe(recipe, config, data))
         return
-    build_model(recipe, config)  # a shape that does not fit is found before the folder is made
     with join(config.device) as world:
         _check_batch(config, world)
         folder = RunFolder(options.out or default_path(config), config)
@@ -61,6 +62,16 @@ def _run(recipe: Recipe, options: Options) -> None:
                     summary = write_report(recipe, config, data, folder, model, unreadable=names)
             if world.is_main and summary is not None:
                 print_summary(summary, folder)
+
+
+def _check_fit(recipe: Recipe, config: PretrainConfig) -> None:
+    """Check that a model of this shape can be made, and that masks fit it and what it predicts."""
+    model: Any = build_model(recipe, config)
+    try:
+        masks = config.masking.draw(masking.key([0], seed=config.seed), model.encoder.grid)
+        getattr(model, "check_masks", lambda masks: None)(masks)
+    except ValueError as error:
+        raise UserError(f"masks of preset {config.preset}: {error}") from error
 
 
 def _check_batch(config: PretrainConfig, world: World) -> None:
