@@ -1,10 +1,13 @@
-"""Uniform sampling: MAE's `random_masking` and `masking.uniform`.
+"""Sampling: MAE's `random_masking` and `masking.uniform`; CAE's loop and `masking.blockwise`.
 
 Axes: batch; tokens.
 """
 
+import math
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -75,3 +78,65 @@ def bench_uniform(bench: Bench, batch: int, side: int) -> None:
         tolerance=0,
         moved={"forward": nbytes(ids.visible_ids, ids.masked_ids)},
     )
+
+
+def authors_blocks(batch: int, height: int, width: int, count: int) -> Tensor:
+    """CAE's `MaskingGenerator`, image by image, cell by cell; True = masked."""
+    masks = []
+    for _ in range(batch):
+        mask = np.zeros((height, width), dtype=int)
+        masked = 0
+        while masked != count:
+            masked += _authors_block(mask, count - masked)
+        masks.append(mask)
+    return torch.from_numpy(np.stack(masks)).bool()
+
+
+def _authors_block(mask: np.ndarray, most: int) -> int:
+    height, width = mask.shape
+    delta = 0
+    for _ in range(10):
+        area = random.uniform(16, most)
+        aspect = math.exp(random.uniform(math.log(0.3), math.log(1 / 0.3)))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if w < width and h < height:
+            top, left = random.randint(0, height - h), random.randint(0, width - w)
+            already = mask[top : top + h, left : left + w].sum()
+            if 0 < h * w - already <= most:
+                for i in range(top, top + h):
+                    for j in range(left, left + w):
+                        if mask[i, j] == 0:
+                            mask[i, j] = 1
+                            delta += 1
+            if delta > 0:
+                break
+    return delta
+
+
+def blockwise(key: Key, grid: tuple[int, int], count: int) -> Mask:
+    """Sample visible and masked ids."""
+    return masking.blockwise(key, grid, num_masked=count)
+
+
+def _counts(output: Any, _: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    is_masked = output.is_masked if isinstance(output, Mask) else output
+    return (is_masked.cpu().flatten(1).sum(dim=1),)
+
+
+@pytest.mark.parametrize("count", [75, 98])
+def bench_blockwise(bench: Bench, count: int) -> None:
+    # Draws differ by design: what must agree is the count of every sample.
+    random.seed(0)
+    grid, batch = (14, 14), 256
+    key = masking.key(torch.arange(batch, device=bench.device), seed=0)
+    variants = [
+        Variant(
+            "authors' loop",
+            authors_blocks,
+            (batch, *grid, count),
+            view=_counts,
+            is_baseline=True,
+        ),
+        Variant("mimkit: blockwise", blockwise, (key, grid, count), view=_counts),
+    ]
+    bench.compare(f"B={batch} L=196 masked={count}", variants, dtype=torch.int64, tolerance=0)

@@ -54,6 +54,8 @@ class Variant:
         is_baseline: Whether this is the authors' way, the fastest of which is what others are
             compared with.
         is_compiled: Whether the first call compiles, so that its duration is worth a column.
+        upstream: The gradient that backward starts from, where outputs differ in form; the same
+            noise (or 1) in all variants if `None`.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Variant:
     view: Callable[[Any, tuple[Tensor, ...]], tuple[Tensor, ...]] = output_and_gradients
     is_baseline: bool = False
     is_compiled: bool = False
+    upstream: Tensor | None = None
 
     def compiled(self) -> "Variant":
         """Return the same variant under `torch.compile`."""
@@ -76,7 +79,8 @@ class Variant:
 
     def backward(self, output: Tensor) -> tuple[Tensor, ...]:
         """Run the backward pass, from the same upstream gradient in every variant."""
-        return torch.autograd.grad(output, self.leaves, upstream_gradient(output))
+        upstream = upstream_gradient(output) if self.upstream is None else self.upstream
+        return torch.autograd.grad(output, self.leaves, upstream)
 
 
 def with_compiled(variants: Iterable[Variant]) -> list[Variant]:

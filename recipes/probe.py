@@ -14,6 +14,7 @@ Published on ImageNet-1K for MAE's 1600 epochs, linear / attentive: ViT-B 68.0 /
 """
 
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ import yaml
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mimkit import viz
 from mimkit.nn import AttentiveProbe, ViT
 from recipes.engine import Training
 from recipes.engine.augment import Augmentation
@@ -51,7 +53,15 @@ from recipes.engine.errors import UserError
 from recipes.engine.labelled import LabelledData, load_labelled
 from recipes.engine.lars import LARS
 from recipes.engine.mixing import Mixing
-from recipes.engine.probes import Features, compute_features, evaluate, knn, raw_pixels
+from recipes.engine.probes import (
+    Features,
+    compute_features,
+    evaluate,
+    fit_attentive,
+    knn,
+    raw_pixels,
+    standardize,
+)
 from recipes.engine.run_folder import RunFolder, default_path
 from recipes.engine.train import autocast, count_steps, warn_of_slow_precision
 
@@ -60,6 +70,8 @@ Protocol = Literal["small", "paper"]
 
 _NAMES = {"knn": "k-NN", "linear": "linear", "attentive": "attentive"}
 _ATTENTIVE_HEADS = 12
+_ATTENTION_ROWS = 8  # images in the picture of attention
+_ENLARGED = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,9 +308,47 @@ def probe_encoder(
                 found = probe_small(config, features, data.probe)
             else:
                 found = probe_as_papers(config, preset, features, data.probe, options, path)
+            grid = build_encoder(config.model, seed=config.seed).grid
+            draw_attention(features, data.probe, grid, folder, seed=config.seed)
             summary = {"probes": found}
             folder.write_summary(summary)
     return summary
+
+
+def draw_attention(
+    features: dict[str, Features],
+    probe: ProbeData,
+    grid: tuple[int, ...],
+    folder: RunFolder,
+    *,
+    seed: int,
+) -> None:
+    """Draw where the attentive probe looks in test images, with a line around half of it.
+
+    Source:
+        CAE, arXiv:2202.03026, its figure of attention maps; there the encoders are trained.
+    """
+    # One image a class, so that each row shows something else.
+    labels = probe.test_labels
+    rows = [int((labels == label).nonzero()[0]) for label in labels.unique()[:_ATTENTION_ROWS]]
+    images = probe.test_images[rows]
+    low, high = (f(images, dim=(1, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))
+    stretched = (images - low) / (high - low).clamp(min=1e-6)
+    shown = stretched.repeat_interleave(_ENLARGED, 2).repeat_interleave(_ENLARGED, 3)
+    columns = {"input (contrast stretched)": shown}
+    for name, encode in features.items():
+        train, some = (
+            compute_features(encode, part, 256)[1] for part in (probe.train_images, images)
+        )
+        train, some = standardize(train, some)
+        classifier = fit_attentive(train, probe.train_labels.to(train.device), seed=seed)
+        attention = classifier.attention(some).mean(dim=1).cpu()
+        columns[name] = viz.show_attention(
+            shown, attention[:, -math.prod(grid) :].unflatten(1, grid)
+        )
+    panel = [list(row) for row in zip(*columns.values(), strict=True)]
+    note = "The line encloses the patches that hold half of the attention (mean over heads)."
+    viz.panel(panel, list(columns), note=note).save(folder.path / "attention.png")
 
 
 def resolve(

@@ -84,3 +84,14 @@ def masked_images(
     patch = draw(patch_sizes(len(grid)))
     batch = draw(images(grid, patch, dtype=dtype))
     return batch, draw(masks(grid=grid, batch_size=len(batch))), patch
+
+
+@st.composite
+def masked_maps(
+    draw: st.DrawFn, *, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Mask, Sizes]:
+    """Feature maps, a coarse mask of their cells and the positions of a cell."""
+    grid = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
+    cell = draw(patch_sizes(2))
+    batch = draw(images(grid, cell, dtype=dtype))
+    return batch, draw(masks(grid=grid, batch_size=len(batch))), cell

@@ -2,6 +2,7 @@
 
 from mimkit_kernels._dispatch import Backend, Settings
 from mimkit_kernels._philox import philox4x32, sample_words
+from mimkit_kernels.blockwise_sample import blockwise_sample
 from mimkit_kernels.gather_patches import gather_patches
 from mimkit_kernels.linear_cross_entropy import linear_cross_entropy
 from mimkit_kernels.masked_pixel_loss import (
@@ -10,17 +11,20 @@ from mimkit_kernels.masked_pixel_loss import (
     patch_statistics,
 )
 from mimkit_kernels.move_tokens import gather_tokens, restore_tokens
+from mimkit_kernels.packed_depthwise_conv import packed_depthwise_conv
 from mimkit_kernels.uniform_sample import kth_lowest, split_positions, uniform_sample
 
 __all__ = [
     "Backend",
     "Settings",
+    "blockwise_sample",
     "elementwise_error",
     "gather_patches",
     "gather_tokens",
     "kth_lowest",
     "linear_cross_entropy",
     "masked_pixel_loss",
+    "packed_depthwise_conv",
     "patch_statistics",
     "philox4x32",
     "restore_tokens",

@@ -1,7 +1,8 @@
 """Other people's checkpoints and models, in and out."""
 
-from mimkit.interop._convert import Converted, from_official, to_official
+from mimkit.interop._convert import from_official, to_official
 from mimkit.interop._files import load_checkpoint
+from mimkit.interop._rules import Converted
 from mimkit.interop._timm import from_timm, to_timm, wrap_timm
 
 __all__ = [

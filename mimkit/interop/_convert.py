@@ -1,56 +1,40 @@
-"""Names: from other people's checkpoints to mimkit's, and back.
+"""From the authors' checkpoints to mimkit's names, and back."""
 
-A converter is a list of renames, applied to any name -> tensor dictionary and any part of one:
-weights, gradients or optimizer moments. Every converter keeps the values as they are.
-"""
-
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from mimkit.interop import _cae, _convmae, _mae, _simmim
+from mimkit.interop._rules import Converted, Translation
 
-class Converted(dict[str, Tensor]):
-    """A name -> tensor dictionary that knows what was left out.
-
-    Attributes:
-        dropped: Names of the input that have no counterpart.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor], dropped: tuple[str, ...]) -> None:
-        super().__init__(tensors)
-        self.dropped = dropped
-
-
-_VIT = (
-    "cls_token",
-    "pos_embed",
-    "patch_embed.proj.",
-    "blocks.",
-    "norm.",
-)
-
-# (official, mimkit) pairs: what ends in a dot covers all names below it, the rest are whole names.
-_RENAMES = {
-    "mae": (
-        *((name, f"encoder.{name}") for name in _VIT),
-        ("mask_token", "decoder.mask_token"),
-        ("decoder_pos_embed", "decoder.pos_embed"),
-        ("decoder_embed.", "decoder.embed."),
-        ("decoder_blocks.", "decoder.blocks."),
-        ("decoder_norm.", "decoder.norm."),
-        ("decoder_pred.", "head."),
-    ),
-    "mae_vit": tuple((name, name) for name in (*_VIT, "fc_norm.", "head.")),
+_TRANSLATIONS = {
+    **_mae.TRANSLATIONS,
+    **_simmim.TRANSLATIONS,
+    **_cae.TRANSLATIONS,
+    **_convmae.TRANSLATIONS,
 }
 
 
 def from_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
     """Rename a checkpoint of the authors' code to mimkit's names.
 
+    The methods, and what the result loads into:
+
+    - "mae": `recipes.mae.MAE`; "mae_vit": `nn.ViT`.
+    - "simmim_vit", "simmim_swin": `recipes.simmim.SimMIM`; "simmim_vit_finetune": `nn.ViT`;
+      "simmim_swin_finetune": `nn.SwinTransformer`.
+    - "cae": `recipes.cae.CAE`; "cae_vit": `nn.ViT`; "cae_probe": `nn.AttentiveProbe`.
+    - "convmae", "fastconvmae": `recipes.convmae.ConvMAE`; "convmae_vit": `nn.ConvViT`;
+      "convmae_det": `nn.ConvViTDetector`.
+    - "dalle" and "dalle_decoder": the two halves of `nn.DiscreteVAE`.
+
+    A checkpoint of pre-training gives its encoder to the methods of fine-tuning, as the authors'
+    code does it: SimMIM's shared table of relative positions goes to every block, ConvMAE's fusions
+    are left out.
+
     Args:
-        method: "mae" (loads into `recipes.mae.MAE`) or "mae_vit" (the fine-tuning or probing
-            encoder, loads into `nn.ViT`; a pre-training checkpoint gives its encoder).
+        method: One of the names above.
         state_dict: Name -> tensor, or the checkpoint around it (`{"model": ...}`).
 
     Returns:
@@ -66,27 +50,31 @@ def from_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
         >>> list(converted), converted.dropped
         (['cls_token'], ('mask_token',))
     """
-    pairs = _pairs(method)
-    return rename(unwrap(state_dict), lambda name: _replace_prefix(name, pairs))
+    return _translation(method).to_ours(unwrap(state_dict))
 
 
-def to_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
+def to_official(
+    method: str, state_dict: Mapping[str, Any], *, duplicates: bool = False
+) -> Converted:
     """Undo `from_official`.
 
     Args:
         method: As in `from_official`.
         state_dict: mimkit's names -> tensors.
+        duplicates: Whether to write "cae"'s encoder twice, as its authors keep it.
 
     Raises:
-        ValueError: An unknown method.
+        ValueError: An unknown method, or one that has no duplicates.
 
     Example:
         >>> import torch
         >>> list(to_official("mae", {"head.weight": torch.zeros(12, 4)}))
         ['decoder_pred.weight']
     """
-    pairs = tuple((ours, theirs) for theirs, ours in _pairs(method))
-    return rename(unwrap(state_dict), lambda name: _replace_prefix(name, pairs))
+    if duplicates and method != "cae":
+        raise ValueError(f'duplicates=True is for method "cae"; got {method!r}')
+    official = _translation(method).to_theirs(unwrap(state_dict))
+    return _cae.duplicate_encoder(official) if duplicates else official
 
 
 def unwrap(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -96,21 +84,7 @@ def unwrap(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
     return state_dict
 
 
-def rename(tensors: Mapping[str, Tensor], new_name: Callable[[str], str | None]) -> Converted:
-    """Rename every tensor; those whose new name is `None` are dropped."""
-    names = {name: new_name(name) for name in tensors}
-    kept = {new: tensors[old] for old, new in names.items() if new is not None}
-    return Converted(kept, tuple(old for old, new in names.items() if new is None))
-
-
-def _pairs(method: str) -> tuple[tuple[str, str], ...]:
-    if method not in _RENAMES:
-        raise ValueError(f"method must be one of {sorted(_RENAMES)}; got {method!r}")
-    return _RENAMES[method]
-
-
-def _replace_prefix(name: str, pairs: tuple[tuple[str, str], ...]) -> str | None:
-    for old, new in pairs:
-        if name == old or (old.endswith(".") and name.startswith(old)):
-            return new + name[len(old) :]
-    return None
+def _translation(method: str) -> Translation:
+    if method not in _TRANSLATIONS:
+        raise ValueError(f"method must be one of {sorted(_TRANSLATIONS)}; got {method!r}")
+    return _TRANSLATIONS[method]

@@ -1,13 +1,14 @@
-"""timm's Vision Transformers: their weights, and the models themselves under a mimkit mask."""
+"""timm's models: their weights, and Vision Transformers themselves under a mimkit mask."""
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mimkit.interop._convert import Converted, from_official, unwrap
+from mimkit.interop._convert import from_official, to_official, unwrap
+from mimkit.interop._rules import Converted
 from mimkit.masking import Mask
 from mimkit.patches import gather_visible, grid_of
 from mimkit.patches._patchify import check_mask
@@ -16,20 +17,41 @@ _BLOCK = re.compile(r"blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(wei
 _CHANGES_THE_FUNCTION = ("blocks.", "norm_pre.", "reg_token")
 
 
-def to_timm(state_dict: Mapping[str, Any]) -> Converted:
-    """Rename the weights of `nn.ViT` to those of a timm `VisionTransformer`.
+Model = Literal["vit", "swin"]
+_MERGING = re.compile(r"layers\.(\d+)\.downsample\.")
+
+
+def to_timm(state_dict: Mapping[str, Any], *, model: Model | None = None) -> Converted:
+    """Rename the weights of `nn.ViT` or `nn.SwinTransformer` to timm's.
+
+    Args:
+        state_dict: mimkit's names -> tensors.
+        model: "vit" (timm's `VisionTransformer`) or "swin" (its `SwinTransformer`, 0.9 or later,
+            whose patches are merged at the start of a stage); told by the names if `None`.
 
     Example:
         >>> import torch
         >>> list(to_timm({"norm.weight": torch.ones(8)}))
         ['norm.weight']
+        >>> list(to_timm({"layers.0.downsample.norm.weight": torch.ones(8)}))
+        ['layers.1.downsample.norm.weight']
     """
-    # Both share their names by design.
-    return from_official("mae_vit", state_dict)
+    tensors = unwrap(state_dict)
+    if _model_of(tensors, model) == "vit":
+        # Both share their names by design.
+        return from_official("mae_vit", tensors)
+    official = to_official("simmim_swin_finetune", tensors)
+    renamed = {_shift_merging(name, 1): tensor for name, tensor in official.items()}
+    swin = {re.sub(r"^head\.", "head.fc.", name): tensor for name, tensor in renamed.items()}
+    return Converted(swin, official.dropped)
 
 
-def from_timm(state_dict: Mapping[str, Any]) -> Converted:
-    """Rename the weights of a timm `VisionTransformer` to those of `nn.ViT`.
+def from_timm(state_dict: Mapping[str, Any], *, model: Model | None = None) -> Converted:
+    """Rename the weights of a timm `VisionTransformer` or `SwinTransformer` to mimkit's.
+
+    Args:
+        state_dict: timm's names -> tensors.
+        model: As in `to_timm`.
 
     Raises:
         ValueError: A model with parts that `nn.ViT` lacks (layer scale, query-key norms,
@@ -41,10 +63,25 @@ def from_timm(state_dict: Mapping[str, Any]) -> Converted:
         ['blocks.0.attn.qkv.weight']
     """
     tensors = unwrap(state_dict)
+    if _model_of(tensors, model) == "swin":
+        renamed = {_shift_merging(name, -1): tensor for name, tensor in tensors.items()}
+        bare = {re.sub(r"^head\.fc\.", "head.", name): t for name, t in renamed.items()}
+        return from_official("simmim_swin_finetune", bare)
     for name in tensors:
         if name.startswith(_CHANGES_THE_FUNCTION) and not _BLOCK.fullmatch(name):
             raise ValueError(f"nn.ViT has no counterpart for {name!r}, without which it is wrong")
     return from_official("mae_vit", tensors)
+
+
+def _model_of(tensors: Mapping[str, Tensor], model: Model | None) -> Model:
+    if model not in (*get_args(Model), None):
+        raise ValueError(f"model must be one of {get_args(Model)}; got {model!r}")
+    told = "swin" if any(name.startswith("layers.") for name in tensors) else "vit"
+    return model or cast(Model, told)
+
+
+def _shift_merging(name: str, stages: int) -> str:
+    return _MERGING.sub(lambda match: f"layers.{int(match[1]) + stages}.downsample.", name)
 
 
 class _MaskedTimmViT(nn.Module):

@@ -7,8 +7,9 @@ Axes: batch; masked (tokens); tokens (of the whole grid); ... (the values of one
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
-from jaxtyping import Float, Float32, Shaped
+from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor
+from torch.nn import functional as F
 
 import mimkit_kernels as kernels
 from mimkit._grids import count_tokens, per_axis
@@ -109,6 +110,35 @@ def masked_smooth_l1(
     """
     _check_error("smooth_l1", beta)
     return _masked_loss(elementwise_error("smooth_l1", beta), prediction, target, mask, reduction)
+
+
+def masked_cross_entropy(
+    prediction: Float[Tensor, "batch _ *values classes"],
+    target: Int64[Tensor, "batch _ *values"],
+    mask: Mask,
+    *,
+    reduction: Reduction = "mean",
+) -> Loss:
+    """Cross-entropy of the masked positions' classes; classes are the last axis of `prediction`.
+
+    Other arguments as in `masked_mse`.
+
+    Example:
+        >>> import torch
+        >>> mask = Mask.from_visible_ids(torch.tensor([[0]]), (1, 3))
+        >>> masked_cross_entropy(torch.zeros(1, 2, 8), torch.tensor([[3, 7]]), mask)
+        tensor(2.0794)
+    """
+    prediction = _take_masked("prediction", prediction, mask)
+    target = _take_masked("target", target, mask)
+    if prediction.shape[:-1] != target.shape:
+        raise ValueError(
+            f"prediction {tuple(prediction.shape)} must be target {tuple(target.shape)} and an "
+            "axis of classes behind it"
+        )
+    logits = prediction.float().flatten(0, -2)
+    errors = F.cross_entropy(logits, target.flatten(), reduction="none").view(target.shape)
+    return _reduce(_one_axis_of_values(errors), reduction)
 
 
 def masked_pixel_loss(

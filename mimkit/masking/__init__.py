@@ -1,5 +1,8 @@
 """What is hidden: masks, the keys they are functions of, and the samplers that draw them."""
 
+from mimkit.masking import compat, stats
+from mimkit.masking._blockwise import blockwise
+from mimkit.masking._complementary import complementary
 from mimkit.masking._counts import num_masked
 from mimkit.masking._dataset import with_ids
 from mimkit.masking._key import Key, fresh_key, key
@@ -11,12 +14,16 @@ __all__ = [
     "FORMAT_VERSION",
     "Key",
     "Mask",
+    "blockwise",
+    "compat",
+    "complementary",
     "fresh_key",
     "gridwise",
     "key",
     "num_masked",
     "philox4x32",
     "square",
+    "stats",
     "uniform",
     "with_ids",
 ]

@@ -5,11 +5,14 @@ Every random decision of a sampler is a 32-bit word of the counter-based generat
     key      = (seed bits 0-31, seed bits 32-63)
     counter  = ((stream << 16) | token // 4, epoch, sample id bits 0-31, sample id bits 32-63)
     word     = output[token % 4]
-    stream   = (sampler << 8) | view               sampler: 0 uniform, 1 square
+    stream   = (sampler << 8) | view               sampler: 0 uniform, 1 square,
+                                                   2 and 3 blockwise
 
-`uniform` ranks the tokens of a sample by `(word << 16) | token`; the lowest stay visible. So a mask
-is a function of (seed, epoch, sample id) alone, the same on every device and for any batching.
-A change of any of this is a new version of the format.
+`uniform` ranks the tokens of a sample by `(word << 16) | token`; the lowest stay visible, and
+`complementary` deals them out in that order. So a mask is a function of (seed, epoch, sample id)
+alone, the same on every device and for any batching. `blockwise` reads area, aspect ratio, top and
+left of its n-th block from the four words of block n of stream 2, and ranks by stream 3 the tokens
+that it masks singly. A change of any of this is a new version of the format.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Random123.
 """
@@ -24,6 +27,7 @@ __all__ = ["FORMAT_VERSION", "MAX_TOKENS", "philox4x32", "random_words", "stream
 
 FORMAT_VERSION = 1
 MAX_TOKENS = 1 << 16
+UNIFORM, SQUARE = 0, 1  # numbers of the samplers
 
 
 def stream_of(key: Key, sampler: int) -> int:
@@ -31,19 +35,16 @@ def stream_of(key: Key, sampler: int) -> int:
     return (sampler << 8) | key.view_index
 
 
-def random_words(
-    key: Key, num_words: int, *, sampler: int, first_block: int = 0
-) -> Int64[Tensor, "batch words"]:
+def random_words(key: Key, num_words: int, *, sampler: int) -> Int64[Tensor, "batch words"]:
     """Draw `num_words` 32-bit words for every sample of `key`, in the public format.
 
     Args:
         key: Seed, epoch, view and sample ids.
         num_words: Words per sample, at most 65536.
         sampler: Number of the sampler in the format, so that no two samplers share words.
-        first_block: Blocks of four words to skip.
 
     Returns:
         Values in [0, 2**32).
     """
     stream = stream_of(key, sampler)
-    return sample_words(key.sample_ids, key.seed_and_epoch, stream, num_words, first_block)
+    return sample_words(key.sample_ids, key.seed_and_epoch, stream, num_words)

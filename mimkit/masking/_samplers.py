@@ -10,10 +10,8 @@ from mimkit._grids import as_sizes, count_tokens, divide, per_axis
 from mimkit.masking._counts import Rounding, resolve_count
 from mimkit.masking._key import Key
 from mimkit.masking._mask import Mask
-from mimkit.masking._philox import MAX_TOKENS, random_words, stream_of
+from mimkit.masking._philox import MAX_TOKENS, SQUARE, UNIFORM, random_words, stream_of
 from mimkit_kernels import uniform_sample
-
-_UNIFORM, _SQUARE = 0, 1
 
 
 def uniform(
@@ -63,7 +61,7 @@ def uniform(
         )
     units_masked = None if num_masked is None else num_masked // tokens_per_unit
     count = resolve_count(num_units, ratio, units_masked, rounding)
-    stream = stream_of(key, _UNIFORM)
+    stream = stream_of(key, UNIFORM)
     ids = uniform_sample(key.sample_ids, key.seed_and_epoch, stream, num_units, num_units - count)
     mask = Mask(*ids, units)
     return mask if tokens_per_unit == 1 else mask.refine(unit)
@@ -129,7 +127,7 @@ def square(
         start = torch.tensor([space // 2 for space in room], device=key.device)
         start = start.expand(key.batch_size, -1)
     elif position == "random":
-        words = random_words(key, len(grid), sampler=_SQUARE)
+        words = random_words(key, len(grid), sampler=SQUARE)
         # word * n >> 32 is uniform on [0, n) without a float.
         start = (words * torch.tensor([space + 1 for space in room], device=key.device)) >> 32
     else:

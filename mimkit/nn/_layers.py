@@ -3,6 +3,8 @@
 Axes: batch; tokens; dim; heads; head_dim.
 """
 
+from typing import Literal
+
 import torch
 from einops import rearrange
 from jaxtyping import Float
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 NORM_EPS = 1e-6  # of every LayerNorm in MAE's models (PyTorch's default is 1e-5)
+
+QKVBias = Literal[True, "qv"]
 
 
 def xavier_linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
@@ -22,8 +26,9 @@ def xavier_linear(in_features: int, out_features: int, *, bias: bool = True) -> 
 
 
 # Where bfloat16 products are native, they beat the backward of PyTorch's fused attention at the
-# lengths that MIM uses (50 to 200 tokens); where they are emulated, it is the other way round.
-# `benchmarks/bench_attention.py` has the numbers.
+# lengths that MIM uses (50 to 200 tokens); where they are emulated, it is the other way round. With
+# a learned bias, PyTorch has no fused attention for a CPU. `benchmarks/bench_attention.py` has the
+# numbers.
 _CPU_HAS_BFLOAT16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
@@ -31,13 +36,37 @@ def attend(
     query: Float[Tensor, "batch heads queries head_dim"],
     key: Float[Tensor, "batch heads tokens head_dim"],
     value: Float[Tensor, "batch heads tokens head_dim"],
+    bias: Float[Tensor, "#batch heads queries tokens"] | None = None,
 ) -> Float[Tensor, "batch heads queries head_dim"]:
-    """Softmax attention: plain matrix products for bfloat16 on a CPU that has it, else fused."""
-    if _CPU_HAS_BFLOAT16 and query.dtype == torch.bfloat16 and query.device.type == "cpu":
-        logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-        mixed: Tensor = logits.softmax(dim=-1) @ value
-        return mixed
-    return F.scaled_dot_product_attention(query, key, value)
+    """Softmax attention, with `bias` added to its logits.
+
+    Plain matrix products on a CPU with a bias, or for bfloat16 if it has it; else PyTorch's fused
+    operator.
+    """
+    if bias is not None:
+        bias = bias.to(query.dtype)
+    if query.device.type == "cpu":
+        if bias is not None:
+            return _attend_with_bias(query, key, value, bias)
+        if _CPU_HAS_BFLOAT16 and query.dtype == torch.bfloat16:
+            logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+            mixed: Tensor = logits.softmax(dim=-1) @ value
+            return mixed
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+
+def _attend_with_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Attend by plain products that start from the bias instead of adding it in a pass more."""
+    batch, heads, queries, head_dim = query.shape
+    flat_query, flat_key, flat_value = (
+        part.reshape(batch * heads, part.shape[2], head_dim) for part in (query, key, value)
+    )
+    logits = bias.expand(batch, heads, -1, -1).clone(memory_format=torch.contiguous_format)
+    logits = logits.view(batch * heads, queries, key.shape[2]).baddbmm_(
+        flat_query, flat_key.transpose(1, 2), alpha=head_dim**-0.5
+    )
+    mixed: Tensor = logits.softmax(dim=-1) @ flat_value
+    return mixed.view(batch, heads, queries, head_dim)
 
 
 def split_heads(
@@ -64,27 +93,60 @@ def check_heads(dim: int, heads: int) -> None:
         raise ValueError(f"dim={dim} cannot be cut into heads={heads} of equal width")
 
 
-class Attention(nn.Module):
-    """Self-attention with one fused projection to queries, keys and values."""
+class _QKVProjection(nn.Linear):
+    """The fused projection without a bias of its own; one may come with the call."""
 
-    def __init__(self, *, dim: int, heads: int) -> None:
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, 3 * dim, bias=False)
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, tokens: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: D102
+        return F.linear(tokens, self.weight, bias)
+
+
+class Attention(nn.Module):
+    """Self-attention with one fused projection to queries, keys and values.
+
+    Args:
+        dim: Width of a token.
+        heads: Attention heads; divides `dim`.
+        qkv_bias: What has a bias: `True` for queries, keys and values (timm's `qkv.bias`), "qv" for
+            all but the keys (BEiT's `q_bias` and `v_bias`), whose bias softmax would not see.
+    """
+
+    def __init__(self, *, dim: int, heads: int, qkv_bias: QKVBias = True) -> None:
         super().__init__()
         check_heads(dim, heads)
         self.heads = heads
-        self.qkv = xavier_linear(dim, 3 * dim)
+        self.qkv = _QKVProjection(dim) if qkv_bias == "qv" else xavier_linear(dim, 3 * dim)
+        self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias == "qv" else None
+        self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias == "qv" else None
         self.proj = xavier_linear(dim, dim)
 
     def forward(
-        self, tokens: Float[Tensor, "batch tokens dim"], num_queries: int | None = None
+        self,
+        tokens: Float[Tensor, "batch tokens dim"],
+        num_queries: int | None = None,
+        attn_bias: Float[Tensor, "#batch heads tokens tokens"] | None = None,
     ) -> Float[Tensor, "batch queries dim"]:
         """Mix tokens of each sample, for the last `num_queries` of them only if that is given."""
         query, key, value = rearrange(
-            self.qkv(tokens), "b n (three h d) -> three b h n d", three=3, h=self.heads
+            self._project(tokens), "b n (three h d) -> three b h n d", three=3, h=self.heads
         ).unbind(0)
         if num_queries is not None:
-            query = query[:, :, tokens.shape[1] - num_queries :]
-        mixed: Tensor = self.proj(merge_heads(attend(query, key, value)))
+            first = tokens.shape[1] - num_queries
+            query = query[:, :, first:]
+            attn_bias = None if attn_bias is None else attn_bias[:, :, first:]
+        mixed: Tensor = self.proj(merge_heads(attend(query, key, value, attn_bias)))
         return mixed
+
+    def _project(self, tokens: Tensor) -> Tensor:
+        if self.q_bias is None or self.v_bias is None:
+            projected: Tensor = self.qkv(tokens)
+        else:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+            projected = self.qkv(tokens, bias)
+        return projected
 
 
 class CrossAttention(nn.Module):
@@ -110,6 +172,15 @@ class CrossAttention(nn.Module):
         mixed = attend(*(split_heads(tokens, self.heads) for tokens in projected))
         answer: Tensor = self.proj(merge_heads(mixed))
         return answer
+
+    def shares(
+        self, query: Float[Tensor, "batch queries dim"], key: Float[Tensor, "batch tokens dim"]
+    ) -> Float[Tensor, "batch heads queries tokens"]:
+        """Return how much of each token goes into each answer: to look at, not to train."""
+        queries, keys = (split_heads(t, self.heads) for t in (self.q(query), self.k(key)))
+        logits = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-2, -1)
+        shares: Tensor = logits.softmax(dim=-1)
+        return shares
 
 
 class Mlp(nn.Module):
@@ -163,10 +234,14 @@ class TransformerBlock(nn.Module):
         mlp_ratio: Hidden width of the MLP over `dim`.
         drop_path: Fraction of samples whose residual branches are left out in training.
         norm_eps: Epsilon of both LayerNorms.
+        layer_scale: What the learned factors of both residual branches (`gamma_1`, `gamma_2`) are
+            at first; `None` for no factors.
+        qkv_bias: `True` for biases of queries, keys and values; "qv" for all but the keys.
 
     Source:
         Dosovitskiy et al., arXiv:2010.11929, section 3.1; timm 0.3.2 `Block`, which MAE uses with
-        epsilon 1e-6. Weights are initialised as MAE does (Xavier uniform).
+        epsilon 1e-6. Weights are initialised as MAE does (Xavier uniform). Layer scale and "qv" as
+        in BEiT, arXiv:2106.08254, and so in SimMIM's ViT and CAE; paths are dropped after scaling.
 
     Example:
         >>> TransformerBlock(dim=32, heads=4)(torch.randn(2, 5, 32)).shape
@@ -181,16 +256,23 @@ class TransformerBlock(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
         norm_eps: float = NORM_EPS,
+        layer_scale: float | None = None,
+        qkv_bias: QKVBias = True,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attn = Attention(dim=dim, heads=heads)
+        self.attn = Attention(dim=dim, heads=heads, qkv_bias=qkv_bias)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim=dim, hidden_dim=int(dim * mlp_ratio))
+        self.gamma_1 = make_layer_scale(dim, layer_scale)
+        self.gamma_2 = make_layer_scale(dim, layer_scale)
         self.drop_path = DropPath(drop_path)
 
     def forward(
-        self, tokens: Float[Tensor, "batch tokens dim"], num_queries: int | None = None
+        self,
+        tokens: Float[Tensor, "batch tokens dim"],
+        num_queries: int | None = None,
+        attn_bias: Float[Tensor, "#batch heads tokens tokens"] | None = None,
     ) -> Float[Tensor, "batch queries dim"]:
         """Mix tokens, then transform each.
 
@@ -198,11 +280,25 @@ class TransformerBlock(nn.Module):
             tokens: All tokens of each sample.
             num_queries: Return the last so many tokens only, and do no work on what the others
                 would become; all tokens if `None`.
+            attn_bias: Added to the logits of attention: relative positions.
         """
         kept = tokens if num_queries is None else tokens[:, tokens.shape[1] - num_queries :]
-        kept = kept + self.drop_path(self.attn(self.norm1(tokens), num_queries))
-        out: Tensor = kept + self.drop_path(self.mlp(self.norm2(kept)))
+        mixed = self.attn(self.norm1(tokens), num_queries, attn_bias)
+        kept = kept + self.drop_path(scale(mixed, self.gamma_1))
+        out: Tensor = kept + self.drop_path(scale(self.mlp(self.norm2(kept)), self.gamma_2))
         return out
+
+
+def make_layer_scale(dim: int, value: float | None) -> nn.Parameter | None:
+    """Make the learned factors of a residual branch, one a channel, if there is a first value."""
+    return None if value is None else nn.Parameter(torch.full((dim,), value))
+
+
+def scale(
+    branch: Float[Tensor, "batch tokens dim"], gamma: Float[Tensor, " dim"] | None
+) -> Float[Tensor, "batch tokens dim"]:
+    """Multiply a residual branch by its learned factors, if it has any."""
+    return branch if gamma is None else gamma * branch
 
 
 def drop_path_rates(drop_path: float, depth: int) -> list[float]:

@@ -4,7 +4,6 @@ Axes: batch; channels; *spatial; visible; tokens (visible, or all of the grid wi
 prefix (the class token, if any); dim.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,71 +12,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._grids import as_sizes, count_tokens, divide, per_axis
+from mimkit._grids import as_sizes, divide, per_axis
 from mimkit.masking import Mask
-from mimkit.nn._layers import NORM_EPS, TransformerBlock, drop_path_rates, xavier_linear
-from mimkit.patches import gather_patches, patchify, sincos_positions
-
-
-class PatchProjection(nn.Module):
-    """Linear map from patches to tokens, with the weight of the convolution that it equals."""
-
-    def __init__(self, *, in_channels: int, patch: Sequence[int], dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim, in_channels, *patch))
-        self.bias = nn.Parameter(torch.empty(dim))
-        nn.init.xavier_uniform_(self.weight.view(dim, -1))
-        # MAE leaves the bias at the default of a convolution.
-        bound = 1 / math.sqrt(in_channels * count_tokens(patch))
-        nn.init.uniform_(self.bias, -bound, bound)
-
-    def forward(
-        self, patches: Float[Tensor, "batch tokens patch"]
-    ) -> Float[Tensor, "batch tokens dim"]:
-        """Project patches in the order "c p1 p2"."""
-        return F.linear(patches, self.weight.flatten(1), self.bias)
-
-
-class PatchEmbed(nn.Module):
-    """Embed patches: all of them, or under a mask the visible ones and nothing else.
-
-    Args:
-        patch_size: Pixels per patch, per spatial axis.
-        in_channels: Channels of the images.
-        dim: Width of a token.
-
-    Source:
-        timm `PatchEmbed` (a convolution over all patches, parameters `proj.weight`, `proj.bias`);
-        initialised as facebookresearch/mae does.
-
-    Example:
-        >>> from mimkit import masking
-        >>> mask = masking.uniform(masking.key([0], seed=0), (4, 4), 0.75)
-        >>> embed = PatchEmbed(patch_size=(8, 8), in_channels=3, dim=16)
-        >>> embed(torch.rand(1, 3, 32, 32), mask).shape
-        torch.Size([1, 4, 16])
-    """
-
-    def __init__(self, *, patch_size: Sequence[int], in_channels: int, dim: int) -> None:
-        super().__init__()
-        self.patch_size = as_sizes("patch_size", patch_size)
-        self.in_channels = in_channels
-        self.proj = PatchProjection(in_channels=in_channels, patch=self.patch_size, dim=dim)
-
-    def forward(
-        self, images: Float[Tensor, "batch channels *spatial"], mask: Mask | None = None
-    ) -> Float[Tensor, "batch tokens dim"]:
-        """Embed the visible patches, in ascending order of position; all without a mask."""
-        if images.shape[1] != self.in_channels:
-            raise ValueError(
-                f"images must have {self.in_channels} channels; got shape {tuple(images.shape)}"
-            )
-        if mask is None:
-            patches = patchify(images, self.patch_size, order="c p1 p2")
-        else:
-            patches = gather_patches(images, mask, self.patch_size, order="c p1 p2")
-        tokens: Tensor = self.proj(patches)
-        return tokens
+from mimkit.nn._embed import PatchEmbed
+from mimkit.nn._hybrid import HybridEmbed
+from mimkit.nn._layers import NORM_EPS, QKVBias, TransformerBlock, drop_path_rates, xavier_linear
+from mimkit.nn._relative import RelativePositionBias
+from mimkit.patches import restore, sincos_positions
 
 
 class ViT(nn.Module):
@@ -99,8 +40,17 @@ class ViT(nn.Module):
         pool: What `pool` returns: the "mean" of the patch tokens, or the class "token".
         pool_norm: Whether the last LayerNorm comes after pooling (`fc_norm`, as in MAE's and timm's
             fine-tuning by mean) instead of before (`norm`).
-        learn_positions: Whether the position table, sine-cosine at first, is trained.
+        absolute_positions: Whether position embeddings are added to the tokens.
+        learn_positions: Whether their table, sine-cosine at first, is trained.
+        first_axis: Which axis comes first in that table: "column" (MAE) or "row" (CAE).
+        relative_positions: Learned biases of attention for the offset between two tokens:
+            "shared" by all blocks, or each "block" its own.
+        layer_scale: What the learned factors of all residual branches are at first; `None` for no
+            factors.
+        qkv_bias: `True` for biases of queries, keys and values; "qv" for all but the keys.
         num_classes: Width of `head`, a linear classifier for pooled tokens; 0 for none.
+        stem: A CNN whose feature map is cut into patches instead of the image (`nn.ConvStem`, or
+            any module with `out_channels` and `stride`); `patch_size` then counts its positions.
 
     Attributes:
         grid: Tokens per axis.
@@ -109,7 +59,8 @@ class ViT(nn.Module):
     Source:
         Dosovitskiy et al., arXiv:2010.11929; MAE, arXiv:2111.06377, appendix A.1;
         facebookresearch/mae `models_mae.py`, `models_vit.py`. There all patches are embedded and
-        most then dropped; here the hidden ones are never read.
+        most then dropped; here the hidden ones are never read. Relative positions, layer scale and
+        "qv" as in BEiT, arXiv:2106.08254, and microsoft/SimMIM `vision_transformer.py`.
 
     Example:
         >>> from mimkit import masking
@@ -136,30 +87,63 @@ class ViT(nn.Module):
         class_token: bool = True,
         pool: Literal["mean", "token"] = "mean",
         pool_norm: bool = False,
+        absolute_positions: bool = True,
         learn_positions: bool = False,
+        first_axis: Literal["column", "row"] = "column",
+        relative_positions: Literal["shared", "block"] | None = None,
+        layer_scale: float | None = None,
+        qkv_bias: QKVBias = True,
         num_classes: int = 0,
+        stem: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if pool not in ("mean", "token"):
             raise ValueError(f'pool must be "mean" or "token"; got {pool!r}')
         if pool == "token" and not class_token:
             raise ValueError('pool="token" needs class_token=True')
+        if relative_positions not in ("shared", "block", None):
+            raise ValueError(
+                f'relative_positions must be "shared", "block" or None; got {relative_positions!r}'
+            )
         self.image_size = image_axes(image_size)
         patch = per_axis("patch_size", patch_size, len(self.image_size))
+        self.patch_embed = (
+            PatchEmbed(patch_size=patch, in_channels=in_channels, dim=dim)
+            if stem is None
+            else HybridEmbed(stem=stem, patch_size=patch, dim=dim)
+        )
+        patch = self.patch_embed.patch_size
         self.grid = divide("image size", self.image_size, patch, "patch size")
         self.dim = dim
         self.num_prefix_tokens = int(class_token)
         self._pool = pool
-        self.patch_embed = PatchEmbed(patch_size=patch, in_channels=in_channels, dim=dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token else None
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
-        self.pos_embed = nn.Parameter(
-            position_table(dim, self.grid, num_prefix=self.num_prefix_tokens),
-            requires_grad=learn_positions,
+        self.pos_embed = (
+            nn.Parameter(
+                position_table(
+                    dim, self.grid, num_prefix=self.num_prefix_tokens, first_axis=first_axis
+                ),
+                requires_grad=learn_positions,
+            )
+            if absolute_positions
+            else None
+        )
+        num_tables = {None: 0, "shared": 1, "block": depth}[relative_positions]
+        self.rel_pos_bias = nn.ModuleList(
+            RelativePositionBias(grid=self.grid, heads=heads, class_token=class_token)
+            for _ in range(num_tables)
         )
         self.blocks = nn.ModuleList(
-            TransformerBlock(dim=dim, heads=heads, mlp_ratio=mlp_ratio, drop_path=rate)
+            TransformerBlock(
+                dim=dim,
+                heads=heads,
+                mlp_ratio=mlp_ratio,
+                drop_path=rate,
+                layer_scale=layer_scale,
+                qkv_bias=qkv_bias,
+            )
             for rate in drop_path_rates(drop_path, depth)
         )
         self.norm = nn.Identity() if pool_norm else nn.LayerNorm(dim, eps=NORM_EPS)
@@ -167,20 +151,27 @@ class ViT(nn.Module):
         self.head = xavier_linear(dim, num_classes) if num_classes else nn.Identity()
 
     def forward(
-        self, images: Float[Tensor, "batch channels *spatial"], mask: Mask | None = None
+        self,
+        images: Float[Tensor, "batch channels *spatial"],
+        mask: Mask | None = None,
+        *,
+        mask_token: Float[Tensor, "*masked dim"] | None = None,
     ) -> Float[Tensor, "batch prefix_and_tokens dim"]:
         """Encode images: their visible patches under a mask, all patches without one.
 
         Args:
             images: Images of the size that the encoder was built for.
             mask: Which patches are visible.
+            mask_token: Stands for each masked patch, as in SimMIM: all tokens are then encoded. Or
+                [batch, masked, dim]: one token for each.
 
         Returns:
-            The prefix tokens, then one token per (visible) patch in ascending order of position,
+            The prefix tokens, then one token per encoded patch in ascending order of position,
             after the last norm.
 
         Raises:
-            ValueError: Images of another size or number of channels, or a mask that does not fit.
+            ValueError: Images of another size or number of channels, a mask that does not fit, or
+                a mask token without a mask.
         """
         if tuple(images.shape[2:]) != self.image_size:
             raise ValueError(
@@ -188,17 +179,29 @@ class ViT(nn.Module):
                 "Build one for the new size and load its position table with "
                 "patches.interpolate_positions"
             )
-        prefix_position, positions = self.pos_embed[0].tensor_split([self.num_prefix_tokens])
-        if mask is not None:
-            positions = F.embedding(mask.visible_ids, positions)
-        tokens = self.patch_embed(images, mask) + positions
-        if self.cls_token is not None:
-            prefix = (self.cls_token + prefix_position).expand(len(images), -1, -1)
-            tokens = torch.cat([prefix, tokens], dim=1)
-        for block in self.blocks:
-            tokens = block(tokens)
+        tokens = self.patch_embed(images, mask)
+        if mask_token is not None:
+            tokens, mask = fill_in(tokens, mask, mask_token), None
+        tokens = self._with_prefix_and_positions(tokens, mask)
+        biases: list[Tensor | None] = [bias(mask) for bias in self.rel_pos_bias]
+        if len(biases) != len(self.blocks):  # none, or one that all blocks share
+            biases = (biases or [None]) * len(self.blocks)
+        for block, bias in zip(self.blocks, biases, strict=True):
+            tokens = block(tokens, attn_bias=bias)
         encoded: Tensor = self.norm(tokens)
         return encoded
+
+    def _with_prefix_and_positions(self, tokens: Tensor, mask: Mask | None) -> Tensor:
+        prefix: Tensor | None = self.cls_token
+        if self.pos_embed is not None:
+            prefix_position, positions = self.pos_embed[0].tensor_split([self.num_prefix_tokens])
+            if mask is not None:
+                positions = F.embedding(mask.visible_ids, positions)
+            tokens = tokens + positions
+            prefix = None if prefix is None else prefix + prefix_position
+        if prefix is None:
+            return tokens
+        return torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1)
 
     def pool(
         self, tokens: Float[Tensor, "batch prefix_and_tokens dim"]
@@ -212,6 +215,22 @@ class ViT(nn.Module):
         return summary
 
 
+def fill_in(
+    tokens: Float[Tensor, "batch visible dim"],
+    mask: Mask | None,
+    mask_token: Float[Tensor, "*masked dim"],
+) -> Float[Tensor, "batch tokens dim"]:
+    """Put visible tokens in their places, and a mask token (or one for each) in all others.
+
+    Raises:
+        ValueError: No mask.
+    """
+    if mask is None:
+        raise ValueError("a mask_token stands for masked patches: pass a mask with it")
+    is_single = mask_token.numel() == mask_token.shape[-1]
+    return restore(tokens, mask, mask_token.view(-1) if is_single else mask_token)
+
+
 def image_axes(image_size: int | Sequence[int]) -> tuple[int, ...]:
     """Read an image size: an integer is the side of a square image."""
     sizes = as_sizes("image_size", image_size)
@@ -219,8 +238,12 @@ def image_axes(image_size: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def position_table(
-    dim: int, grid: Sequence[int], *, num_prefix: int
+    dim: int,
+    grid: Sequence[int],
+    *,
+    num_prefix: int,
+    first_axis: Literal["column", "row"] = "column",
 ) -> Float[Tensor, "1 prefix_and_tokens dim"]:
-    """Make MAE's sine-cosine table, with zeros for the prefix tokens."""
-    table = sincos_positions(dim, grid)
+    """Make a sine-cosine table, with zeros for the prefix tokens."""
+    table = sincos_positions(dim, grid, first_axis=first_axis)
     return torch.cat([torch.zeros(num_prefix, dim), table]).unsqueeze(0)

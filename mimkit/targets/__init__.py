@@ -1,5 +1,20 @@
 """What is predicted."""
 
+from mimkit.targets._classes import ChannelBins, ColorClusters
+from mimkit.targets._hog import HOG
 from mimkit.targets._pixels import NormalizedPixels, PCATarget, Pixels
+from mimkit.targets._resampled import DownsampledPixels, WindowNormalizedPixels
+from mimkit.targets._teachers import FeatureTarget, TokenTarget
 
-__all__ = ["NormalizedPixels", "PCATarget", "Pixels"]
+__all__ = [
+    "HOG",
+    "ChannelBins",
+    "ColorClusters",
+    "DownsampledPixels",
+    "FeatureTarget",
+    "NormalizedPixels",
+    "PCATarget",
+    "Pixels",
+    "TokenTarget",
+    "WindowNormalizedPixels",
+]

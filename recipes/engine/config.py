@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
@@ -28,10 +28,12 @@ class Training:
         epochs: Length of the run.
         batch_size: Images per optimizer step.
         base_lr: Learning rate per 256 images of a step.
-        warmup_epochs: Epochs in which the rate rises from 0.
+        warmup_epochs: Epochs in which the rate rises from `warmup_lr`.
         weight_decay: Of parameters with more than one axis.
         betas: Of AdamW.
         min_lr: Learning rate at the end.
+        warmup_lr: Learning rate at the start.
+        milestones: Epochs at which the rate is divided by 10, instead of falling along a cosine.
         clip_grad: Largest norm of the gradient; None for no limit.
         precision: "fp32", or "bf16" for bfloat16 autocast.
     """
@@ -43,6 +45,8 @@ class Training:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     min_lr: float = 0.0
+    warmup_lr: float = 0.0
+    milestones: tuple[float, ...] = ()
     clip_grad: float | None = None
     precision: Precision = "fp32"
 
@@ -101,6 +105,8 @@ class Recipe:
         note: What a viewer of reconstructions must know.
         options: Its command line. An option named as a field of the preset's model, training or
             masking replaces that field.
+        pictures: More files of held-out pictures by name. Each makes columns by caption:
+            (model, model inputs).
         fit: Fits what a model must see images for before its first step: (model, model inputs).
     """
 
@@ -111,6 +117,9 @@ class Recipe:
     reconstruct: Callable[[Any, Tensor, Mask], Tensor]
     note: str
     options: type[Options] = Options
+    pictures: Mapping[str, Callable[[Any, Tensor], Mapping[str, Tensor]]] = field(
+        default_factory=dict
+    )
     fit: Callable[[Any, Tensor], None] | None = None
 
 

@@ -15,8 +15,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mimkit.interop import from_official, load_checkpoint
+from mimkit.interop._convert import unwrap
 from mimkit.nn import ViT
-from mimkit.patches import interpolate_positions
+from mimkit.nn._layers import QKVBias
+from mimkit.nn._relative import NUM_CLASS_ROWS
+from mimkit.patches import interpolate_positions, interpolate_relative_positions
 from recipes.engine.cli import CommonOptions
 from recipes.engine.distributed import world_size_from_environment
 from recipes.engine.errors import UserError
@@ -26,6 +29,7 @@ _UNREADABLE = (
 )  # fmt: skip
 # What stands between the encoder's tokens and classes: pre-training's is not fine-tuning's.
 _LAST_NORM = "norm."
+_TOLD_BY_WEIGHTS = {"layer_scale", "qkv_bias", "absolute_positions", "relative_positions"}
 _CLASSIFIER = ("fc_norm.", "head.")
 
 
@@ -35,7 +39,7 @@ class EncoderOptions(CommonOptions):
 
     Attributes:
         encoder: An `encoder.safetensors`, whose shape is in the `config.yaml` beside it, or a
-            checkpoint of the authors' MAE, whose shape is the preset's; "none" for none.
+            checkpoint of the authors' MAE or CAE, whose shape is the preset's; "none" for none.
         resume: "auto" goes on with the output folder's last checkpoint, "never" insists on a new
             start.
     """
@@ -61,7 +65,10 @@ def open_encoder(options: EncoderOptions, shape: "EncoderShape") -> "EncoderFile
 
 @dataclass(frozen=True)
 class EncoderShape:
-    """Shape of a Vision Transformer, in the words of `nn.ViT`; the defaults are ViT-B/16."""
+    """Shape of a Vision Transformer, in the words of `nn.ViT`; the defaults are ViT-B/16.
+
+    What weights tell (`layer_scale`, `qkv_bias`, the kinds of positions) is taken from them.
+    """
 
     image_size: int | tuple[int, ...] = 224
     patch_size: int | tuple[int, ...] = 16
@@ -70,6 +77,10 @@ class EncoderShape:
     depth: int = 12
     heads: int = 12
     mlp_ratio: float = 4.0
+    layer_scale: float | None = None
+    qkv_bias: QKVBias = True
+    absolute_positions: bool = True
+    relative_positions: Literal["block"] | None = None
 
     def image_axes(self) -> tuple[int, int]:
         """Return height and width in pixels."""
@@ -99,7 +110,7 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
     """Read an encoder.
 
     Args:
-        path: An `encoder.safetensors`, or a checkpoint of the authors' MAE.
+        path: An `encoder.safetensors`, or a checkpoint of the authors' MAE, CAE or SimMIM.
         shape: Its shape, where no `config.yaml` beside it tells.
 
     Raises:
@@ -114,12 +125,41 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
     except _UNREADABLE as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise UserError(f"--encoder {path} cannot be read: {reason}") from error
-    weights = from_official("mae_vit", checkpoint) if isinstance(checkpoint, Mapping) else {}
+    weights = _under_our_names(checkpoint) if isinstance(checkpoint, Mapping) else {}
+    if isinstance(checkpoint, Mapping) and _holds_swin(unwrap(checkpoint)):
+        raise UserError(f"--encoder {path} holds a Swin Transformer: this recipe takes a ViT")
     if "patch_embed.proj.weight" not in weights:
         raise UserError(f"--encoder {path} holds no Vision Transformer")
     in_channels = weights["patch_embed.proj.weight"].shape[1]
     told = _shape_beside(path) or dataclasses.replace(shape, in_channels=in_channels)
+    told = dataclasses.replace(
+        told,
+        layer_scale=1.0 if "blocks.0.gamma_1" in weights else None,
+        qkv_bias="qv" if "blocks.0.attn.q_bias" in weights else True,
+        absolute_positions="pos_embed" in weights,
+        relative_positions="block" if "rel_pos_bias.0.table" in weights else None,
+    )
     return EncoderFile(path, digest, told, weights)
+
+
+def _under_our_names(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Rename the encoder of the authors' MAE, CAE or SimMIM, or take ours.
+
+    A table of relative positions that all blocks shared becomes the first one of each.
+    """
+    tensors = unwrap(checkpoint)
+    if "rel_pos_bias.0.table" in tensors:
+        blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+        shared = {f"rel_pos_bias.{i}.table": tensors["rel_pos_bias.0.table"] for i in blocks}
+        return {**shared, **tensors}
+    if any(name.startswith("encoder.rel_pos_bias.") for name in tensors):
+        return from_official("simmim_vit_finetune", tensors)
+    is_cae = any(name.startswith("encoder.") for name in tensors)
+    return from_official("cae_vit" if is_cae else "mae_vit", tensors)
+
+
+def _holds_swin(tensors: Mapping[str, Any]) -> bool:
+    return any(name.removeprefix("encoder.").startswith("layers.") for name in tensors)
 
 
 def _shape_beside(path: Path) -> EncoderShape | None:
@@ -129,7 +169,8 @@ def _shape_beside(path: Path) -> EncoderShape | None:
         return None
     try:
         model = yaml.safe_load(file.read_text())["model"]
-        values = {field.name: model[field.name] for field in dataclasses.fields(EncoderShape)}
+        names = {field.name for field in dataclasses.fields(EncoderShape)} - _TOLD_BY_WEIGHTS
+        values = {name: model[name] for name in names}
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{file} does not tell the shape of a ViT: move it elsewhere") from error
     plain: dict[str, Any] = {
@@ -176,8 +217,13 @@ def fill_encoder(encoder: ViT, file: EncoderFile) -> None:
     if odd:
         verb = "lacks" if odd[0] in wanted else "has a part that this shape lacks:"
         raise UserError(f"--encoder {file.path} {verb} {odd[0]}: {advice}")
-    if weights["pos_embed"].shape[1:] != own["pos_embed"].shape[1:]:
+    if "pos_embed" in own and weights["pos_embed"].shape[1:] != own["pos_embed"].shape[1:]:
         weights["pos_embed"] = _resampled(weights["pos_embed"], encoder, file)
+    for name, table in weights.items():
+        if name.startswith("rel_pos_bias.") and table.shape != own[name].shape:
+            weights[name] = interpolate_relative_positions(
+                table, _grid_of_file(encoder, file), encoder.grid, num_extra=NUM_CLASS_ROWS
+            )
     for name, tensor in weights.items():
         if tensor.shape != own[name].shape:
             raise UserError(
@@ -191,12 +237,16 @@ def _resampled(table: Tensor, encoder: ViT, file: EncoderFile) -> Tensor:
     """Resample a position table to the encoder's grid; as it is where that cannot be done."""
     num_prefix = encoder.num_prefix_tokens
     side = math.isqrt(max(table.shape[1] - num_prefix, 0))
-    patch = encoder.patch_embed.patch_size
-    told = tuple(s // p for s, p in zip(file.shape.image_axes(), patch, strict=True))
-    for old_grid in (told, (side, side)):
+    for old_grid in (_grid_of_file(encoder, file), (side, side)):
         if math.prod(old_grid) + num_prefix == table.shape[1]:
             resampled = interpolate_positions(
                 table[0], old_grid, encoder.grid, num_prefix=num_prefix
             )
             return resampled.unsqueeze(0)
     return table
+
+
+def _grid_of_file(encoder: ViT, file: EncoderFile) -> tuple[int, ...]:
+    """Return the tokens per axis that a file's encoder had."""
+    patch = encoder.patch_embed.patch_size
+    return tuple(s // p for s, p in zip(file.shape.image_axes(), patch, strict=True))

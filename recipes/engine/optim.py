@@ -1,7 +1,7 @@
 """Optimizer groups and learning-rate schedules, as the authors have them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
@@ -11,16 +11,21 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
 
     Source:
         MAE's pre-training: timm's `add_weight_decay` leaves out what has one axis (norms, biases).
-        Class and mask tokens have three, and are decayed.
+        Class and mask tokens have three, and are decayed; but a model may name parameters that are
+        not, in an attribute `not_decayed`.
 
     Example:
         >>> groups = parameter_groups(nn.Linear(2, 3), weight_decay=0.05)
         >>> [(len(group["params"]), group["weight_decay"]) for group in groups]
         [(1, 0.05), (1, 0.0)]
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in trainable if parameter.ndim > 1]
-    others = [parameter for parameter in trainable if parameter.ndim <= 1]
+    not_decayed = getattr(model, "not_decayed", ())
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_decayed = parameter.ndim > 1 and name not in not_decayed
+            (decayed if is_decayed else others).append(parameter)
     return [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -28,9 +33,15 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
 
 
 def warmup_cosine(
-    epoch: float, *, lr: float, epochs: float, warmup_epochs: float, min_lr: float = 0.0
+    epoch: float,
+    *,
+    lr: float,
+    epochs: float,
+    warmup_epochs: float,
+    min_lr: float = 0.0,
+    warmup_lr: float = 0.0,
 ) -> float:
-    """Rise linearly from 0, then fall along half a cosine to `min_lr`.
+    """Rise linearly from `warmup_lr`, then fall along half a cosine to `min_lr`.
 
     Args:
         epoch: Epochs done, a fraction within an epoch: the rate changes every step.
@@ -38,6 +49,7 @@ def warmup_cosine(
         epochs: Length of the run.
         warmup_epochs: Length of the rise.
         min_lr: The rate at the end.
+        warmup_lr: The rate at the start.
 
     Source:
         facebookresearch/mae `lr_sched.py`.
@@ -47,9 +59,40 @@ def warmup_cosine(
         [0.0, 0.5, 1.0, 0.5, 0.0]
     """
     if epoch < warmup_epochs:
-        return lr * epoch / warmup_epochs
+        return warmup_lr + (lr - warmup_lr) * epoch / warmup_epochs
     progress = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-12)
     return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def warmup_steps(
+    epoch: float,
+    *,
+    lr: float,
+    warmup_epochs: float,
+    milestones: Sequence[float],
+    factor: float = 0.1,
+    warmup_lr: float = 0.0,
+) -> float:
+    """Rise linearly from `warmup_lr`, then multiply by `factor` at every milestone.
+
+    Args:
+        epoch: Epochs done.
+        lr: The highest rate.
+        warmup_epochs: Length of the rise.
+        milestones: Epochs at which the rate falls.
+        factor: By which it falls.
+        warmup_lr: The rate at the start.
+
+    Source:
+        microsoft/SimMIM `lr_scheduler.py` `MultiStepLRScheduler`.
+
+    Example:
+        >>> [warmup_steps(e, lr=1.0, warmup_epochs=2, milestones=[8]) for e in (0, 1, 2, 7, 8)]
+        [0.0, 0.5, 1.0, 1.0, 0.1]
+    """
+    if epoch < warmup_epochs:
+        return warmup_lr + (lr - warmup_lr) * epoch / warmup_epochs
+    return lr * factor ** sum(milestone <= epoch for milestone in milestones)
 
 
 def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:

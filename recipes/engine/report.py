@@ -1,6 +1,7 @@
 """What a finished run shows: loss beside trivial predictors, probes, pictures, weights."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from recipes.engine.data import DataSet, ProbeData
 from recipes.engine.masks import first
 from recipes.engine.probes import Features, evaluate, raw_pixels
 from recipes.engine.run_folder import RunFolder, write_weights
-from recipes.engine.train import autocast, build_model
+from recipes.engine.train import autocast, build_model, scalars
 
 _PROBE_NAMES = {"knn": "k-NN", "linear": "linear", "attentive": "attentive"}
 _BATCH = 256
@@ -33,6 +34,7 @@ def write_report(
     write_weights(folder.path / "encoder.safetensors", encoder)
     draw_curves(folder)
     draw_reconstructions(recipe, config, data, folder, model)
+    draw_more_pictures(recipe, config, data, folder, model)
     metrics = folder.read_metrics()
     last = metrics[-max(len(metrics) // 10, 1) :]
     summary: dict[str, Any] = {
@@ -43,7 +45,8 @@ def write_report(
         "unreadable_images": unreadable,
     }
     if data.probe is not None:
-        summary["held_out"] = score_held_out(recipe, config, data.probe, model)
+        scores = score_held_out(recipe, config, data.probe, model)
+        summary["held_out"], summary["held_out_numbers"] = scores
         summary["probes"] = run_probes(recipe, config, data.probe, model)
     folder.write_summary(summary)
     return summary
@@ -66,45 +69,109 @@ def draw_reconstructions(
     """Draw held-out pictures: as they are, masked, and reconstructed tile by tile."""
     encoder: Any = model.encoder
     height, width = encoder.image_size
-    patch_size = pixels_per_token(encoder)
     rows = []
-    for number, picture in enumerate(data.pictures):
-        down, across = picture.shape[1] // height, picture.shape[2] // width
-        tiles = rearrange(picture, "c (a h) (b w) -> (a b) c h w", a=down, b=across)
-        inputs, mean, std = data.normalize(tiles)
-        ids = torch.arange(len(tiles)) + (number << 32)
+    for number, picture in enumerate(tiled_pictures(data, encoder.image_size)):
+        ids = torch.arange(len(picture.tiles)) + (number << 32)
         mask = first(config.masking.draw(masking.key(ids, seed=config.seed), encoder.grid))
+        patch_size = height // mask.grid[0], width // mask.grid[1]  # not always the encoder's
         with autocast(config):
             filled = recipe.reconstruct(
-                model, inputs.to(config.device), mask.to(config.device)
-            ).float()
-        shown = (tiles, viz.show_masked(tiles, mask, patch_size), filled.cpu() * std + mean)
-        rows.append([rearrange(t, "(a b) c h w -> c (a h) (b w)", a=down, b=across) for t in shown])
+                model, picture.inputs.to(config.device), mask.to(config.device)
+            )
+        masked = viz.show_masked(picture.tiles, mask, patch_size)
+        shown = (picture.tiles, masked, picture.from_inputs(filled))
+        rows.append([picture.join(tiles) for tiles in shown])
     percent = f"{config.masking.mask_ratio:.0%}"
     captions = ["input (not trained on)", f"masked, {percent}", "reconstruction"]
-    note = (
-        f"Tiles of {height} x {width} px, each normalised and filled in by itself.\n{recipe.note}"
-    )
+    note = f"{_tile_note(encoder)} and filled in by itself.\n{recipe.note}"
     viz.panel(rows, captions, note=note).save(folder.path / "reconstructions.png")
+
+
+@torch.no_grad()
+def draw_more_pictures(
+    recipe: Recipe, config: PretrainConfig, data: DataSet, folder: RunFolder, model: nn.Module
+) -> None:
+    """Draw what the recipe shows of held-out pictures beside reconstructions."""
+    encoder: Any = model.encoder
+    for name, draw in recipe.pictures.items():
+        rows, captions = [], []
+        for picture in tiled_pictures(data, encoder.image_size):
+            with autocast(config):
+                columns = draw(model, picture.inputs.to(config.device))
+            captions = ["input (not trained on)", *columns]
+            shown = (picture.tiles, *(picture.from_inputs(tiles) for tiles in columns.values()))
+            rows.append([picture.join(tiles) for tiles in shown])
+        note = f"{_tile_note(encoder)}.\n{recipe.note}"
+        viz.panel(rows, captions, note=note).save(folder.path / f"{name}.png")
+
+
+@dataclass(frozen=True, eq=False)
+class TiledPicture:
+    """A picture cut into tiles of the encoder's size.
+
+    Attributes:
+        tiles: Tiles in [0, 1], row by row.
+        inputs: Tiles as model inputs.
+        mean: What was subtracted from them.
+        std: What they were divided by then.
+        down: Tiles in a column.
+        across: Tiles in a row.
+    """
+
+    tiles: Tensor
+    inputs: Tensor
+    mean: Tensor
+    std: Tensor
+    down: int
+    across: int
+
+    def from_inputs(self, inputs: Tensor) -> Tensor:
+        """Turn model inputs of the tiles into tiles."""
+        return inputs.float().cpu() * self.std + self.mean
+
+    def join(self, tiles: Tensor) -> Tensor:
+        """Put the tiles together."""
+        return rearrange(tiles, "(a b) c h w -> c (a h) (b w)", a=self.down, b=self.across)
+
+
+def tiled_pictures(data: DataSet, size: tuple[int, int]) -> Iterator[TiledPicture]:
+    """Cut each held-out picture into tiles of a height and width."""
+    height, width = size
+    for picture in data.pictures:
+        down, across = picture.shape[1] // height, picture.shape[2] // width
+        tiles = rearrange(picture, "c (a h) (b w) -> (a b) c h w", a=down, b=across)
+        yield TiledPicture(tiles, *data.normalize(tiles), down, across)
+
+
+def _tile_note(encoder: Any) -> str:
+    height, width = encoder.image_size
+    return f"Tiles of {height} x {width} px, each normalised"
 
 
 @torch.no_grad()
 def score_held_out(
     recipe: Recipe, config: PretrainConfig, probe: ProbeData, model: nn.Module
-) -> dict[str, float]:
-    """Score the model and trivial predictors on images it was not trained on, fixed masks."""
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Score the model and trivial predictors on images it was not trained on, fixed masks.
+
+    Returns:
+        The loss beside the trivial predictors', and the other numbers of the model's output.
+    """
     encoder: Any = model.encoder
     totals: dict[str, float] = {}
+    names: dict[str, None] = {}
     for start, images in _batches(probe.test_images, config):
         ids = torch.arange(start, start + len(images), device=images.device)
         mask = first(config.masking.draw(masking.key(ids, seed=config.seed).view(1), encoder.grid))
         with autocast(config):
-            scores = {"loss": model(images, mask).loss}
-        scores |= recipe.baselines(model, images, mask)
-        for name, value in scores.items():
+            numbers = scalars(model(images, mask))
+        trivial = recipe.baselines(model, images, mask)
+        names |= dict.fromkeys(["loss", *trivial])
+        for name, value in (numbers | trivial).items():
             share = len(images) / len(probe.test_images)
             totals[name] = totals.get(name, 0.0) + value.item() * share
-    return totals
+    others = {name: value for name, value in totals.items() if name not in names}
+    return {name: totals[name] for name in names}, others
 
 
 def run_probes(
@@ -150,6 +217,9 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     if held_out:
         others = (f"{name} {value:.3f}" for name, value in held_out.items() if name != "loss")
         print(f"held-out loss  {held_out['loss']:.3f}   trivial predictors: {', '.join(others)}")
+    numbers = summary.get("held_out_numbers")
+    if numbers:
+        print("held out:      " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()))
     probes = summary.get("probes")
     if probes:
         print(f"{'probe (accuracy, %)':<22}{'trained':>10}{'untrained':>11}{'raw pixels':>12}")

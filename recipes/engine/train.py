@@ -22,13 +22,24 @@ from recipes.engine.distributed import World, distribute, gradient_sync, whole, 
 from recipes.engine.errors import UserError
 from recipes.engine.loader import make_loader
 from recipes.engine.masks import Masks, first, take_rows
-from recipes.engine.optim import gradients, parameter_groups, warmup_cosine
+from recipes.engine.optim import gradients, parameter_groups, warmup_cosine, warmup_steps
 from recipes.engine.run_folder import RunFolder
 from recipes.engine.tracker import make_tracker
 
 _LOGS_PER_RUN = 50
 _MAX_SKIPPED = 10
 _FITTING_IMAGES = 256
+
+
+def scheduled_lr(epoch: float, config: PretrainConfig) -> float:
+    """Return the learning rate: falling in steps if there are milestones, else along a cosine."""
+    training = config.training
+    rise = {"warmup_epochs": training.warmup_epochs, "warmup_lr": training.warmup_lr}
+    if training.milestones:
+        return warmup_steps(epoch, lr=config.lr, milestones=training.milestones, **rise)
+    return warmup_cosine(
+        epoch, lr=config.lr, epochs=training.epochs, min_lr=training.min_lr, **rise
+    )
 
 
 def build_model(recipe: Recipe, config: PretrainConfig) -> nn.Module:
@@ -284,13 +295,7 @@ class Trainer:
         return StepResult(loss, numbers, lr, norm, num_images, images, masks)
 
     def _set_lr(self, epoch: float) -> float:
-        lr = warmup_cosine(
-            epoch,
-            lr=self.config.lr,
-            epochs=self.config.training.epochs,
-            warmup_epochs=self.config.training.warmup_epochs,
-            min_lr=self.config.training.min_lr,
-        )
+        lr = scheduled_lr(epoch, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr

@@ -1,5 +1,7 @@
 """Names: from the authors' checkpoints to mimkit's, and back."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,19 +9,46 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mimkit.interop import from_official, from_timm, to_official, to_timm
-from mimkit.nn import ViT
+from mimkit.nn import ConvViT, ViT
 from recipes.mae import MAE, MAEConfig
 from tests.golden_files import golden
 from tests.strategies import generators
 
 FINE_TUNED = golden("mae_finetune_vit_A")
+CAE_FINE_TUNED = golden("cae_finetune_vit_A")
+NOT_WEIGHTS = ("relative_position_index", "num_batches_tracked")
+
+
+def weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in tensors.items() if not name.endswith(NOT_WEIGHTS)}
+
+
+CAE_PROBE = {
+    name: value
+    for name, value in weights(CAE_FINE_TUNED.tensors("attentive/param/")).items()
+    if name.startswith(("query_token", "attentive_blocks.", "fc_norm.", "head."))
+}
+CONVMAE_FINE_TUNED = golden("convmae_finetune_A").tensors("global_pool/param/")
 OFFICIAL = {
     "mae": golden("mae_A").tensors("param/"),
     "mae_vit": FINE_TUNED.tensors("global_pool/param/") | FINE_TUNED.tensors("cls/param/"),
+    "cae": golden("cae_A").tensors("param/"),
+    "cae_vit": weights(CAE_FINE_TUNED.tensors("finetune/param/")),
+    "cae_probe": CAE_PROBE,
+    "dalle": golden("dalle_encoder_A").tensors("param/"),
+    "dalle_decoder": golden("dalle_encoder_A").tensors("param/"),
+    "convmae": golden("convmae_A").tensors("param/"),
+    "fastconvmae": golden("fastconvmae_A").tensors("param/"),
+    "convmae_vit": CONVMAE_FINE_TUNED
+    | {"norm.weight": torch.ones(32), "norm.bias": torch.ones(32)},
+    "convmae_det": golden("convmae_det_A").tensors("param/"),
 }
+
 CONVERTERS = {
-    "mae": (lambda x: from_official("mae", x), lambda y: to_official("mae", y)),
-    "mae_vit": (lambda x: from_official("mae_vit", x), lambda y: to_official("mae_vit", y)),
+    **{
+        method: (partial(from_official, method), partial(to_official, method))
+        for method in OFFICIAL
+    },
     "timm": (from_timm, to_timm),
 }
 OFFICIAL["timm"] = OFFICIAL["mae_vit"]
@@ -141,3 +170,19 @@ def test_an_unknown_method_is_named_with_the_known_ones(convert):
 def test_timm_models_that_compute_something_else_are_refused(name):
     with pytest.raises(ValueError, match=name):
         from_timm(OFFICIAL["timm"] | {name: torch.zeros(1)})
+
+
+def test_a_convmae_checkpoint_gives_its_fine_tuning_encoder():
+    """Without what the authors drop: decoder and fusions of scales."""
+    official = OFFICIAL["convmae"]
+    converted = from_official("convmae_vit", official)
+    encoder = ConvViT(image_size=64, dim=(16, 24, 40), depth=(2, 2, 2), heads=4)
+    encoder.load_state_dict(converted)
+    gone = ("decoder", "mask_token", "stage1_output_decode", "stage2_output_decode")
+    assert set(converted.dropped) == {name for name in official if name.startswith(gone)}
+
+
+def test_a_detectors_index_buffer_is_dropped_and_named():
+    name = "windowed_rel_pos_bias.relative_position_index"
+    converted = from_official("convmae_det", OFFICIAL["convmae_det"] | {name: torch.zeros(16, 16)})
+    assert converted.dropped == (name,)

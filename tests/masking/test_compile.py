@@ -35,6 +35,7 @@ MADE_INSIDE = {
     "uniform by count": lambda key: masking.uniform(key, GRID, num_masked=5),
     "uniform in units": lambda key: masking.uniform(key, GRID, 0.5, unit=2),
     "all visible": lambda key: masking.uniform(key, GRID, num_masked=0),
+    "blockwise": lambda key: masking.blockwise(key, GRID, 0.5),
     "gridwise": lambda key: masking.gridwise(key, GRID),
     "central square": lambda key: masking.square(key, GRID, 2),
     "random square": lambda key: masking.square(key, GRID, 2, position="random"),

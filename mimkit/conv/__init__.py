@@ -1,0 +1,5 @@
+"""Depth-wise convolution of what is visible."""
+
+from mimkit.conv._depthwise import masked_depthwise_conv2d, packed_depthwise_conv2d
+
+__all__ = ["masked_depthwise_conv2d", "packed_depthwise_conv2d"]

@@ -1,0 +1,132 @@
+"""Depth-wise convolution that sees zeros in place of what is masked: dense, and packed.
+
+    out[c, y, x] = bias[c] + sum_ij weight[c, i, j] * visible[y + i - r, x + j - r]
+                                                    * in[c, y + i - r, x + j - r]
+
+Axes: batch; channels; height, width; visible (cells); cell (positions of a cell, row-major);
+window (cells around a cell).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int32
+from torch import Tensor
+from torch.nn import functional as F
+
+from mimkit._grids import Grid, per_axis
+from mimkit.masking import Mask
+from mimkit.patches._cells import cell_of
+from mimkit_kernels import packed_depthwise_conv
+
+
+def masked_depthwise_conv2d(
+    x: Float[Tensor, "batch channels height width"],
+    weight: Float[Tensor, "channels 1 kernel_height kernel_width"],
+    bias: Float[Tensor, " channels"] | None,
+    mask: Mask,
+) -> Float[Tensor, "batch channels height width"]:
+    """Convolve a feature map whose masked positions count as zeros: the plain definition.
+
+    Args:
+        x: Feature map, as fine as the mask or finer.
+        weight: One odd-sized filter per channel.
+        bias: One value per channel, added everywhere.
+        mask: What does not count; the output has values there as well.
+
+    Raises:
+        ValueError: An even kernel, or shapes that do not fit.
+
+    Source:
+        ConvMAE, arXiv:2205.03892, section 3.2 "masked convolution"; Alpha-VL/ConvMAE `CBlock`,
+        which multiplies by the mask.
+
+    Example:
+        >>> mask = Mask.from_bool(torch.tensor([[[True, False]]]))
+        >>> x = torch.tensor([[[[5.0, 7.0]]]])
+        >>> masked_depthwise_conv2d(x, torch.ones(1, 1, 1, 3), None, mask)
+        tensor([[[[7., 7.]]]])
+    """
+    radius = _radius(weight, bias, x.shape[1])
+    is_masked = mask.refine(cell_of(x, mask)).is_masked.unsqueeze(1)
+    return F.conv2d(x.masked_fill(is_masked, 0), weight, bias, padding=radius, groups=x.shape[1])
+
+
+def packed_depthwise_conv2d(
+    cells: Float[Tensor, "batch visible cell channels"],
+    weight: Float[Tensor, "channels 1 kernel_height kernel_width"],
+    bias: Float[Tensor, " channels"] | None,
+    neighbors: Int32[Tensor, "batch visible window"],
+    *,
+    cell: int | Sequence[int],
+) -> Float[Tensor, "batch visible cell channels"]:
+    """Convolve packed cells: `masked_depthwise_conv2d` at the visible positions, no work elsewhere.
+
+    Args:
+        cells: Visible cells, as `patches.pack_cells` takes them.
+        weight: One odd-sized filter per channel.
+        bias: One value per channel.
+        neighbors: What `patches.neighbors` found, with a reach that covers the filter's radius.
+        cell: Positions per axis of a cell.
+
+    Raises:
+        ValueError: An even kernel, neighbors that do not reach as far as the kernel, or shapes that
+            do not fit.
+
+    Example:
+        >>> from mimkit.patches import neighbors
+        >>> around = neighbors(Mask.from_bool(torch.tensor([[[True, False, False]]])))
+        >>> cells = torch.tensor([[[[5.0]], [[7.0]]]])
+        >>> packed_depthwise_conv2d(cells, torch.ones(1, 1, 1, 3), None, around, cell=1).flatten()
+        tensor([12., 12.])
+    """
+    size = per_axis("cell", cell, 2)
+    radius = _radius(weight, bias, cells.shape[3])
+    if cells.shape[2] != math.prod(size):
+        raise ValueError(f"cells of {size} hold {math.prod(size)} positions; got {cells.shape[2]}")
+    if neighbors.shape[:2] != cells.shape[:2]:
+        raise ValueError(
+            f"neighbors are of {tuple(neighbors.shape[:2])} cells, but there are "
+            f"{tuple(cells.shape[:2])}"
+        )
+    reach = (math.isqrt(neighbors.shape[2]) - 1) // 2
+    if (2 * reach + 1) ** 2 != neighbors.shape[2] or reach < reach_of(radius, size):
+        raise ValueError(
+            f"a kernel of radius {radius} on cells of {size} needs neighbors with "
+            f"reach={reach_of(radius, size)}; got a window of {neighbors.shape[2]} cells"
+        )
+    cells, weight, bias = _autocast(cells, weight, bias)
+    return packed_depthwise_conv(cells, weight, bias, neighbors, size)
+
+
+def reach_of(radius: Sequence[int], cell: Sequence[int]) -> int:
+    """Return how many cells away the outputs of a cell look."""
+    return max(-(-r // size) for r, size in zip(radius, cell, strict=True))
+
+
+def _radius(weight: Tensor, bias: Tensor | None, channels: int) -> Grid:
+    """Check the filters, and return how far they look on each axis."""
+    if weight.ndim != 4 or weight.shape[:2] != (channels, 1):
+        raise ValueError(
+            f"weight must be [{channels}, 1, height, width], one filter per channel; "
+            f"got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(f"bias must be [{channels}] or None; got {tuple(bias.shape)}")
+    kernel = tuple(weight.shape[2:])
+    if any(size % 2 == 0 for size in kernel):
+        raise ValueError(f"the kernel must have odd sizes, so that it has a center; got {kernel}")
+    return tuple(size // 2 for size in kernel)
+
+
+def _autocast(
+    cells: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast as autocast casts the inputs of a convolution, whose gradients are its own here."""
+    device = cells.device.type
+    available = torch.amp.is_autocast_available(device)  # not on the meta device
+    if not available or not torch.is_autocast_enabled(device) or cells.dtype == torch.float64:
+        return cells, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return cells.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

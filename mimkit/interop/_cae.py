@@ -1,0 +1,82 @@
+"""Names of CAE, of what is trained on its encoder, and of DALL-E's tokenizer."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from mimkit.interop._rules import Converted, Translation, renames, same, within
+
+_CROSS_ATTENTION = (
+    ("cross_attn.q_bias", "cross_attn.q.bias"),
+    ("cross_attn.v_bias", "cross_attn.v.bias"),
+)
+_REGRESSOR_BLOCK = renames(
+    ("gamma_1_cross", "gamma_1"),
+    ("gamma_2_cross", "gamma_2"),
+    ("norm1_q.{rest}", "norm_q.{rest}"),
+    ("norm1_k.{rest}", "norm_k.{rest}"),
+    ("norm1_v.{rest}", "norm_v.{rest}"),
+    ("norm2_cross.{rest}", "norm2.{rest}"),
+    *_CROSS_ATTENTION,
+    ("cross_attn.{rest}", "cross_attn.{rest}"),
+    ("mlp_cross.{rest}", "mlp.{rest}"),
+)
+_CONVOLUTION = renames(
+    ("blocks.{rest}.w", "blocks.{rest}.weight"), ("blocks.{rest}.b", "blocks.{rest}.bias")
+)
+
+
+def _encoder_of(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Take the encoder out of a checkpoint of pre-training, if it is one."""
+    return {name.removeprefix("encoder."): tensor for name, tensor in tensors.items()}
+
+
+TRANSLATIONS = {
+    "cae": Translation(
+        (
+            *renames(
+                ("rd_pos_embed", "pos_embed"),
+                ("encoder_to_regresser.{rest}", "project.linear.{rest}"),
+                ("encoder_to_regresser_norm.{rest}", "project.norm.{rest}"),
+                ("regresser.norm.{rest}", "regressor.norm.{rest}"),
+                ("decoder.decoder_blocks.{rest}", "decoder.blocks.{rest}"),
+                ("decoder.head.{rest}", "head.{rest}"),
+            ),
+            *within(
+                _REGRESSOR_BLOCK,
+                theirs="regresser.regressor_blocks.{i}.",
+                ours="regressor.blocks.{i}.",
+            ),
+            *same("mask_token", "encoder.{rest}", "decoder.norm.{rest}"),
+        )
+    ),
+    "cae_vit": Translation(
+        (
+            *renames(
+                ("blocks.{i}.attn.relative_position_bias_table", "rel_pos_bias.{i}.table"),
+                ("blocks.{i}.attn.relative_position_index", None),  # a constant
+            ),
+            *same("cls_token", "pos_embed", "patch_embed.proj.{rest}", "blocks.{rest}"),
+            *same("norm.{rest}", "fc_norm.{rest}", "head.{rest}"),
+        ),
+        _encoder_of,
+    ),
+    "cae_probe": Translation(
+        (
+            *same("query_token", "fc_norm.{rest}", "head.{rest}"),
+            *within(renames(*_CROSS_ATTENTION, ("{rest}", "{rest}")), theirs="attentive_blocks.0."),
+        )
+    ),
+    "dalle": Translation(within(_CONVOLUTION, ours="encoder.")),
+    "dalle_decoder": Translation(within(_CONVOLUTION, ours="decoder.")),
+}
+
+
+def duplicate_encoder(official: Converted) -> Converted:
+    """Add the copy of the encoder that the authors keep for alignment."""
+    copies = {
+        f"alignment_{name}": tensor
+        for name, tensor in official.items()
+        if name.startswith("encoder.")
+    }
+    return Converted({**official, **copies}, official.dropped)

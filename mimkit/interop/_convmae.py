@@ -1,0 +1,56 @@
+"""Names of ConvMAE: pre-training, fine-tuning and detection; FastConvMAE's are the same."""
+
+from mimkit.interop._rules import Rule, Translation, renames, same, within
+
+# What the authors call attention is a depth-wise convolution.
+_CONV_BLOCK = (
+    *(
+        Rule(f"{{i}}.{name}.weight", f"{{i}}.{name}.weight", is_pointwise=True)
+        for name in ("conv1", "conv2", "mlp.fc1", "mlp.fc2")
+    ),
+    *renames(("{i}.attn.{rest}", "{i}.depthwise.{rest}")),
+    *same("{rest}"),
+)
+_BACKBONE = (
+    *same("pos_embed"),
+    *renames(
+        ("patch_embed1.{rest}", "stages.0.embed.{rest}"),
+        ("patch_embed2.{rest}", "stages.1.embed.{rest}"),
+        ("patch_embed3.{rest}", "embed.{rest}"),
+        ("patch_embed4.{rest}", "embed_proj.{rest}"),
+        ("blocks3.{rest}", "blocks.{rest}"),
+    ),
+    *within(_CONV_BLOCK, theirs="blocks1.", ours="stages.0.blocks."),
+    *within(_CONV_BLOCK, theirs="blocks2.", ours="stages.1.blocks."),
+)
+_PRETRAINING = Translation(
+    (
+        *within((*_BACKBONE, *same("norm.{rest}")), ours="encoder."),
+        *renames(
+            ("stage1_output_decode.{rest}", "encoder.fusions.0.{rest}"),
+            ("stage2_output_decode.{rest}", "encoder.fusions.1.{rest}"),
+            ("mask_token", "decoder.mask_token"),
+            ("decoder_pos_embed", "decoder.pos_embed"),
+            ("decoder_embed.{rest}", "decoder.embed.{rest}"),
+            ("decoder_blocks.{rest}", "decoder.blocks.{rest}"),
+            ("decoder_norm.{rest}", "decoder.norm.{rest}"),
+            ("decoder_pred.{rest}", "head.{rest}"),
+        ),
+    )
+)
+_TABLE = "relative_position_bias_table"
+
+TRANSLATIONS = {
+    "convmae": _PRETRAINING,
+    "fastconvmae": _PRETRAINING,
+    "convmae_vit": Translation((*_BACKBONE, *same("norm.{rest}", "fc_norm.{rest}", "head.{rest}"))),
+    "convmae_det": Translation(
+        (
+            *_BACKBONE,
+            *renames(
+                (f"windowed_rel_pos_bias.{_TABLE}", f"window_bias.{_TABLE}"),
+                (f"global_rel_pos_bias.{_TABLE}", f"global_bias.{_TABLE}"),
+            ),
+        )
+    ),
+}

@@ -1,0 +1,68 @@
+"""Names of SimMIM: its pre-training, and the encoders that it fine-tunes."""
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from mimkit.interop._rules import Rule, Translation, renames, same, within
+
+_CONSTANTS = renames(("{rest}.relative_position_index", None), ("{rest}.attn_mask", None))
+_SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
+_BLOCK_TABLE = "blocks.{i}.attn.relative_position_bias_table"
+_VIT = same("cls_token", "pos_embed", "patch_embed.proj.{rest}", "blocks.{rest}", "norm.{rest}")
+_SWIN = (
+    *renames(
+        ("layers.{rest}.relative_position_bias_table", "layers.{rest}.rel_pos_bias.table"),
+    ),
+    *same("patch_embed.proj.{rest}", "patch_embed.norm.{rest}", "layers.{rest}", "norm.{rest}"),
+)
+_PRETRAINING = (
+    Rule("encoder.mask_token", "mask_token"),
+    Rule("decoder.0.weight", "head.weight", is_pointwise=True),
+    Rule("decoder.0.bias", "head.bias"),
+)
+
+
+def _encoder_of(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Take the encoder out of a checkpoint of pre-training, if it is one.
+
+    As the authors do, each block starts from the table that all of them shared.
+    """
+    if not any(name.startswith("encoder.") for name in tensors):
+        return tensors
+    encoder = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items()}
+    table = encoder.pop(_SHARED_TABLE, None)
+    if table is not None:
+        numbers = (re.match(r"blocks\.(\d+)\.", name) for name in encoder)
+        blocks = dict.fromkeys(number[1] for number in numbers if number)
+        encoder |= {_BLOCK_TABLE.format(i=block): table for block in blocks}
+    return encoder
+
+
+TRANSLATIONS = {
+    "simmim_vit": Translation(
+        (
+            *_CONSTANTS,
+            *_PRETRAINING,
+            *within(
+                (*renames((_SHARED_TABLE, "rel_pos_bias.0.table")), *_VIT),
+                theirs="encoder.",
+                ours="encoder.",
+            ),
+        )
+    ),
+    "simmim_swin": Translation(
+        (*_CONSTANTS, *_PRETRAINING, *within(_SWIN, theirs="encoder.", ours="encoder."))
+    ),
+    "simmim_vit_finetune": Translation(
+        (
+            *_CONSTANTS,
+            *renames((_BLOCK_TABLE, "rel_pos_bias.{i}.table")),
+            *_VIT,
+            *same("fc_norm.{rest}", "head.{rest}"),
+        ),
+        _encoder_of,
+    ),
+    "simmim_swin_finetune": Translation((*_CONSTANTS, *_SWIN, *same("head.{rest}")), _encoder_of),
+}

@@ -1,0 +1,439 @@
+"""The hybrid encoder of ConvMAE: two stages of convolutions, one of transformer blocks.
+
+Under a mask all stages work on packed cells, the fine positions below the visible tokens of the
+last stage; without one, on the whole feature map, which is one large cell.
+
+Axes: batch; channels; height, width; cells (visible tokens of the mask; 1 for a whole map); cell
+(positions of a cell, row-major); positions (of all cells); visible; tokens (visible, or all of the
+grid without a mask); dim.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int32
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mimkit._grids import Grid, divide, per_axis
+from mimkit.conv import packed_depthwise_conv2d
+from mimkit.conv._depthwise import reach_of
+from mimkit.masking import Mask
+from mimkit.nn._layers import (
+    NORM_EPS,
+    DropPath,
+    Mlp,
+    TransformerBlock,
+    drop_path_rates,
+    xavier_linear,
+)
+from mimkit.nn._vit import image_axes, position_table
+from mimkit.patches import gather_visible, neighbors, pack_cells
+from mimkit.patches._patchify import check_mask
+
+STAGES = 3
+CONV_NORM_EPS = 1e-5  # of the convolution stages and all embeddings; the authors' oversight
+
+Value = TypeVar("Value", int, float)
+Triple = tuple[Value, Value, Value]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the positions of a stage lie in memory.
+
+    Attributes:
+        cell: Positions per axis of a cell.
+        around: The neighbors of every cell; `None` for a whole feature map, which is one cell.
+        hidden: Positions of a whole feature map that convolutions see as zeros.
+    """
+
+    cell: Grid
+    around: Int32[Tensor, "batch cells window"] | None = None
+    hidden: Bool[Tensor, "batch 1 positions 1"] | None = None
+
+
+class CellProjection(nn.Module):
+    """Convolution whose stride is its kernel, on cells that it divides.
+
+    Args:
+        in_dim: Width of the input.
+        dim: Width of the output.
+        stride: Positions per axis that become one.
+    """
+
+    def __init__(self, *, in_dim: int, dim: int, stride: Grid) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, in_dim, *stride))
+        self.bias = nn.Parameter(torch.empty(dim))
+        init_as_convolution(self.weight, self.bias)
+        self.stride = stride
+
+    def forward(
+        self, cells: Float[Tensor, "batch cells cell in_dim"], cell: Grid
+    ) -> Float[Tensor, "batch cells smaller dim"]:
+        """Project `stride` positions of a cell to one."""
+        height, width = self.stride
+        # Channels stay the fastest axis, so that whole rows move.
+        patches = rearrange(
+            cells,
+            "b v (y p x q) c -> b v (y x) (p q c)",
+            y=cell[0] // height,
+            p=height,
+            q=width,
+            x=cell[1] // width,
+        )
+        weight = rearrange(self.weight, "d c p q -> d (p q c)")
+        return F.linear(patches, weight, self.bias)
+
+
+class CellEmbed(nn.Module):
+    """Coarser positions: a projection, a LayerNorm and a GELU."""
+
+    def __init__(self, *, in_dim: int, dim: int, stride: Grid) -> None:
+        super().__init__()
+        self.proj = CellProjection(in_dim=in_dim, dim=dim, stride=stride)
+        self.norm = nn.LayerNorm(dim, eps=CONV_NORM_EPS)
+
+    def forward(
+        self, cells: Float[Tensor, "batch cells cell in_dim"], cell: Grid
+    ) -> Float[Tensor, "batch cells smaller dim"]:
+        """Embed the positions of every cell."""
+        return F.gelu(self.norm(self.proj(cells, cell)))
+
+
+class DepthwiseConv(nn.Module):
+    """Depth-wise convolution that sees zeros outside the cells."""
+
+    def __init__(self, *, dim: int, kernel_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, 1, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.empty(dim))
+        self.radius = (kernel_size // 2, kernel_size // 2)
+        init_as_convolution(self.weight, self.bias)
+
+    def forward(
+        self, cells: Float[Tensor, "batch cells cell dim"], layout: Layout
+    ) -> Float[Tensor, "batch cells cell dim"]:
+        """Mix each position with those around it."""
+        if layout.around is not None:
+            return packed_depthwise_conv2d(
+                cells, self.weight, self.bias, layout.around, cell=layout.cell
+            )
+        feature_map = rearrange(
+            hide(cells, layout.hidden), "b 1 (h w) c -> b c h w", h=layout.cell[0]
+        )
+        mixed = F.conv2d(
+            feature_map, self.weight, self.bias, padding=self.radius, groups=cells.shape[-1]
+        )
+        return rearrange(mixed, "b c h w -> b 1 (h w) c")
+
+
+class ConvBlock(nn.Module):
+    """Transformer block with a depth-wise convolution in place of attention.
+
+    Source:
+        ConvMAE, arXiv:2205.03892, section 3.1; Alpha-VL/ConvMAE `CBlock`, whose convolutions of
+        size 1 are linear layers here.
+    """
+
+    def __init__(
+        self, *, dim: int, kernel_size: int, mlp_ratio: float, drop_path: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=CONV_NORM_EPS)
+        self.conv1 = nn.Linear(dim, dim)
+        self.depthwise = DepthwiseConv(dim=dim, kernel_size=kernel_size)
+        self.conv2 = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim, eps=CONV_NORM_EPS)
+        self.mlp = Mlp(dim=dim, hidden_dim=int(dim * mlp_ratio))
+        for layer in (self.mlp.fc1, self.mlp.fc2):
+            layer.reset_parameters()  # the authors leave convolutions at PyTorch's default
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+        self, cells: Float[Tensor, "batch cells cell dim"], layout: Layout
+    ) -> Float[Tensor, "batch cells cell dim"]:
+        """Mix positions with those around them, then transform each."""
+        mixed = self.conv2(self.depthwise(self.conv1(self.norm1(cells)), layout))
+        cells = cells + self.drop_path(mixed)
+        transformed = self.mlp(self.norm2(cells).flatten(1, 2)).view_as(cells)
+        out: Tensor = cells + self.drop_path(transformed)
+        return out
+
+
+class ConvStage(nn.Module):
+    """Embedding of finer cells, then convolution blocks."""
+
+    def __init__(
+        self,
+        *,
+        in_dim: int,
+        dim: int,
+        stride: Grid,
+        kernel_size: int,
+        mlp_ratio: float,
+        drop_path: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.stride, self.kernel_size = stride, kernel_size
+        self.embed = CellEmbed(in_dim=in_dim, dim=dim, stride=stride)
+        self.blocks = nn.ModuleList(
+            ConvBlock(dim=dim, kernel_size=kernel_size, mlp_ratio=mlp_ratio, drop_path=rate)
+            for rate in drop_path
+        )
+
+    def forward(
+        self,
+        cells: Float[Tensor, "batch cells cell in_dim"],
+        cell: Grid,
+        mask: Mask | None,
+        hidden: Bool[Tensor, "batch 1 positions 1"] | None = None,
+    ) -> tuple[Float[Tensor, "batch cells smaller dim"], Grid]:
+        """Embed and mix cells.
+
+        Args:
+            cells: Finer cells.
+            cell: Their positions per axis.
+            mask: Which tokens of the last stage they belong to; `None` for a whole feature map.
+            hidden: Positions of a whole feature map, at this stage, that nothing may see.
+
+        Returns:
+            The cells, with zeros for what is hidden, and the positions per axis that they have now.
+        """
+        cells = self.embed(cells, cell)
+        cell = divide("cell", cell, self.stride, "stride")
+        layout = Layout(cell, self._neighbors(mask, cell), hidden)
+        for block in self.blocks:
+            cells = block(cells, layout)
+        return hide(cells, hidden), cell
+
+    def _neighbors(self, mask: Mask | None, cell: Grid) -> Tensor | None:
+        if mask is None:
+            return None
+        radius = self.kernel_size // 2
+        return neighbors(mask, reach=reach_of((radius, radius), cell))
+
+
+class ConvViT(nn.Module):
+    """Convolutions at fine scales, transformer blocks at the coarse one, on visible cells only.
+
+    Args:
+        image_size: Pixels per axis: an integer means a square image, a tuple height and width.
+        patch_sizes: Stride of each of the three stages: one integer, or one per axis. A token of
+            the last stage, which is what a mask hides, covers their product.
+        in_channels: Channels of the images.
+        dim: Width of each stage.
+        depth: Number of blocks of each stage.
+        heads: Attention heads of the last stage; divides its width.
+        mlp_ratio: Hidden width of each stage's MLPs over its width.
+        kernel_size: Side of the depth-wise filters, an odd number.
+        drop_path: Fraction of samples whose residual branches the last block leaves out in
+            training; the other blocks less, linearly from 0 over all stages.
+        multi_scale: Whether the outputs of the first two stages are added to the last one's.
+        masked_conv: Whether convolutions see zeros in place of hidden positions. Without, they run
+            on the whole image and see what the mask hides: the paper's ablation, not an encoder of
+            visible patches.
+        pool: What `pool` returns: the "mean" of the tokens, or the first "token", as the authors'
+            fine-tuning does without `--global_pool`.
+        pool_norm: Whether the last LayerNorm comes after pooling (`fc_norm`) instead of before
+            (`norm`).
+        learn_positions: Whether the position table, sine-cosine at first, is trained.
+        num_classes: Width of `head`, a linear classifier for pooled tokens; 0 for none.
+
+    Attributes:
+        grid: Tokens per axis of the last stage: the grid of masks.
+        fine_grid: Tokens per axis of the first stage. A mask of this grid hides some positions of
+            every token: the paper's ablation. All tokens are then encoded, at full cost.
+        num_prefix_tokens: Tokens in front of the patch tokens: none.
+
+    Source:
+        ConvMAE, arXiv:2205.03892, sections 3.1 to 3.3; Alpha-VL/ConvMAE `models_convmae.py`,
+        `models_convvit.py`, which take images of 224 pixels only, compute every position of the
+        first two stages and drop three quarters of them afterwards.
+
+    Example:
+        >>> from mimkit import masking
+        >>> encoder = ConvViT(image_size=(32, 64), dim=(8, 16, 32), depth=(1, 1, 2), heads=4)
+        >>> images = torch.rand(2, 3, 32, 64)
+        >>> mask = masking.uniform(masking.key([0, 1], seed=0), encoder.grid, 0.75)
+        >>> encoder(images, mask).shape, encoder(images).shape
+        (torch.Size([2, 2, 32]), torch.Size([2, 8, 32]))
+    """
+
+    num_prefix_tokens = 0
+
+    def __init__(
+        self,
+        *,
+        image_size: int | Sequence[int] = 224,
+        patch_sizes: Sequence[int | Sequence[int]] = (4, 2, 2),
+        in_channels: int = 3,
+        dim: Sequence[int] = (256, 384, 768),
+        depth: Sequence[int] = (2, 2, 11),
+        heads: int = 12,
+        mlp_ratio: Sequence[float] = (4.0, 4.0, 4.0),
+        kernel_size: int = 5,
+        drop_path: float = 0.0,
+        multi_scale: bool = False,
+        masked_conv: bool = True,
+        pool: Literal["mean", "token"] = "mean",
+        pool_norm: bool = False,
+        learn_positions: bool = False,
+        num_classes: int = 0,
+    ) -> None:
+        super().__init__()
+        if pool not in ("mean", "token"):
+            raise ValueError(f'pool must be "mean" or "token"; got {pool!r}')
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, so that it has a center; got {kernel_size}")
+        shape = {"patch_sizes": patch_sizes, "dim": dim, "depth": depth, "mlp_ratio": mlp_ratio}
+        check_stages(**shape)
+        self.image_size = image_axes(image_size)
+        if len(self.image_size) != 2:
+            raise ValueError(f"image_size must have height and width; got {image_size!r}")
+        strides = [per_axis("patch_sizes", size, 2) for size in patch_sizes]
+        self.strides, self.patch_size = strides, product(strides)
+        self.grid = divide("image size", self.image_size, self.patch_size, "strides of all stages")
+        self.fine_grid = divide("image size", self.image_size, strides[0], "first stride")
+        self.in_channels, self.dim, self.masked_conv = in_channels, dim[-1], masked_conv
+        self._pool = pool
+
+        rates = drop_path_rates(drop_path, sum(depth))
+        widths = (in_channels, *dim)
+        self.stages = nn.ModuleList(
+            ConvStage(
+                in_dim=widths[stage],
+                dim=dim[stage],
+                stride=strides[stage],
+                kernel_size=kernel_size,
+                mlp_ratio=mlp_ratio[stage],
+                drop_path=rates[sum(depth[:stage]) : sum(depth[: stage + 1])],
+            )
+            for stage in range(STAGES - 1)
+        )
+        self.embed = CellEmbed(in_dim=dim[-2], dim=dim[-1], stride=strides[-1])
+        nn.init.xavier_uniform_(self.embed.proj.weight.view(dim[-1], -1))
+        self.embed_proj = xavier_linear(dim[-1], dim[-1])
+        self.pos_embed = nn.Parameter(
+            position_table(dim[-1], self.grid, num_prefix=0), requires_grad=learn_positions
+        )
+        self.blocks = nn.ModuleList(
+            TransformerBlock(dim=dim[-1], heads=heads, mlp_ratio=mlp_ratio[-1], drop_path=rate)
+            for rate in rates[sum(depth[:-1]) :]
+        )
+        self.fusions = nn.ModuleList(
+            CellProjection(in_dim=dim[stage], dim=dim[-1], stride=product(strides[stage + 1 :]))
+            for stage in range(STAGES - 1 if multi_scale else 0)
+        )
+        self.norm = nn.Identity() if pool_norm else nn.LayerNorm(dim[-1], eps=NORM_EPS)
+        self.fc_norm = nn.LayerNorm(dim[-1], eps=NORM_EPS) if pool_norm else nn.Identity()
+        self.head = xavier_linear(dim[-1], num_classes) if num_classes else nn.Identity()
+
+    def forward(
+        self, images: Float[Tensor, "batch channels height width"], mask: Mask | None = None
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Encode images: their visible cells under a mask, all of them without one.
+
+        Args:
+            images: Images of the size that the encoder was built for.
+            mask: Which tokens of the last stage are visible; or which of the first.
+
+        Returns:
+            One token per (visible) patch in ascending order of position, after the last norm; all
+            of them under a mask of the first stage.
+
+        Raises:
+            ValueError: Images of another size or number of channels, or a mask that does not fit.
+        """
+        is_partial = mask is not None and mask.grid == self.fine_grid != self.grid
+        partial, mask = (mask, None) if is_partial else (None, mask)
+        self._check(images, mask, partial)
+        tokens, fused = self._embed(images, mask if self.masked_conv else None, partial)
+        if mask is not None and not self.masked_conv:
+            tokens, *fused = (gather_visible(part, mask) for part in (tokens, *fused))
+        positions = self.pos_embed[0]
+        tokens = tokens + (positions if mask is None else F.embedding(mask.visible_ids, positions))
+        for block in self.blocks:
+            tokens = block(tokens)
+        for part in fused:
+            tokens = tokens + part
+        encoded: Tensor = self.norm(tokens)
+        return encoded
+
+    def pool(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch dim"]:
+        """Summarise encoded tokens in one vector per sample, as `pool` of the constructor says."""
+        pooled = tokens[:, 0] if self._pool == "token" else tokens.mean(dim=1)
+        summary: Tensor = self.fc_norm(pooled)
+        return summary
+
+    def _embed(
+        self, images: Tensor, mask: Mask | None, partial: Mask | None = None
+    ) -> tuple[Float[Tensor, "batch tokens dim"], list[Float[Tensor, "batch tokens dim"]]]:
+        """Run the convolution stages; return tokens without positions, and what is added later."""
+        if mask is None:
+            cells, cell = rearrange(images, "b c h w -> b 1 (h w) c"), self.image_size
+        else:
+            cells, cell = pack_cells(images, mask), self.patch_size
+        fused = []
+        for index, stage in enumerate(self.stages):
+            hidden = None if partial is None else self._hidden(partial, index)
+            cells, cell = stage(cells, cell, mask, hidden)
+            if self.fusions:
+                fused.append(self.fusions[index](cells, cell).flatten(1, 2))
+        return self.embed_proj(self.embed(cells, cell).flatten(1, 2)), fused
+
+    def _hidden(self, partial: Mask, stage: int) -> Bool[Tensor, "batch 1 positions 1"]:
+        """Find the positions of a stage that hold nothing visible of the first one."""
+        height, width = product([(1, 1), *self.strides[1 : stage + 1]])
+        pattern = "b (y p) (x q) -> b 1 (y x) 1 (p q)"
+        return rearrange(partial.is_masked, pattern, p=height, q=width).all(dim=-1)
+
+    def _check(self, images: Tensor, mask: Mask | None, partial: Mask | None = None) -> None:
+        if tuple(images.shape[2:]) != self.image_size or images.shape[1] != self.in_channels:
+            raise ValueError(
+                f"this encoder takes images of {self.in_channels} channels and size "
+                f"{self.image_size}; got {tuple(images.shape)}. Build one for the new size and "
+                "load its position table with patches.interpolate_positions"
+            )
+        if mask is not None:
+            check_mask(mask, self.grid, images)
+        if partial is not None:
+            check_mask(partial, self.fine_grid, images)
+
+
+def check_stages(**values: Sequence[object]) -> None:
+    """Check that every setting has one value per stage.
+
+    Raises:
+        ValueError: One that has not.
+    """
+    for name, value in values.items():
+        if not isinstance(value, Sequence) or len(value) != STAGES:
+            raise ValueError(
+                f"{name} must hold one value for each of {STAGES} stages; got {value!r}"
+            )
+
+
+def hide(
+    cells: Float[Tensor, "batch cells cell dim"],
+    hidden: Bool[Tensor, "batch cells cell 1"] | None,
+) -> Float[Tensor, "batch cells cell dim"]:
+    """Put zeros in place of hidden positions, if there are any."""
+    return cells if hidden is None else cells.masked_fill(hidden, 0)
+
+
+def product(strides: Sequence[Grid]) -> Grid:
+    """Multiply strides axis by axis."""
+    return tuple(map(math.prod, zip(*strides, strict=True)))
+
+
+def init_as_convolution(weight: Tensor, bias: Tensor) -> None:
+    """Initialise as PyTorch does a convolution, where the authors leave that as it is."""
+    bound = 1 / math.sqrt(weight[0].numel())
+    nn.init.uniform_(weight, -bound, bound)
+    nn.init.uniform_(bias, -bound, bound)

@@ -1,0 +1,326 @@
+"""The discrete VAE of DALL-E, whose codes are the tokens that BEiT and CAE predict.
+
+Axes: batch; channels; height, width (pixels); rows, columns (of codes); vocabulary.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mimkit._containers import container
+from mimkit._grids import divide
+
+_EPS = 0.1  # how far pixels are kept from 0 and 1, where the logit is infinite
+
+
+def map_pixels(images: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Bring pixels from [0, 1] into [0.1, 0.9], as the networks read them.
+
+    Source:
+        DALL-E, arXiv:2102.12092, appendix A.3; openai/DALL-E `map_pixels`.
+
+    Example:
+        >>> map_pixels(torch.tensor([0.0, 0.5, 1.0]))
+        tensor([0.1000, 0.5000, 0.9000])
+    """
+    return (1 - 2 * _EPS) * images + _EPS
+
+
+def unmap_pixels(pixels: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Undo `map_pixels`; what leaves [0, 1] is clipped.
+
+    Example:
+        >>> unmap_pixels(torch.tensor([0.1, 0.5, 1.0]))
+        tensor([0.0000, 0.5000, 1.0000])
+    """
+    return ((pixels - _EPS) / (1 - 2 * _EPS)).clamp(0, 1)
+
+
+class _Block(nn.Module):
+    """Residual block of four convolutions, their sum scaled down."""
+
+    def __init__(
+        self, in_dim: int, out_dim: int, kernels: tuple[int, int, int, int], gain: float
+    ) -> None:
+        super().__init__()
+        hidden = out_dim // 4
+        widths = [in_dim, hidden, hidden, hidden, out_dim]
+        layers: list[tuple[str, nn.Module]] = []
+        for i, kernel in enumerate(kernels):
+            layers.append((f"relu_{i + 1}", nn.ReLU()))
+            layers.append((f"conv_{i + 1}", _conv(widths[i], widths[i + 1], kernel)))
+        self.id_path = nn.Identity() if in_dim == out_dim else _conv(in_dim, out_dim, 1)
+        self.res_path = nn.Sequential(OrderedDict(layers))
+        self.gain = gain
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        out: Tensor = self.id_path(x) + self.gain * self.res_path(x)
+        return out
+
+
+def _conv(in_dim: int, out_dim: int, kernel: int) -> nn.Conv2d:
+    layer = nn.Conv2d(in_dim, out_dim, kernel, padding=kernel // 2)
+    assert layer.bias is not None
+    # As published: normal, by the inputs of a unit.
+    nn.init.normal_(layer.weight, std=(in_dim * kernel**2) ** -0.5)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _trunk(
+    stem: nn.Module,
+    widths: list[int],
+    depth: int,
+    kernels: tuple[int, int, int, int],
+    resize: tuple[str, Callable[[], nn.Module]],
+    out_dim: int,
+) -> nn.Sequential:
+    """Put groups of blocks behind a stem, with a change of resolution between two groups.
+
+    Args:
+        stem: The first layer.
+        widths: What the stem gives, then the width of each group.
+        depth: Blocks of a group.
+        kernels: Sizes of a block's four convolutions.
+        resize: Name and maker of the layer between groups.
+        out_dim: Width of the last layer.
+    """
+    gain = ((len(widths) - 1) * depth) ** -2
+    layers: list[tuple[str, nn.Module]] = [("input", stem)]
+    for number, (before, width) in enumerate(zip(widths[:-1], widths[1:], strict=True), 1):
+        group: list[tuple[str, nn.Module]] = [
+            (f"block_{i + 1}", _Block(width if i else before, width, kernels, gain))
+            for i in range(depth)
+        ]
+        if number < len(widths) - 1:
+            group.append((resize[0], resize[1]()))
+        layers.append((f"group_{number}", nn.Sequential(OrderedDict(group))))
+    last = OrderedDict(relu=nn.ReLU(), conv=_conv(widths[-1], out_dim, 1))
+    return nn.Sequential(OrderedDict([*layers, ("output", nn.Sequential(last))]))
+
+
+class DiscreteEncoder(nn.Module):
+    """Convolutional network from pixels, as `map_pixels` gives them, to logits of the codes."""
+
+    def __init__(
+        self, *, in_channels: int, dim: int, groups: int, depth: int, vocabulary_size: int
+    ) -> None:
+        super().__init__()
+        self.blocks = _trunk(
+            _conv(in_channels, dim, 7),
+            [dim, *(dim << group for group in range(groups))],
+            depth,
+            (3, 3, 3, 1),
+            ("pool", lambda: nn.MaxPool2d(2)),
+            vocabulary_size,
+        )
+
+    def forward(
+        self, pixels: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch vocabulary rows columns"]:
+        """Return the logits of each position's codes."""
+        logits: Tensor = self.blocks(pixels)
+        return logits
+
+
+class DiscreteDecoder(nn.Module):
+    """Convolutional network from (soft) one-hot codes to mean and log scale of each pixel."""
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        dim: int,
+        stem_dim: int,
+        groups: int,
+        depth: int,
+        vocabulary_size: int,
+    ) -> None:
+        super().__init__()
+        self.blocks = _trunk(
+            _conv(vocabulary_size, stem_dim, 1),
+            [stem_dim, *(dim << group for group in reversed(range(groups)))],
+            depth,
+            (1, 3, 3, 3),
+            ("upsample", lambda: nn.Upsample(scale_factor=2, mode="nearest")),
+            2 * in_channels,
+        )
+
+    def forward(
+        self, codes: Float[Tensor, "batch vocabulary rows columns"]
+    ) -> Float[Tensor, "batch two_channels height width"]:
+        """Return the means of the pixels' logits, then the logarithms of their scales."""
+        statistics: Tensor = self.blocks(codes)
+        return statistics
+
+
+@container
+class DiscreteVAEOutput:
+    """What a training pass gives.
+
+    Attributes:
+        loss: Reconstruction loss and weighted divergence.
+        reconstruction_loss: Negative log-likelihood of a pixel value, in nats.
+        divergence: Of the codes' distributions from the uniform one, in nats a position.
+        images: The reconstruction, in [0, 1].
+        ids: The most likely code of each position.
+    """
+
+    loss: Float32[Tensor, ""]
+    reconstruction_loss: Float32[Tensor, ""]
+    divergence: Float32[Tensor, ""]
+    images: Float[Tensor, "batch channels height width"]
+    ids: Int64[Tensor, "batch rows columns"]
+
+
+class DiscreteVAE(nn.Module):
+    """Discrete variational autoencoder: images in [0, 1] to code ids, and back.
+
+    Args:
+        in_channels: Channels of the images.
+        dim: Width at full resolution; every group of the encoder doubles it.
+        groups: Groups of blocks; resolution is halved between two, so a code stands for
+            `2 ** (groups - 1)` pixels an axis.
+        depth: Blocks of a group.
+        vocabulary_size: Number of codes.
+        stem_dim: Width of a code's embedding in the decoder.
+        has_decoder: Whether there is a decoder; making tokens needs none.
+
+    Attributes:
+        stride: Pixels that a code stands for, per axis.
+
+    Source:
+        DALL-E, arXiv:2102.12092, appendix A; openai/DALL-E `Encoder`, `Decoder`, which the defaults
+        are. Training there is not published as code; see `forward`.
+
+    Example:
+        >>> vae = DiscreteVAE(dim=8, groups=3, depth=1, vocabulary_size=16, stem_dim=8)
+        >>> ids = vae.encode(torch.rand(2, 3, 16, 24))
+        >>> ids.shape, vae.decode(ids).shape
+        (torch.Size([2, 4, 6]), torch.Size([2, 3, 16, 24]))
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 3,
+        dim: int = 256,
+        groups: int = 4,
+        depth: int = 2,
+        vocabulary_size: int = 8192,
+        stem_dim: int = 128,
+        has_decoder: bool = True,
+    ) -> None:
+        super().__init__()
+        if dim % 4:
+            raise ValueError(f"dim must be a multiple of 4; got {dim}")
+        self.in_channels = in_channels
+        self.vocabulary_size = vocabulary_size
+        self.stride = 1 << (groups - 1)
+        self.encoder = DiscreteEncoder(
+            in_channels=in_channels,
+            dim=dim,
+            groups=groups,
+            depth=depth,
+            vocabulary_size=vocabulary_size,
+        )
+        self.decoder = (
+            DiscreteDecoder(
+                in_channels=in_channels,
+                dim=dim,
+                stem_dim=stem_dim,
+                groups=groups,
+                depth=depth,
+                vocabulary_size=vocabulary_size,
+            )
+            if has_decoder
+            else None
+        )
+
+    @torch.no_grad()
+    def encode(
+        self, images: Float[Tensor, "batch channels height width"]
+    ) -> Int64[Tensor, "batch rows columns"]:
+        """Return the most likely code of each position.
+
+        Args:
+            images: Pixels in [0, 1].
+
+        Raises:
+            ValueError: Images of another number of channels, or a size that the stride does not
+                divide.
+        """
+        return self._logits(images).argmax(dim=1)
+
+    @torch.no_grad()
+    def decode(
+        self, ids: Int64[Tensor, "batch rows columns"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Return the images, in [0, 1], that codes stand for."""
+        codes = F.one_hot(ids, self.vocabulary_size).movedim(-1, 1).float()
+        mean, _ = self._statistics(codes)
+        return unmap_pixels(mean.sigmoid())
+
+    def forward(
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        *,
+        temperature: float = 1.0,
+        divergence_weight: float = 0.0,
+        hard: bool = True,
+    ) -> DiscreteVAEOutput:
+        """Code and decode images, to be trained.
+
+        Args:
+            images: Pixels in [0, 1].
+            temperature: Of the Gumbel softmax: low is close to one-hot.
+            divergence_weight: How much the codes' divergence from uniform adds to the loss.
+            hard: Whether the decoder sees one-hot codes, with the gradient of the soft ones
+                (straight-through), or the soft ones.
+
+        Raises:
+            ValueError: As `encode` does.
+
+        Source:
+            DALL-E, arXiv:2102.12092, section 2.1 and appendix A.3: Gumbel-softmax relaxation, and
+            the logit-Laplace distribution of pixels.
+        """
+        logits = self._logits(images)
+        codes = F.gumbel_softmax(logits, tau=temperature, hard=hard, dim=1)
+        mean, log_scale = self._statistics(codes)
+        target = map_pixels(images)
+        # -log of a Laplace density of the pixel's logit, the pixel's own share of it left in.
+        error = (target.logit() - mean).abs() * torch.exp(-log_scale)
+        density = log_scale + error + torch.log(2 * target * (1 - target))
+        log_share = logits.log_softmax(dim=1)
+        entropy = -(log_share.exp() * log_share).sum(dim=1).mean()
+        divergence = torch.log(entropy.new_tensor(self.vocabulary_size)) - entropy
+        reconstruction_loss = density.float().mean()
+        loss = reconstruction_loss + divergence_weight * divergence.float()
+        return DiscreteVAEOutput(
+            loss,
+            reconstruction_loss,
+            divergence.float(),
+            unmap_pixels(mean.sigmoid()),
+            logits.argmax(dim=1),
+        )
+
+    def _statistics(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        if self.decoder is None:
+            raise ValueError("this DiscreteVAE has no decoder: build it with has_decoder=True")
+        mean, log_scale = self.decoder(codes).chunk(2, dim=1)
+        return mean, log_scale
+
+    def _logits(self, images: Tensor) -> Tensor:
+        if images.ndim != 4 or images.shape[1] != self.in_channels:
+            raise ValueError(
+                f"images must be [batch, {self.in_channels}, height, width]; "
+                f"got {tuple(images.shape)}"
+            )
+        divide("image size", images.shape[2:], self.stride, "the tokenizer's stride")
+        logits: Tensor = self.encoder(map_pixels(images))
+        return logits

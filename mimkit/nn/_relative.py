@@ -1,0 +1,85 @@
+"""Relative position biases of attention, as in BEiT and Swin.
+
+Axes: heads; positions (rows of the table); tokens (of the grid); prefix (the class token, if any).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mimkit._grids import as_sizes, count_tokens
+from mimkit.masking import Mask
+from mimkit.patches._patchify import check_mask
+
+NUM_CLASS_ROWS = 3  # from class to patches, from patches to class, from class to itself
+
+
+class RelativePositionBias(nn.Module):
+    """A learned number for each head and offset between two tokens, added to attention's logits.
+
+    Args:
+        grid: Tokens per axis.
+        heads: Attention heads.
+        class_token: Whether a class token stands in front.
+
+    Attributes:
+        table: One row per offset from key to query, row-major from the most negative one; then,
+            with a class token, class to patch, patch to class, class to class. Zero at first.
+
+    Source:
+        Swin, arXiv:2103.14030, equation 4; BEiT, arXiv:2106.08254, `RelativePositionBias`, which
+        stores the constant index beside the table; here it is no part of the state.
+
+    Example:
+        >>> RelativePositionBias(grid=(2, 3), heads=4, class_token=True)().shape
+        torch.Size([1, 4, 7, 7])
+    """
+
+    index: Tensor
+
+    def __init__(self, *, grid: Sequence[int], heads: int, class_token: bool = False) -> None:
+        super().__init__()
+        self.grid = as_sizes("grid", grid)
+        index = relative_index(self.grid)
+        offsets = count_tokens([2 * size - 1 for size in self.grid])
+        if class_token:
+            index = F.pad(index, (1, 0, 1, 0), value=offsets)
+            index[1:, 0] = offsets + 1
+            index[0, 0] = offsets + 2
+            offsets += NUM_CLASS_ROWS
+        self.num_prefix = int(class_token)
+        self.table = nn.Parameter(torch.zeros(offsets, heads))
+        self.register_buffer("index", index, persistent=False)
+
+    def forward(self, mask: Mask | None = None) -> Float[Tensor, "#batch heads tokens tokens"]:
+        """Return the bias between all tokens, or under a mask between the visible ones."""
+        index = self.index if mask is None else self._visible_index(mask)
+        # Heads first, so that each has its matrix in one piece.
+        bias = self.table.T.contiguous().index_select(1, index.flatten())
+        if mask is None:
+            return bias.view(1, len(bias), *index.shape)
+        return bias.view(len(bias), *index.shape).movedim(0, 1)
+
+    def _visible_index(self, mask: Mask) -> Int64[Tensor, "batch visible visible"]:
+        check_mask(mask, self.grid, mask.visible_ids)
+        ids = F.pad(mask.visible_ids + self.num_prefix, (self.num_prefix, 0))
+        return self.index[ids.unsqueeze(2), ids.unsqueeze(1)]
+
+
+def relative_index(grid: Sequence[int]) -> Int64[Tensor, "tokens tokens"]:
+    """Return which row of a table holds the offset between two tokens: [query, key].
+
+    Example:
+        >>> relative_index((1, 2))
+        tensor([[1, 0],
+                [2, 1]])
+    """
+    axes = torch.meshgrid([torch.arange(size) for size in grid], indexing="ij")
+    index = torch.zeros(count_tokens(grid), count_tokens(grid), dtype=torch.int64)
+    for size, axis in zip(grid, axes, strict=True):
+        position = axis.flatten()
+        index = index * (2 * size - 1) + (position[:, None] - position + size - 1)
+    return index

@@ -1,0 +1,436 @@
+"""The Swin Transformer: attention in shifted windows, a coarser grid after every stage.
+
+Axes: batch; channels; height, width (pixels); tokens (of a stage's grid); windows; inside (tokens
+of a window); dim.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from mimkit._grids import Grid, count_tokens, divide, per_axis
+from mimkit.masking import Mask
+from mimkit.nn._embed import PatchEmbed
+from mimkit.nn._layers import DropPath, Mlp, attend, check_heads, drop_path_rates
+from mimkit.nn._relative import RelativePositionBias
+from mimkit.nn._vit import fill_in, image_axes
+
+_NORM_EPS = 1e-5
+_NOT_NEIGHBORS = -100.0  # added to logits between tokens that only the roll brought together
+
+
+class SwinTransformer(nn.Module):
+    """Swin Transformer, which can encode mask tokens in the place of masked patches.
+
+    Args:
+        image_size: Pixels per axis; an integer means a square image.
+        patch_size: Pixels per patch; one integer, or one per axis.
+        in_channels: Channels of the images.
+        dim: Width of a token in the first stage; every further stage doubles it.
+        depth: Blocks of each stage.
+        heads: Attention heads of each stage.
+        window: Tokens per axis of a window. A grid whose shorter side is no longer than that has
+            windows of that side, unshifted.
+        mlp_ratio: Hidden width of each MLP over its input's.
+        drop_path: Fraction of samples whose residual branches the last block leaves out in
+            training; the other blocks less, linearly from 0.
+        num_classes: Width of `head`, a linear classifier for pooled tokens; 0 for none.
+
+    Attributes:
+        grid: Patches per axis, which is what a mask is for.
+        out_grid: Tokens per axis after the last stage.
+        stride: Pixels per axis of such a token.
+        dim: Its width.
+        num_prefix_tokens: 0: there is no class token.
+
+    Source:
+        Swin, arXiv:2103.14030; microsoft/SimMIM `swin_transformer.py`, with its initialization.
+        There every shifted block rolls the map and cuts it into windows, and undoes both; here
+        tokens stay in the order of the windows, and move once between two blocks.
+
+    Example:
+        >>> encoder = SwinTransformer(image_size=(32, 64), dim=16, depth=(2, 2), heads=(2, 4),
+        ...                           window=4)
+        >>> images = torch.rand(2, 3, 32, 64)
+        >>> encoder(images).shape, encoder.out_grid
+        (torch.Size([2, 32, 32]), (4, 8))
+        >>> [tuple(feature.shape) for feature in encoder.features(images)]
+        [(2, 16, 8, 16), (2, 32, 4, 8)]
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int | Sequence[int] = 224,
+        patch_size: int | Sequence[int] = 4,
+        in_channels: int = 3,
+        dim: int = 96,
+        depth: Sequence[int] = (2, 2, 6, 2),
+        heads: Sequence[int] = (3, 6, 12, 24),
+        window: int = 7,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        num_classes: int = 0,
+    ) -> None:
+        super().__init__()
+        if len(depth) != len(heads) or not depth:
+            raise ValueError(
+                f"depth and heads must have one number per stage; got {depth} and {heads}"
+            )
+        self.image_size = image_axes(image_size)
+        if len(self.image_size) != 2:
+            raise ValueError(f"Swin takes images of two axes; got image_size={image_size}")
+        patch = per_axis("patch_size", patch_size, 2)
+        self.grid = divide("image size", self.image_size, patch, "patch size")
+        merged = 2 ** (len(depth) - 1)
+        self.out_grid = divide("patch grid", self.grid, merged, "what the stages merge")
+        self.stride = tuple(side * merged for side in patch)
+        self.dim = dim * merged
+        self.num_prefix_tokens = 0
+        self.patch_embed = _NormedPatchEmbed(patch_size=patch, in_channels=in_channels, dim=dim)
+        rates = drop_path_rates(drop_path, sum(depth))
+        self.layers = nn.ModuleList(
+            SwinStage(
+                grid=tuple(side // 2**stage for side in self.grid),
+                dim=dim * 2**stage,
+                depth=blocks,
+                heads=heads[stage],
+                window=window,
+                mlp_ratio=mlp_ratio,
+                drop_path=rates[sum(depth[:stage]) : sum(depth[: stage + 1])],
+                resample=PatchMerging if stage < len(depth) - 1 else None,
+            )
+            for stage, blocks in enumerate(depth)
+        )
+        self.norm = nn.LayerNorm(self.dim, eps=_NORM_EPS)
+        self.head = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
+        self.apply(initialize_swin)
+
+    def forward(
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        mask: Mask | None = None,
+        *,
+        mask_token: Float[Tensor, "*masked dim"] | None = None,
+    ) -> Float[Tensor, "batch tokens out_dim"]:
+        """Encode images, masked patches replaced by the mask token.
+
+        Args:
+            images: Images of the size that the encoder was built for.
+            mask: Which patches are visible; the others are not read.
+            mask_token: Stands for each masked patch, behind the patch embedding.
+
+        Returns:
+            One token per position of `out_grid`, after the last norm.
+
+        Raises:
+            ValueError: Images of another size or number of channels, a mask that does not fit, or
+                one of mask and mask token without the other.
+        """
+        tokens = self._embed(images, mask, mask_token)
+        for stage in self.layers:
+            _, tokens = stage(tokens)
+        encoded: Tensor = self.norm(tokens)
+        return encoded
+
+    def features(
+        self, images: Float[Tensor, "batch channels height width"]
+    ) -> list[Float[Tensor, "batch dim grid_height grid_width"]]:
+        """Return the feature map of every stage before it is merged, as detectors take them."""
+        tokens = self._embed(images, None, None)
+        maps = []
+        for index, stage in enumerate(self.layers):
+            mixed, tokens = stage(tokens)
+            height = self.grid[0] // 2**index
+            maps.append(rearrange(mixed, "b (h w) d -> b d h w", h=height))
+        return maps
+
+    def pool(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch dim"]:
+        """Average the encoded tokens of each sample."""
+        return tokens.mean(dim=1)
+
+    def _embed(self, images: Tensor, mask: Mask | None, mask_token: Tensor | None) -> Tensor:
+        if tuple(images.shape[2:]) != self.image_size:
+            raise ValueError(
+                f"this encoder takes images of size {self.image_size}; got {tuple(images.shape)}"
+            )
+        if mask is not None and mask_token is None:
+            raise ValueError("Swin cannot leave tokens out: pass a mask_token with the mask")
+        tokens: Tensor = self.patch_embed(images, mask)
+        return tokens if mask_token is None else fill_in(tokens, mask, mask_token)
+
+
+class _NormedPatchEmbed(PatchEmbed):
+    """Patch embedding with a LayerNorm behind it."""
+
+    def __init__(self, *, patch_size: Sequence[int], in_channels: int, dim: int) -> None:
+        # Sums of 48 values round with their order. In this one, the loss of the authors' reference
+        # vectors has the same sign as theirs at the one pixel that lies on the kink of L1.
+        super().__init__(patch_size=patch_size, in_channels=in_channels, dim=dim, order="p1 p2 c")
+        bound = (in_channels * count_tokens(patch_size)) ** -0.5
+        nn.init.uniform_(self.proj.weight, -bound, bound)  # a convolution's default
+        self.norm = nn.LayerNorm(dim, eps=_NORM_EPS)
+
+    def forward(self, images: Tensor, mask: Mask | None = None) -> Tensor:  # noqa: D102
+        tokens: Tensor = self.norm(super().forward(images, mask))
+        return tokens
+
+
+class SwinStage(nn.Module):
+    """Blocks on one grid, every second one with shifted windows, and the way to the next grid.
+
+    Args:
+        grid: Tokens per axis.
+        dim: Width of a token.
+        depth: Number of blocks.
+        heads: Attention heads.
+        window: Tokens per axis of a window.
+        mlp_ratio: Hidden width of each MLP over its input's.
+        drop_path: One rate per block.
+        resample: What makes the tokens of the next stage: `PatchMerging` or `PatchSplitting`.
+
+    Raises:
+        ValueError: Windows that do not fit the grid.
+    """
+
+    moves: Tensor
+    moves_back: Tensor
+
+    def __init__(
+        self,
+        *,
+        grid: Grid,
+        dim: int,
+        depth: int,
+        heads: int,
+        window: int,
+        mlp_ratio: float,
+        drop_path: Sequence[float],
+        resample: "type[PatchMerging] | type[PatchSplitting] | None",
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        window, shift = fit_window(grid, window)
+        self.blocks = nn.ModuleList(
+            SwinBlock(
+                grid=grid,
+                dim=dim,
+                heads=heads,
+                window=window,
+                shift=shift if index % 2 else 0,
+                mlp_ratio=mlp_ratio,
+                drop_path=rate,
+            )
+            for index, rate in enumerate(drop_path)
+        )
+        rows = torch.arange(count_tokens(grid))
+        orders = [
+            rows,
+            *(window_order(grid, window, shift if i % 2 else 0).flatten() for i in range(depth)),
+            rows,
+        ]
+        # The k-th token of the new order stands where in the old one?
+        moves = [old.argsort()[new] for old, new in zip(orders, orders[1:], strict=False)]
+        self.register_buffer("moves", torch.stack(moves), persistent=False)
+        self.register_buffer("moves_back", self.moves.argsort(dim=1), persistent=False)
+        self.downsample = resample(grid=grid, dim=dim) if resample else None
+
+    def forward(
+        self, tokens: Float[Tensor, "batch tokens dim"]
+    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch next next_dim"]]:
+        """Mix row-major tokens; return them, and those of the next stage, row-major again."""
+        for index, block in enumerate(self.blocks):
+            tokens = block(self._move(tokens, index))
+        tokens = self._move(tokens, -1)
+        return tokens, tokens if self.downsample is None else self.downsample(tokens)
+
+    def _move(self, tokens: Tensor, index: int) -> Tensor:
+        moved: Tensor = _Permute.apply(  # type: ignore[no-untyped-call]
+            tokens, self.moves[index], self.moves_back[index]
+        )
+        return moved
+
+
+class _Permute(torch.autograd.Function):
+    """Take the tokens in another order; backward takes them back instead of adding them up."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return tokens.index_select(1, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return _Permute.apply(grad, inverse, order), None, None  # type: ignore[no-untyped-call]
+
+
+class SwinBlock(nn.Module):
+    """Transformer block whose attention stays inside windows; tokens come in their order."""
+
+    def __init__(
+        self,
+        *,
+        grid: Grid,
+        dim: int,
+        heads: int,
+        window: int,
+        shift: int,
+        mlp_ratio: float,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=_NORM_EPS)
+        self.attn = WindowAttention(grid=grid, dim=dim, heads=heads, window=window, shift=shift)
+        self.norm2 = nn.LayerNorm(dim, eps=_NORM_EPS)
+        self.mlp = Mlp(dim=dim, hidden_dim=int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+        self, tokens: Float[Tensor, "batch tokens dim"]
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Mix tokens inside windows, then transform each."""
+        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))
+        out: Tensor = tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+        return out
+
+
+class WindowAttention(nn.Module):
+    """Self-attention inside windows, with relative positions.
+
+    Args:
+        grid: Tokens per axis.
+        dim: Width of a token.
+        heads: Attention heads.
+        window: Tokens per axis of a window.
+        shift: How far windows are shifted; those at the edge then hold tokens of opposite sides,
+            which do not see each other.
+    """
+
+    apart: Tensor | None
+
+    def __init__(self, *, grid: Grid, dim: int, heads: int, window: int, shift: int) -> None:
+        super().__init__()
+        check_heads(dim, heads)
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.tokens_inside = window**2
+        self.rel_pos_bias = RelativePositionBias(grid=(window, window), heads=heads)
+        apart = opposite_sides(grid, window, shift) if shift else None
+        self.register_buffer("apart", apart, persistent=False)
+
+    def forward(
+        self, tokens: Float[Tensor, "batch tokens dim"]
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Mix the tokens of each window, which follow each other."""
+        bias = self.rel_pos_bias()
+        if self.apart is None:  # all windows alike
+            pattern = "b (w n) (three h d) -> three (b w) h n d"
+        else:
+            bias = (bias + self.apart).flatten(0, 1).unsqueeze(0)
+            pattern = "b (w n) (three h d) -> three b (w h) n d"
+        query, key, value = rearrange(
+            self.qkv(tokens), pattern, three=3, h=self.heads, n=self.tokens_inside
+        ).unbind(0)
+        mixed = attend(query, key, value, bias).view(
+            len(tokens), -1, self.heads, self.tokens_inside, query.shape[-1]
+        )
+        out: Tensor = self.proj(rearrange(mixed, "b w h n d -> b (w n) (h d)"))
+        return out
+
+
+class PatchMerging(nn.Module):
+    """Merge 2x2 tokens to one of twice the width.
+
+    Source:
+        Swin, arXiv:2103.14030, section 3.1; the four are ordered column by column.
+    """
+
+    def __init__(self, *, grid: Grid, dim: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.norm = nn.LayerNorm(4 * dim, eps=_NORM_EPS)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(
+        self, tokens: Float[Tensor, "batch tokens dim"]
+    ) -> Float[Tensor, "batch merged merged_dim"]:
+        """Merge row-major tokens to row-major tokens."""
+        quads = rearrange(tokens, "b (y i x j) d -> b (y x) (j i d)", y=self.grid[0] // 2, i=2, j=2)
+        merged: Tensor = self.reduction(self.norm(quads))
+        return merged
+
+
+class PatchSplitting(nn.Module):
+    """Split a token into 2x2 of half the width: the way back from `PatchMerging`."""
+
+    def __init__(self, *, grid: Grid, dim: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.norm = nn.LayerNorm(dim, eps=_NORM_EPS)
+        self.expansion = nn.Linear(dim, 2 * dim, bias=False)
+
+    def forward(
+        self, tokens: Float[Tensor, "batch tokens dim"]
+    ) -> Float[Tensor, "batch split split_dim"]:
+        """Split row-major tokens to row-major tokens."""
+        quads: Tensor = self.expansion(self.norm(tokens))
+        return rearrange(quads, "b (y x) (i j d) -> b (y i x j) d", y=self.grid[0], i=2, j=2)
+
+
+def fit_window(grid: Grid, window: int) -> tuple[int, int]:
+    """Return side and shift of the windows of a grid: one unshifted window if no more fit.
+
+    Raises:
+        ValueError: Windows that do not fill the grid.
+
+    Example:
+        >>> fit_window((12, 12), 6), fit_window((6, 6), 7), fit_window((4, 8), 7)
+        ((6, 3), (6, 0), (4, 0))
+    """
+    if window < 1:
+        raise ValueError(f"window must be at least 1; got {window}")
+    side, shift = (min(grid), 0) if min(grid) <= window else (window, window // 2)
+    if any(tokens % side for tokens in grid):
+        fitting = [n for n in range(1, min(grid) + 1) if not any(tokens % n for tokens in grid)]
+        raise ValueError(
+            f"windows of {side}x{side} do not fill the {'x'.join(map(str, grid))} tokens of a "
+            f"stage; windows of {fitting} would fit"
+        )
+    return side, shift
+
+
+def window_order(grid: Grid, window: int, shift: int) -> Int64[Tensor, "windows inside"]:
+    """Return the row-major positions of the tokens of each window."""
+    positions = torch.arange(count_tokens(grid)).view(grid).roll((-shift, -shift), (0, 1))
+    return _cut(positions, window)
+
+
+def opposite_sides(grid: Grid, window: int, shift: int) -> Float[Tensor, "windows 1 inside inside"]:
+    """Return what keeps tokens apart that shifted windows bring together from opposite sides."""
+    # Along an axis of the rolled map: inside, before the cut, behind it.
+    sides = [torch.zeros(size, dtype=torch.int64) for size in grid]
+    for side in sides:
+        side[-window:], side[-shift:] = 1, 2
+    regions = _cut(sides[0][:, None] * 3 + sides[1], window)
+    is_apart = regions[:, None, :, None] != regions[:, None, None, :]
+    return is_apart * _NOT_NEIGHBORS
+
+
+def _cut(values: Int64[Tensor, "height width"], window: int) -> Int64[Tensor, "windows inside"]:
+    return rearrange(values, "(y i) (x j) -> (y x) (i j)", i=window, j=window)
+
+
+def initialize_swin(module: nn.Module) -> None:
+    """Initialise one module as Swin does: normal weights of deviation .02, no biases."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, RelativePositionBias):
+        nn.init.trunc_normal_(module.table, std=0.02)

@@ -1,0 +1,112 @@
+"""Tokenizers: from images to one of a few codes for each patch.
+
+Axes: batch; channels; *spatial; *grid; codes; patch (the values of one patch).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from mimkit._grids import as_sizes, count_tokens
+from mimkit.patches import grid_of, patchify, unpatchify
+from mimkit.targets._pixels import patch_statistics
+
+_CHUNK = 1 << 14  # patches whose distances to all codes are held at a time
+
+
+class PatchTokenizer(nn.Module):
+    """Code each patch by the nearest of some typical patches, all of zero mean and unit variance.
+
+    A tokenizer that takes a second to fit, for small images and few codes; `DiscreteVAE` is the
+    published one.
+
+    Args:
+        patch_size: Pixels per patch, per spatial axis.
+        in_channels: Channels of the images.
+        vocabulary_size: Number of codes.
+
+    Attributes:
+        patch_size: As given.
+        centers: The typical patches; zeros until `fit` finds them.
+
+    Example:
+        >>> tokenizer = PatchTokenizer(patch_size=(4, 4), in_channels=3, vocabulary_size=8)
+        >>> images = torch.rand(4, 3, 8, 12)
+        >>> tokenizer.fit(images).encode(images).shape
+        torch.Size([4, 2, 3])
+    """
+
+    centers: Float[Tensor, "codes patch"]
+
+    def __init__(
+        self, *, patch_size: Sequence[int], in_channels: int, vocabulary_size: int
+    ) -> None:
+        super().__init__()
+        self.patch_size = as_sizes("patch_size", patch_size)
+        width = in_channels * count_tokens(self.patch_size)
+        self.register_buffer("centers", torch.zeros(vocabulary_size, width))
+
+    @torch.no_grad()
+    def fit(
+        self,
+        images: Float[Tensor, "batch channels *spatial"],
+        *,
+        iterations: int = 20,
+        seed: int = 0,
+    ) -> "PatchTokenizer":
+        """Find the typical patches by k-means (Lloyd's iterations from random patches).
+
+        Raises:
+            ValueError: Fewer patches than codes.
+        """
+        patches = self._normalized(images).flatten(0, -2)
+        count = len(self.centers)
+        if len(patches) < count:
+            raise ValueError(f"{count} codes need as many patches; got {len(patches)}")
+        order = torch.randperm(len(patches), generator=torch.Generator().manual_seed(seed))
+        self.centers.copy_(patches[order[:count].to(patches.device)])
+        for _ in range(iterations):
+            ids = self._nearest(patches)
+            sums = torch.zeros_like(self.centers).index_add_(0, ids, patches)
+            sizes = torch.bincount(ids, minlength=count).unsqueeze(1)
+            # A code that no patch is nearest to stays where it is.
+            self.centers.copy_(torch.where(sizes > 0, sums / sizes.clamp(min=1), self.centers))
+        return self
+
+    @torch.no_grad()
+    def encode(
+        self, images: Float[Tensor, "batch channels *spatial"]
+    ) -> Int64[Tensor, "batch *grid"]:
+        """Return the code of each patch."""
+        patches = self._normalized(images)
+        ids = self._nearest(patches.flatten(0, -2))
+        return ids.view(len(images), *grid_of(images, self.patch_size))
+
+    def decode(
+        self,
+        ids: Int64[Tensor, "batch *grid"],
+        *,
+        like: Float[Tensor, "batch channels *spatial"],
+    ) -> Float[Tensor, "batch channels *spatial"]:
+        """Return the images that codes stand for.
+
+        Args:
+            ids: One code per patch.
+            like: Images whose patches lend their mean and deviation, which a code does not hold.
+        """
+        mean, std = patch_statistics(patchify(like, self.patch_size))
+        patches = self.centers[ids.flatten(1)] * std + mean
+        return unpatchify(patches, ids.shape[1:], self.patch_size, order="c p1 p2")
+
+    def _normalized(self, images: Tensor) -> Float[Tensor, "batch tokens patch"]:
+        patches = patchify(images.float(), self.patch_size, order="c p1 p2")
+        mean, std = patch_statistics(patches)
+        return (patches - mean) / std
+
+    def _nearest(self, patches: Float[Tensor, "patches patch"]) -> Int64[Tensor, " patches"]:
+        # The patch's own norm is the same for all codes.
+        offset = self.centers.square().sum(dim=1) / 2
+        scores = [chunk @ self.centers.T - offset for chunk in patches.split(_CHUNK)]
+        return torch.cat([score.argmax(dim=1) for score in scores])

@@ -1,0 +1,126 @@
+"""Packed cells: the positions of a fine grid below the visible tokens of a coarse one.
+
+Axes: batch; channels; height, width (of the fine grid); visible (cells, which are tokens of the
+mask); cell (positions of a cell, row-major); window (cells around a cell and itself, row-major).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int32, Shaped
+from torch import Tensor
+from torch.nn import functional as F
+
+from mimkit._grids import Grid, divide, per_axis
+from mimkit.masking import Mask
+from mimkit.patches._patchify import check_batch, gather_patches, unpatchify
+from mimkit.patches._tokens import restore
+
+
+def pack_cells(
+    feature_map: Float[Tensor, "batch channels height width"], mask: Mask
+) -> Float[Tensor, "batch visible cell channels"]:
+    """Take the visible cells out of a feature map that is finer than the mask.
+
+    Packed order is cell by cell, not the ascending order of `mask.refine(k).visible_ids`.
+
+    Args:
+        feature_map: Some positions per axis and token of the mask.
+        mask: Which cells are visible.
+
+    Raises:
+        ValueError: A feature map that the mask's grid does not divide, or of another batch size.
+
+    Example:
+        >>> mask = Mask.from_visible_ids(torch.tensor([[1]]), (1, 2))
+        >>> pack_cells(torch.arange(8.0).view(1, 1, 2, 4), mask).flatten().tolist()
+        [2.0, 3.0, 6.0, 7.0]
+    """
+    cell = cell_of(feature_map, mask)
+    patches = gather_patches(feature_map, mask, cell)
+    return rearrange(patches, "b v (p c) -> b v p c", c=feature_map.shape[1])
+
+
+def unpack_cells(
+    cells: Float[Tensor, "batch visible cell channels"],
+    mask: Mask,
+    *,
+    cell: int | Sequence[int] | None = None,
+) -> Float[Tensor, "batch channels height width"]:
+    """Put packed cells back into a feature map that is zero wherever it is masked.
+
+    Args:
+        cells: What `pack_cells` took.
+        mask: The mask that it was taken by.
+        cell: Positions per axis of a cell; square cells if `None`.
+
+    Raises:
+        ValueError: Cells that do not fit the mask, or whose positions are not those of `cell`.
+
+    Example:
+        >>> mask = Mask.from_visible_ids(torch.tensor([[1]]), (1, 2))
+        >>> unpack_cells(torch.tensor([[[[2.0], [3.0], [6.0], [7.0]]]]), mask)
+        tensor([[[[0., 0., 2., 3.],
+                  [0., 0., 6., 7.]]]])
+    """
+    positions = cells.shape[2]
+    size = per_axis("cell", math.isqrt(positions) if cell is None else cell, _axes(mask))
+    if math.prod(size) != positions:
+        raise ValueError(f"cells hold {positions} positions, which are not those of cell={size}")
+    patches = cells.flatten(2)
+    tokens = restore(patches, mask, patches.new_zeros(patches.shape[2]))
+    return unpatchify(tokens, mask.grid, size)
+
+
+def neighbors(mask: Mask, *, reach: int = 1) -> Int32[Tensor, "batch visible window"]:
+    """Find the visible cells around every visible cell.
+
+    Args:
+        mask: Which cells are visible.
+        reach: How many cells to look away on every side.
+
+    Returns:
+        Where each cell of the window stands in `mask.visible_ids`; -1 if masked or outside.
+
+    Raises:
+        ValueError: A grid without exactly two axes, or a negative reach.
+
+    Example:
+        >>> neighbors(Mask.from_bool(torch.tensor([[[True, False, False]]])))
+        tensor([[[-1, -1, -1, -1,  0,  1, -1, -1, -1],
+                 [-1, -1, -1,  0,  1, -1, -1, -1, -1]]], dtype=torch.int32)
+    """
+    _axes(mask)
+    if reach < 0:
+        raise ValueError(f"reach must not be negative; got {reach}")
+    height, width = mask.grid
+    slots = mask.restore_ids
+    slots = slots.masked_fill(slots >= mask.num_visible, -1).view(-1, height, width)
+    framed = F.pad(slots, (reach, reach, reach, reach), value=-1)
+    row_length = width + 2 * reach
+    # Token (y, x) is the first of its own window in the framed grid.
+    ids = mask.visible_ids
+    first = torch.div(ids, width, rounding_mode="floor") * row_length + ids % width
+    step = torch.arange(2 * reach + 1, device=mask.device)
+    window = (step.unsqueeze(1) * row_length + step).flatten()
+    places = rearrange(first.unsqueeze(2) + window, "b v w -> b (v w)")
+    found = framed.flatten(1).gather(1, places)
+    return found.view(*ids.shape, len(window)).int()
+
+
+def cell_of(feature_map: Shaped[Tensor, "batch channels *spatial"], mask: Mask) -> Grid:
+    """Return the positions of a feature map per axis and token of the mask.
+
+    Raises:
+        ValueError: A mask of other axes, or a feature map that does not fit it.
+    """
+    check_batch(mask, feature_map)
+    return divide("feature map", feature_map.shape[2:], mask.grid, "the grid of the mask")
+
+
+def _axes(mask: Mask) -> int:
+    if len(mask.grid) != 2:
+        raise ValueError(f"packed cells need a mask of two axes; got grid {mask.grid}")
+    return 2

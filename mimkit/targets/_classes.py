@@ -1,0 +1,238 @@
+"""Targets that are classes: clusters of colors, bins of channels.
+
+Axes: batch; channels; *spatial; masked (tokens); patch (the values of one patch); pixels (of a
+patch, row-major); clusters; points (colors to cluster).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor
+
+from mimkit.masking import Mask
+from mimkit.targets._pixels import Pixels
+
+_POINTS_AT_ONCE = 1 << 16
+
+
+class ColorClusters:
+    """For every masked pixel the nearest of some colors, which k-means found in images.
+
+    Args:
+        patch_size: Pixels per patch; one integer, or one per spatial axis.
+        num_clusters: Number of colors.
+
+    Attributes:
+        centers: The colors, once fitted or loaded.
+        uses_ground_truth: Whether `invert` looks at hidden pixels: it does not.
+
+    Source:
+        iGPT (Chen et al., 2020), 512 clusters; SimMIM, arXiv:2111.09886, table 5 "iGPT cluster";
+        neither's clusters are in SimMIM's released code.
+
+    Example:
+        >>> images = torch.rand(4, 3, 8, 8)
+        >>> mask = Mask.from_visible_ids(torch.zeros(4, 1, dtype=torch.int64), (2, 2))
+        >>> target = ColorClusters(4, num_clusters=8).fit(images)
+        >>> ids = target(images, mask)
+        >>> ids.shape, target.invert(ids, images, mask).shape
+        (torch.Size([4, 3, 16]), torch.Size([4, 3, 48]))
+    """
+
+    uses_ground_truth = False
+
+    def __init__(self, patch_size: int | Sequence[int], num_clusters: int = 512) -> None:
+        if num_clusters < 1:
+            raise ValueError(f"num_clusters must be at least 1; got {num_clusters}")
+        self.patch_size = patch_size
+        self.num_clusters = num_clusters
+        self.centers: Float[Tensor, "clusters channels"] | None = None
+
+    def fit(
+        self,
+        images: Shaped[Tensor, "batch channels *spatial"],
+        *,
+        initial: Float[Tensor, "clusters channels"] | None = None,
+        max_iterations: int = 100,
+        generator: torch.Generator | None = None,
+    ) -> "ColorClusters":
+        """Cluster all pixels of `images`.
+
+        Args:
+            images: Floats, or uint8, which become fractions in [0, 1].
+            initial: Centers to start from; drawn by k-means++ if `None`.
+            max_iterations: Most rounds of Lloyd's algorithm, which stops when no pixel moves.
+            generator: Of k-means++ (CPU).
+
+        Raises:
+            ValueError: Fewer pixels than clusters, or initial centers of another shape.
+        """
+        points = images.movedim(1, -1).flatten(0, -2)
+        points = points / 255 if images.dtype == torch.uint8 else points.float()
+        if len(points) < self.num_clusters:
+            raise ValueError(f"{len(points)} pixels do not make {self.num_clusters} clusters")
+        if initial is None:
+            initial = _plus_plus(points, self.num_clusters, generator)
+        if initial.shape != (self.num_clusters, points.shape[1]):
+            raise ValueError(
+                f"initial must be [{self.num_clusters}, {points.shape[1]}]; "
+                f"got {tuple(initial.shape)}"
+            )
+        self.centers = _lloyd(points, initial.to(points), max_iterations)
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write the colors to a file.
+
+        Raises:
+            RuntimeError: Before `fit`.
+        """
+        torch.save({"centers": self._fitted(torch.device("cpu"))}, path)
+
+    def load(self, path: str | Path) -> "ColorClusters":
+        """Read the colors from a file that `save` wrote.
+
+        Raises:
+            ValueError: Another number of clusters.
+        """
+        centers = torch.load(path, map_location="cpu", weights_only=True)["centers"]
+        if len(centers) != self.num_clusters:
+            raise ValueError(f"{path} holds {len(centers)} clusters, not {self.num_clusters}")
+        self.centers = centers
+        return self
+
+    def __call__(
+        self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
+    ) -> Int64[Tensor, "batch masked pixels"]:
+        """Return the cluster of each masked pixel.
+
+        Raises:
+            RuntimeError: Before `fit`.
+        """
+        patches = Pixels(self.patch_size)(images, mask)
+        centers = self._fitted(patches.device)
+        nearest, _ = _nearest(patches.reshape(-1, centers.shape[1]), centers)
+        return nearest.view(*patches.shape[:2], patches.shape[2] // centers.shape[1])
+
+    def invert(
+        self,
+        values: Int64[Tensor, "batch masked pixels"],
+        images: Shaped[Tensor, "batch channels *spatial"],
+        mask: Mask,
+    ) -> Float[Tensor, "batch masked patch"]:
+        """Return patches of the clusters' colors."""
+        return self._fitted(values.device)[values].flatten(2)
+
+    def _fitted(self, device: torch.device) -> Tensor:
+        if self.centers is None:
+            raise RuntimeError("this ColorClusters has no colors yet: call fit(images) or load")
+        return self.centers.to(device)
+
+
+@dataclass(frozen=True)
+class ChannelBins:
+    """For every masked pixel and channel, which of some equal intervals its value is in.
+
+    Attributes:
+        patch_size: Pixels per patch; one integer, or one per spatial axis.
+        num_bins: Number of intervals.
+        low: Where the first one begins; smaller values are in it too.
+        high: Where the last one ends; larger values are in it too. For uint8 images, `low` and
+            `high` are in fractions of 255.
+        uses_ground_truth: Whether `invert` looks at hidden pixels: it does not.
+
+    Source:
+        SimMIM, arXiv:2111.09886, table 5 "per-channel 8-bin" and "256-bin"; not in the released
+        code.
+
+    Example:
+        >>> mask = Mask.from_bool(torch.tensor([[[True]]]))
+        >>> bins = ChannelBins((1, 3), num_bins=8)
+        >>> bins(torch.tensor([[[[0.0, 0.5, 1.0]]]]), mask)
+        tensor([[[0, 4, 7]]])
+    """
+
+    patch_size: int | Sequence[int]
+    num_bins: int = 8
+    low: float = 0.0
+    high: float = 1.0
+    uses_ground_truth: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.num_bins < 1 or not self.low < self.high:
+            raise ValueError(
+                "bins need at least one interval from low to high; "
+                f"got {self.num_bins} from {self.low} to {self.high}"
+            )
+
+    def __call__(
+        self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
+    ) -> Int64[Tensor, "batch masked patch"]:
+        """Return the bins of the masked patches, in the order "p1 p2 c"."""
+        patches = Pixels(self.patch_size)(images, mask)
+        position = (patches - self.low) * (self.num_bins / (self.high - self.low))
+        return position.floor().long().clamp(0, self.num_bins - 1)
+
+    def invert(
+        self,
+        values: Int64[Tensor, "batch masked patch"],
+        images: Shaped[Tensor, "batch channels *spatial"],
+        mask: Mask,
+    ) -> Float[Tensor, "batch masked patch"]:
+        """Return patches of the centers of the bins."""
+        return self.low + (values + 0.5) * ((self.high - self.low) / self.num_bins)
+
+
+def _nearest(
+    points: Float[Tensor, "points channels"], centers: Float[Tensor, "clusters channels"]
+) -> tuple[Int64[Tensor, " points"], Float[Tensor, " points"]]:
+    """Return each point's nearest center, and the squared distance to it."""
+    parts = [
+        (part[:, None] - centers).square().sum(dim=-1).min(dim=1)
+        for part in points.split(max(_POINTS_AT_ONCE // len(centers), 1))
+    ]
+    if not parts:
+        return points.new_zeros(0, dtype=torch.int64), points.new_zeros(0)
+    return torch.cat([part.indices for part in parts]), torch.cat([part.values for part in parts])
+
+
+def _plus_plus(
+    points: Float[Tensor, "points channels"], num_clusters: int, generator: torch.Generator | None
+) -> Float[Tensor, "clusters channels"]:
+    """Draw initial centers, each point with a chance that grows with its distance to the others."""
+    first = int(torch.randint(len(points), (), generator=generator))
+    chosen = [first]
+    nearest = (points - points[first]).square().sum(dim=1)
+    for _ in range(1, num_clusters):
+        # The running sum by hand: `multinomial` takes at most 2**24 points.
+        reach = nearest.double().cumsum(dim=0)
+        drawn = torch.rand((), generator=generator, dtype=torch.float64).to(reach) * reach[-1]
+        chosen.append(int(torch.searchsorted(reach, drawn, right=True).clamp(max=len(points) - 1)))
+        nearest = torch.minimum(nearest, (points - points[chosen[-1]]).square().sum(dim=1))
+    return points[chosen]
+
+
+def _lloyd(
+    points: Float[Tensor, "points channels"],
+    centers: Float[Tensor, "clusters channels"],
+    max_iterations: int,
+) -> Float[Tensor, "clusters channels"]:
+    """Move centers to the means of their points until no point changes its center."""
+    labels = torch.full((len(points),), -1, device=points.device)
+    for _ in range(max_iterations):
+        nearest, distances = _nearest(points, centers)
+        if torch.equal(nearest, labels):
+            break
+        labels = nearest
+        counts = labels.bincount(minlength=len(centers))
+        sums = torch.zeros_like(centers, dtype=torch.float64)
+        sums.index_add_(0, labels, points.double())
+        centers = (sums / counts.clamp(min=1)[:, None]).to(points.dtype)
+        empty = (counts == 0).nonzero().flatten()
+        # A center without points goes where the points are worst served.
+        centers[empty] = points[distances.topk(len(empty)).indices]
+    return centers

@@ -1,0 +1,193 @@
+"""Pixel targets of another resolution or another normalisation than the image's own.
+
+Axes: batch; channels; *spatial; masked (tokens, or groups of them); patch (the values of one).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Shaped
+from torch import Tensor
+from torch.nn import functional as F
+
+from mimkit._grids import Grid, divide, per_axis
+from mimkit.masking import Mask
+from mimkit.patches import gather_masked, patchify, restore, unpatchify
+from mimkit.patches._patchify import Order
+from mimkit.targets._pixels import Pixels
+
+_NORMALIZATION_EPS = 1e-6  # inside the root
+
+
+@dataclass(frozen=True)
+class DownsampledPixels:
+    """The means of squares of masked pixels.
+
+    Attributes:
+        patch_size: Pixels per patch; one integer, or one per spatial axis.
+        factor: Side of a square in pixels. It divides the patch; or the patch divides it, and then
+            masked patches must fill whole squares, of which each gives one row.
+        order: Order of the values inside a patch (see `patches.patchify`).
+        uses_ground_truth: Whether `invert` looks at hidden pixels: it does not.
+
+    Source:
+        SimMIM, arXiv:2111.09886, section 4.1.4 "prediction resolutions"; not in the released code.
+
+    Example:
+        >>> mask = Mask.from_bool(torch.tensor([[[True, False]]]))
+        >>> DownsampledPixels((1, 4), (1, 2))(torch.arange(8.0).view(1, 1, 1, 8), mask)
+        tensor([[[0.5000, 2.5000]]])
+    """
+
+    patch_size: int | Sequence[int]
+    factor: int | Sequence[int]
+    order: Order = "p1 p2 c"
+    uses_ground_truth: ClassVar[bool] = False
+
+    def group(self, mask: Mask) -> Mask:
+        """Return the mask of what is predicted: of patches, or of the squares that hold them.
+
+        Raises:
+            ValueError: Patches and squares that do not fill each other.
+        """
+        squares, patch = self._sizes(mask)
+        return mask if squares == patch else mask.coarsen(divide("factor", squares, patch, "patch"))
+
+    def __call__(
+        self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
+    ) -> Float[Tensor, "batch masked patch"]:
+        """Return the means of the masked squares."""
+        outer, _ = self._sizes(mask)
+        factor = per_axis("factor", self.factor, len(outer))
+        pixels = Pixels(outer, "c p1 p2")(images, self.group(mask))
+        means = pixels.view(*pixels.shape[:2], images.shape[1], *outer)
+        for axis, side in enumerate(factor, 3):
+            means = means.unflatten(axis, (-1, side)).mean(dim=axis + 1)
+        return _in_order(means, self.order)
+
+    def invert(
+        self,
+        values: Float[Tensor, "batch masked patch"],
+        images: Shaped[Tensor, "batch channels *spatial"],
+        mask: Mask,
+    ) -> Float[Tensor, "batch masked_patches patch"]:
+        """Return patches in which every square has its mean."""
+        outer, patch = self._sizes(mask)
+        factor = per_axis("factor", self.factor, len(outer))
+        inside = divide("patch", outer, factor, "factor")
+        means = _channels_first(values, inside, images.shape[1], self.order)
+        for axis, side in enumerate(factor, 3):
+            means = means.repeat_interleave(side, dim=axis)
+        if outer == patch:
+            return _in_order(means, self.order)
+        group = self.group(mask)
+        nothing = means.new_zeros(len(values), group.num_visible, means[0, 0].numel())
+        squares = restore(nothing, group, means.flatten(2))
+        maps = unpatchify(squares, group.grid, outer, order="c p1 p2")
+        return gather_masked(patchify(maps, patch, order=self.order), mask)
+
+    def _sizes(self, mask: Mask) -> tuple[Grid, Grid]:
+        """Return the pixels of a row, and those of a patch."""
+        patch = per_axis("patch_size", self.patch_size, len(mask.grid))
+        factor = per_axis("factor", self.factor, len(mask.grid))
+        if all(f % p == 0 for f, p in zip(factor, patch, strict=True)):
+            return factor, patch
+        divide("patch size", patch, factor, "factor")
+        return patch, patch
+
+
+@dataclass(frozen=True)
+class WindowNormalizedPixels:
+    """The masked pixels, each brought to zero mean and unit variance of the window around it.
+
+    Attributes:
+        patch_size: Pixels per patch; one integer, or one per spatial axis.
+        window: Side of the window in pixels, odd; what of it lies outside the image is left out.
+        order: Order of the values inside a patch (see `patches.patchify`).
+        uses_ground_truth: Whether `invert` looks at hidden pixels: it needs their windows' means
+            and standard deviations.
+
+    Source:
+        microsoft/Swin-Transformer `models/simmim.py` `norm_targets`, a port of SimMIM, whose own
+        release and paper have no such target. Windows are summed axis by axis here.
+
+    Example:
+        >>> mask = Mask.from_bool(torch.tensor([[[True]]]))
+        >>> WindowNormalizedPixels((1, 3), window=3)(torch.tensor([[[[1.0, 2.0, 3.0]]]]), mask)
+        tensor([[[-0.7071,  0.0000,  0.7071]]])
+    """
+
+    patch_size: int | Sequence[int]
+    window: int = 47
+    order: Order = "p1 p2 c"
+    uses_ground_truth: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.window < 3 or self.window % 2 == 0:
+            raise ValueError(f"window must be odd and at least 3; got {self.window}")
+
+    def __call__(
+        self, images: Float[Tensor, "batch channels *spatial"], mask: Mask
+    ) -> Float[Tensor, "batch masked patch"]:
+        """Return the normalised pixels of the masked patches."""
+        mean, std = self._statistics(images)
+        return Pixels(self.patch_size, self.order)((images - mean) / std, mask)
+
+    def invert(
+        self,
+        values: Float[Tensor, "batch masked patch"],
+        images: Float[Tensor, "batch channels *spatial"],
+        mask: Mask,
+    ) -> Float[Tensor, "batch masked patch"]:
+        """Return patches in units of the images, with the true windows' mean and deviation."""
+        mean, std = (
+            Pixels(self.patch_size, self.order)(statistic, mask)
+            for statistic in self._statistics(images)
+        )
+        return values * std + mean
+
+    def _statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        images = images.float()
+        mean, mean_square, count = images, images.square(), torch.ones(())
+        for axis, size in enumerate(images.shape[2:], 2):
+            mean, mean_square = self._pool(mean, axis), self._pool(mean_square, axis)
+            position, reach = torch.arange(size), self.window // 2
+            inside = (position + reach + 1).clamp(max=size) - (position - reach).clamp(min=0)
+            count = count.unsqueeze(-1) * inside
+        unbiased = (count / (count - 1).clamp(min=1)).to(images.device)
+        variance = ((mean_square - mean.square()) * unbiased).clamp(min=0)
+        return mean, (variance + _NORMALIZATION_EPS).sqrt()
+
+    def _pool(self, values: Tensor, axis: int) -> Tensor:
+        lines = values.movedim(axis, -1)
+        pooled = F.avg_pool1d(
+            lines.reshape(-1, 1, lines.shape[-1]),
+            self.window,
+            stride=1,
+            padding=self.window // 2,
+            count_include_pad=False,
+        )
+        return pooled.view(lines.shape).movedim(-1, axis)
+
+
+def _in_order(
+    patches: Float[Tensor, "batch masked channels *points"], order: Order
+) -> Float[Tensor, "batch masked patch"]:
+    """Flatten patches of points."""
+    if order == "p1 p2 c":
+        patches = patches.movedim(2, -1)
+    return patches.flatten(2)
+
+
+def _channels_first(
+    values: Float[Tensor, "batch masked patch"], points: Grid, channels: int, order: Order
+) -> Float[Tensor, "batch masked channels *points"]:
+    """Undo `_in_order`."""
+    num_points = math.prod(points)
+    pattern = "b m (n c) -> b m c n" if order == "p1 p2 c" else "b m (c n) -> b m c n"
+    flat = rearrange(values, pattern, c=channels, n=num_points)
+    return flat.view(*flat.shape[:3], *points)

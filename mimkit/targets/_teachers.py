@@ -1,0 +1,127 @@
+"""Targets that another, frozen model makes.
+
+Axes: batch; channels; *spatial; masked (tokens); dim; patch (the values of one patch).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+from mimkit.masking import Mask
+from mimkit.patches import gather_masked, patchify
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTarget:
+    """The codes of a tokenizer at the masked positions.
+
+    Attributes:
+        encode: From images to one code per token: [batch, tokens], or [batch, *grid].
+        decode: From codes [batch, *grid] to images, if there is a way back.
+        patch_size: Pixels per patch of the decoded images; only needed by `invert`.
+        uses_ground_truth: Whether `invert` looks at hidden pixels: it decodes the codes of visible
+            positions too, and a tokenizer sees around them.
+
+    Source:
+        BEiT, arXiv:2106.08254, section 2.2; CAE, arXiv:2202.03026, section 3.
+
+    Example:
+        >>> mask = Mask.from_bool(torch.tensor([[[True, False]]]))
+        >>> target = TokenTarget(lambda images: (images[:, 0] > 0).long())
+        >>> target(torch.ones(1, 1, 1, 2), mask)
+        tensor([[1]])
+    """
+
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor] | None = None
+    patch_size: int | Sequence[int] | None = None
+    uses_ground_truth: ClassVar[bool] = True
+
+    def __call__(
+        self, images: Float[Tensor, "batch channels *spatial"], mask: Mask
+    ) -> Int64[Tensor, "batch masked"]:
+        """Return the codes of the masked tokens.
+
+        Raises:
+            ValueError: Codes of another grid than the mask's.
+        """
+        return gather_masked(self._codes(images, mask).unsqueeze(2), mask).squeeze(2)
+
+    def invert(
+        self,
+        values: Int64[Tensor, "batch masked"],
+        images: Float[Tensor, "batch channels *spatial"],
+        mask: Mask,
+    ) -> Float[Tensor, "batch masked patch"]:
+        """Return the masked patches of the image that the codes stand for.
+
+        Raises:
+            NotImplementedError: A tokenizer without `decode` and `patch_size`.
+        """
+        if self.decode is None or self.patch_size is None:
+            raise NotImplementedError("codes need decode and patch_size to become pixels again")
+        codes = self._codes(images, mask).scatter(1, mask.masked_ids, values)
+        with torch.no_grad():
+            decoded = self.decode(codes.view(-1, *mask.grid))
+        return gather_masked(patchify(decoded, self.patch_size), mask)
+
+    def _codes(self, images: Tensor, mask: Mask) -> Tensor:
+        with torch.no_grad():
+            codes = self.encode(images).flatten(1)
+        if codes.shape != (mask.batch_size, mask.num_tokens):
+            raise ValueError(
+                f"the tokenizer gave codes {tuple(codes.shape)} where the mask is for "
+                f"{mask.batch_size} samples of {mask.num_tokens} tokens"
+            )
+        return codes
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureTarget:
+    """What a frozen teacher makes of the masked patches.
+
+    Attributes:
+        teacher: From images to tokens: [batch, prefix + tokens, dim].
+        num_prefix: Tokens in front of the grid's, which are left out.
+        normalize: Whether each feature is brought to zero mean and unit variance over its width.
+        uses_ground_truth: False; there is no way back to pixels.
+
+    Source:
+        MaskFeat, arXiv:2112.09133, section 3.2 "deep features"; normalised as in data2vec,
+        arXiv:2202.03555, section 3.3.
+
+    Example:
+        >>> mask = Mask.from_bool(torch.tensor([[[True, False]]]))
+        >>> target = FeatureTarget(lambda images: images.flatten(2).transpose(1, 2))
+        >>> target(torch.rand(1, 8, 1, 2), mask).shape
+        torch.Size([1, 1, 8])
+    """
+
+    teacher: Callable[[Tensor], Tensor]
+    num_prefix: int = 0
+    normalize: bool = True
+    uses_ground_truth: ClassVar[bool] = False
+
+    def __call__(
+        self, images: Float[Tensor, "batch channels *spatial"], mask: Mask
+    ) -> Float[Tensor, "batch masked dim"]:
+        """Return the features of the masked tokens.
+
+        Raises:
+            ValueError: Tokens of another grid than the mask's.
+        """
+        with torch.no_grad():
+            tokens = self.teacher(images)[:, self.num_prefix :]
+        features = gather_masked(tokens, mask).float()
+        return F.layer_norm(features, features.shape[2:]) if self.normalize else features
+
+    def invert(
+        self, values: Tensor, images: Tensor, mask: Mask
+    ) -> Float[Tensor, "batch masked patch"]:
+        """Refuse: features do not tell pixels."""
+        raise NotImplementedError("a teacher's features cannot be turned back into pixels")

@@ -1,0 +1,226 @@
+"""Statistics of masks: average distance, marginals, and the command line that prints them."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mimkit import masking
+from mimkit.masking import Mask, stats
+from mimkit.masking.__main__ import main
+from tests.golden_files import golden
+from tests.strategies import masks, patch_sizes
+
+
+def by_hand(mask: Mask, patch: tuple[int, ...]) -> float:
+    """Look at every pair of a masked and a visible pixel."""
+    distances = []
+    for is_masked in mask.is_masked:
+        for axis, pixels in enumerate(patch):
+            is_masked = is_masked.repeat_interleave(pixels, dim=axis)
+        hidden, seen = is_masked.nonzero().double(), (~is_masked).nonzero().double()
+        distances.append(torch.cdist(hidden, seen).amin(dim=1))
+    return float(torch.cat(distances).mean())
+
+
+@given(masks().filter(lambda mask: 0 < mask.num_masked < mask.num_tokens), st.data())
+@settings(max_examples=40)
+def test_the_average_distance_is_that_of_all_pairs(mask, data):
+    patch = data.draw(patch_sizes(len(mask.grid), max_side=3))
+    distance = stats.average_distance(mask, patch)
+    assert float(distance) == pytest.approx(by_hand(mask, patch), rel=1e-6)
+
+
+def test_without_masked_pixels_the_distance_is_zero():
+    mask = masking.uniform(masking.key([0], seed=0), (3, 3), num_masked=0)
+    assert stats.average_distance(mask, 4) == 0
+
+
+def test_without_visible_pixels_there_is_no_distance():
+    mask = masking.uniform(masking.key([0], seed=0), (3, 3), num_masked=9)
+    with pytest.raises(ValueError, match="without visible"):
+        stats.average_distance(mask, 4)
+
+
+# The table of SimMIM and MAE in the module's docstring: mean distances in pixels.
+
+
+@pytest.mark.parametrize(("side", "pixels"), [(2, 11.2), (3, 16.5), (4, 21.8), (5, 27.2)])
+def test_center_squares_are_as_far_as_the_table_says(side, pixels):
+    mask = masking.square(masking.key([0], seed=0), (12, 12), 2 * side)
+    assert round(float(stats.average_distance(mask, 16)), 1) == pixels
+    # A closed form: the ring at depth d of a square of n pixels is 4 (n - 2 d) + 4 pixels long,
+    # and d away from the nearest visible pixel, which is straight ahead.
+    n = 32 * side
+    rings = [(4 * (n - 2 * d) + 4, d) for d in range(1, n // 2 + 1)]
+    exact = sum(length * d for length, d in rings) / n**2
+    assert float(stats.average_distance(mask, 16)) == pytest.approx(exact, rel=1e-9)
+
+
+def test_the_grid_mask_is_as_far_as_the_table_says():
+    mask = masking.gridwise(masking.key([0], seed=0), (14, 14))
+    assert round(float(stats.average_distance(mask, 16)), 2) == 5.95
+
+
+RANDOM = {
+    4: [1.3, 1.4, 1.5, 1.6, 1.8, 2.1, 2.5, 3.3, 5.1],
+    8: [2.1, 2.3, 2.5, 2.8, 3.1, 3.7, 4.5, 6.1, 9.9],
+    16: [3.7, 4.2, 4.8, 5.2, 5.9, 7.3, 8.7, 13.1, 21.4],
+    32: [7.5, 9.3, 9.7, 10.9, 12.8, 14.9, 19.7, 25.3, 46.0],
+    64: [16.8, 19.4, 22.0, 24.9, 29.4, 37.7, 47.0, 70.1],
+}
+
+
+NUM_MASKS = {4: 4, 8: 16, 16: 64, 32: 200, 64: 200}
+
+
+def deviation(distance: torch.Tensor, printed: float) -> float:
+    """Relative, beyond what rounding to one digit takes away."""
+    return max(abs(float(distance) - printed) - 0.05, 0) / printed
+
+
+@pytest.mark.parametrize("unit", sorted(RANDOM))
+def test_random_units_are_as_far_as_the_table_says(unit):
+    """Rows within 4 %; an entry of the table is itself an estimate, good to 3 %."""
+    key = masking.key(range(NUM_MASKS[unit]), seed=0)
+    deviations = []
+    for tenths, printed in enumerate(RANDOM[unit], 1):
+        mask = masking.uniform(key, (192 // unit,) * 2, tenths / 10, rounding="simmim")
+        deviations.append(deviation(stats.average_distance(mask, unit), printed))
+    assert max(deviations) < 0.04 + 0.03, deviations
+    assert np.mean(deviations) < 0.04, deviations
+
+
+@pytest.mark.parametrize(("ratio", "printed"), [(0.5, 5.9), (0.75, 10.1), (0.9, 20.3)])
+def test_maes_random_masks_are_as_far_as_the_table_says(ratio, printed):
+    mask = masking.uniform(masking.key(range(100), seed=0), (14, 14), ratio, rounding="mae")
+    assert deviation(stats.average_distance(mask, 16), printed) < 0.04
+
+
+def test_the_distance_does_not_depend_on_how_units_are_told():
+    key = masking.key(range(5), seed=0)
+    units = masking.uniform(key, (6, 6), 0.6)
+    tokens = masking.uniform(key, (12, 12), 0.6, unit=2)
+    assert stats.average_distance(units, 32) == stats.average_distance(tokens, 16)
+
+
+# SimMIM's generator.
+
+CASES = golden("simmim_mask_generator").config["cases"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"case{case['case']}")
+def test_units_count_and_lie_as_simmims(case):
+    theirs = golden("simmim_mask_generator").tensor(f"case{case['case']}/masks").bool()
+    grid = (case["input_size"] // case["model_patch_size"],) * 2
+    ours = masking.uniform(
+        masking.key(range(8), seed=0),
+        grid,
+        case["mask_ratio"],
+        unit=case["scale"],
+        rounding="simmim",
+    )
+    assert ours.num_masked == case["masked_model_patches"]
+    assert ours.is_masked.shape == theirs.shape
+    for mask in (ours, Mask.from_bool(theirs)):
+        units = mask.coarsen(case["scale"])  # fails if a unit is cut
+        assert units.num_masked == case["mask_count"]
+        assert units.num_tokens == case["token_count"]
+
+
+def test_units_are_drawn_as_evenly_as_simmims_are_meant_to_be():
+    frequency = stats.marginals(
+        masking.uniform, (12, 12), 0.6, unit=2, rounding="simmim", num_samples=2000
+    )
+    error = math.sqrt(22 / 36 * 14 / 36 / 2000)
+    assert (frequency - 22 / 36).abs().max() < 5 * error
+
+
+# Marginals.
+
+
+def test_marginals_of_a_deterministic_sampler_are_its_mask():
+    frequency = stats.marginals(masking.square, (5, 4), 2, num_samples=300)
+    expected = masking.square(masking.key([0], seed=0), (5, 4), 2).is_masked[0]
+    assert torch.equal(frequency, expected.float())
+
+
+def test_marginals_count_every_mask_once():
+    frequency = stats.marginals(masking.uniform, (4, 4), 0.5, num_samples=300, seed=3)
+    drawn = masking.uniform(masking.key(range(300), seed=3), (4, 4), 0.5)
+    torch.testing.assert_close(frequency, drawn.is_masked.float().mean(dim=0))
+
+
+def test_marginals_need_a_mask():
+    with pytest.raises(ValueError, match="num_samples"):
+        stats.marginals(masking.uniform, (4, 4), 0.5, num_samples=0)
+
+
+# The command line.
+
+
+def describe(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(["describe", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_command_line_prints_what_the_library_computes(capsys, tmp_path):
+    picture = tmp_path / "picture.png"
+    code, out, _ = describe(
+        capsys, "uniform", "--ratio", "0.6", "--grid", "6", "4", "--unit", "2", "--rounding",
+        "simmim", "--patch-size", "16", "--samples", "100", "--out", str(picture),
+    )  # fmt: skip
+    assert code == 0
+    mask = masking.uniform(masking.key(range(100), seed=0), (6, 4), 0.6, unit=2, rounding="simmim")
+    assert "masked, visible     16, 8" in out
+    assert f"{float(stats.average_distance(mask[:64], 16)):.2f} pixels" in out
+    rows = [line.split() for line in out.splitlines()[5:11]]
+    assert np.allclose(np.array(rows, float), mask.is_masked.float().mean(dim=0), atol=5e-4)
+    from PIL import Image
+
+    with Image.open(picture) as image:
+        assert image.convert("L").getextrema() == (0, 255)
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("uniform", "--grid", "13", "13", "--ratio", ".5", "--unit", "2"), "divisible by unit"),
+        (("uniform", "--grid", "4", "4"), "exactly one of ratio and num_masked"),
+        (("uniform", "--grid", "4", "4", "--ratio", "much"), "ratio must be a number"),
+        (("square", "--grid", "4", "4", "--side", "5"), "does not fit"),
+        (("uniform", "--grid", "4", "4", "--ratio", "1"), "without visible tokens"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_two(capsys, arguments, complaint):
+    arguments = (*arguments, "--samples", "2")
+    if "1" in arguments:
+        arguments = (*arguments, "--rounding", "simmim")
+    code, _, err = describe(capsys, *arguments)
+    assert code == 2
+    assert complaint in err
+    assert len(err.splitlines()) == 1
+
+
+def test_an_unknown_sampler_is_named_with_the_known_ones(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["describe", "checkers", "--grid", "4"])
+    err = capsys.readouterr().err
+    assert all(name in err for name in ("checkers", "uniform", "square", "gridwise"))
+
+
+def test_every_sampler_with_defaults_can_be_described(capsys, tmp_path):
+    sizes = itertools.product(["uniform"], ["0.5"], [("8",), ("4", "6"), ("2", "4", "4")])
+    for sampler, ratio, grid in sizes:
+        code, out, err = describe(
+            capsys, sampler, "--ratio", ratio, "--grid", *grid, "--samples", "9",
+            "--out", str(tmp_path / "picture.png"),
+        )  # fmt: skip
+        assert code == 0, err
+        assert "x".join(grid) in out

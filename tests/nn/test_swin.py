@@ -1,0 +1,280 @@
+"""`SwinTransformer` and relative positions: windows, shapes, masks."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from mimkit import masking
+from mimkit.masking import Mask
+from mimkit.nn import RelativePositionBias, SwinTransformer, ViT
+from mimkit.nn._simmim_heads import InverseSwin, points_of_patches
+from mimkit.nn._swin import PatchMerging, fit_window, opposite_sides, window_order
+from tests.nn import plain
+from tests.strategies import generators, grids, masks
+
+SMALL = {"image_size": (16, 32), "patch_size": 2, "in_channels": 2, "dim": 8, "window": 4}
+
+
+def swin(**changes: object) -> SwinTransformer:
+    model = SwinTransformer(**(SMALL | {"depth": (2, 2), "heads": (2, 4)} | changes)).eval()
+    plain.randomize(model)
+    return model
+
+
+# Windows.
+
+
+@given(st.sampled_from([(4, 8), (8, 8), (12, 4), (6, 6)]), st.integers(0, 3))
+def test_windows_hold_every_token_once(grid, shift):
+    order = window_order(grid, 2, min(shift, 1))
+    assert sorted(order.flatten().tolist()) == list(range(grid[0] * grid[1]))
+
+
+def test_unshifted_windows_are_squares_of_neighbors():
+    order = window_order((4, 4), 2, 0)
+    assert order.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+
+
+@given(st.sampled_from([(8, 8, 4, 2), (8, 12, 4, 1), (6, 9, 3, 1)]))
+def test_only_neighbors_in_the_image_see_each_other(case):
+    """Two tokens of a window are apart exactly if the roll brought them together."""
+    height, width, window, shift = case
+    order = window_order((height, width), window, shift)
+    apart = opposite_sides((height, width), window, shift).squeeze(1) != 0
+    y, x = order // width, order % width
+    far = ((y[:, :, None] - y[:, None]).abs() >= window) | (
+        (x[:, :, None] - x[:, None]).abs() >= window
+    )
+    assert torch.equal(apart, far)
+
+
+@pytest.mark.parametrize(
+    ("grid", "window", "fitted"),
+    [((8, 8), 4, (4, 2)), ((4, 4), 4, (4, 0)), ((4, 4), 7, (4, 0)), ((3, 6), 7, (3, 0))],
+)
+def test_a_short_grid_has_one_unshifted_window(grid, window, fitted):
+    assert fit_window(grid, window) == fitted
+
+
+@pytest.mark.parametrize(
+    ("grid", "window", "complaint"),
+    [((8, 8), 3, r"windows of \[1, 2, 4, 8\] would fit"), ((4, 6), 7, "do not fill the 4x6")],
+)
+def test_windows_that_do_not_fit_are_refused(grid, window, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        fit_window(grid, window)
+
+
+def test_a_window_that_does_not_fit_a_later_stage_is_refused():
+    with pytest.raises(ValueError, match="do not fill the 6x6"):
+        SwinTransformer(image_size=48, depth=(1, 1), heads=(1, 1), dim=8, window=4)
+
+
+# The encoder.
+
+
+def test_any_rectangle_that_fits_gives_its_grid_and_features():
+    model, images = swin(), torch.randn(3, 2, 16, 32)
+    assert model.grid == (8, 16)
+    assert model.out_grid == (4, 8)
+    assert model.stride == (4, 4)
+    tokens = model(images)
+    assert tokens.shape == (3, 32, 16)
+    features = model.features(images)
+    assert [tuple(f.shape) for f in features] == [(3, 8, 8, 16), (3, 16, 4, 8)]
+    normed = model.norm(features[-1].flatten(2).mT)
+    torch.testing.assert_close(normed, tokens)
+    torch.testing.assert_close(model.pool(tokens), tokens.mean(1))
+
+
+@given(st.data(), generators())
+@settings(max_examples=10)
+def test_masked_patches_are_not_read(data, generator):
+    model = swin()
+    images = torch.randn(2, 2, 16, 32, generator=generator)
+    mask = data.draw(masks(grid=(8, 16), batch_size=2))
+    token = torch.randn(1, 1, 8, generator=generator)
+    hidden = mask.is_masked.repeat_interleave(2, 1).repeat_interleave(2, 2).unsqueeze(1)
+    poisoned = images.masked_fill(hidden, torch.nan)
+    with torch.no_grad():
+        assert torch.equal(
+            model(images, mask, mask_token=token), model(poisoned, mask, mask_token=token)
+        )
+
+
+def test_without_masked_patches_the_mask_token_is_not_seen():
+    model, images = swin(), torch.randn(2, 2, 16, 32)
+    mask = masking.uniform(masking.key([0, 1], seed=0), (8, 16), num_masked=0)
+    seen = model(images, mask, mask_token=torch.full((1, 1, 8), torch.nan))
+    torch.testing.assert_close(seen, model(images))
+
+
+def test_samples_do_not_see_each_other():
+    model, images = swin(), torch.randn(3, 2, 16, 32)
+    with torch.no_grad():
+        together = model(images)
+        for row in range(3):
+            torch.testing.assert_close(model(images[row, None])[0], together[row])
+
+
+def test_a_mask_needs_a_mask_token_and_the_other_way_round():
+    model, images = swin(), torch.randn(1, 2, 16, 32)
+    mask = masking.uniform(masking.key([0], seed=0), (8, 16), 0.5)
+    with pytest.raises(ValueError, match="pass a mask_token with the mask"):
+        model(images, mask)
+    with pytest.raises(ValueError, match="pass a mask with it"):
+        model(images, mask_token=torch.zeros(1, 1, 8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"depth": (2,)}, "one number per stage"),
+        ({"image_size": (16, 30)}, "not divisible by what the stages merge"),
+        ({"image_size": (8, 8, 8)}, "two axes"),
+        ({"heads": (3, 4)}, "cannot be cut into heads=3"),
+        ({"window": 0}, "window must be at least 1"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(changes, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        swin(**changes)
+
+
+def test_another_image_size_is_refused():
+    with pytest.raises(ValueError, match=r"images of size \(16, 32\); got \(1, 2, 32, 16\)"):
+        swin()(torch.randn(1, 2, 32, 16))
+
+
+def test_gradients_of_moving_tokens_are_right():
+    model = swin(depth=(2,), heads=(2,), image_size=(8, 16)).double()
+    images = torch.randn(1, 2, 8, 16, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: model(x).square().sum(), images, fast_mode=True)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("make", [swin, lambda: plain_vit("shared")])
+def test_encoders_trace_in_one_graph(make):
+    model = make().train()
+    images = torch.randn(2, 2, 16, 32)
+    mask = masking.uniform(masking.key([0, 1], seed=0), model.grid, 0.5)
+    token = torch.randn(1, 1, 8, requires_grad=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = model(images, mask, mask_token=token)
+    traced = compiled(images, mask, mask_token=token)
+    torch.testing.assert_close(traced, expected)
+    one, other = (torch.autograd.grad(out.sum(), token)[0] for out in (traced, expected))
+    torch.testing.assert_close(one, other)
+
+
+# Relative positions of a ViT.
+
+
+def plain_vit(relative: str, **changes: object) -> ViT:
+    options = {"image_size": (16, 32), "patch_size": 4, "in_channels": 2, "dim": 8, "heads": 2}
+    options |= {"depth": 2, "relative_positions": relative, "absolute_positions": False}
+    model = ViT(**(options | changes)).eval()
+    plain.randomize(model)
+    return model
+
+
+@given(grids(max_tokens=20), st.booleans(), generators())
+def test_a_bias_depends_on_the_offset_alone(grid, class_token, generator):
+    bias = RelativePositionBias(grid=grid, heads=2, class_token=class_token)
+    with torch.no_grad():
+        bias.table.normal_(generator=generator)
+    prefix = int(class_token)
+    square = bias()[0, :, prefix:, prefix:]
+    positions = torch.cartesian_prod(*[torch.arange(size) for size in grid]).view(-1, len(grid))
+    offsets = (positions[:, None] - positions).tolist()
+    seen: dict[tuple[int, ...], torch.Tensor] = {}
+    for query, row in enumerate(offsets):
+        for key, offset in enumerate(row):
+            value = seen.setdefault(tuple(offset), square[:, query, key])
+            assert torch.equal(value, square[:, query, key])
+
+
+@given(st.sampled_from(["shared", "block"]), st.booleans(), masks(grid=(4, 8), batch_size=2))
+@settings(max_examples=10)
+def test_visible_tokens_keep_their_positions(relative, class_token, mask):
+    """Encoding the visible tokens alone is attention in which the masked ones have no weight."""
+    model = plain_vit(relative, class_token=class_token)
+    images = torch.randn(2, 2, 16, 32)
+    encoded = model(images, mask)
+    assert encoded.shape[1] == model.num_prefix_tokens + mask.num_visible
+    prefix = model.num_prefix_tokens
+    seen = F.pad(~mask.is_masked.flatten(1), (prefix, 0), value=True)
+    closed = torch.zeros(2, 1, 1, seen.shape[1]).masked_fill(~seen[:, None, None], -torch.inf)
+    tokens = model.patch_embed(images)
+    if model.cls_token is not None:
+        tokens = torch.cat([model.cls_token.expand(2, -1, -1), tokens], dim=1)
+    for index, block in enumerate(model.blocks):
+        table = model.rel_pos_bias[index if relative == "block" else 0]
+        tokens = block(tokens, attn_bias=table() + closed)
+    for row in range(2):
+        expected = model.norm(tokens[row][seen[row]])
+        torch.testing.assert_close(encoded[row], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_unknown_kind_of_positions_is_refused():
+    with pytest.raises(ValueError, match='"shared", "block" or None'):
+        plain_vit("absolute")
+
+
+# Heads.
+
+
+def test_points_are_sorted_as_pixel_shuffle_does():
+    cells = torch.randn(2, 6, 3 * 8 * 8)
+    image = F.pixel_shuffle(cells.mT.reshape(2, -1, 2, 3), 8)
+    patches = points_of_patches(cells, (2, 3), (8, 8), (4, 4))
+    expected = F.unfold(image, 4, stride=4).mT
+    torch.testing.assert_close(patches, expected)
+
+
+def test_larger_patches_than_cells_are_put_together():
+    cells = torch.randn(2, 16, 3 * 2 * 2)
+    large = points_of_patches(cells, (4, 4), (2, 2), (4, 4))
+    back = points_of_patches(large, (2, 2), (4, 4), (2, 2))
+    assert torch.equal(back, cells)
+
+
+def test_an_inverse_swin_splits_in_every_stage():
+    head = InverseSwin(
+        grid=(2, 4),
+        in_dim=10,
+        dim=(16, 8, 4),
+        depth=(1, 2, 1),
+        heads=(2, 2, 1),
+        window=2,
+        out_dim=5,
+    )
+    tokens = torch.randn(2, 8, 10, requires_grad=True)
+    cells = head(tokens)
+    assert cells.shape == (2, 8 * 16, 5)
+    # Every cell is predicted from its own token, at least.
+    alone = torch.autograd.grad(cells[0, -1].sum(), tokens)[0]
+    assert alone[0, -1].abs().sum() > 0
+    assert alone[1].abs().sum() == 0
+
+
+def test_merging_takes_the_authors_order():
+    merging = PatchMerging(grid=(2, 2), dim=1)
+    merging.norm = torch.nn.Identity()
+    with torch.no_grad():
+        merging.reduction.weight.copy_(torch.tensor([[1.0, 10, 100, 1000], [0, 0, 0, 0]]))
+    # (0, 0), (1, 0), (0, 1), (1, 1), as (row, column).
+    tokens = torch.tensor([[[1.0], [3.0], [2.0], [4.0]]])
+    assert merging(tokens)[0, 0, 0] == 4321
+
+
+def test_masks_reach_swin_through_from_bool_as_well():
+    model, images = swin(), torch.randn(1, 2, 16, 32)
+    mask = masking.uniform(masking.key([0], seed=0), (8, 16), 0.5, unit=2)
+    token = torch.randn(1, 1, 8)
+    again = Mask.from_bool(mask.is_masked)
+    assert torch.equal(
+        model(images, mask, mask_token=token), model(images, again, mask_token=token)
+    )
