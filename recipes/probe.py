@@ -41,6 +41,7 @@ from recipes.engine.classify import Classifier, fit, score
 from recipes.engine.cli import check_options, choose_preset, run_command
 from recipes.engine.config import RunConfig, replace_given, scaled_lr
 from recipes.engine.data import DataSet, ProbeData, load_data
+from recipes.engine.distributed import World, check_shares, join
 from recipes.engine.encoders import (
     EncoderFile,
     EncoderOptions,
@@ -216,6 +217,7 @@ def probe_as_papers(
     probe: ProbeData,
     options: ProbeOptions,
     path: Path,
+    world: World,
 ) -> dict[str, dict[str, float]]:
     """Train the papers' probes on all images, k-NN on few: accuracy by probe and features."""
     data = load_all(config)
@@ -237,6 +239,7 @@ def probe_as_papers(
                 data,
                 options,
                 path / f"{kind}-{name}",
+                world,
             )
             for name, one in features.items()
         }
@@ -267,9 +270,10 @@ def train_probe(
     data: LabelledData,
     options: ProbeOptions,
     path: Path,
+    world: World,
 ) -> float:
     """Train one probe on one kind of features, or go on with it; return its accuracy."""
-    with RunFolder(path, config) as folder:
+    with RunFolder(path, config, world) as folder:
         summary = folder.read_summary()
         if summary is None:
             height, width = config.model.image_axes()
@@ -285,7 +289,8 @@ def train_probe(
                 )
             classifier.model.to(config.device)
             fit(classifier, config, data, folder, options)
-            summary = {"accuracy": score(classifier.model, config, data, workers=options.workers)}
+            accuracy = score(classifier.model, config, data, world, workers=options.workers)
+            summary = {"accuracy": accuracy}
             folder.write_summary(summary)
     return float(summary["accuracy"])
 
@@ -297,19 +302,21 @@ def probe_encoder(
     data: DataSet,
     options: ProbeOptions,
     path: Path,
+    world: World,
 ) -> dict[str, Any]:
     """Probe an encoder, and return the summary."""
     assert data.probe is not None
-    with RunFolder(path, config) as folder:
+    with RunFolder(path, config, world) as folder:
         summary = folder.read_summary()
         if summary is None:
             features = load_features(config, file)
             if config.protocol == "small":
                 found = probe_small(config, features, data.probe)
             else:
-                found = probe_as_papers(config, preset, features, data.probe, options, path)
+                found = probe_as_papers(config, preset, features, data.probe, options, path, world)
             grid = build_encoder(config.model, seed=config.seed).grid
-            draw_attention(features, data.probe, grid, folder, seed=config.seed)
+            if world.is_main:
+                draw_attention(features, data.probe, grid, folder, seed=config.seed)
             summary = {"probes": found}
             folder.write_summary(summary)
     return summary
@@ -458,7 +465,11 @@ def run(options: ProbeOptions) -> None:
         print(yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip())
         return
     path = options.out or default_path(config)
-    print_summary(probe_encoder(config, preset, file, data, options, path), path)
+    with join(config.device) as world:
+        check_shares(config.training.batch_size, world)
+        summary = probe_encoder(config, preset, file, data, options, path, world)
+        if world.is_main:
+            print_summary(summary, path)
 
 
 def check_data(config: ProbeConfig, file: EncoderFile, data: DataSet) -> None:

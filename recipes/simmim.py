@@ -248,6 +248,14 @@ class SimMIM(nn.Module):
         target = self.target
         return target.group(mask) if isinstance(target, targets.DownsampledPixels) else mask
 
+    def check_masks(self, mask: Mask) -> None:
+        """Check that masked patches fill whole squares, where these are to be predicted.
+
+        Raises:
+            ValueError: They do not.
+        """
+        self._scored(mask)
+
     @property
     def target(self) -> Any:
         """What is predicted."""

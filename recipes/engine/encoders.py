@@ -21,7 +21,6 @@ from mimkit.nn._layers import QKVBias
 from mimkit.nn._relative import NUM_CLASS_ROWS
 from mimkit.patches import interpolate_positions, interpolate_relative_positions
 from recipes.engine.cli import CommonOptions
-from recipes.engine.distributed import world_size_from_environment
 from recipes.engine.errors import UserError
 
 _UNREADABLE = (
@@ -56,10 +55,8 @@ def open_encoder(options: EncoderOptions, shape: "EncoderShape") -> "EncoderFile
         shape: Its shape, where no `config.yaml` beside it tells.
 
     Raises:
-        UserError: It cannot be read, or several processes try.
+        UserError: It cannot be read.
     """
-    if world_size_from_environment() > 1:
-        raise UserError("this recipe runs in one process: start it without torchrun")
     return None if options.encoder == "none" else load_encoder(Path(options.encoder), shape)
 
 

@@ -28,7 +28,7 @@ def draw(side: int) -> None:
     _launch(ids, seed_and_epoch, 512, 768, side, side, half, 16, max(half, 1), *LOG_ASPECT, 32)
 
 
-LAUNCHES = {f"{side}x{side} tokens": lambda side=side: draw(side) for side in (1, 14, 20, 28, 64)}
+LAUNCHES = {f"{side}x{side} tokens": lambda side=side: draw(side) for side in (14, 1, 20, 28)}
 
 shapes = st.sampled_from([(1, 1), (1, 13), (7, 1), (3, 4), (5, 9), (14, 14)]).flatmap(
     lambda grid: st.tuples(st.just(grid), st.integers(0, grid[0] * grid[1]))
@@ -67,9 +67,9 @@ def test_the_public_sampler_takes_the_kernel_also_in_a_graph():
 
 def test_more_tokens_than_the_kernel_sorts_are_an_error_only_if_it_was_asked_for():
     key = masking.key([0], seed=0)
-    with mimkit.use("triton"), pytest.raises(ValueError, match="does not take 4225 tokens"):
-        masking.blockwise(key, (65, 65), 0.5)
-    assert masking.blockwise(key, (65, 65), num_masked=1).num_masked == 1
+    with mimkit.use("triton"), pytest.raises(ValueError, match="does not take 1089 tokens"):
+        masking.blockwise(key, (33, 33), 0.5)
+    assert masking.blockwise(key, (33, 33), num_masked=1).num_masked == 1
 
 
 @needs_gpu

@@ -7,6 +7,7 @@ from mimkit import masking
 from mimkit.interop import from_official, from_timm, to_official, to_timm
 from mimkit.nn import SwinTransformer, ViT
 from mimkit.patches import patchify, unpatchify
+from recipes.engine import run
 from recipes.engine.config import resolve, scaled_lr
 from recipes.engine.optim import parameter_groups
 from recipes.engine.train import scheduled_lr
@@ -282,3 +283,19 @@ def test_a_checkpoint_gives_the_swin_that_is_fine_tuned_and_timms():
     named = to_timm(classified.state_dict())
     assert {"head.fc.weight", "head.fc.bias"} < named.keys()
     assert "head.weight" in from_timm(named)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--unit", "3"], "not divisible by unit"),
+        (["--target", "pixels_32x"], "choose a finer target"),
+        (["--unit", "1", "--target", "pixels_8x"], "partly masked"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_two(capsys, arguments, complaint):
+    code = run(RECIPE, "SimMIM", ["--data", "digits", "--dry-run", *arguments])
+    err = capsys.readouterr().err
+    assert code == 2
+    assert complaint in err
+    assert len(err.splitlines()) == 1
