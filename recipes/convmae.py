@@ -288,12 +288,24 @@ PRESETS = {
     ),
     "convmae_base": Preset(ConvMAEConfig(image_size=224), PAPER, ConvMAEMasking()),
     "convmae_large": Preset(
-        ConvMAEConfig(image_size=224, dim=(384, 768, 1024), depth=(2, 2, 23), heads=16),
+        ConvMAEConfig(
+            image_size=224,
+            dim=(384, 768, 1024),
+            depth=(2, 2, 23),
+            heads=16,
+            mlp_ratio=(8.0, 8.0, 4.0),
+        ),
         PAPER,
         ConvMAEMasking(),
     ),
     "convmae_huge": Preset(
-        ConvMAEConfig(image_size=224, dim=(768, 1024, 1280), depth=(2, 2, 31), heads=16),
+        ConvMAEConfig(
+            image_size=224,
+            dim=(768, 1024, 1280),
+            depth=(2, 2, 31),
+            heads=16,
+            mlp_ratio=(8.0, 8.0, 4.0),
+        ),
         PAPER,
         ConvMAEMasking(),
     ),
