@@ -26,6 +26,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+import mimkit
+from mimkit_kernels import Backend
+
 Pass = Literal["forward", "backward", "both"]
 
 RESULTS = Path(__file__).parent / "results"
@@ -84,6 +87,44 @@ def with_compiled(variants: Iterable[Variant]) -> list[Variant]:
     """Return the variants, and all of them once more under `torch.compile`."""
     eager = list(variants)
     return [*eager, *(variant.compiled() for variant in eager)]
+
+
+def kernel_variants(
+    function: Callable[..., Any],
+    inputs: tuple[Any, ...],
+    leaves: tuple[Tensor, ...],
+    device: torch.device,
+) -> list[Variant]:
+    """Return the plain PyTorch path of a function of mimkit, eager and compiled, and its kernel.
+
+    On a CPU there is no kernel to time: its rows are the function as users call it.
+    """
+
+    def through(backend: Backend, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*inputs: Any) -> Any:
+            with mimkit.use(backend):
+                return function(*inputs)
+
+        return call
+
+    kernel: Backend = "triton" if device.type == "cuda" else "auto"
+    name = "mimkit kernel" if device.type == "cuda" else "mimkit"
+    compiled = Variant("", function).compiled().function
+    return [
+        Variant("eager", through("reference", function), inputs, leaves, is_baseline=True),
+        Variant(
+            "torch.compile",
+            through("reference", compiled),
+            inputs,
+            leaves,
+            is_baseline=True,
+            is_compiled=True,
+        ),
+        Variant(name, through(kernel, function), inputs, leaves),
+        Variant(
+            f"{name}, torch.compile", through(kernel, compiled), inputs, leaves, is_compiled=True
+        ),
+    ]
 
 
 @dataclass(frozen=True)
@@ -181,6 +222,8 @@ class Bench:
         Raises:
             AssertionError: A variant that differs from the reference; then nothing is timed.
         """
+        if self.device.type == "cpu" and any(v.name == "mimkit" for v in variants):
+            self.note_once(describe_kernel_rows())
         first_call = check_variants(variants, tolerance)
         for pass_ in passes:
             timed = {v.name: timer(v, pass_, self.device) for v in variants}
@@ -211,6 +254,11 @@ class Bench:
                     first_call_s=first_call[variant.name] if variant.is_compiled else None,
                 )
                 self.report.rows.append(row)
+
+    def note_once(self, line: str) -> None:
+        """Print a line below the table, unless it stands there already."""
+        if line not in self.report.notes.get(self.name, []):
+            self.note([line])
 
     def with_seconds(self, seconds: float) -> "Bench":
         """Return the same bench with another budget."""

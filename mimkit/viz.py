@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
+from mimkit._grids import divide
 from mimkit.masking import Mask
 from mimkit.patches import gather_visible, patchify, restore, unpatchify
 
@@ -68,6 +70,69 @@ def fill_masked(
     """
     visible = gather_visible(patchify(images, patch_size), mask)
     return unpatchify(restore(visible, mask, patches), mask.grid, patch_size)
+
+
+def half_mass(
+    attention: Float[Tensor, batch * grid], *, share: float = 0.5
+) -> Bool[Tensor, batch * grid]:
+    """Find the fewest positions that hold a share of the attention.
+
+    Args:
+        attention: Not negative; any sum.
+        share: How much of each sample's sum the positions must hold, in [0, 1].
+
+    Example:
+        >>> half_mass(torch.tensor([[[0.1, 0.4], [0.3, 0.2]]])).int()
+        tensor([[[0, 1],
+                 [1, 0]]], dtype=torch.int32)
+    """
+    flat = attention.flatten(1).double()
+    values, order = flat.sort(dim=1, descending=True, stable=True)
+    before = values.cumsum(dim=1) - values
+    inside = before < share * flat.sum(dim=1, keepdim=True)
+    return torch.zeros_like(inside).scatter(1, order, inside).view(attention.shape)
+
+
+def show_attention(
+    images: Float[Tensor, "batch channels height width"],
+    attention: Float[Tensor, "batch rows columns"],
+    *,
+    share: float = 0.5,
+    color: Sequence[float] = (1.0, 0.9, 0.0),
+    line: int = 2,
+) -> Float[Tensor, "batch 3 height width"]:
+    """Brighten what is attended to, and draw a line around what holds half of the attention.
+
+    Args:
+        images: Images in [0, 1] with one or three channels; a whole number of pixels a position.
+        attention: One number per position of a grid, not negative.
+        share: How much of the attention the line encloses.
+        color: Of the line.
+        line: Its width in pixels.
+
+    Raises:
+        ValueError: Images that the grid does not divide.
+
+    Source:
+        CAE, arXiv:2202.03026, its figure of the attention maps of attentive probing: the contour
+        holds half of the mass.
+
+    Example:
+        >>> images, attention = torch.rand(2, 3, 32, 32), torch.rand(2, 8, 8)
+        >>> show_attention(images, attention).shape
+        torch.Size([2, 3, 32, 32])
+    """
+    down, across = divide("image size", images.shape[2:], attention.shape[1:], "the grid")
+    strongest = attention.flatten(1).amax(dim=1).view(-1, 1, 1).clamp(min=1e-12)
+    bright = (attention / strongest).repeat_interleave(down, 1).repeat_interleave(across, 2)
+    shown = images.expand(-1, 3, -1, -1) * (0.3 + 0.7 * bright.unsqueeze(1))
+    inside = half_mass(attention, share=share)
+    inside = inside.repeat_interleave(down, 1).repeat_interleave(across, 2)
+    # A pixel inside is on the line if a pixel close to it is outside.
+    outside = F.pad((~inside).float().unsqueeze(1), [line] * 4, value=1.0)
+    near = F.max_pool2d(outside, 2 * line + 1, stride=1).bool()
+    on_line = near & inside.unsqueeze(1)
+    return torch.where(on_line, shown.new_tensor(color).view(1, 3, 1, 1), shown)
 
 
 def panel(rows: Sequence[Sequence[Tensor]], captions: Sequence[str], *, note: str = "") -> Image:

@@ -38,6 +38,7 @@ from recipes.engine.augment import Augmentation, rand_augment
 from recipes.engine.classify import Classifier, fit, score
 from recipes.engine.cli import check_options, choose_preset, run_command
 from recipes.engine.config import RunConfig, replace_given, scaled_lr
+from recipes.engine.distributed import World, check_shares, join
 from recipes.engine.encoders import (
     EncoderFile,
     EncoderOptions,
@@ -50,7 +51,7 @@ from recipes.engine.errors import UserError
 from recipes.engine.labelled import LabelledData, load_labelled
 from recipes.engine.layer_decay import layer_decay_groups
 from recipes.engine.mixing import Mixing
-from recipes.engine.run_folder import RunFolder, default_path, write_weights
+from recipes.engine.run_folder import RunFolder, default_path
 from recipes.engine.train import count_steps, warn_of_slow_precision
 
 Augment = Literal["crop", "randaugment"]
@@ -215,6 +216,7 @@ def fine_tune(
     data: LabelledData,
     options: FineTuneOptions,
     path: Path,
+    world: World,
 ) -> dict[str, Any]:
     """Fine-tune, or go on with it, and return the summary.
 
@@ -224,23 +226,24 @@ def fine_tune(
         data: Labelled images.
         options: What does not decide the result.
         path: Output folder; the comparison run has the folder `scratch` in it.
+        world: The processes.
     """
-    with RunFolder(path, config) as folder:
+    with RunFolder(path, config, world) as folder:
         summary = folder.read_summary()
         if summary is not None:
             return summary
         classifier = build_classifier(config, file, data.num_classes)
         unreadable = fit(classifier, config, data, folder, options)
         encoder: Any = classifier.model.encoder
-        write_weights(folder.path / "model.safetensors", encoder)
+        folder.write_weights("model.safetensors", encoder)
         summary = {
             "steps": folder.read_metrics()[-1]["step"],
-            "accuracy": score(classifier.model, config, data, workers=options.workers),
+            "accuracy": score(classifier.model, config, data, world, workers=options.workers),
             "unreadable_images": [data.images.train.describe(i) for i in unreadable],
         }
         if file is not None and compares(options):
             scratch = dataclasses.replace(config, encoder="none")
-            untrained = fine_tune(scratch, None, data, options, path / "scratch")
+            untrained = fine_tune(scratch, None, data, options, path / "scratch", world)
             summary["from_scratch"] = untrained["accuracy"]
         folder.write_summary(summary)
     return summary
@@ -406,7 +409,11 @@ def run(options: FineTuneOptions) -> None:
         print(describe(config, data, model))
         return
     path = options.out or default_path(config)
-    print_summary(fine_tune(config, file, data, options, path), path)
+    with join(config.device) as world:
+        check_shares(config.training.batch_size, world)
+        summary = fine_tune(config, file, data, options, path, world)
+        if world.is_main:
+            print_summary(summary, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

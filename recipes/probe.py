@@ -14,6 +14,7 @@ Published on ImageNet-1K for MAE's 1600 epochs, linear / attentive: ViT-B 68.0 /
 """
 
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ import yaml
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mimkit import viz
 from mimkit.nn import AttentiveProbe, ViT
 from recipes.engine import Training
 from recipes.engine.augment import Augmentation
@@ -39,6 +41,7 @@ from recipes.engine.classify import Classifier, fit, score
 from recipes.engine.cli import check_options, choose_preset, run_command
 from recipes.engine.config import RunConfig, replace_given, scaled_lr
 from recipes.engine.data import DataSet, ProbeData, load_data
+from recipes.engine.distributed import World, check_shares, join
 from recipes.engine.encoders import (
     EncoderFile,
     EncoderOptions,
@@ -51,7 +54,15 @@ from recipes.engine.errors import UserError
 from recipes.engine.labelled import LabelledData, load_labelled
 from recipes.engine.lars import LARS
 from recipes.engine.mixing import Mixing
-from recipes.engine.probes import Features, compute_features, evaluate, knn, raw_pixels
+from recipes.engine.probes import (
+    Features,
+    compute_features,
+    evaluate,
+    fit_attentive,
+    knn,
+    raw_pixels,
+    standardize,
+)
 from recipes.engine.run_folder import RunFolder, default_path
 from recipes.engine.train import autocast, count_steps, warn_of_slow_precision
 
@@ -60,6 +71,8 @@ Protocol = Literal["small", "paper"]
 
 _NAMES = {"knn": "k-NN", "linear": "linear", "attentive": "attentive"}
 _ATTENTIVE_HEADS = 12
+_ATTENTION_ROWS = 8  # images in the picture of attention
+_ENLARGED = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +217,7 @@ def probe_as_papers(
     probe: ProbeData,
     options: ProbeOptions,
     path: Path,
+    world: World,
 ) -> dict[str, dict[str, float]]:
     """Train the papers' probes on all images, k-NN on few: accuracy by probe and features."""
     data = load_all(config)
@@ -225,6 +239,7 @@ def probe_as_papers(
                 data,
                 options,
                 path / f"{kind}-{name}",
+                world,
             )
             for name, one in features.items()
         }
@@ -255,9 +270,10 @@ def train_probe(
     data: LabelledData,
     options: ProbeOptions,
     path: Path,
+    world: World,
 ) -> float:
     """Train one probe on one kind of features, or go on with it; return its accuracy."""
-    with RunFolder(path, config) as folder:
+    with RunFolder(path, config, world) as folder:
         summary = folder.read_summary()
         if summary is None:
             height, width = config.model.image_axes()
@@ -273,7 +289,8 @@ def train_probe(
                 )
             classifier.model.to(config.device)
             fit(classifier, config, data, folder, options)
-            summary = {"accuracy": score(classifier.model, config, data, workers=options.workers)}
+            accuracy = score(classifier.model, config, data, world, workers=options.workers)
+            summary = {"accuracy": accuracy}
             folder.write_summary(summary)
     return float(summary["accuracy"])
 
@@ -285,20 +302,60 @@ def probe_encoder(
     data: DataSet,
     options: ProbeOptions,
     path: Path,
+    world: World,
 ) -> dict[str, Any]:
     """Probe an encoder, and return the summary."""
     assert data.probe is not None
-    with RunFolder(path, config) as folder:
+    with RunFolder(path, config, world) as folder:
         summary = folder.read_summary()
         if summary is None:
             features = load_features(config, file)
             if config.protocol == "small":
                 found = probe_small(config, features, data.probe)
             else:
-                found = probe_as_papers(config, preset, features, data.probe, options, path)
+                found = probe_as_papers(config, preset, features, data.probe, options, path, world)
+            grid = build_encoder(config.model, seed=config.seed).grid
+            if world.is_main:
+                draw_attention(features, data.probe, grid, folder, seed=config.seed)
             summary = {"probes": found}
             folder.write_summary(summary)
     return summary
+
+
+def draw_attention(
+    features: dict[str, Features],
+    probe: ProbeData,
+    grid: tuple[int, ...],
+    folder: RunFolder,
+    *,
+    seed: int,
+) -> None:
+    """Draw where the attentive probe looks in test images, with a line around half of it.
+
+    Source:
+        CAE, arXiv:2202.03026, its figure of attention maps; there the encoders are trained.
+    """
+    # One image a class, so that each row shows something else.
+    labels = probe.test_labels
+    rows = [int((labels == label).nonzero()[0]) for label in labels.unique()[:_ATTENTION_ROWS]]
+    images = probe.test_images[rows]
+    low, high = (f(images, dim=(1, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))
+    stretched = (images - low) / (high - low).clamp(min=1e-6)
+    shown = stretched.repeat_interleave(_ENLARGED, 2).repeat_interleave(_ENLARGED, 3)
+    columns = {"input (contrast stretched)": shown}
+    for name, encode in features.items():
+        train, some = (
+            compute_features(encode, part, 256)[1] for part in (probe.train_images, images)
+        )
+        train, some = standardize(train, some)
+        classifier = fit_attentive(train, probe.train_labels.to(train.device), seed=seed)
+        attention = classifier.attention(some).mean(dim=1).cpu()
+        columns[name] = viz.show_attention(
+            shown, attention[:, -math.prod(grid) :].unflatten(1, grid)
+        )
+    panel = [list(row) for row in zip(*columns.values(), strict=True)]
+    note = "The line encloses the patches that hold half of the attention (mean over heads)."
+    viz.panel(panel, list(columns), note=note).save(folder.path / "attention.png")
 
 
 def resolve(
@@ -408,7 +465,11 @@ def run(options: ProbeOptions) -> None:
         print(yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip())
         return
     path = options.out or default_path(config)
-    print_summary(probe_encoder(config, preset, file, data, options, path), path)
+    with join(config.device) as world:
+        check_shares(config.training.batch_size, world)
+        summary = probe_encoder(config, preset, file, data, options, path, world)
+        if world.is_main:
+            print_summary(summary, path)
 
 
 def check_data(config: ProbeConfig, file: EncoderFile, data: DataSet) -> None:

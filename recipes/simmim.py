@@ -164,8 +164,7 @@ class SimMIM(nn.Module):
             make_swin(config) if config.encoder == "swin" else make_vit(config)
         )
         self.patch_size = self.encoder.patch_embed.patch_size
-        width = self.encoder.patch_embed.proj.bias.shape[0]
-        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, config.dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         if config.target == "clusters":
             # A buffer, so that a checkpoint holds what `fit` finds.
@@ -188,7 +187,7 @@ class SimMIM(nn.Module):
             grid=grid,
             dim=self.encoder.dim,
             cell=cell,
-            finest=max(self.row[0], 4 // self.point[0]),
+            finest=max(4 // self.point[0], 1),
             window=config.window,
             values=values,
         )
@@ -248,6 +247,14 @@ class SimMIM(nn.Module):
         """Return the mask of what is predicted together: patches, or squares of several."""
         target = self.target
         return target.group(mask) if isinstance(target, targets.DownsampledPixels) else mask
+
+    def check_masks(self, mask: Mask) -> None:
+        """Check that masked patches fill whole squares, where these are to be predicted.
+
+        Raises:
+            ValueError: They do not.
+        """
+        self._scored(mask)
 
     @property
     def target(self) -> Any:
@@ -341,13 +348,13 @@ def make_vit(config: SimMIMConfig) -> ViT:
     truncated = partial(nn.init.trunc_normal_, std=0.02, a=-0.02, b=0.02)
     assert encoder.cls_token is not None
     truncated(encoder.cls_token)
-    for module in (*encoder.modules(), encoder.patch_embed.proj):
-        if isinstance(module, nn.Linear) or module is encoder.patch_embed.proj:
-            truncated(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    linear: list[Any] = [m for m in encoder.modules() if isinstance(m, nn.Linear)]
+    for module in (encoder.patch_embed.proj, *linear):
+        truncated(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    blocks: Any = encoder.blocks
     with torch.no_grad():
-        blocks: Any = encoder.blocks
         for index, block in enumerate(blocks, 1):
             block.attn.proj.weight /= math.sqrt(2 * index)
             block.mlp.fc2.weight /= math.sqrt(2 * index)
@@ -356,7 +363,7 @@ def make_vit(config: SimMIMConfig) -> ViT:
 
 def _factor(target: str) -> int:
     """Return the side of a square whose mean is predicted: 8 for "pixels_8x"."""
-    return int(target.removeprefix("pixels_").removesuffix("x")) if "_" in target[:7] else 1
+    return int(target[len("pixels_") : -1]) if target.startswith("pixels_") else 1
 
 
 def _num_bins(target: str) -> int:

@@ -2,6 +2,7 @@
 
 from mimkit_kernels._dispatch import Backend, Settings
 from mimkit_kernels._philox import philox4x32, sample_words
+from mimkit_kernels.blockwise_sample import blockwise_sample
 from mimkit_kernels.gather_patches import gather_patches
 from mimkit_kernels.linear_cross_entropy import linear_cross_entropy
 from mimkit_kernels.masked_pixel_loss import (
@@ -16,6 +17,7 @@ from mimkit_kernels.uniform_sample import kth_lowest, split_positions, uniform_s
 __all__ = [
     "Backend",
     "Settings",
+    "blockwise_sample",
     "elementwise_error",
     "gather_patches",
     "gather_tokens",

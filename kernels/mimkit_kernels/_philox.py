@@ -41,13 +41,12 @@ def philox4x32(
 
 
 def sample_words(
-    sample_ids: Tensor, seed_and_epoch: Tensor, stream: int, num_words: int, *, first_block: int = 0
+    sample_ids: Tensor, seed_and_epoch: Tensor, stream: int, num_words: int, first_block: int = 0
 ) -> Tensor:
-    """Draw `num_words` 32-bit words for every sample: [batch, words], int64.
+    """Draw 32-bit words for every sample, behind `first_block` blocks of 4: [batch, words], int64.
 
     Word w of a sample is output w % 4 of Philox with the seed as key and the counter
-    ((stream << 16) | w // 4, epoch, sample id bits 0-31, sample id bits 32-63), where w counts from
-    4 * first_block.
+    ((stream << 16) | first_block + w // 4, epoch, sample id bits 0-31, sample id bits 32-63).
     """
     seed, epoch = seed_and_epoch.unbind()
     last_block = first_block + (num_words + 3) // 4

@@ -306,8 +306,9 @@ def image_obstacle(images: Tensor, mean: Statistic, std: Statistic) -> str | Non
         return f"images of {images.dtype}"
     if isinstance(mean, Tensor) or isinstance(std, Tensor):
         return "channel statistics in tensors"
-    if len(images) and images.stride(0) >= 1 << 31:
-        return f"images of {images.stride(0)} values each"
+    span = sum((n - 1) * s for n, s in zip(images.shape[1:], images.stride()[1:], strict=True))
+    if span >= 1 << 31:
+        return f"images that span {span} values each"
     return None
 
 

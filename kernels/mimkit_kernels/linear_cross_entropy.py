@@ -72,8 +72,10 @@ def linear_cross_entropy_reference(
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """Return the type of the matrix products: as `F.linear`, that of autocast where it is on."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    can_autocast = x.dtype != torch.float64 and torch.amp.is_autocast_available(device)
+    if can_autocast and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
     return torch.promote_types(x.dtype, weight.dtype)
 
 

@@ -170,10 +170,9 @@ def _seen(
     neighbor = tl.load(around + window, mask=inside, other=-1)
     place = (neighbor * S1 + y % S1) * S2 + x % S2
     sample = cells + slot // visible * visible * (S1 * S2) * channels
-    present = (neighbor >= 0)[..., None] & (channel < channels)
-    return tl.load(sample + place[..., None] * channels + channel, mask=present, other=0.0).to(
-        tl.float32
-    )
+    present = tl.expand_dims(neighbor >= 0, -1) & (channel < channels)
+    source = sample + tl.expand_dims(place, -1) * channels + channel
+    return tl.load(source, mask=present, other=0.0).to(tl.float32)
 
 
 @jit
@@ -255,10 +254,10 @@ def _weight_gradient_kernel(
     j = tl.arange(0, TAPS)[:, None]
     x = tl.arange(0, COLUMNS)[None, :]
     total = tl.zeros((TAPS, COLUMNS, BLOCK), tl.float32)
-    for step in range(CELLS * S1):
+    for step in range(tl.minimum(slots - chunk * CELLS, CELLS) * S1):
         slot = chunk * CELLS + step // S1
         y = step % S1
-        within = x < tl.where(slot < slots, S2, 0)
+        within = x < S2
         upstream = tl.load(
             grad + slot * (S1 * S2) * channels + (y * S2 + x)[:, :, None] * channels + channel,
             mask=within[:, :, None] & (channel < channels),
@@ -287,6 +286,7 @@ def _weight_gradient_kernel(
 # Launchers
 
 MAX_POSITIONS = 256
+MAX_KERNEL = 64
 TILE = 2048  # sums of a program
 MAX_BLOCK = 256
 CELLS_PER_PROGRAM = 32
@@ -371,12 +371,13 @@ def _obstacle(
     cells: Tensor, weight: Tensor, bias: Tensor | None, cell: Sequence[int]
 ) -> str | None:
     """Say why the kernels cannot take a call, if they cannot."""
-    if any(power_of_2_from(size) > MAX_POSITIONS for size in (*cell, *weight.shape[2:])) or (
-        math.prod(map(power_of_2_from, cell)) > MAX_POSITIONS
-    ):
+    if power_of_2_from(cell[0]) * power_of_2_from(cell[1]) > MAX_POSITIONS:
         return f"cells of {tuple(cell)} positions"
-    if cells[0].numel() >= 1 << 31 if len(cells) else False:
-        return f"samples of {cells[0].numel()} values"
+    if max(weight.shape[2:]) > MAX_KERNEL:
+        return f"a filter of {tuple(weight.shape[2:])} taps"
+    values = cells.shape[1] * cells.shape[2] * cells.shape[3]
+    if values >= 1 << 31:
+        return f"samples of {values} values"
     if weight.dtype != cells.dtype or (bias is not None and bias.dtype != cells.dtype):
         return f"cells of {cells.dtype} with a filter of {weight.dtype}"
     return dtype_obstacle(cells=cells.dtype)

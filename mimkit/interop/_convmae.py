@@ -48,8 +48,8 @@ TRANSLATIONS = {
         (
             *_BACKBONE,
             *renames(
-                (f"windowed_rel_pos_bias.{_TABLE}", f"window_bias.{_TABLE}"),
-                (f"global_rel_pos_bias.{_TABLE}", f"global_bias.{_TABLE}"),
+                (f"windowed_rel_pos_bias.{_TABLE}", "window_bias.table"),
+                (f"global_rel_pos_bias.{_TABLE}", "global_bias.table"),
             ),
         )
     ),

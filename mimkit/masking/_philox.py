@@ -42,21 +42,16 @@ def stream_of(key: Key, sampler: int) -> int:
     return (sampler << 8) | key.view_index
 
 
-def random_words(
-    key: Key, num_words: int, *, sampler: int, first_block: int = 0
-) -> Int64[Tensor, "batch words"]:
+def random_words(key: Key, num_words: int, *, sampler: int) -> Int64[Tensor, "batch words"]:
     """Draw `num_words` 32-bit words for every sample of `key`, in the public format.
 
     Args:
         key: Seed, epoch, view and sample ids.
         num_words: Words per sample, at most 65536.
         sampler: Number of the sampler in the format, so that no two samplers share words.
-        first_block: Blocks of four words to skip.
 
     Returns:
         Values in [0, 2**32).
     """
     stream = stream_of(key, sampler)
-    return sample_words(
-        key.sample_ids, key.seed_and_epoch, stream, num_words, first_block=first_block
-    )
+    return sample_words(key.sample_ids, key.seed_and_epoch, stream, num_words)

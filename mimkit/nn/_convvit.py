@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int32
+from jaxtyping import Bool, Float, Int32
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,10 +49,12 @@ class Layout:
     Attributes:
         cell: Positions per axis of a cell.
         around: The neighbors of every cell; `None` for a whole feature map, which is one cell.
+        hidden: Positions of a whole feature map that convolutions see as zeros.
     """
 
     cell: Grid
-    around: Int32[Tensor, "batch cells window"] | None
+    around: Int32[Tensor, "batch cells window"] | None = None
+    hidden: Bool[Tensor, "batch 1 positions 1"] | None = None
 
 
 class CellProjection(nn.Module):
@@ -122,8 +124,9 @@ class DepthwiseConv(nn.Module):
             return packed_depthwise_conv2d(
                 cells, self.weight, self.bias, layout.around, cell=layout.cell
             )
-        height, width = layout.cell
-        feature_map = rearrange(cells, "b 1 (h w) c -> b c h w", h=height, w=width)
+        feature_map = rearrange(
+            hide(cells, layout.hidden), "b 1 (h w) c -> b c h w", h=layout.cell[0]
+        )
         mixed = F.conv2d(
             feature_map, self.weight, self.bias, padding=self.radius, groups=cells.shape[-1]
         )
@@ -185,15 +188,29 @@ class ConvStage(nn.Module):
         )
 
     def forward(
-        self, cells: Float[Tensor, "batch cells cell in_dim"], cell: Grid, mask: Mask | None
+        self,
+        cells: Float[Tensor, "batch cells cell in_dim"],
+        cell: Grid,
+        mask: Mask | None,
+        hidden: Bool[Tensor, "batch 1 positions 1"] | None = None,
     ) -> tuple[Float[Tensor, "batch cells smaller dim"], Grid]:
-        """Return the embedded and mixed cells, and the positions per axis that they have now."""
+        """Embed and mix cells.
+
+        Args:
+            cells: Finer cells.
+            cell: Their positions per axis.
+            mask: Which tokens of the last stage they belong to; `None` for a whole feature map.
+            hidden: Positions of a whole feature map, at this stage, that nothing may see.
+
+        Returns:
+            The cells, with zeros for what is hidden, and the positions per axis that they have now.
+        """
         cells = self.embed(cells, cell)
         cell = divide("cell", cell, self.stride, "stride")
-        layout = Layout(cell, self._neighbors(mask, cell))
+        layout = Layout(cell, self._neighbors(mask, cell), hidden)
         for block in self.blocks:
             cells = block(cells, layout)
-        return cells, cell
+        return hide(cells, hidden), cell
 
     def _neighbors(self, mask: Mask | None, cell: Grid) -> Tensor | None:
         if mask is None:
@@ -230,6 +247,8 @@ class ConvViT(nn.Module):
 
     Attributes:
         grid: Tokens per axis of the last stage: the grid of masks.
+        fine_grid: Tokens per axis of the first stage. A mask of this grid hides some positions of
+            every token: the paper's ablation. All tokens are then encoded, at full cost.
         num_prefix_tokens: Tokens in front of the patch tokens: none.
 
     Source:
@@ -278,8 +297,9 @@ class ConvViT(nn.Module):
         if len(self.image_size) != 2:
             raise ValueError(f"image_size must have height and width; got {image_size!r}")
         strides = [per_axis("patch_sizes", size, 2) for size in patch_sizes]
-        self.patch_size = product(strides)
+        self.strides, self.patch_size = strides, product(strides)
         self.grid = divide("image size", self.image_size, self.patch_size, "strides of all stages")
+        self.fine_grid = divide("image size", self.image_size, strides[0], "first stride")
         self.in_channels, self.dim, self.masked_conv = in_channels, dim[-1], masked_conv
         self._pool = pool
 
@@ -321,16 +341,19 @@ class ConvViT(nn.Module):
 
         Args:
             images: Images of the size that the encoder was built for.
-            mask: Which tokens of the last stage are visible.
+            mask: Which tokens of the last stage are visible; or which of the first.
 
         Returns:
-            One token per (visible) patch in ascending order of position, after the last norm.
+            One token per (visible) patch in ascending order of position, after the last norm; all
+            of them under a mask of the first stage.
 
         Raises:
             ValueError: Images of another size or number of channels, or a mask that does not fit.
         """
-        self._check(images, mask)
-        tokens, fused = self._embed(images, mask if self.masked_conv else None)
+        is_partial = mask is not None and mask.grid == self.fine_grid != self.grid
+        partial, mask = (mask, None) if is_partial else (None, mask)
+        self._check(images, mask, partial)
+        tokens, fused = self._embed(images, mask if self.masked_conv else None, partial)
         if mask is not None and not self.masked_conv:
             tokens, *fused = (gather_visible(part, mask) for part in (tokens, *fused))
         positions = self.pos_embed[0]
@@ -349,7 +372,7 @@ class ConvViT(nn.Module):
         return summary
 
     def _embed(
-        self, images: Tensor, mask: Mask | None
+        self, images: Tensor, mask: Mask | None, partial: Mask | None = None
     ) -> tuple[Float[Tensor, "batch tokens dim"], list[Float[Tensor, "batch tokens dim"]]]:
         """Run the convolution stages; return tokens without positions, and what is added later."""
         if mask is None:
@@ -358,12 +381,19 @@ class ConvViT(nn.Module):
             cells, cell = pack_cells(images, mask), self.patch_size
         fused = []
         for index, stage in enumerate(self.stages):
-            cells, cell = stage(cells, cell, mask)
+            hidden = None if partial is None else self._hidden(partial, index)
+            cells, cell = stage(cells, cell, mask, hidden)
             if self.fusions:
                 fused.append(self.fusions[index](cells, cell).flatten(1, 2))
         return self.embed_proj(self.embed(cells, cell).flatten(1, 2)), fused
 
-    def _check(self, images: Tensor, mask: Mask | None) -> None:
+    def _hidden(self, partial: Mask, stage: int) -> Bool[Tensor, "batch 1 positions 1"]:
+        """Find the positions of a stage that hold nothing visible of the first one."""
+        height, width = product([(1, 1), *self.strides[1 : stage + 1]])
+        pattern = "b (y p) (x q) -> b 1 (y x) 1 (p q)"
+        return rearrange(partial.is_masked, pattern, p=height, q=width).all(dim=-1)
+
+    def _check(self, images: Tensor, mask: Mask | None, partial: Mask | None = None) -> None:
         if tuple(images.shape[2:]) != self.image_size or images.shape[1] != self.in_channels:
             raise ValueError(
                 f"this encoder takes images of {self.in_channels} channels and size "
@@ -372,6 +402,8 @@ class ConvViT(nn.Module):
             )
         if mask is not None:
             check_mask(mask, self.grid, images)
+        if partial is not None:
+            check_mask(partial, self.fine_grid, images)
 
 
 def check_stages(**values: Sequence[object]) -> None:
@@ -385,6 +417,14 @@ def check_stages(**values: Sequence[object]) -> None:
             raise ValueError(
                 f"{name} must hold one value for each of {STAGES} stages; got {value!r}"
             )
+
+
+def hide(
+    cells: Float[Tensor, "batch cells cell dim"],
+    hidden: Bool[Tensor, "batch cells cell 1"] | None,
+) -> Float[Tensor, "batch cells cell dim"]:
+    """Put zeros in place of hidden positions, if there are any."""
+    return cells if hidden is None else cells.masked_fill(hidden, 0)
 
 
 def product(strides: Sequence[Grid]) -> Grid:

@@ -3,17 +3,16 @@
 Axes: batch; channels; height, width; windows; tokens (of the grid, or of a window); dim; heads.
 """
 
-import math
 from collections.abc import Sequence
 
-import torch
 from einops import rearrange
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._grids import Grid, count_tokens, divide, per_axis
+from mimkit._grids import Grid, divide, per_axis
 from mimkit.nn._convvit import ConvViT
+from mimkit.nn._relative import RelativePositionBias
 
 
 class ConvViTDetector(ConvViT):
@@ -38,6 +37,7 @@ class ConvViTDetector(ConvViT):
         norm; the fourth feature map is the third one max-pooled. The position table is frozen.
 
     Example:
+        >>> import torch
         >>> backbone = ConvViTDetector(image_size=(64, 128), window=2, global_layers=(1,),
         ...                            dim=(8, 16, 32), depth=(1, 1, 2), heads=4)
         >>> [tuple(level.shape) for level in backbone(torch.rand(1, 3, 64, 128))]
@@ -117,37 +117,6 @@ class ConvViTDetector(ConvViT):
         windows = rearrange(tokens, f"{in_grid} -> {in_window}", **sizes)
         mixed: Tensor = block(windows, attn_bias=bias)
         return rearrange(mixed, f"{in_window} -> {in_grid}", **sizes)
-
-
-class RelativePositionBias(nn.Module):
-    """One learned number per head and offset between two tokens of a grid, zero at first.
-
-    Source:
-        Swin Transformer, arXiv:2103.14030, section 3.2; BEiT, arXiv:2106.08254.
-    """
-
-    index: Tensor
-
-    def __init__(self, *, grid: Grid, heads: int) -> None:
-        super().__init__()
-        offsets = [2 * size - 1 for size in grid]
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(math.prod(offsets), heads))
-        self.register_buffer("index", relative_positions(grid), persistent=False)
-
-    def forward(self) -> Float[Tensor, "1 heads tokens tokens"]:
-        """Look up the bias of every pair of tokens."""
-        biases = F.embedding(self.index, self.relative_position_bias_table)
-        return rearrange(biases, "query key h -> 1 h query key")
-
-
-def relative_positions(grid: Grid) -> Int64[Tensor, "tokens tokens"]:
-    """Number the offset from every token of a grid (column) to every other (row)."""
-    height, width = grid
-    token = torch.arange(count_tokens(grid))
-    y, x = torch.div(token, width, rounding_mode="floor"), token % width
-    dy = y.unsqueeze(1) - y + height - 1
-    dx = x.unsqueeze(1) - x + width - 1
-    return dy * (2 * width - 1) + dx
 
 
 def _as_map(

@@ -173,6 +173,15 @@ class CrossAttention(nn.Module):
         answer: Tensor = self.proj(merge_heads(mixed))
         return answer
 
+    def shares(
+        self, query: Float[Tensor, "batch queries dim"], key: Float[Tensor, "batch tokens dim"]
+    ) -> Float[Tensor, "batch heads queries tokens"]:
+        """Return how much of each token goes into each answer: to look at, not to train."""
+        queries, keys = (split_heads(t, self.heads) for t in (self.q(query), self.k(key)))
+        logits = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-2, -1)
+        shares: Tensor = logits.softmax(dim=-1)
+        return shares
+
 
 class Mlp(nn.Module):
     """Two linear layers around an exact GELU."""

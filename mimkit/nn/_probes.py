@@ -43,3 +43,11 @@ class AttentiveProbe(nn.Module):
         answer = self.cross_attn(query, self.norm_k(tokens), self.norm_v(tokens))
         logits: Tensor = self.head(self.fc_norm(answer.squeeze(1)))
         return logits
+
+    @torch.no_grad()
+    def attention(
+        self, tokens: Float[Tensor, "batch tokens dim"]
+    ) -> Float[Tensor, "batch heads tokens"]:
+        """Return how much the query attends to each token: shares that add up to 1 in each head."""
+        query = self.norm_q(self.query_token).expand(tokens.shape[0], -1, -1)
+        return self.cross_attn.shares(query, self.norm_k(tokens)).squeeze(2)

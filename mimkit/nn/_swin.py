@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from mimkit._grids import Grid, count_tokens, divide, per_axis
 from mimkit.masking import Mask
+from mimkit.nn._embed import PatchEmbed
 from mimkit.nn._layers import DropPath, Mlp, attend, check_heads, drop_path_rates
 from mimkit.nn._relative import RelativePositionBias
-from mimkit.nn._vit import PatchEmbed, fill_in, image_axes
+from mimkit.nn._vit import fill_in, image_axes
 
 _NORM_EPS = 1e-5
 _NOT_NEIGHBORS = -100.0  # added to logits between tokens that only the roll brought together
@@ -114,7 +115,7 @@ class SwinTransformer(nn.Module):
         images: Float[Tensor, "batch channels height width"],
         mask: Mask | None = None,
         *,
-        mask_token: Float[Tensor, "*_ dim"] | None = None,
+        mask_token: Float[Tensor, "*masked dim"] | None = None,
     ) -> Float[Tensor, "batch tokens out_dim"]:
         """Encode images, masked patches replaced by the mask token.
 

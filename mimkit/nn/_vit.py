@@ -4,7 +4,6 @@ Axes: batch; channels; *spatial; visible; tokens (visible, or all of the grid wi
 prefix (the class token, if any); dim.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,83 +12,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._grids import as_sizes, count_tokens, divide, per_axis
+from mimkit._grids import as_sizes, divide, per_axis
 from mimkit.masking import Mask
+from mimkit.nn._embed import PatchEmbed
+from mimkit.nn._hybrid import HybridEmbed
 from mimkit.nn._layers import NORM_EPS, QKVBias, TransformerBlock, drop_path_rates, xavier_linear
 from mimkit.nn._relative import RelativePositionBias
-from mimkit.patches import gather_patches, patchify, restore, sincos_positions
-from mimkit.patches._patchify import Order
-
-
-class PatchProjection(nn.Module):
-    """Linear map from patches to tokens, with the weight of the convolution that it equals."""
-
-    def __init__(self, *, in_channels: int, patch: Sequence[int], dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim, in_channels, *patch))
-        self.bias = nn.Parameter(torch.empty(dim))
-        nn.init.xavier_uniform_(self.weight.view(dim, -1))
-        # MAE leaves the bias at the default of a convolution.
-        bound = 1 / math.sqrt(in_channels * count_tokens(patch))
-        nn.init.uniform_(self.bias, -bound, bound)
-
-    def forward(
-        self, patches: Float[Tensor, "batch tokens patch"], order: Order = "c p1 p2"
-    ) -> Float[Tensor, "batch tokens dim"]:
-        """Project patches, whose values come in `order`."""
-        weight = self.weight if order == "c p1 p2" else self.weight.movedim(1, -1)
-        return F.linear(patches, weight.flatten(1), self.bias)
-
-
-class PatchEmbed(nn.Module):
-    """Embed patches: all of them, or under a mask the visible ones and nothing else.
-
-    Args:
-        patch_size: Pixels per patch, per spatial axis.
-        in_channels: Channels of the images.
-        dim: Width of a token.
-        order: Order in which the values of a patch are loaded and summed (see `patches.patchify`).
-
-    Source:
-        timm `PatchEmbed` (a convolution over all patches, parameters `proj.weight`, `proj.bias`);
-        initialised as facebookresearch/mae does.
-
-    Example:
-        >>> from mimkit import masking
-        >>> mask = masking.uniform(masking.key([0], seed=0), (4, 4), 0.75)
-        >>> embed = PatchEmbed(patch_size=(8, 8), in_channels=3, dim=16)
-        >>> embed(torch.rand(1, 3, 32, 32), mask).shape
-        torch.Size([1, 4, 16])
-    """
-
-    def __init__(
-        self,
-        *,
-        patch_size: Sequence[int],
-        in_channels: int,
-        dim: int,
-        order: Order = "c p1 p2",
-    ) -> None:
-        super().__init__()
-        self.order: Order = order
-        self.patch_size = as_sizes("patch_size", patch_size)
-        self.in_channels = in_channels
-        self.proj = PatchProjection(in_channels=in_channels, patch=self.patch_size, dim=dim)
-
-    def forward(
-        self, images: Float[Tensor, "batch channels *spatial"], mask: Mask | None = None
-    ) -> Float[Tensor, "batch tokens dim"]:
-        """Embed the visible patches, in ascending order of position; all without a mask."""
-        if images.shape[1] != self.in_channels:
-            raise ValueError(
-                f"images must have {self.in_channels} channels; got shape {tuple(images.shape)}"
-            )
-        if mask is None:
-            patches = patchify(images, self.patch_size, order=self.order)
-        else:
-            patches = gather_patches(images, mask, self.patch_size, order=self.order)
-        tokens: Tensor = self.proj(patches, self.order)
-        return tokens
+from mimkit.patches import restore, sincos_positions
 
 
 class ViT(nn.Module):
@@ -120,6 +49,8 @@ class ViT(nn.Module):
             factors.
         qkv_bias: `True` for biases of queries, keys and values; "qv" for all but the keys.
         num_classes: Width of `head`, a linear classifier for pooled tokens; 0 for none.
+        stem: A CNN whose feature map is cut into patches instead of the image (`nn.ConvStem`, or
+            any module with `out_channels` and `stride`); `patch_size` then counts its positions.
 
     Attributes:
         grid: Tokens per axis.
@@ -163,6 +94,7 @@ class ViT(nn.Module):
         layer_scale: float | None = None,
         qkv_bias: QKVBias = True,
         num_classes: int = 0,
+        stem: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if pool not in ("mean", "token"):
@@ -175,11 +107,16 @@ class ViT(nn.Module):
             )
         self.image_size = image_axes(image_size)
         patch = per_axis("patch_size", patch_size, len(self.image_size))
+        self.patch_embed = (
+            PatchEmbed(patch_size=patch, in_channels=in_channels, dim=dim)
+            if stem is None
+            else HybridEmbed(stem=stem, patch_size=patch, dim=dim)
+        )
+        patch = self.patch_embed.patch_size
         self.grid = divide("image size", self.image_size, patch, "patch size")
         self.dim = dim
         self.num_prefix_tokens = int(class_token)
         self._pool = pool
-        self.patch_embed = PatchEmbed(patch_size=patch, in_channels=in_channels, dim=dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token else None
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
@@ -218,14 +155,15 @@ class ViT(nn.Module):
         images: Float[Tensor, "batch channels *spatial"],
         mask: Mask | None = None,
         *,
-        mask_token: Float[Tensor, "*_ dim"] | None = None,
+        mask_token: Float[Tensor, "*masked dim"] | None = None,
     ) -> Float[Tensor, "batch prefix_and_tokens dim"]:
         """Encode images: their visible patches under a mask, all patches without one.
 
         Args:
             images: Images of the size that the encoder was built for.
             mask: Which patches are visible.
-            mask_token: Stands for each masked patch, as in SimMIM: all tokens are then encoded.
+            mask_token: Stands for each masked patch, as in SimMIM: all tokens are then encoded. Or
+                [batch, masked, dim]: one token for each.
 
         Returns:
             The prefix tokens, then one token per encoded patch in ascending order of position,
@@ -280,16 +218,17 @@ class ViT(nn.Module):
 def fill_in(
     tokens: Float[Tensor, "batch visible dim"],
     mask: Mask | None,
-    mask_token: Float[Tensor, "*_ dim"],
+    mask_token: Float[Tensor, "*masked dim"],
 ) -> Float[Tensor, "batch tokens dim"]:
-    """Put visible tokens in their places and a mask token in all others.
+    """Put visible tokens in their places, and a mask token (or one for each) in all others.
 
     Raises:
         ValueError: No mask.
     """
     if mask is None:
         raise ValueError("a mask_token stands for masked patches: pass a mask with it")
-    return restore(tokens, mask, mask_token.view(-1))
+    is_single = mask_token.numel() == mask_token.shape[-1]
+    return restore(tokens, mask, mask_token.view(-1) if is_single else mask_token)
 
 
 def image_axes(image_size: int | Sequence[int]) -> tuple[int, ...]:

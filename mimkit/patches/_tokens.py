@@ -107,6 +107,9 @@ def restore(
             f"positions must be [{num_prefix + mask.num_tokens}, {dim}]; "
             f"got {tuple(positions.shape)}"
         )
+    for name, tensor in (("fill", fill), ("positions", positions)):
+        if tensor is not None and tensor.device != visible.device:
+            raise ValueError(f"{name} is on {tensor.device}, but visible on {visible.device}")
     return kernels.restore_tokens(
         visible, fill, mask.visible_ids, mask.masked_ids, positions, num_prefix
     )

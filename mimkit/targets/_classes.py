@@ -116,7 +116,7 @@ class ColorClusters:
         patches = Pixels(self.patch_size)(images, mask)
         centers = self._fitted(patches.device)
         nearest, _ = _nearest(patches.reshape(-1, centers.shape[1]), centers)
-        return nearest.view(*patches.shape[:2], -1)
+        return nearest.view(*patches.shape[:2], patches.shape[2] // centers.shape[1])
 
     def invert(
         self,

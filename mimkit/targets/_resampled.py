@@ -19,7 +19,8 @@ from mimkit.masking import Mask
 from mimkit.patches import gather_masked, patchify, restore, unpatchify
 from mimkit.patches._patchify import Order
 from mimkit.targets._pixels import Pixels
-from mimkit_kernels.masked_pixel_loss import NORMALIZATION_EPS
+
+_NORMALIZATION_EPS = 1e-6  # inside the root
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class WindowNormalizedPixels:
             count = count.unsqueeze(-1) * inside
         unbiased = (count / (count - 1).clamp(min=1)).to(images.device)
         variance = ((mean_square - mean.square()) * unbiased).clamp(min=0)
-        return mean, (variance + NORMALIZATION_EPS).sqrt()
+        return mean, (variance + _NORMALIZATION_EPS).sqrt()
 
     def _pool(self, values: Tensor, axis: int) -> Tensor:
         lines = values.movedim(axis, -1)

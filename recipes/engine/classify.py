@@ -1,5 +1,6 @@
 """The training loop of classifiers, and their score."""
 
+import dataclasses
 import math
 import sys
 import time
@@ -13,14 +14,14 @@ from torch.nn import functional as F
 from recipes.engine.checkpoint import Checkpoints
 from recipes.engine.cli import CommonOptions
 from recipes.engine.config import RunConfig
-from recipes.engine.distributed import World
+from recipes.engine.distributed import World, distribute
 from recipes.engine.errors import UserError
 from recipes.engine.labelled import LabelledData, held_out_batches
 from recipes.engine.loader import make_loader
 from recipes.engine.mixing import Mixing, step_generator
 from recipes.engine.optim import warmup_cosine
 from recipes.engine.run_folder import RunFolder
-from recipes.engine.train import autocast, count_steps
+from recipes.engine.train import autocast, count_steps, stream_seed
 
 _LOGS_PER_RUN = 20
 _STEPS_BETWEEN_CHECKPOINTS = 100
@@ -54,16 +55,15 @@ def fit(
     Returns:
         The ids of images that could not be read.
     """
-    model = classifier.model.train()
+    model, world = classifier.model.train(), folder.world
     steps_per_epoch, num_steps = count_steps(config, data.images)
-    checkpoints = Checkpoints(
-        folder.path / "checkpoints", World(), keep_every=options.keep_every
-    )  # fmt: skip
+    checkpoints = Checkpoints(folder.path / "checkpoints", world, keep_every=options.keep_every)
     first_step = resume(options, checkpoints, classifier)
+    spread = dataclasses.replace(classifier, model=distribute(model, world, shard=False))
     folder.start_metrics(first_step=first_step)
     loader = make_loader(
         data.images.train,
-        world=World(),
+        world=world,
         batch_size=config.training.batch_size,
         seed=config.seed,
         first_step=first_step,
@@ -77,11 +77,16 @@ def fit(
     start = time.perf_counter()
     for done, batch in enumerate(loader, first_step + 1):
         unreadable.update(batch.unreadable_ids)
-        if len(batch.images):
+        num_images = int(world.total(torch.tensor(len(batch.images), device=config.device)))
+        if num_images:
             lr = set_lr(classifier.optimizer, config, (done - 1) / steps_per_epoch)
+            labels = data.train_labels[batch.sample_ids]
+            # Processes count the same, however many images each could read: weigh by images.
+            share = len(labels) * world.size / num_images
             loss = train_step(
-                classifier, config, batch.images, data.train_labels[batch.sample_ids], step=done - 1
+                spread, config, batch.images, labels, step=done - 1, rank=world.rank, share=share
             )
+            loss = world.total(loss) / world.size
             if done % log_every == 0 or done == num_steps:
                 row = {"step": done, "epoch": done / steps_per_epoch, "loss": loss.item(), "lr": lr}
                 row["seconds"] = time.perf_counter() - start
@@ -99,7 +104,7 @@ def resume(options: CommonOptions, checkpoints: Checkpoints, classifier: Classif
     Raises:
         UserError: There is one, but a new start was asked for.
     """
-    steps = checkpoints.steps()
+    steps = checkpoints.world.agree(checkpoints.steps())
     if not steps:
         return 0
     if options.resume == "never":
@@ -127,17 +132,27 @@ def set_lr(optimizer: torch.optim.Optimizer, config: RunConfig, epoch: float) ->
 
 
 def train_step(
-    classifier: Classifier, config: RunConfig, images: Tensor, labels: Tensor, *, step: int
+    classifier: Classifier,
+    config: RunConfig,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    step: int,
+    rank: int,
+    share: float,
 ) -> Tensor:
-    """Make a step on a batch, and return its loss."""
+    """Make a step on this process's share of a batch, and return its loss, weighted by `share`.
+
+    Images are mixed within the share, all processes in the same proportion.
+    """
     generator = step_generator(seed=config.seed, step=step)
     images, labels = (t.to(config.device, non_blocking=True) for t in (images, labels))
     images, targets = classifier.mixing(images, labels, generator)
-    # Drop path draws from the global generator: another stream in every step.
-    torch.manual_seed(generator.initial_seed())
+    # Drop path draws from the global generator: another stream in every step and process.
+    torch.manual_seed(stream_seed(config.seed, step, rank))
     with autocast(config):
         logits = classifier.model(images)
-    loss = F.cross_entropy(logits.float(), targets)
+    loss = F.cross_entropy(logits.float(), targets) * share
     classifier.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if config.training.clip_grad is not None:
@@ -158,25 +173,29 @@ def log(folder: RunFolder, row: dict[str, Any], num_steps: int) -> None:
             "--out"
         )
     folder.append_metrics(row)
-    print(
-        f"{folder.path.name}: step {row['step']}/{num_steps}  loss {row['loss']:.3f}",
-        file=sys.stderr,
-        flush=True,
-    )
+    if folder.world.is_main:
+        print(
+            f"{folder.path.name}: step {row['step']}/{num_steps}  loss {row['loss']:.3f}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 @torch.no_grad()
-def score(model: nn.Module, config: RunConfig, data: LabelledData, *, workers: int) -> float:
+def score(
+    model: nn.Module, config: RunConfig, data: LabelledData, world: World, *, workers: int
+) -> float:
     """Return the accuracy on the images to score on, in percent."""
     model.eval()
-    correct = total = 0
-    for batch in held_out_batches(data, batch_size=_TEST_BATCH, workers=workers):
+    counts = torch.zeros(2, dtype=torch.int64, device=config.device)  # right ones, all
+    for batch in held_out_batches(data, world, batch_size=_TEST_BATCH, workers=workers):
         if len(batch.images):
             with autocast(config):
                 logits = model(batch.images.to(config.device))
-            labels = data.test_labels[batch.sample_ids]
-            correct += int((logits.argmax(dim=1).cpu() == labels).sum())
-            total += len(labels)
+            labels = data.test_labels[batch.sample_ids].to(config.device)
+            counts[0] += (logits.argmax(dim=1) == labels).sum()
+            counts[1] += len(labels)
+    correct, total = world.total(counts).tolist()
     if total == 0:
         raise UserError(f"none of the {len(data.test)} test images of {data.images.name} is read")
-    return 100 * correct / total
+    return 100 * float(correct) / float(total)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mimkit.nn import PixelHead, TransformerBlock
-from recipes.engine.errors import LostProcessError
+from recipes.engine.errors import LostProcessError, UserError
 
 T = TypeVar("T")
 
@@ -96,6 +96,20 @@ def join(device: str) -> Iterator[World]:
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def check_shares(batch_size: int, world: World, *, accumulate: int = 1) -> None:
+    """Check that a batch can be cut evenly.
+
+    Raises:
+        UserError: It cannot.
+    """
+    parts = world.size * accumulate
+    if batch_size % parts:
+        raise UserError(
+            f"a batch of {batch_size} cannot be cut evenly for {world.size} processes with "
+            f"--accumulate {accumulate}: choose a multiple of {parts}"
+        )
 
 
 def distribute(model: nn.Module, world: World, *, shard: bool) -> nn.Module:

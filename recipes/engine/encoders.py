@@ -18,9 +18,9 @@ from mimkit.interop import from_official, load_checkpoint
 from mimkit.interop._convert import unwrap
 from mimkit.nn import ViT
 from mimkit.nn._layers import QKVBias
-from mimkit.patches import interpolate_positions
+from mimkit.nn._relative import NUM_CLASS_ROWS
+from mimkit.patches import interpolate_positions, interpolate_relative_positions
 from recipes.engine.cli import CommonOptions
-from recipes.engine.distributed import world_size_from_environment
 from recipes.engine.errors import UserError
 
 _UNREADABLE = (
@@ -28,7 +28,7 @@ _UNREADABLE = (
 )  # fmt: skip
 # What stands between the encoder's tokens and classes: pre-training's is not fine-tuning's.
 _LAST_NORM = "norm."
-_TOLD_BY_WEIGHTS = {"layer_scale", "qkv_bias"}
+_TOLD_BY_WEIGHTS = {"layer_scale", "qkv_bias", "absolute_positions", "relative_positions"}
 _CLASSIFIER = ("fc_norm.", "head.")
 
 
@@ -55,10 +55,8 @@ def open_encoder(options: EncoderOptions, shape: "EncoderShape") -> "EncoderFile
         shape: Its shape, where no `config.yaml` beside it tells.
 
     Raises:
-        UserError: It cannot be read, or several processes try.
+        UserError: It cannot be read.
     """
-    if world_size_from_environment() > 1:
-        raise UserError("this recipe runs in one process: start it without torchrun")
     return None if options.encoder == "none" else load_encoder(Path(options.encoder), shape)
 
 
@@ -66,7 +64,7 @@ def open_encoder(options: EncoderOptions, shape: "EncoderShape") -> "EncoderFile
 class EncoderShape:
     """Shape of a Vision Transformer, in the words of `nn.ViT`; the defaults are ViT-B/16.
 
-    What weights tell (`layer_scale`, `qkv_bias`) is taken from them.
+    What weights tell (`layer_scale`, `qkv_bias`, the kinds of positions) is taken from them.
     """
 
     image_size: int | tuple[int, ...] = 224
@@ -78,6 +76,8 @@ class EncoderShape:
     mlp_ratio: float = 4.0
     layer_scale: float | None = None
     qkv_bias: QKVBias = True
+    absolute_positions: bool = True
+    relative_positions: Literal["block"] | None = None
 
     def image_axes(self) -> tuple[int, int]:
         """Return height and width in pixels."""
@@ -107,7 +107,7 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
     """Read an encoder.
 
     Args:
-        path: An `encoder.safetensors`, or a checkpoint of the authors' MAE or CAE.
+        path: An `encoder.safetensors`, or a checkpoint of the authors' MAE, CAE or SimMIM.
         shape: Its shape, where no `config.yaml` beside it tells.
 
     Raises:
@@ -123,6 +123,8 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise UserError(f"--encoder {path} cannot be read: {reason}") from error
     weights = _under_our_names(checkpoint) if isinstance(checkpoint, Mapping) else {}
+    if isinstance(checkpoint, Mapping) and _holds_swin(unwrap(checkpoint)):
+        raise UserError(f"--encoder {path} holds a Swin Transformer: this recipe takes a ViT")
     if "patch_embed.proj.weight" not in weights:
         raise UserError(f"--encoder {path} holds no Vision Transformer")
     in_channels = weights["patch_embed.proj.weight"].shape[1]
@@ -131,14 +133,30 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
         told,
         layer_scale=1.0 if "blocks.0.gamma_1" in weights else None,
         qkv_bias="qv" if "blocks.0.attn.q_bias" in weights else True,
+        absolute_positions="pos_embed" in weights,
+        relative_positions="block" if "rel_pos_bias.0.table" in weights else None,
     )
     return EncoderFile(path, digest, told, weights)
 
 
 def _under_our_names(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """Rename the encoder of the authors' MAE or CAE, or take ours, whose names are theirs."""
-    is_cae = any(name.startswith("encoder.") for name in unwrap(checkpoint))
-    return from_official("cae_vit" if is_cae else "mae_vit", checkpoint)
+    """Rename the encoder of the authors' MAE, CAE or SimMIM, or take ours.
+
+    A table of relative positions that all blocks shared becomes the first one of each.
+    """
+    tensors = unwrap(checkpoint)
+    if "rel_pos_bias.0.table" in tensors:
+        blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+        shared = {f"rel_pos_bias.{i}.table": tensors["rel_pos_bias.0.table"] for i in blocks}
+        return {**shared, **tensors}
+    if any(name.startswith("encoder.rel_pos_bias.") for name in tensors):
+        return from_official("simmim_vit_finetune", tensors)
+    is_cae = any(name.startswith("encoder.") for name in tensors)
+    return from_official("cae_vit" if is_cae else "mae_vit", tensors)
+
+
+def _holds_swin(tensors: Mapping[str, Any]) -> bool:
+    return any(name.removeprefix("encoder.").startswith("layers.") for name in tensors)
 
 
 def _shape_beside(path: Path) -> EncoderShape | None:
@@ -196,8 +214,13 @@ def fill_encoder(encoder: ViT, file: EncoderFile) -> None:
     if odd:
         verb = "lacks" if odd[0] in wanted else "has a part that this shape lacks:"
         raise UserError(f"--encoder {file.path} {verb} {odd[0]}: {advice}")
-    if weights["pos_embed"].shape[1:] != own["pos_embed"].shape[1:]:
+    if "pos_embed" in own and weights["pos_embed"].shape[1:] != own["pos_embed"].shape[1:]:
         weights["pos_embed"] = _resampled(weights["pos_embed"], encoder, file)
+    for name, table in weights.items():
+        if name.startswith("rel_pos_bias.") and table.shape != own[name].shape:
+            weights[name] = interpolate_relative_positions(
+                table, _grid_of_file(encoder, file), encoder.grid, num_extra=NUM_CLASS_ROWS
+            )
     for name, tensor in weights.items():
         if tensor.shape != own[name].shape:
             raise UserError(
@@ -211,12 +234,16 @@ def _resampled(table: Tensor, encoder: ViT, file: EncoderFile) -> Tensor:
     """Resample a position table to the encoder's grid; as it is where that cannot be done."""
     num_prefix = encoder.num_prefix_tokens
     side = math.isqrt(max(table.shape[1] - num_prefix, 0))
-    patch = encoder.patch_embed.patch_size
-    told = tuple(s // p for s, p in zip(file.shape.image_axes(), patch, strict=True))
-    for old_grid in (told, (side, side)):
+    for old_grid in (_grid_of_file(encoder, file), (side, side)):
         if math.prod(old_grid) + num_prefix == table.shape[1]:
             resampled = interpolate_positions(
                 table[0], old_grid, encoder.grid, num_prefix=num_prefix
             )
             return resampled.unsqueeze(0)
     return table
+
+
+def _grid_of_file(encoder: ViT, file: EncoderFile) -> tuple[int, ...]:
+    """Return the tokens per axis that a file's encoder had."""
+    patch = encoder.patch_embed.patch_size
+    return tuple(s // p for s, p in zip(file.shape.image_axes(), patch, strict=True))

@@ -20,6 +20,7 @@ from recipes.engine.data import (
     load_data,
     sample_rng,
 )
+from recipes.engine.distributed import World
 from recipes.engine.errors import UserError
 from recipes.engine.folder import (
     NORMALIZE,
@@ -184,9 +185,11 @@ def _with_train(data: DataSet, train: TrainSet) -> DataSet:
     )
 
 
-def held_out_batches(data: LabelledData, *, batch_size: int, workers: int) -> Iterator[Batch]:
-    """Load the images to score on, in order."""
-    indices = [(0, sample_id) for sample_id in range(len(data.test))]
+def held_out_batches(
+    data: LabelledData, world: World, *, batch_size: int, workers: int
+) -> Iterator[Batch]:
+    """Load this process's share of the images to score on."""
+    indices = [(0, sample_id) for sample_id in range(world.rank, len(data.test), world.size)]
     return iter(
         DataLoader(
             data.test,

@@ -4,7 +4,7 @@ import re
 
 from mimkit.nn import ViT
 
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_BLOCK = re.compile(r"(?:blocks|rel_pos_bias)\.(\d+)\.")  # its table is the block's own
 _FIRST_LAYER = ("cls_token", "pos_embed", "patch_embed.")
 _NOT_DECAYED = ("cls_token", "pos_embed")
 

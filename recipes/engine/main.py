@@ -1,15 +1,17 @@
 """From the command line to a finished run."""
 
-import contextlib
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
+
+from mimkit import masking
 from recipes.engine.cli import run_command
 from recipes.engine.config import Options, PretrainConfig, Recipe, resolve
 from recipes.engine.data import DataSet, load_data
-from recipes.engine.distributed import World, join
+from recipes.engine.distributed import check_shares, join
 from recipes.engine.dry_run import describe
 from recipes.engine.errors import UserError
 from recipes.engine.report import print_summary, write_report
@@ -43,15 +45,14 @@ def _run(recipe: Recipe, options: Options) -> None:
     config = _with_channels(config, data)
     count_steps(config, data)
     warn_of_slow_precision(config)
+    _check_fit(recipe, config)  # before a folder is made
     if options.dry_run:
         print(describe(recipe, config, data))
         return
-    build_model(recipe, config)  # a shape that does not fit is found before the folder is made
     with join(config.device) as world:
-        _check_batch(config, world)
-        folder = RunFolder(options.out or default_path(config), config)
-        with folder if world.is_main else contextlib.nullcontext():
-            summary = world.agree(folder.read_summary())
+        check_shares(config.training.batch_size, world, accumulate=config.accumulate)
+        with RunFolder(options.out or default_path(config), config, world) as folder:
+            summary = folder.read_summary()
             if summary is None:
                 weights, unreadable = train(recipe, config, data, folder, options, world)
                 if world.is_main:
@@ -63,13 +64,18 @@ def _run(recipe: Recipe, options: Options) -> None:
                 print_summary(summary, folder)
 
 
-def _check_batch(config: PretrainConfig, world: World) -> None:
-    parts = world.size * config.accumulate
-    if config.training.batch_size % parts:
-        raise UserError(
-            f"a batch of {config.training.batch_size} cannot be cut evenly for {world.size} "
-            f"processes with --accumulate {config.accumulate}: choose a multiple of {parts}"
-        )
+def _check_fit(recipe: Recipe, config: PretrainConfig) -> None:
+    """Check that a model of this shape can be made, and that masks fit it and what it predicts."""
+    try:
+        with torch.device("meta"):  # shapes alone
+            model: Any = recipe.build(config.model)
+    except ValueError as error:
+        raise UserError(f"preset {config.preset} on {config.data}: {error}") from error
+    try:
+        masks = config.masking.draw(masking.key([0], seed=config.seed), model.encoder.grid)
+        getattr(model, "check_masks", lambda masks: None)(masks)
+    except ValueError as error:
+        raise UserError(f"masks of preset {config.preset}: {error}") from error
 
 
 def _image_size(config: PretrainConfig) -> tuple[int, int]:

@@ -180,34 +180,41 @@ def attentive(
         Accuracy in percent.
     """
     train_tokens, test_tokens = standardize(train_tokens, test_tokens)
-    dim = train_tokens.shape[-1]
+    probe = fit_attentive(train_tokens, train_labels, seed=seed)
+    with torch.no_grad():
+        logits = torch.cat([probe(tokens) for tokens in torch.split(test_tokens, TEST_BATCH)])
+    return accuracy(logits, test_labels)
+
+
+def fit_attentive(
+    tokens: Float[Tensor, "train tokens width"], labels: Int64[Tensor, " train"], *, seed: int
+) -> AttentiveProbe:
+    """Fit the probe of `attentive` to standardized tokens."""
+    dim = tokens.shape[-1]
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # Of the CPU alone: no GPU's is touched.
         probe = AttentiveProbe(
             dim=dim,
             heads=next(heads for heads in (4, 3, 2, 1) if dim % heads == 0),
-            num_classes=num_classes(train_labels),
+            num_classes=num_classes(labels),
         )
-    probe.to(train_tokens.device)
+    probe.to(tokens.device)
 
-    batches = shuffled_batches(len(train_tokens), generator)
+    batches = shuffled_batches(len(tokens), generator)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=ATTENTIVE_LR)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=ATTENTIVE_LR, total_steps=len(batches)
     )
     probe.train()
-    for ids in batches.to(train_tokens.device):
-        loss = F.cross_entropy(probe(train_tokens[ids]), train_labels[ids])
+    for ids in batches.to(tokens.device):
+        loss = F.cross_entropy(probe(tokens[ids]), labels[ids])
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
 
-    probe.eval()
-    with torch.no_grad():
-        logits = torch.cat([probe(tokens) for tokens in torch.split(test_tokens, TEST_BATCH)])
-    return accuracy(logits, test_labels)
+    return probe.eval()
 
 
 def shuffled_batches(number: int, generator: torch.Generator) -> Int64[Tensor, "steps batch"]:

@@ -13,7 +13,7 @@ from recipes.engine.config import PretrainConfig, Recipe
 from recipes.engine.data import DataSet, ProbeData
 from recipes.engine.masks import first
 from recipes.engine.probes import Features, evaluate, raw_pixels
-from recipes.engine.run_folder import RunFolder, write_weights
+from recipes.engine.run_folder import RunFolder
 from recipes.engine.train import autocast, build_model, scalars
 
 _PROBE_NAMES = {"knn": "k-NN", "linear": "linear", "attentive": "attentive"}
@@ -31,7 +31,7 @@ def write_report(
 ) -> dict[str, Any]:
     """Evaluate a trained model, write what it shows, and return the summary."""
     encoder: Any = model.encoder
-    write_weights(folder.path / "encoder.safetensors", encoder)
+    folder.write_weights("encoder.safetensors", encoder)
     draw_curves(folder)
     draw_reconstructions(recipe, config, data, folder, model)
     draw_more_pictures(recipe, config, data, folder, model)
@@ -68,11 +68,12 @@ def draw_reconstructions(
 ) -> None:
     """Draw held-out pictures: as they are, masked, and reconstructed tile by tile."""
     encoder: Any = model.encoder
-    patch_size = pixels_per_token(encoder)
+    height, width = encoder.image_size
     rows = []
     for number, picture in enumerate(tiled_pictures(data, encoder.image_size)):
         ids = torch.arange(len(picture.tiles)) + (number << 32)
         mask = first(config.masking.draw(masking.key(ids, seed=config.seed), encoder.grid))
+        patch_size = height // mask.grid[0], width // mask.grid[1]  # not always the encoder's
         with autocast(config):
             filled = recipe.reconstruct(
                 model, picture.inputs.to(config.device), mask.to(config.device)

@@ -18,29 +18,46 @@ import yaml
 from torch import nn
 
 from recipes.engine.config import RunConfig
+from recipes.engine.distributed import World
 from recipes.engine.errors import UserError
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class RunFolder:
-    """Files of one run, for one process at a time: a context manager.
+    """Files of one run, for one job at a time: a context manager.
+
+    Of several processes the main one writes, and all read what it reads.
 
     Args:
         path: Where they are; the folder is made if need be.
         config: The run's configuration.
+        world: The processes of the run.
 
     Raises:
         UserError: On entering: the path is a file, cannot be written, holds another configuration,
             or belongs to a process that still runs. On leaving: it could not be written to.
     """
 
-    def __init__(self, path: Path, config: RunConfig) -> None:
+    def __init__(self, path: Path, config: RunConfig, world: World | None = None) -> None:
         self.path = path
         self.config = config
+        self.world = world or World()
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> "RunFolder":
+        refusal = None
+        if self.world.is_main:
+            try:
+                self._hold()
+            except UserError as error:
+                refusal = str(error)
+        refusal = self.world.agree(refusal)
+        if refusal is not None:
+            raise UserError(refusal)
+        return self
+
+    def _hold(self) -> None:
         with contextlib.ExitStack() as stack:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -51,7 +68,6 @@ class RunFolder:
                     f"cannot write to the output folder {self.path}: {error.strerror}"
                 ) from error
             self._held = stack.pop_all()
-        return self
 
     def __exit__(
         self,
@@ -95,11 +111,15 @@ class RunFolder:
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add a line to `metrics.jsonl`."""
+        if not self.world.is_main:
+            return
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def start_metrics(self, *, first_step: int) -> None:
         """Forget metrics of steps that will be done again."""
+        if not self.world.is_main:
+            return
         kept = [row for row in self.read_metrics() if row["step"] <= first_step]
         write_atomically(
             self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept)
@@ -115,23 +135,31 @@ class RunFolder:
 
     def read_skipped(self) -> list[int]:
         """Return the steps whose batches are skipped, because they gave no finite loss."""
-        file = self.path / "skipped_steps.json"
-        steps: list[int] = json.loads(file.read_text()) if file.exists() else []
-        return steps
+        return self.world.agree(read_json(self.path / "skipped_steps.json") or [])
 
     def write_skipped(self, steps: list[int]) -> None:
         """Write the steps whose batches are skipped."""
-        write_atomically(self.path / "skipped_steps.json", json.dumps(steps) + "\n")
+        if self.world.is_main:
+            write_atomically(self.path / "skipped_steps.json", json.dumps(steps) + "\n")
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write `summary.json`, which marks the run as finished."""
-        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        if self.world.is_main:
+            write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def read_summary(self) -> dict[str, Any] | None:
         """Return the summary of a finished run, None of another."""
-        file = self.path / "summary.json"
-        summary: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
-        return summary
+        summary: dict[str, Any] | None = read_json(self.path / "summary.json")
+        return self.world.agree(summary)
+
+    def write_weights(self, name: str, module: nn.Module) -> None:
+        """Write all weights and buffers of a module to a safetensors file."""
+        from safetensors.torch import save
+
+        if self.world.is_main:
+            state = module.state_dict().items()
+            weights = {name: tensor.cpu().contiguous() for name, tensor in state}
+            write_atomically(self.path / name, save(weights))
 
 
 def default_path(config: RunConfig) -> Path:
@@ -147,12 +175,9 @@ def write_atomically(file: Path, content: str | bytes) -> None:
     os.replace(partial, file)
 
 
-def write_weights(file: Path, module: nn.Module) -> None:
-    """Write all weights and buffers of a module to a safetensors file."""
-    from safetensors.torch import save
-
-    weights = {name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}
-    write_atomically(file, save(weights))
+def read_json(file: Path) -> Any:
+    """Read a JSON file; None without one."""
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:

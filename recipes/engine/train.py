@@ -134,9 +134,8 @@ def _train_from(
     """
     config, world = trainer.config, trainer.world
     steps_per_epoch, num_steps = count_steps(config, data)
-    skipped = world.agree(folder.read_skipped())
-    if world.is_main:
-        folder.start_metrics(first_step=first_step)
+    skipped = folder.read_skipped()
+    folder.start_metrics(first_step=first_step)
     if options.non_finite == "rewind" and not world.agree(checkpoints.steps()):
         checkpoints.save(first_step, trainer.model, trainer.optimizer)
     loader = make_loader(
@@ -193,12 +192,12 @@ def _rewind(
             f"{error}; {safe}: lower --lr, take --precision fp32, or skip the batch with "
             "--non-finite rewind"
         )
-    skipped = sorted({*trainer.world.agree(folder.read_skipped()), error.step})
+    skipped = sorted({*folder.read_skipped(), error.step})
     if len(skipped) > _MAX_SKIPPED:
         raise UserError(f"{error}, after {_MAX_SKIPPED} batches that were skipped; {safe}")
+    # On disk, so that a run which is killed and goes on skips the same batches.
+    folder.write_skipped(skipped)
     if trainer.world.is_main:
-        # On disk, so that a run which is killed and goes on skips the same batches.
-        folder.write_skipped(skipped)
         print(f"warning: {error}; back to step {steps[-1]}, without its batch", file=sys.stderr)
     trainer.world.wait()
     checkpoints.load(steps[-1], trainer.model, trainer.optimizer)
@@ -285,7 +284,7 @@ class Trainer:
         lr = self._set_lr(epoch)
         images, masks = self._draw(batch, epoch=int(epoch))
         # Drop path draws from the global generator: another stream in every step and process.
-        torch.manual_seed(_stream(self.config.seed, step, self.world.rank))
+        torch.manual_seed(stream_seed(self.config.seed, step, self.world.rank))
         numbers = self._backward(images, masks, num_images)
         loss = numbers.pop("loss")
         norm = self._clip()
@@ -353,7 +352,7 @@ def scalars(output: Any) -> dict[str, Tensor]:
     }
 
 
-def _stream(seed: int, *key: int) -> int:
+def stream_seed(seed: int, *key: int) -> int:
     """Mix integers into a seed for PyTorch, whose CPU generator looks at 32 bits of it only."""
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1)[0])
 

@@ -26,7 +26,7 @@ def run_python(code: str, *options: str) -> str:
     return result.stdout
 
 
-ROOMS = ["masking", "patches", "targets", "losses", "nn", "interop", "viz"]
+ROOMS = ["masking", "patches", "conv", "targets", "losses", "nn", "interop", "viz"]
 
 
 def test_importing_the_library_brings_in_nothing_optional_and_touches_no_gpu() -> None:
@@ -110,6 +110,7 @@ def test_doctests_and_the_rooms_tests_run_with_shapes_and_types_checked() -> Non
     run_python(
         "import sys, pytest\n"
         "sys.exit(pytest.main(['mimkit', 'recipes/mae.py', 'tests/recipes/test_mae_golden.py',\n"
+        "    'recipes/convmae.py', 'tests/recipes/test_convmae_golden.py', 'tests/conv',\n"
         "    'tests/masking', 'tests/patches', 'tests/targets', 'tests/losses', 'tests/nn',\n"
         "    'tests/interop', '-m', 'not full and not untyped', '-q', '-p', 'no:cacheprovider',\n"
         "    '--ignore=mimkit/testing/_samplers.py',\n"

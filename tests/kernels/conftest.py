@@ -6,13 +6,6 @@ import torch
 from tests.kernels.harness import CAN_LAUNCH
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers",
-        "launches: runs kernels; without a GPU, test_interpreter.py runs it in the interpreter",
-    )
-
-
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> None:
     torch.compiler.reset()

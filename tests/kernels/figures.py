@@ -1,4 +1,4 @@
-"""The static figures of every kernel: `python -m tests.kernels.figures` writes them to the README.
+"""The static figures of the kernels: `python -m tests.kernels.figures [KERNEL ...]` records them.
 
 A test file `test_<kernel>.py` lists its launches in `LAUNCHES`: a name, and a call of the launcher
 on meta tensors. The first one is compiled in the quick tier.
@@ -6,7 +6,9 @@ on meta tensors. The first one is compiled in the quick tier.
 
 import importlib
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ README = Path(__file__).resolve().parents[2] / "kernels" / "README.md"
 START, END = "<!-- figures -->", "<!-- end of figures -->"
 
 
+@cache
 def all_launches() -> dict[tuple[str, str], Callable[[], Any]]:
     """Return every listed launch by (kernel, case), in the order of files and lists."""
     launches = {}
@@ -54,24 +57,29 @@ def read_table() -> dict[tuple[str, str, str], dict[str, Figures]]:
     return table
 
 
-def write_table() -> None:
-    """Compile everything for every target, and replace the table in the README."""
-    rows: dict[tuple[str, str, str], list[str]] = {}
+def write_table(kernels: Sequence[str]) -> None:
+    """Compile all launches of some kernels for every target, and renew their rows in the README."""
+    rows: dict[tuple[str, ...], list[str]] = {}
     for kernel, case in all_launches():
-        for target in TARGETS:
-            for key, figures in measure(kernel, case, target):
-                assert figures.local == 0, f"{key} uses local memory on {target}: {figures}"
+        for target in TARGETS if kernel in kernels else ():
+            for (_, launch, _), figures in measure(kernel, case, target):
+                assert figures.local == 0, f"{kernel}, {case}, {target}: local memory, {figures}"
                 cell = f"{figures.registers}, {figures.load_bits}, {figures.store_bits}"
-                rows.setdefault(key, []).append(cell)
-    header = ["kernel", "launch", "case", *TARGETS]
-    lines = [header, ["---"] * len(header)]
-    lines += [
-        [f"`{kernel}`", launch, case, *cells] for (kernel, launch, case), cells in rows.items()
-    ]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+                rows.setdefault((f"`{kernel}`", launch, case), []).append(cell)
     before, rest = README.read_text().split(START)
-    README.write_text(f"{before}{START}\n{table}\n{END}{rest.split(END)[1]}")
+    table, after = rest.split(END)
+    for line in table.splitlines():
+        if line.startswith("| `"):
+            *names, _, _, _, _ = cells = line.strip("| ").split(" | ")
+            if names[0].strip("`") not in kernels:
+                rows[tuple(names)] = cells[len(names) :]
+    header = ["kernel", "launch", "case", *TARGETS]
+    order = [f"`{kernel}`" for kernel, _ in all_launches()]
+    kept = sorted((row for row in rows if row[0] in order), key=lambda row: order.index(row[0]))
+    lines = [header, ["---"] * len(header), *([*row, *rows[row]] for row in kept)]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    README.write_text(f"{before}{START}\n{text}\n{END}{after}")
 
 
 if __name__ == "__main__":
-    write_table()
+    write_table(sys.argv[1:] or sorted({kernel for kernel, _ in all_launches()}))

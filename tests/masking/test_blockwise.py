@@ -143,12 +143,6 @@ def test_a_batch_without_samples_has_a_mask():
     assert (mask.batch_size, mask.num_masked) == (0, 10)
 
 
-def test_the_operator_keeps_pytorchs_rules():
-    key = masking.key([0, 1], seed=0)
-    arguments = (key.sample_ids, key.seed_and_epoch, 0, 6, 7, 20, 16, 20, -1.2, 1.2)
-    torch.library.opcheck(torch.ops.mimkit.blockwise_sample, arguments)
-
-
 @pytest.mark.parametrize("kind", ["cae", "beit"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_published_loops_draw_the_published_masks(kind, name):

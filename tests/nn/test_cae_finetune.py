@@ -117,3 +117,15 @@ def test_a_pre_training_checkpoint_gives_its_encoder():
     )
     model.load_state_dict(converted)
     assert set(converted.dropped) == {n for n in parameters if not n.startswith("encoder.")}
+
+
+def test_the_probes_attention_is_what_mixes_the_values(probe, tokens):
+    probe.eval()
+    with torch.no_grad():
+        shares = probe.attention(tokens)
+        attention = probe.cross_attn
+        values = attention.v(probe.norm_v(tokens)).unflatten(2, (attention.heads, -1))
+        mixed = torch.einsum("bhn,bnhd->bhd", shares, values).flatten(1)
+        expected = GOLDEN.tensor("attentive/pooled").squeeze(1)
+        torch.testing.assert_close(attention.proj(mixed), expected, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(shares.sum(2), torch.ones(shares.shape[:2]))

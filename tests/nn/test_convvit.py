@@ -153,6 +153,29 @@ def test_hidden_pixels_have_no_gradient():
     assert images.grad[~hidden].ne(0).all()
 
 
+def make_fine_mask(encoder: ConvViT) -> Mask:
+    return masking.uniform(masking.key([0, 1], seed=0), encoder.fine_grid, 0.75)
+
+
+@torch.no_grad()
+def test_a_mask_of_the_first_stage_leaves_all_tokens_and_no_leak():
+    encoder = make_encoder()
+    images, mask = make_images(encoder), make_fine_mask(encoder)
+    assert encoder(images, mask).shape == (2, 8, 8)
+    assert_no_leak(encoder, images, mask)
+    nothing = Mask.from_bool(torch.zeros(2, *encoder.fine_grid, dtype=torch.bool))
+    torch.testing.assert_close(encoder(images, nothing), encoder(images))
+
+
+@torch.no_grad()
+def test_a_refined_mask_of_the_first_stage_shows_tokens_what_the_coarse_one_does():
+    encoder = make_encoder(depth=(2, 1, 0), multi_scale=False)
+    images, mask = make_images(encoder), make_mask(encoder)
+    factor = [fine // coarse for fine, coarse in zip(encoder.fine_grid, mask.grid, strict=True)]
+    tokens = encoder(images, mask.refine(factor))
+    torch.testing.assert_close(gather_visible(tokens, mask), encoder(images, mask))
+
+
 @torch.no_grad()
 def test_plain_convolutions_leak_as_the_paper_warns():
     encoder = make_encoder(masked_conv=False)

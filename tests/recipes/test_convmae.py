@@ -72,6 +72,20 @@ def test_plain_convolutions_see_what_is_hidden():
         assert_no_leak(lambda images, mask: model(images, mask).latent, IMAGES, mask)
 
 
+def test_a_mask_of_the_first_stage_predicts_its_own_patches():
+    model = make_model()
+    mask = ConvMAEMasking(mask_ratio=0.75, mask="per-stage").draw(KEY, model.encoder.grid)
+    assert mask.grid == model.encoder.fine_grid == (8, 12)
+    output = model(IMAGES, mask)
+    assert output.prediction.shape == (3, mask.num_masked, 8)
+    assert output.latent.shape == (3, 6, 16)
+    assert_no_leak(lambda images, mask: model(images, mask).latent, IMAGES, mask)
+    with torch.no_grad():
+        filled = reconstruct(model, IMAGES, mask)
+    visible = ~mask.refine(2).is_masked.unsqueeze(1).expand_as(IMAGES)
+    assert torch.equal(filled[visible], IMAGES[visible])
+
+
 def test_a_reconstruction_keeps_the_visible_pixels():
     model = make_model()
     mask = masking.uniform(KEY, model.encoder.grid, 0.5)
@@ -118,6 +132,7 @@ def test_a_flag_that_does_not_fit_gets_one_line(arguments, message, capsys, tmp_
 FLAGS = [
     [],
     ["--parts", "4"],
+    ["--mask", "per-stage"],
     ["--conv", "plain"],
     ["--decoder", "single-scale"],
 ]

@@ -3,8 +3,10 @@
 import argparse
 import dataclasses
 import json
+import os
 import random
 import shutil
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -25,10 +27,13 @@ from mimkit.nn import ViT
 from mimkit.patches import interpolate_positions
 from recipes import finetune, probe
 from recipes.engine.augment import Augmentation, rand_augment, random_box, random_erase
+from recipes.engine.distributed import World
 from recipes.engine.encoders import EncoderShape, build_encoder, fill_encoder, load_encoder
 from recipes.engine.errors import UserError
 from recipes.engine.labelled import StoredImages, held_out_batches, load_labelled
 from recipes.mae import MAE, MAEConfig
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SHAPE = EncoderShape(image_size=16, patch_size=4, in_channels=3, dim=16, depth=2, heads=2)
 CLASSES = 3
@@ -107,6 +112,30 @@ def test_fine_tuning_learns_and_shows_training_from_scratch(encoder, images, tmp
 
     fine_tune(encoder, images, out, *more)  # finished: the summary again
     assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize("script", ["finetune.py", "probe.py"])
+def test_two_processes_train_as_one_does(script, encoder, images, tmp_path):
+    more = ["--encoder", str(encoder), "--data", str(images), *QUICK, "--max-steps", "3"]
+    same = ["--mixup", "0", "--cutmix", "0", "--drop-path", "0"]  # drawn for each process
+    more += same if script == "finetune.py" else ["--protocol", "paper", "--epochs", "20"]
+    losses = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc-per-node", str(processes), str(ROOT / "recipes" / script),
+            *more, "--out", str(out),
+        ]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert (out / "summary.json").exists(), result.stderr
+        run = out if script == "finetune.py" else out / "linear-trained"
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+        losses.append([row["loss"] for row in rows])
+    if script == "finetune.py":  # batch norm looks at each process's share
+        np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    assert len(losses[0]) == len(losses[1]) == 3
 
 
 def test_a_run_goes_on_bit_for_bit(encoder, images, tmp_path):
@@ -192,7 +221,8 @@ def test_a_dry_run_writes_nothing(encoder, images, tmp_path, monkeypatch, capsys
 
 def test_an_official_checkpoint_is_the_same_encoder(tmp_path):
     torch.manual_seed(0)
-    shape = dataclasses.asdict(SHAPE)
+    known = {field.name for field in dataclasses.fields(MAEConfig)}
+    shape = {name: value for name, value in vars(SHAPE).items() if name in known}
     model = MAE(MAEConfig(**shape, decoder_dim=8, decoder_depth=1, decoder_heads=2))
     official = {
         "model": dict(to_official("mae", model.state_dict())),
@@ -365,9 +395,15 @@ def test_images_of_a_folder_are_a_function_of_seed_epoch_and_id(images):
     assert torch.equal(drawn[0], load(0).images.train[0, 3][0])
     assert not any(torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
     scored = torch.cat(
-        [batch.sample_ids for batch in held_out_batches(data, batch_size=5, workers=0)]
+        [batch.sample_ids for batch in held_out_batches(data, World(), batch_size=5, workers=0)]
     )
     assert scored.tolist() == list(range(4 * CLASSES))
+    shares = [
+        batch.sample_ids.tolist()
+        for rank in range(2)
+        for batch in held_out_batches(data, World(rank, 2), batch_size=99, workers=0)
+    ]
+    assert sorted(sum(shares, [])) == list(range(4 * CLASSES))
 
 
 def test_stored_photos_are_mirrored_and_digits_are_not():

@@ -130,6 +130,7 @@ def test_options_that_do_not_fit_together_are_refused(
         ["--loss-on", "all", "--normalize-pixels", "False"],
         ["--decoder", "cross", "--decode-fraction", "0.25", "--decoder-depth", "2"],
         ["--sampler", "gridwise", "--views", "2"],
+        ["--mask-tokens", "encoder"],
     ],
     ids=" ".join,
 )
@@ -146,3 +147,31 @@ def test_the_command_line_reaches_every_ablation(arguments: list[str], tmp_path:
     parts = {**config["model"], **config["masking"]}
     for flag, value in zip(arguments[::2], arguments[1::2], strict=True):
         assert str(parts[flag.removeprefix("--").replace("-", "_")]) == value
+
+
+def test_mask_tokens_inside_the_encoder_go_through_it_and_the_decoder(
+    images: torch.Tensor, mask: Mask
+) -> None:
+    model = make(mask_tokens="encoder", normalize_pixels=False)
+    output = model(images, mask)
+    assert output.latent.shape == (3, 1 + 24, 32)
+    # What the encoder gives for hidden patches reaches the decoder: no mask token stands there.
+    decoded = model.decoder(
+        output.latent,
+        Mask.from_visible_ids(torch.arange(24).expand(3, -1), (4, 6)),
+        mask.masked_ids,
+    )
+    torch.testing.assert_close(output.prediction, model.head(decoded))
+    expected = losses.masked_pixel_loss(output.prediction, images, mask, 4, normalize=None)
+    torch.testing.assert_close(output.loss, expected)
+    output.loss.backward()
+    assert model.mask_token.grad.abs().sum() > 0
+
+
+def test_hidden_pixels_do_not_reach_an_encoder_with_mask_tokens(
+    images: torch.Tensor, mask: Mask
+) -> None:
+    model = make(mask_tokens="encoder")
+    hidden = mask.is_masked.repeat_interleave(4, 1).repeat_interleave(4, 2).unsqueeze(1)
+    changed = torch.where(hidden, torch.full_like(images, 9.0), images)
+    assert torch.equal(model(images, mask).latent, model(changed, mask).latent)

@@ -1,0 +1,59 @@
+"""Cross-entropy over CAE's 8192 words: kernel, plain chunks, all logits at once.
+
+Axes: rows (masked tokens of a batch); width; words.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Bench, kernel_variants
+from mimkit.losses import linear_cross_entropy
+
+WIDTH, WORDS = 768, 8192
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def bench_kernel_linear_cross_entropy(bench: Bench, dtype: torch.dtype) -> None:
+    rows = 25_088 if bench.device.type == "cuda" else 512
+    x = torch.randn(rows, WIDTH, dtype=dtype, device=bench.device, requires_grad=True)
+    weight = (torch.randn(WORDS, WIDTH, device=bench.device) * 0.02).to(dtype).requires_grad_()
+    bias = torch.zeros(WORDS, dtype=dtype, device=bench.device, requires_grad=True)
+    target = torch.randint(WORDS, (rows,), device=bench.device)
+
+    def loss(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return linear_cross_entropy(x, weight, bias, target)
+
+    leaves = (x, weight, bias)
+    variants = kernel_variants(loss, leaves, leaves, bench.device)
+    case = f"{rows} rows x {WIDTH} x {WORDS} words"
+    bench.compare(
+        case,
+        variants,
+        dtype=dtype,
+        tolerance=1e-4 if dtype == torch.float32 else 3e-2,
+        passes=("forward", "both"),
+    )
+    if bench.device.type == "cuda":
+        peaks = {variant.name: _peak_bytes(variant.forward, leaves) for variant in variants}
+        bench.note(
+            [
+                f"{case}, {dtype}: peak memory {name}: {peak / 2**20:.0f} MiB, "
+                f"{peak / peaks['eager']:.2f} of eager"
+                for name, peak in peaks.items()
+            ],
+            kind="memory",
+            case=case,
+            dtype=str(dtype),
+            peak_bytes=peaks,
+        )
+
+
+def _peak_bytes(forward: object, leaves: tuple[Tensor, ...]) -> int:
+    """Return the memory that forward and backward need on top of what is there before."""
+    assert callable(forward)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.autograd.grad(forward(), leaves)
+    return torch.cuda.max_memory_allocated() - before

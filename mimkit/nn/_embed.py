@@ -1,0 +1,92 @@
+"""From patches to tokens.
+
+Axes: batch; channels; *spatial; tokens (visible, or all of the grid without a mask); patch (the
+values of one patch); dim.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mimkit._grids import Grid, as_sizes, count_tokens
+from mimkit.masking import Mask
+from mimkit.patches import gather_patches, patchify
+from mimkit.patches._patchify import Order
+
+
+class PatchProjection(nn.Module):
+    """Linear map from patches to tokens, with the weight of the convolution that it equals."""
+
+    def __init__(self, *, in_channels: int, patch: Sequence[int], dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, in_channels, *patch))
+        self.bias = nn.Parameter(torch.empty(dim))
+        nn.init.xavier_uniform_(self.weight.view(dim, -1))
+        # MAE leaves the bias at the default of a convolution.
+        bound = 1 / math.sqrt(in_channels * count_tokens(patch))
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(
+        self, patches: Float[Tensor, "batch tokens patch"], order: Order = "c p1 p2"
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Project patches, whose values come in `order`."""
+        weight = self.weight if order == "c p1 p2" else self.weight.movedim(1, -1)
+        return F.linear(patches, weight.flatten(1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Embed patches: all of them, or under a mask the visible ones and nothing else.
+
+    Args:
+        patch_size: Pixels per patch, per spatial axis.
+        in_channels: Channels of the images.
+        dim: Width of a token.
+        order: Order in which the values of a patch are loaded and summed (see `patches.patchify`).
+
+    Source:
+        timm `PatchEmbed` (a convolution over all patches, parameters `proj.weight`, `proj.bias`);
+        initialised as facebookresearch/mae does.
+
+    Example:
+        >>> from mimkit import masking
+        >>> mask = masking.uniform(masking.key([0], seed=0), (4, 4), 0.75)
+        >>> embed = PatchEmbed(patch_size=(8, 8), in_channels=3, dim=16)
+        >>> embed(torch.rand(1, 3, 32, 32), mask).shape
+        torch.Size([1, 4, 16])
+    """
+
+    def __init__(
+        self,
+        *,
+        patch_size: Sequence[int],
+        in_channels: int,
+        dim: int,
+        order: Order = "c p1 p2",
+    ) -> None:
+        super().__init__()
+        self.order: Order = order
+        self.patch_size = as_sizes("patch_size", patch_size)
+        self.in_channels = in_channels
+        self.proj = PatchProjection(in_channels=in_channels, patch=self.patch_size, dim=dim)
+
+    def forward(
+        self, images: Float[Tensor, "batch channels *spatial"], mask: Mask | None = None
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Embed the visible patches, in ascending order of position; all without a mask."""
+        return self._embed(images, mask, self.patch_size)
+
+    def _embed(self, images: Tensor, mask: Mask | None, patch: Grid) -> Tensor:
+        if images.shape[1] != self.in_channels:
+            raise ValueError(
+                f"images must have {self.in_channels} channels; got shape {tuple(images.shape)}"
+            )
+        if mask is None:
+            patches = patchify(images, patch, order=self.order)
+        else:
+            patches = gather_patches(images, mask, patch, order=self.order)
+        tokens: Tensor = self.proj(patches, self.order)
+        return tokens

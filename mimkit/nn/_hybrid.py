@@ -1,0 +1,76 @@
+"""Patches of a CNN's feature map in the place of patches of pixels.
+
+Axes: batch; channels; height, width (pixels); tokens; dim.
+"""
+
+from typing import Any
+
+from einops import repeat
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mimkit._grids import Grid, per_axis
+from mimkit.masking import Mask
+from mimkit.nn._embed import PatchEmbed
+
+
+class ConvStem(nn.Sequential):
+    """Small convolutional stem: strided convolutions, each with GroupNorm and ReLU.
+
+    Args:
+        in_channels: Channels of the images.
+        channels: Channels behind each convolution, which halves the resolution.
+
+    Attributes:
+        out_channels: Channels of the feature map.
+        stride: Pixels per axis of one of its positions.
+
+    Example:
+        >>> import torch
+        >>> ConvStem(in_channels=3, channels=(16, 32))(torch.rand(1, 3, 16, 24)).shape
+        torch.Size([1, 32, 4, 6])
+    """
+
+    def __init__(self, *, in_channels: int, channels: tuple[int, ...]) -> None:
+        layers: list[nn.Module] = []
+        for before, after in zip((in_channels, *channels), channels, strict=False):
+            convolution = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
+            layers += [convolution, nn.GroupNorm(1, after), nn.ReLU()]
+        super().__init__(*layers)
+        self.out_channels = channels[-1]
+        self.stride = 2 ** len(channels)
+
+
+class HybridEmbed(PatchEmbed):
+    """Embed patches of a stem's feature map.
+
+    Args:
+        stem: From images to feature maps, with attributes `out_channels` and `stride`.
+        patch_size: Positions of the map per patch, per axis.
+        dim: Width of a token.
+
+    Attributes:
+        patch_size: Pixels per patch, per axis.
+
+    Source:
+        Dosovitskiy et al., arXiv:2010.11929, section 3.1 "Hybrid Architecture" (a ResNet, patches
+        of 1x1). Under a mask, hidden pixels are 0 for the stem, whose filters overlap: so none of
+        them reaches a visible token.
+    """
+
+    def __init__(self, *, stem: Any, patch_size: Grid, dim: int) -> None:
+        super().__init__(patch_size=patch_size, in_channels=stem.out_channels, dim=dim)
+        self.stem = stem
+        self.patch_on_map = self.patch_size
+        stride = per_axis("stride", stem.stride, len(patch_size))
+        self.patch_size = tuple(s * p for s, p in zip(stride, patch_size, strict=True))
+
+    def forward(
+        self, images: Float[Tensor, "batch channels height width"], mask: Mask | None = None
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Embed the visible patches, in ascending order of position; all without a mask."""
+        if mask is not None:
+            down, across = self.patch_size
+            hidden = repeat(mask.is_masked, "b h w -> b 1 (h i) (w j)", i=down, j=across)
+            images = images.masked_fill(hidden, 0.0)
+        return self._embed(self.stem(images), mask, self.patch_on_map)

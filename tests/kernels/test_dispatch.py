@@ -1,0 +1,127 @@
+"""Which path a call takes, and what must not happen on the way."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+import mimkit
+import mimkit_kernels as kernels
+from mimkit_kernels import Settings, _dispatch
+from mimkit_kernels._dispatch import takes_kernel
+from tests.kernels.harness import DEVICE, INTERPRETED, launches, needs_gpu
+
+CPU = torch.empty(0)
+
+
+class OnGPU:
+    """Stands in for a tensor on a GPU."""
+
+    is_cuda, device = True, torch.device("cuda")
+
+
+def nothing() -> None:
+    return None
+
+
+def test_a_device_decides_by_itself():
+    assert not takes_kernel("name", CPU, nothing)
+    assert takes_kernel("name", OnGPU(), nothing)
+    assert not takes_kernel("name", OnGPU(), lambda: "such tensors")
+    with mimkit.use("reference"):
+        assert not takes_kernel("name", OnGPU(), nothing)
+
+
+def test_use_is_undone_at_the_end_of_its_block():
+    before = Settings.backend
+    with mimkit.use("reference", check=True), mimkit.use("triton"):
+        assert Settings.backend == "triton"
+    assert Settings.backend == before
+
+
+def test_an_unknown_backend_is_repeated_in_the_error():
+    with pytest.raises(ValueError, match="'cuda'"):
+        mimkit.use("cuda")
+
+
+def test_without_triton_a_gpu_takes_the_reference_and_says_so_once(monkeypatch):
+    monkeypatch.setattr(_dispatch, "HAS_TRITON", False)
+    _dispatch._warn_without_triton.cache_clear()
+    with pytest.warns(UserWarning, match="Triton is not installed") as caught:
+        answers = [takes_kernel("name", OnGPU(), nothing) for _ in range(2)]
+    assert answers == [False, False]
+    assert len(caught) == 1
+    with mimkit.use("triton"), pytest.raises(ValueError, match="Triton, which is not installed"):
+        takes_kernel("name", OnGPU(), nothing)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes CPU tensors")
+def test_kernels_asked_for_on_a_cpu_are_an_error():
+    with mimkit.use("triton"), pytest.raises(ValueError, match="tensors on cpu: it needs tensors"):
+        kernels.gather_tokens(torch.zeros(1, 2, 3), torch.tensor([[0]]), 0)
+
+
+def test_importing_and_running_on_a_cpu_does_not_import_triton():
+    code = (
+        "import sys, torch, mimkit_kernels as k\n"
+        "k.gather_tokens(torch.zeros(1, 2, 3), torch.tensor([[0]]), 0)\n"
+        "assert 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+TOKENS, IDS = torch.randn(2, 4, 3, device=DEVICE), torch.tensor([[1], [2]], device=DEVICE)
+
+
+def take(tokens: torch.Tensor) -> torch.Tensor:
+    return kernels.gather_tokens(tokens, IDS, 1)
+
+
+@launches
+def test_transforms_are_right_or_refused_never_a_silent_zero():
+    tangent = torch.randn_like(TOKENS)
+    _, derivative = torch.func.jvp(take, (TOKENS,), (tangent,))
+    assert torch.equal(derivative, take(tangent))
+    # Where the kernel is asked for, it is an error.
+    with mimkit.use("triton"):
+        with pytest.raises(ValueError, match=r"torch\.func transforms"):
+            torch.func.jvp(take, (TOKENS,), (tangent,))
+        with forward_ad.dual_level(), pytest.raises(ValueError, match="forward-mode"):
+            take(forward_ad.make_dual(TOKENS, tangent))
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(take(forward_ad.make_dual(TOKENS, tangent)))
+        assert torch.equal(dual.tangent, take(tangent))
+
+
+def test_transforms_take_the_reference_even_on_a_gpu():
+    seen = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append(takes_kernel("name", OnGPU(), nothing))
+        return x.sum()
+
+    torch.func.grad(look)(torch.zeros(2))
+    torch.vmap(look)(torch.zeros(1, 2))
+    torch.func.jvp(look, (torch.zeros(2),), (torch.zeros(2),))
+    with forward_ad.dual_level():
+        look(torch.zeros(2))
+    assert seen == [False] * 4
+
+
+@needs_gpu
+def test_more_than_two_to_the_31_values_are_addressed_right():
+    images = torch.zeros(14_300, 3, 224, 224, dtype=torch.uint8, device=DEVICE)
+    assert images.numel() > 1 << 31
+    images[-1, :, -16:, -16:] = 255
+    ids = torch.full((len(images), 1), 195, device=DEVICE)
+    patches = kernels.gather_patches(images, ids, (16, 16))
+    assert patches[-1].eq(1).all()
+    assert patches[:-1].eq(0).all()
+    tokens = torch.zeros(11_000, 196, 1024, dtype=torch.bfloat16, device=DEVICE)
+    assert tokens.numel() > 1 << 31
+    tokens[-1, -1] = 1
+    taken = kernels.gather_tokens(tokens, torch.full((len(tokens), 1), 195, device=DEVICE), 0)
+    assert taken[-1].eq(1).all()
+    assert taken[:-1].eq(0).all()
