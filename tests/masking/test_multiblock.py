@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from mimkit import masking
 from mimkit.masking import Key, Mask, MultiBlock
 from mimkit.testing import assert_sampler_conforms
+from tests.masking.test_format import word
 from tests.strategies import grids, keys
 
 # Enough tokens for four targets and a context.
@@ -63,6 +64,46 @@ def test_context_and_targets_keep_what_every_sampler_promises(grid, part):
     area = masking.num_masked(plane, 0.175)
     count = 4 * area if part == "context" else area
     assert_sampler_conforms(draw, grid, 0.5, num_masked=count * math.prod(grid) // plane)
+
+
+@given(sample_id=st.integers(-(1 << 63), (1 << 63) - 1), seed=st.integers(0, (1 << 64) - 1))
+def test_the_bits_are_those_of_the_written_format(sample_id, seed):
+    """One sample, token by token, from the words of the documentation."""
+    height, width = 9, 8
+    blocks = masking.multiblock(masking.key([sample_id], seed=seed, epoch=3).view(2), (9, 8))
+
+    def words(sampler: int, first: int, count: int) -> list[int]:
+        state = {"seed": seed, "epoch": 3, "view": 2, "sample_id": sample_id}
+        return [word(**state, sampler=sampler, token=first + i) for i in range(count)]
+
+    area, in_target = 13, torch.zeros(height, width, dtype=torch.bool)
+    for n, target in enumerate(blocks.targets):
+        aspect_word, top_word, left_word, corner = words(7, 4 * n, 4)
+        step = (math.log(1.5) - math.log(0.75)) / 256
+        aspect = math.exp(math.log(0.75) + ((aspect_word >> 24) + 0.5) * step)
+        h = min(max(round(math.sqrt(area * aspect)), -(-area // width)), height)
+        w = -(-area // h)
+        top, left = top_word * (height - h + 1) >> 32, left_word * (width - w + 1) >> 32
+        rows, columns = list(range(top, top + h)), list(range(left, left + w))
+        if corner & 1:
+            rows.reverse()
+        if corner & 2:
+            columns.reverse()
+        inside = [(row, column) for column in columns for row in rows][:area]
+        expected = torch.zeros(height, width, dtype=torch.bool)
+        expected[tuple(zip(*inside, strict=True))] = True
+        assert torch.equal(target.is_masked[0], expected)
+        in_target |= expected
+    scale_word, top_word, left_word = words(8, 0, 3)
+    root = math.sqrt(0.85 + ((scale_word >> 24) + 0.5) * 0.15 / 256)
+    h, w = round(height * root), round(width * root)
+    top, left = top_word * (height - h + 1) >> 32, left_word * (width - w + 1) >> 32
+    outside = torch.ones(height, width, dtype=torch.long)
+    outside[top : top + h, left : left + w] = 0
+    free = (~in_target).flatten().nonzero().squeeze(1).tolist()
+    order = words(9, 0, height * width)
+    kept = sorted(free, key=lambda t: (int(outside.flatten()[t]), order[t], t))[: 72 - 4 * area]
+    assert blocks.context.visible_ids.tolist() == [sorted(kept)]
 
 
 def test_marginals_are_symmetric():

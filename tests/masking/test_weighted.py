@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mimkit import masking
 from mimkit.masking import Key, Mask
 from mimkit.testing import assert_sampler_conforms
+from tests.masking.test_format import word
 from tests.strategies import generators, grids, keys
 
 DRAWN = 20_000
@@ -71,6 +72,19 @@ def test_the_scale_of_the_weights_does_not_matter(key, scale):
     weights = torch.linspace(0.1, 2, 12, dtype=torch.float64).expand(key.batch_size, -1)
     one = masking.weighted(key, (3, 4), 0.5, weights=weights)
     assert one.equal(masking.weighted(key, (3, 4), 0.5, weights=weights * scale))
+
+
+@given(sample_id=st.integers(-(1 << 63), (1 << 63) - 1), seed=st.integers(0, (1 << 64) - 1))
+def test_clocks_are_those_of_the_written_format(sample_id, seed):
+    state = {"seed": seed, "epoch": 0, "view": 0, "sample_id": sample_id}
+    weights = [0.5 + token for token in range(10)]
+    arrivals = [
+        -math.log((word(**state, sampler=6, token=token) + 0.5) / 2**32) / weight
+        for token, weight in enumerate(weights)
+    ]
+    key = masking.key([sample_id], seed=seed)
+    mask = masking.weighted(key, (10,), weights=torch.tensor([weights]), num_masked=4)
+    assert mask.masked_ids[0].tolist() == sorted(sorted(range(10), key=arrivals.__getitem__)[:4])
 
 
 def by_place(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
