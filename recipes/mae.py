@@ -266,7 +266,7 @@ class MAEOptions(Options):
     """Pre-training of MAE, with the ablations of its table 1 and section 3.
 
     Attributes:
-        sampler: How masks are drawn (table 1f): "uniform", or "gridwise" at ratio 0.75.
+        sampler: How masks are drawn (table 1f): "uniform", "blockwise" or "gridwise" (ratio 0.75).
         views: Masks an image.
         target: What is predicted (table 1d): "pixels", or "pca" components of the patches.
         pca_components: How many components.

@@ -71,10 +71,10 @@ class DownsampledPixels:
 
     def invert(
         self,
-        values: Float[Tensor, "batch masked patch"],
+        values: Float[Tensor, "batch rows means"],
         images: Shaped[Tensor, "batch channels *spatial"],
         mask: Mask,
-    ) -> Float[Tensor, "batch masked_patches patch"]:
+    ) -> Float[Tensor, "batch masked patch"]:
         """Return patches in which every square has its mean."""
         outer, patch = self._sizes(mask)
         factor = per_axis("factor", self.factor, len(outer))

@@ -12,7 +12,7 @@ from mimkit.masking import Key, Mask
 # Several masks an image, one after the other for the whole batch, as the models take them.
 Masks: TypeAlias = Mask | Sequence[Mask]
 
-Sampler = Literal["uniform", "gridwise"]
+Sampler = Literal["uniform", "blockwise", "gridwise"]
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Masking:
 
     Attributes:
         mask_ratio: Fraction of patches to mask, in (0, 1).
-        sampler: "uniform" draws patches one by one; "gridwise" leaves every second one of every
-            second row visible.
+        sampler: "uniform" draws patches one by one, "blockwise" in blocks; "gridwise" leaves every
+            second one of every second row visible.
         views: Masks an image: a step costs as many passes, and loads each image once.
 
     Source:
@@ -50,7 +50,8 @@ class Masking:
     def _draw_one(self, key: Key, grid: tuple[int, ...]) -> Mask:
         if self.sampler == "gridwise":
             return masking.gridwise(key, grid)
-        return masking.uniform(key, grid, self.mask_ratio)
+        draw = masking.blockwise if self.sampler == "blockwise" else masking.uniform
+        return draw(key, grid, self.mask_ratio)
 
 
 def draw_views(

@@ -77,6 +77,7 @@ def test_a_decoder_of_no_depth_is_its_norm():
     torch.testing.assert_close(decoder(latent, position), decoder.norm(latent + position))
 
 
+@pytest.mark.untyped
 def test_regressor_and_decoder_trace_into_one_graph():
     regressor = ContextRegressor(dim=WIDTH, depth=1, heads=3)
     q, latents, p_q, p_v = (torch.randn(2, n, WIDTH) for n in (3, 4, 3, 4))

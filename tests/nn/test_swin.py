@@ -218,6 +218,7 @@ def test_visible_tokens_keep_their_positions(relative, class_token, mask):
         torch.testing.assert_close(encoded[row], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.untyped
 def test_an_unknown_kind_of_positions_is_refused():
     with pytest.raises(ValueError, match='"shared", "block" or None'):
         plain_vit("absolute")

@@ -130,7 +130,7 @@ def test_options_that_do_not_fit_together_are_refused(
         ["--loss-on", "all", "--normalize-pixels", "False"],
         ["--decoder", "cross", "--decode-fraction", "0.25", "--decoder-depth", "2"],
         ["--sampler", "gridwise", "--views", "2"],
-        ["--mask-tokens", "encoder"],
+        ["--mask-tokens", "encoder", "--sampler", "blockwise"],
     ],
     ids=" ".join,
 )

@@ -303,6 +303,7 @@ def test_cross_entropy_is_that_of_the_masked_positions(case, classes, generator)
         torch.testing.assert_close(each, errors.mean(-1))
 
 
+@pytest.mark.untyped
 def test_classes_of_another_shape_are_refused():
     mask = Mask.from_visible_ids(torch.tensor([[0]]), (1, 3))
     with pytest.raises(ValueError, match="an axis of classes behind it"):
