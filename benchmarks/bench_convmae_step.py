@@ -110,7 +110,7 @@ class AuthorsConvMAE(nn.Module):
         """Return the loss; `is_masked` is added to the noise, so that the draw can be foretold."""
         shuffle = (torch.rand_like(is_masked) + is_masked).argsort(dim=1)
         restore_ids = shuffle.argsort(dim=1)
-        keep = int((1 - is_masked[0]).sum())
+        keep = int(self.side**2 * (1 - RATIO))
         kept = shuffle[:, :keep]
         coarse = 1 - is_masked.view(-1, 1, self.side, self.side)
         x = self.patch_embed1(images)
