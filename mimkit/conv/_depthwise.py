@@ -125,8 +125,8 @@ def _autocast(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast as autocast casts the inputs of a convolution, whose gradients are its own here."""
     device = cells.device.type
-    available = torch.amp.is_autocast_available(device)  # not on the meta device
-    if not available or not torch.is_autocast_enabled(device) or cells.dtype == torch.float64:
+    can_autocast = cells.dtype != torch.float64 and device != "meta"
+    if not can_autocast or not torch.is_autocast_enabled(device):
         return cells, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return cells.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
