@@ -194,6 +194,9 @@ class RaggedMask:
     def split_visible(self, packed: Tensor, *, num_prefix: int = 0) -> tuple[Tensor, ...]:
         """Split rows of visible tokens, behind `num_prefix` others each, into samples.
 
+        Raises:
+            ValueError: Another number of rows.
+
         Example:
             >>> mask = RaggedMask.from_bool([torch.tensor([False, True]), torch.tensor([False])])
             >>> [len(rows) for rows in mask.split_visible(torch.randn(4, 8), num_prefix=1)]
@@ -202,7 +205,11 @@ class RaggedMask:
         return _split(packed, [num_prefix + count for count in self.num_visible])
 
     def split_masked(self, packed: Tensor) -> tuple[Tensor, ...]:
-        """Split rows of masked tokens into samples."""
+        """Split rows of masked tokens into samples.
+
+        Raises:
+            ValueError: Another number of rows.
+        """
         return _split(packed, self.num_masked)
 
     def unbind(self) -> list[Mask]:
@@ -388,6 +395,8 @@ def _per_sample(name: str, value: Any, key: Key, *, one: bool) -> Sequence[Any]:
 
 
 def _split(packed: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
+    if len(packed) != sum(counts):
+        raise ValueError(f"samples of {tuple(counts)} rows have {sum(counts)}; got {len(packed)}")
     parts: tuple[Tensor, ...] = packed.split(list(counts))
     return parts
 
