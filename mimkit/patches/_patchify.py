@@ -170,12 +170,24 @@ def gather_patches(
     )
 
 
+def check_even(mask: Mask | RaggedMask) -> None:
+    """Check that all samples have one grid and one count.
+
+    Raises:
+        TypeError: A `RaggedMask`.
+    """
+    if isinstance(mask, RaggedMask):
+        raise TypeError(f"this needs a Mask, of one grid and one count for all samples; got {mask}")
+
+
 def check_mask(mask: Mask, grid: Sequence[int], samples: Shaped[Tensor, "batch ..."]) -> None:
     """Check that a mask belongs to samples with tokens of `grid`.
 
     Raises:
+        TypeError: A `RaggedMask`.
         ValueError: Another grid, or what `check_batch` raises.
     """
+    check_even(mask)
     if mask.grid != tuple(grid):
         raise ValueError(f"the mask has grid {mask.grid}, but the input has grid {tuple(grid)}")
     check_batch(mask, samples)
@@ -185,8 +197,10 @@ def check_batch(mask: Mask, samples: Shaped[Tensor, "batch ..."]) -> None:
     """Check that a mask has one row per sample, on their device.
 
     Raises:
+        TypeError: A `RaggedMask`.
         ValueError: Another batch size or device; with `mimkit.use(check=True)` also wrong ids.
     """
+    check_even(mask)
     if mask.batch_size != len(samples):
         raise ValueError(
             f"the mask has {mask.batch_size} samples, but the input has {len(samples)}"
