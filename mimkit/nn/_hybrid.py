@@ -76,9 +76,9 @@ class HybridEmbed(PatchEmbed):
         Raises:
             TypeError: A `RaggedMask`.
         """
-        images = check_stacked(images)
         if isinstance(mask, RaggedMask):
             raise TypeError("a stem takes a Mask, of one count and one grid; got a RaggedMask")
+        images = check_stacked(images)
         if mask is not None:
             down, across = self.patch_size
             hidden = repeat(mask.is_masked, "b h w -> b 1 (h i) (w j)", i=down, j=across)

@@ -21,7 +21,7 @@ from mimkit.nn._layers import NORM_EPS, QKVBias, TransformerBlock, drop_path_rat
 from mimkit.nn._packing import alike_together, pack, positions_at, reorder, undo, weave
 from mimkit.nn._relative import RelativePositionBias
 from mimkit.patches import interpolate_positions, restore, sincos_positions
-from mimkit.patches._patchify import check_stacked
+from mimkit.patches._patchify import check_number, check_stacked
 
 
 class ViT(nn.Module):
@@ -214,6 +214,7 @@ class ViT(nn.Module):
         return encoded
 
     def _encode_packed(self, images: Images, mask: RaggedMask) -> Tensor:
+        check_number(images, mask)
         order = alike_together(mask)
         mask, images = mask[order], [images[sample] for sample in order]
         tokens = self.patch_embed(images, mask)

@@ -236,6 +236,18 @@ def check_stacked(
     return images
 
 
+def check_number(images: Shaped[Tensor, "batch ..."] | Sequence[Tensor], mask: RaggedMask) -> None:
+    """Check that there is an image for each sample of a mask.
+
+    Raises:
+        ValueError: Another number.
+    """
+    if len(images) != mask.batch_size:
+        raise ValueError(
+            f"the mask has {mask.batch_size} samples, but there are {len(images)} images"
+        )
+
+
 def each_sample(
     images: Shaped[Tensor, "batch channels *spatial"] | Sequence[Shaped[Tensor, "channels ..."]],
     mask: RaggedMask,
@@ -245,8 +257,7 @@ def each_sample(
     Raises:
         ValueError: Another number of images than of masks.
     """
-    if len(images) != mask.batch_size:
-        raise ValueError(f"the mask has {mask.batch_size} samples, but there are {len(images)}")
+    check_number(images, mask)
     for image, one in zip(images, mask.unbind(), strict=True):
         yield image.unsqueeze(0), one
 
