@@ -126,12 +126,13 @@ class Mask:
                 f"{grid}; got shape {tuple(ids.shape)}"
             )
         ids = ids.long()
-        if _values_are_at_hand(ids) and ids.numel():
-            if int(ids.min()) < 0 or int(ids.max()) >= num_tokens:
-                raise ValueError(
-                    f"ids must be in [0, {num_tokens}) for grid {grid}; "
-                    f"got {int(ids.min())} to {int(ids.max())}"
-                )
+        low, high = (
+            (int(ids.min()), int(ids.max())) if ids.numel() and _values_are_at_hand(ids) else (0, 0)
+        )
+        if low < 0 or high >= num_tokens:
+            raise ValueError(
+                f"ids must be in [0, {num_tokens}) for grid {grid}; got {low} to {high}"
+            )
         is_masked = torch.ones(ids.shape[0], num_tokens, dtype=torch.bool, device=ids.device)
         is_masked = is_masked.scatter(1, ids, False)
         num_masked = num_tokens - ids.shape[1]
