@@ -53,7 +53,7 @@ LAUNCHES = {
         dtype, width
     )
     for width in (768, 1024)
-    for dtype in reversed(FLOATS)
+    for dtype in FLOATS
 } | {
     "width 768, float32, positions": lambda: at_cae(torch.float32, 768, needs_positions=True),
 }
