@@ -96,6 +96,7 @@ class ContextRegressor(nn.Module):
         block to block, and stand among keys and values as they are then.
 
     Example:
+        >>> import torch
         >>> regressor = ContextRegressor(dim=32, depth=2, heads=4)
         >>> visible, positions = torch.randn(2, 7, 32), torch.randn(2, 12, 32)
         >>> queries = torch.zeros(2, 5, 32)
@@ -174,6 +175,7 @@ class CAEDecoder(nn.Module):
         CAE, arXiv:2202.03026, section 3.2 "decoder"; Atten4Vis/CAE `VisionTransformerDecoder`.
 
     Example:
+        >>> import torch
         >>> decoder = CAEDecoder(dim=32, depth=1, heads=4)
         >>> decoder(torch.randn(2, 5, 32), torch.zeros(2, 5, 32)).shape
         torch.Size([2, 5, 32])
