@@ -451,6 +451,7 @@ EPOCHS_100 = Training(
     warmup_epochs=10,
     warmup_lr=4e-6,
     min_lr=4e-5,
+    cosine_from_start=True,
     betas=(0.9, 0.999),
     clip_grad=5.0,
 )

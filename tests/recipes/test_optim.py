@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mimkit.nn import ViT
+from recipes.engine.encoder_kinds import Encoder, ViTShape
 from recipes.engine.lars import LARS
 from recipes.engine.layer_decay import layer_decay_groups
 from recipes.engine.mixing import Mixing, draw_beta, draw_box, smooth_targets, step_generator
@@ -74,11 +74,11 @@ def test_lars_leaves_alone_what_has_no_gradient_or_a_zero_one():
     assert torch.equal(zero.data, torch.ones(2, 2))
 
 
-def vit() -> ViT:
-    return ViT(
-        image_size=32, patch_size=8, dim=16, depth=3, heads=2, num_classes=5,
-        pool="mean", pool_norm=True, learn_positions=True,
-    )  # fmt: skip
+SHAPE = ViTShape(image_size=32, patch_size=8, dim=16, depth=3, heads=2)
+
+
+def vit() -> Encoder:
+    return SHAPE.build_classifier(num_classes=5, drop_path=0.0)
 
 
 def test_layer_decay_is_the_authors():
@@ -86,7 +86,7 @@ def test_layer_decay_is_the_authors():
     by_id = {id(parameter): name for name, parameter in encoder.named_parameters()}
     ours = {
         by_id[id(parameter)]: (group["lr_scale"], group["weight_decay"])
-        for group in layer_decay_groups(encoder, weight_decay=0.05, layer_decay=0.65)
+        for group in layer_decay_groups(encoder, SHAPE, weight_decay=0.05, layer_decay=0.65)
         for parameter in group["params"]
     }
     names = GOLDEN["mae_layer_decay/names"].tolist()
@@ -102,7 +102,7 @@ def test_frozen_parameters_are_in_no_group():
     encoder = vit()
     encoder.blocks.requires_grad_(False)
     encoder.pos_embed.requires_grad_(False)
-    groups = layer_decay_groups(encoder, weight_decay=0.05, layer_decay=0.65)
+    groups = layer_decay_groups(encoder, SHAPE, weight_decay=0.05, layer_decay=0.65)
     assert {group["lr_scale"] for group in groups} == {0.65**4, 1.0}
     assert all(parameter.requires_grad for group in groups for parameter in group["params"])
 

@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import save_file
 
 from mimkit.interop import to_official
-from recipes.engine.encoders import EncoderShape, build_encoder, fill_encoder, load_encoder
+from recipes.engine.encoder_kinds import ViTShape
+from recipes.engine.encoders import build_classifier, build_encoder, fill_encoder, load_encoder
 from recipes.engine.errors import UserError
-from recipes.engine.layer_decay import layer_id
 from recipes.simmim import SimMIM, SimMIMConfig
 from tests.nn import plain
 
-SHAPE = EncoderShape(image_size=32, patch_size=8, dim=16, depth=2, heads=2)
+SHAPE = ViTShape(image_size=32, patch_size=8, dim=16, depth=2, heads=2)
 
 
 def trained(**changes: object) -> SimMIM:
@@ -45,21 +45,21 @@ def test_tables_are_resampled_for_another_image_size(tmp_path: Path):
     path = tmp_path / "encoder.safetensors"
     save_file(trained().encoder.state_dict(), path)
     file = load_encoder(path, SHAPE)
-    larger = EncoderShape(**(vars(file.shape) | {"image_size": (48, 64)}))
-    encoder = build_encoder(larger, seed=0, pool_norm=True, num_classes=3)
+    larger = ViTShape(**(vars(file.shape) | {"image_size": (48, 64)}))
+    encoder = build_classifier(larger, seed=0, num_classes=3, drop_path=0.0)
     fill_encoder(encoder, file)
     table = file.weights["rel_pos_bias.0.table"]
     assert encoder.rel_pos_bias[1].table.shape == (11 * 15 + 3, 2)
     assert torch.equal(encoder.rel_pos_bias[1].table[-3:], table[-3:])
 
 
-def test_a_swin_is_refused_in_one_line(tmp_path: Path):
+def test_a_swin_needs_the_shape_of_one(tmp_path: Path):
     path = tmp_path / "encoder.safetensors"
     swin = trained(encoder="swin", patch_size=4, depth=(1, 1), heads=(1, 2), window=4)
     save_file(swin.encoder.state_dict(), path)
-    with pytest.raises(UserError, match="holds a Swin Transformer: this recipe takes a ViT"):
+    with pytest.raises(UserError, match="holds a Swin Transformer: give a --preset with the shape"):
         load_encoder(path, SHAPE)
 
 
 def test_a_table_learns_as_fast_as_its_block():
-    assert layer_id("rel_pos_bias.1.table", 2) == layer_id("blocks.1.attn.proj.weight", 2) == 2
+    assert SHAPE.layer_id("rel_pos_bias.1.table") == SHAPE.layer_id("blocks.1.mlp.fc1.bias") == 2
