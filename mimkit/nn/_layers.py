@@ -130,9 +130,9 @@ class Attention(nn.Module):
         attn_bias: Float[Tensor, "#batch heads tokens tokens"] | None = None,
     ) -> Float[Tensor, "batch queries dim"]:
         """Mix tokens of each sample, for the last `num_queries` of them only if that is given."""
-        query, key, value = rearrange(
-            self._project(tokens), "b n (three h d) -> three b h n d", three=3, h=self.heads
-        ).unbind(0)
+        # Cut so that the three gradients are put side by side in one copy.
+        parts = rearrange(self._project(tokens), "b n (t h d) -> b n t h d", t=3, h=self.heads)
+        query, key, value = (part.transpose(1, 2) for part in parts.unbind(2))
         if num_queries is not None:
             first = tokens.shape[1] - num_queries
             query = query[:, :, first:]
