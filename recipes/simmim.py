@@ -431,6 +431,7 @@ class SimMIMOptions(Options):
 
     Attributes:
         unit: Patches per axis that are masked together (table 1).
+        window: Tokens per axis of a Swin's windows.
         head: The prediction head (table 2).
         target: What is predicted (figure 4, table 5); of squares larger than a patch, `--unit` must
             cover them.
@@ -438,6 +439,7 @@ class SimMIMOptions(Options):
     """
 
     unit: int | None = None
+    window: int | None = None
     head: HeadName | None = None
     target: TargetName | None = None
     loss: LossName | None = None
