@@ -431,6 +431,7 @@ class SimMIMOptions(Options):
 
     Attributes:
         unit: Patches per axis that are masked together (table 1).
+        window: Tokens per axis of a Swin's windows.
         head: The prediction head (table 2).
         target: What is predicted (figure 4, table 5); of squares larger than a patch, `--unit` must
             cover them.
@@ -438,6 +439,7 @@ class SimMIMOptions(Options):
     """
 
     unit: int | None = None
+    window: int | None = None
     head: HeadName | None = None
     target: TargetName | None = None
     loss: LossName | None = None
@@ -451,6 +453,7 @@ EPOCHS_100 = Training(
     warmup_epochs=10,
     warmup_lr=4e-6,
     min_lr=4e-5,
+    cosine_from_start=True,
     betas=(0.9, 0.999),
     clip_grad=5.0,
 )

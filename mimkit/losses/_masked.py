@@ -119,6 +119,33 @@ def masked_smooth_l1(
     return _masked_loss(elementwise_error("smooth_l1", beta), prediction, target, mask, reduction)
 
 
+def masked_cosine(
+    prediction: Float[Tensor, "batch _ dim"],
+    target: Float[Tensor, "batch _ dim"],
+    mask: Mask,
+    *,
+    reduction: Reduction = "mean",
+) -> Loss:
+    """One minus the cosine between prediction and target at the masked positions.
+
+    Lengths do not count, so neither side needs a scale. Arguments as in `masked_mse`.
+
+    Source:
+        CAE v2, arXiv:2211.09799: features of a teacher, `F.cosine_embedding_loss` of unit vectors.
+
+    Example:
+        >>> import torch
+        >>> mask = Mask.from_visible_ids(torch.tensor([[0]]), (1, 3))
+        >>> masked_cosine(torch.ones(1, 2, 4), torch.full((1, 2, 4), -3.0), mask)
+        tensor(2.)
+    """
+
+    def error(prediction: Tensor, target: Tensor) -> Tensor:
+        return 1 - F.cosine_similarity(prediction, target, dim=2)
+
+    return _masked_loss(error, prediction, target, mask, reduction)
+
+
 def masked_cross_entropy(
     prediction: Float[Tensor, "... classes"],
     target: Int64[Tensor, "..."],

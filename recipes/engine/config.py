@@ -33,6 +33,8 @@ class Training:
         betas: Of AdamW.
         min_lr: Learning rate at the end.
         warmup_lr: Learning rate at the start.
+        cosine_from_start: Whether the cosine along which the rate falls begins with the run,
+            instead of after the warm-up.
         milestones: Epochs at which the rate is divided by 10, instead of falling along a cosine.
         clip_grad: Largest norm of the gradient; None for no limit.
         precision: "fp32", or "bf16" for bfloat16 autocast.
@@ -46,6 +48,7 @@ class Training:
     betas: tuple[float, float] = (0.9, 0.95)
     min_lr: float = 0.0
     warmup_lr: float = 0.0
+    cosine_from_start: bool = False
     milestones: tuple[float, ...] = ()
     clip_grad: float | None = None
     precision: Precision = "fp32"

@@ -31,14 +31,19 @@ _MAX_SKIPPED = 10
 _FITTING_IMAGES = 256
 
 
-def scheduled_lr(epoch: float, config: PretrainConfig) -> float:
+def scheduled_lr(epoch: float, config: RunConfig) -> float:
     """Return the learning rate: falling in steps if there are milestones, else along a cosine."""
     training = config.training
     rise = {"warmup_epochs": training.warmup_epochs, "warmup_lr": training.warmup_lr}
     if training.milestones:
         return warmup_steps(epoch, lr=config.lr, milestones=training.milestones, **rise)
     return warmup_cosine(
-        epoch, lr=config.lr, epochs=training.epochs, min_lr=training.min_lr, **rise
+        epoch,
+        lr=config.lr,
+        epochs=training.epochs,
+        min_lr=training.min_lr,
+        from_start=training.cosine_from_start,
+        **rise,
     )
 
 
@@ -373,15 +378,28 @@ def start_from(resume: str, checkpoints: Checkpoints, trainer: Trainer) -> int:
     if steps:
         checkpoints.load(steps[-1], trainer.model, trainer.optimizer)
         return steps[-1]
-    if resume in ("auto", "never"):
+    origin = find_origin(resume, trainer.world)
+    if origin is None:
         return 0
-    origin = Path(resume)
-    others = Checkpoints(origin.parent, trainer.world)
-    found = next((step for step in others.steps() if others.path(step) == origin), None)
+    others, step = origin
+    others.load(step, trainer.model, trainer.optimizer)
+    return step
+
+
+def find_origin(resume: str, world: World) -> tuple[Checkpoints, int] | None:
+    """Return the checkpoint of another run that `--resume` names; `None` if it names none.
+
+    Raises:
+        UserError: It names something that is no complete checkpoint.
+    """
+    if resume in ("auto", "never"):
+        return None
+    path = Path(resume)
+    others = Checkpoints(path.parent, world)
+    found = next((step for step in others.steps() if others.path(step) == path), None)
     if found is None:
         raise UserError(f"--resume {resume} is no complete checkpoint: give auto, never or one")
-    others.load(found, trainer.model, trainer.optimizer)
-    return found
+    return others, found
 
 
 @dataclass
