@@ -386,6 +386,20 @@ def reconstruct(
     return viz.fill_masked(images, mask, patches, model.patch_size)
 
 
+def describe_way_back(model: SimMIM) -> str:
+    """Say how predictions became the pixels of the picture."""
+    name = model.config.target
+    if name == "pixels":
+        return "Masked patches are as predicted."
+    if name == "window_normalized":
+        return "Predictions are normalised; here they have the ground truth's window statistics."
+    if name == "hog":
+        return "HOG has no way back to pixels: masked patches stay gray."
+    if model.config.predicts_classes:
+        return "Each masked pixel has the color of its most likely class."
+    return f"Each square of {_factor(name)} x {_factor(name)} px has the mean predicted for it."
+
+
 def baselines(
     model: SimMIM, images: Float[Tensor, "batch channels *spatial"], mask: Mask
 ) -> dict[str, Float32[Tensor, ""]]:
@@ -421,8 +435,18 @@ class UnitMasking:
             raise ValueError(f"--unit {self.unit} is too small: give 1 or more patches")
 
     def draw(self, key: Key, grid: tuple[int, ...]) -> Mask:
-        """Draw the masks of a batch."""
-        return masking.uniform(key, grid, self.mask_ratio, unit=self.unit, rounding="simmim")
+        """Draw the masks of a batch.
+
+        Raises:
+            ValueError: Nothing is left to see.
+        """
+        mask = masking.uniform(key, grid, self.mask_ratio, unit=self.unit, rounding="simmim")
+        if mask.num_visible == 0:
+            raise ValueError(
+                f"--mask-ratio {self.mask_ratio}, rounded up to whole units of {self.unit}, hides "
+                f"all {'x'.join(map(str, grid))} patches: give a smaller one"
+            )
+        return mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -518,7 +542,7 @@ RECIPE = Recipe(
     build=SimMIM,
     baselines=baselines,
     reconstruct=reconstruct,
-    note="Window-normalized predictions have the true statistics; hog has no way back to pixels.",
+    note=describe_way_back,
     options=SimMIMOptions,
     fit=SimMIM.fit,
 )
