@@ -195,6 +195,15 @@ def test_what_the_authors_spare_is_not_decayed(encoder, spared):
     assert any("table" in names[id(p)] for p in decayed["params"])
 
 
+@pytest.mark.parametrize(
+    ("target", "loss"),
+    [("pixels", "l1"), ("hog", "l1"), ("bins_8", "cross_entropy"), ("clusters", "cross_entropy")],
+)
+def test_a_target_on_the_command_line_brings_its_loss(target, loss):
+    options = SimMIMOptions(data="digits", device="cpu", target=target)
+    assert resolve(options, RECIPE).model.scored_by == loss
+
+
 # What does not fit.
 
 
