@@ -7,6 +7,7 @@ import copy
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from benchmarks.harness import Bench, Variant, has_fast_bfloat16
 from mimkit import masking
 from mimkit.interop import to_official
 from mimkit.masking import Mask
+from mimkit.nn import PatchEmbed, TokenHead
 from recipes.cae import CAE, CAEConfig
 
 BUDGET = 20  # times `--seconds`, shared by all variants
@@ -191,6 +193,66 @@ class AuthorsCAE(nn.Module):
         return main + self.weight * F.mse_loss(q.float(), target.float())
 
 
+class AllPatches(PatchEmbed):
+    """Embeds all patches, then takes the visible ones by a boolean mask."""
+
+    def forward(self, images: Tensor, mask: Mask | None = None) -> Tensor:
+        """Embed the visible patches."""
+        assert mask is not None
+        tokens = super().forward(images)
+        return tokens[~mask.is_masked.flatten(1)].view(len(images), mask.num_visible, -1)
+
+
+class AllLogits(TokenHead):
+    """Keeps all logits for the backward pass."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, target: Tensor, *, return_accuracy: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return loss and accuracy."""
+        logits = F.linear(x, self.weight, self.bias).flatten(0, 1)
+        loss = F.cross_entropy(logits.float(), target.flatten())
+        return loss, (logits.argmax(dim=1) == target.flatten()).float().mean()
+
+
+class SecondEncoder(CAE):
+    """Makes the alignment's target by a copy of the encoder."""
+
+    def __init__(self, config: CAEConfig) -> None:
+        super().__init__(config)
+        self.copy = copy.deepcopy(self.encoder).requires_grad_(False)
+
+    @torch.no_grad()
+    def _alignment_target(self, images: Tensor, mask: Mask) -> Tensor:
+        target: Tensor = self.copy(images, mask.complement())[:, 1:]
+        return target
+
+
+def with_all_patches(config: CAEConfig) -> CAE:
+    """Make a CAE that embeds all patches."""
+    model = CAE(config)
+    embed = model.encoder.patch_embed
+    model.encoder.patch_embed = AllPatches(
+        patch_size=embed.patch_size, in_channels=config.in_channels, dim=config.dim
+    )
+    return model
+
+
+def with_all_logits(config: CAEConfig) -> CAE:
+    """Make a CAE that keeps all logits."""
+    model = CAE(config)
+    model.head = AllLogits(dim=config.decoder_dim, vocabulary_size=config.vocabulary_size)
+    return model
+
+
+# mimkit with one thing of the authors' put back: what taking it out gave.
+PUT_BACK = {
+    "all patches embedded": with_all_patches,
+    "all logits": with_all_logits,
+    "second encoder": SecondEncoder,
+}
+
+
 class OnePassCAE(CAE):
     """One encoder pass over [visible] and [masked] batched together, where both are as many."""
 
@@ -214,7 +276,7 @@ def case(device: torch.device, dtype: torch.dtype) -> tuple[str, CAEConfig, int]
     return f"CAE-B, B={batch}", CAEConfig(image_size=224), batch
 
 
-def make_variants(config: CAEConfig, batch: int, device: torch.device) -> dict[str, Variant]:
+def make_variants(config: CAEConfig, batch: int, device: torch.device) -> list[Variant]:
     """Make all models with the same weights, and the inputs of one step."""
     torch.manual_seed(0)
     model = CAE(config).to(device)
@@ -234,30 +296,41 @@ def make_variants(config: CAEConfig, batch: int, device: torch.device) -> dict[s
     ]
     theirs = dict(authors.named_parameters())
     official = to_official("cae", dict.fromkeys(names, torch.empty(0)))
-    order = [theirs[name] for name in official]
-
-    def ours(images: Tensor, mask: Mask, ids: Tensor) -> Tensor:
-        loss: Tensor = model(images, mask, ids).loss
-        return loss
 
     def leaves(module: nn.Module) -> tuple[Tensor, ...]:
         weights = dict(module.named_parameters())
         return tuple(weights[name] for name in names)
 
-    is_masked = mask.is_masked.flatten(1)
-    return {
-        "authors": Variant(
+    inputs = (images, mask, ids)
+    variants = [
+        Variant(
             "authors, fused attention",
             authors,
-            (images, is_masked, ids),
-            tuple(order),
+            (images, mask.is_masked.flatten(1), ids),
+            tuple(theirs[name] for name in official),
             is_baseline=True,
         ),
-        "mimkit": Variant("mimkit", ours, (images, mask, ids), leaves(model)),
-        "one pass": Variant(
-            "mimkit, one encoder pass", one_pass, (images, mask, ids), leaves(one_pass)
-        ),
-    }
+        Variant("mimkit", loss_of(model), inputs, leaves(model)),
+        Variant("mimkit, one encoder pass", one_pass, inputs, leaves(one_pass)),
+    ]
+    for name, build in PUT_BACK.items():
+        changed = build(config).to(device)
+        state = model.state_dict()
+        changed.load_state_dict(
+            {name: state[name.replace("copy.", "encoder.", 1)] for name in changed.state_dict()}
+        )
+        variants.append(Variant(f"mimkit, {name}", loss_of(changed), inputs, leaves(changed)))
+    return variants
+
+
+def loss_of(model: CAE) -> Callable[[Tensor, Mask, Tensor], Tensor]:
+    """Return the loss alone."""
+
+    def loss(images: Tensor, mask: Mask, ids: Tensor) -> Tensor:
+        total: Tensor = model(images, mask, ids).loss
+        return total
+
+    return loss
 
 
 def under_autocast(variant: Variant, dtype: torch.dtype, device: torch.device) -> Variant:
@@ -292,7 +365,7 @@ def print_peak(kind: str, device_type: str) -> None:
     if kind == "authors":
         AuthorsCAE(config, grid).to(device)(images, mask.is_masked.flatten(1), ids).backward()
     else:
-        CAE(config).to(device)(images, mask, ids).loss.backward()
+        PUT_BACK.get(kind, CAE)(config).to(device)(images, mask, ids).loss.backward()
     if device.type == "cuda":
         print(torch.cuda.max_memory_allocated() / 1e6)
     else:
@@ -305,7 +378,7 @@ def bench_cae_step(bench: Bench, dtype: torch.dtype) -> None:
     variants = make_variants(config, batch, bench.device)
     bench.with_seconds(BUDGET * bench.seconds).compare(
         name,
-        [under_autocast(variant, dtype, bench.device) for variant in variants.values()],
+        [under_autocast(variant, dtype, bench.device) for variant in variants],
         dtype=dtype,
         tolerance=1e-4 if dtype == torch.float32 else 5e-2,
         passes=("both",),
@@ -313,14 +386,28 @@ def bench_cae_step(bench: Bench, dtype: torch.dtype) -> None:
     )
     if dtype == torch.float32:
         del variants
-        theirs, ours = (peak_memory(kind, bench.device) for kind in ("authors", "mimkit"))
-        bench.note(
-            [
-                f"peak memory of a process, model and one step: authors {theirs:,.0f} MB, "
-                f"mimkit {ours:,.0f} MB"
-            ],
-            kind="memory",
-            case=name,
-            authors_mb=theirs,
-            mimkit_mb=ours,
-        )
+        note_gains(bench, name)
+
+
+def note_gains(bench: Bench, name: str) -> None:
+    """Print what each thing that mimkit does differently gives, in time and memory."""
+    times = {row.variant: row.min_ms for row in bench.report.rows if row.case == name}
+    megabytes = {kind: peak_memory(kind, bench.device) for kind in ("authors", "mimkit", *PUT_BACK)}
+    ours, theirs = megabytes["mimkit"], megabytes["authors"]
+    lines = [
+        f"peak memory of a process, model and one step: authors {theirs:,.0f} MB, "
+        f"mimkit {ours:,.0f} MB",
+        *(
+            f"without '{kind}', mimkit saves {times[f'mimkit, {kind}'] - times['mimkit']:,.0f} ms "
+            f"and {megabytes[kind] - ours:,.0f} MB"
+            for kind in PUT_BACK
+        ),
+    ]
+    bench.note(
+        lines,
+        kind="memory",
+        case=name,
+        authors_mb=theirs,
+        mimkit_mb=ours,
+        **{f"{kind.replace(' ', '_')}_mb": megabytes[kind] for kind in PUT_BACK},
+    )

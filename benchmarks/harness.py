@@ -65,7 +65,7 @@ class Variant:
     view: Callable[[Any, tuple[Tensor, ...]], tuple[Tensor, ...]] = output_and_gradients
     is_baseline: bool = False
     is_compiled: bool = False
-    upstream: Tensor | None = None
+    upstream: Tensor | tuple[Tensor, ...] | None = None
 
     def compiled(self) -> "Variant":
         """Return the same variant under `torch.compile`."""
@@ -77,7 +77,7 @@ class Variant:
         """Run the forward pass."""
         return self.function(*self.inputs)
 
-    def backward(self, output: Tensor) -> tuple[Tensor, ...]:
+    def backward(self, output: Any) -> tuple[Tensor, ...]:
         """Run the backward pass, from the same upstream gradient in every variant."""
         upstream = upstream_gradient(output) if self.upstream is None else self.upstream
         return torch.autograd.grad(output, self.leaves, upstream)

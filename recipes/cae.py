@@ -12,6 +12,14 @@ ImageNet-1K, top-1 after fine-tuning, linear and attentive probing: ViT-B 83.9 /
 ViT-L 86.2 / 77.8 / 81.2. Here crops are the engine's (scale .2-1, theirs .08-1), and the tokenizer
 sees the crop resized, where theirs has a crop of its own.
 
+CAE v2 (arXiv:2211.09799) predicts a teacher's features by their cosine, without alignment and with
+a decoder of no depth. `--target features --teacher FILE --no-alignment --no-decoder` does so at the
+masked patches, with any encoder of a run here, or the authors' MAE or CAE; v2's own teacher is
+CLIP, and its loss counts visible patches and the class token, too, which this one does not.
+
+`decode_full.png` shows whole images decoded without the regressor. `--no-alignment --out OTHER` and
+then `--beside OTHER` put the picture of a run without alignment beside it: the paper's comparison.
+
 The tiny preset weighs the alignment by .2, not by the paper's 2, which does harm there. What pulls
 predicted latents towards the encoder's also pulls the encoder's towards what is easy to predict,
 and easiest is one latent for all patches: the target comes from the very same weights, so nothing
@@ -28,6 +36,7 @@ embedding are a tenth of MAE's): read the trained encoder's margin beside the ot
 """
 
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -35,7 +44,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 if __name__ == "__main__":
     # Threads that spin for long while they wait bring a busy machine to a crawl.
@@ -44,12 +53,14 @@ if __name__ == "__main__":
         sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
+import yaml
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mimkit import losses, masking, targets, viz
 from mimkit._containers import container
+from mimkit._grids import per_axis
 from mimkit.masking import Key, Mask
 from mimkit.nn import (
     CAEDecoder,
@@ -62,10 +73,14 @@ from mimkit.nn import (
 from mimkit.nn._vit import position_table
 from mimkit.patches import unpatchify
 from recipes.engine import Options, Preset, Recipe, Training, run
+from recipes.engine.checkpoint import load_last_weights
+from recipes.engine.encoder_kinds import ViTShape
+from recipes.engine.encoders import fill_encoder, load_encoder
+from recipes.engine.errors import UserError
 from recipes.engine.masks import check_ratio
 from recipes.engine.tokenizers import ImageTokenizer, load_tokenizer
 
-Target = Literal["tokens", "rgb"]
+Target = Literal["tokens", "rgb", "features"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,9 @@ class CAEConfig:
         decoder_layer_scale: As `layer_scale`, of regressor and decoder.
         vocabulary_size: Codes of the tokenizer.
         alignment_weight: Weight of the alignment loss; 0 leaves its target out.
-        target: What is predicted: "tokens" of a tokenizer, or "rgb", normalised pixels.
+        target: What is predicted: "tokens" of a tokenizer, "rgb", normalised pixels, or "features"
+            of a teacher (CAE v2).
+        feature_dim: Width of the teacher's features.
         no_alignment: Whether to train without alignment (the paper's ablation).
         no_decoder: Whether to predict from the regressor's output directly (the paper's ablation).
         drop_path: Fraction of samples whose residual branches the last block of encoder, regressor
@@ -113,6 +130,7 @@ class CAEConfig:
     vocabulary_size: int = 8192
     alignment_weight: float = 2.0
     target: Target = "tokens"
+    feature_dim: int = 512
     no_alignment: bool = False
     no_decoder: bool = False
     drop_path: float = 0.0
@@ -125,14 +143,15 @@ class CAEOutput:
 
     Attributes:
         loss: Main loss and weighted alignment loss.
-        main_loss: Cross-entropy of the masked tokens; squared error of pixels with target "rgb".
+        main_loss: Cross-entropy of the masked tokens; squared error of pixels with target "rgb";
+            one minus the cosine with target "features".
         alignment_loss: Mean squared error of the predicted latents; 0 without alignment.
-        token_accuracy: Share of masked tokens whose most likely code is right; None with "rgb".
+        token_accuracy: Share of masked tokens whose most likely code is right; None without codes.
         latent: The encoder's output: class token, then visible patches.
         latent_prediction: Latents of the masked patches, as the regressor predicts them.
         latent_target: What they should be: the encoder's output for the masked patches alone; None
             without alignment.
-        prediction: Logits of the masked tokens, if asked for; pixels with target "rgb".
+        prediction: Logits of the masked tokens, if asked for; or the predicted pixels or features.
     """
 
     loss: Float32[Tensor, ""]
@@ -142,7 +161,7 @@ class CAEOutput:
     latent: Float[Tensor, "batch prefix_and_visible dim"]
     latent_prediction: Float[Tensor, "batch masked decoder_dim"]
     latent_target: Float[Tensor, "batch masked decoder_dim"] | None
-    prediction: Float[Tensor, "batch masked vocabulary_or_patch"] | None
+    prediction: Float[Tensor, "batch masked values"] | None
 
 
 class CAE(nn.Module):
@@ -209,11 +228,15 @@ class CAE(nn.Module):
             drop_path=config.drop_path,
         )
         self.patch_size = self.encoder.patch_embed.patch_size
-        self.head = (
-            TokenHead(dim=width, vocabulary_size=config.vocabulary_size)
-            if config.target == "tokens"
-            else PixelHead(dim=width, patch_size=self.patch_size, in_channels=config.in_channels)
-        )
+        self.head: nn.Module
+        if config.target == "tokens":
+            self.head = TokenHead(dim=width, vocabulary_size=config.vocabulary_size)
+        elif config.target == "rgb":
+            self.head = PixelHead(
+                dim=width, patch_size=self.patch_size, in_channels=config.in_channels
+            )
+        else:
+            self.head = nn.Linear(width, config.feature_dim)
         self._initialize()
 
     def forward(
@@ -222,6 +245,7 @@ class CAE(nn.Module):
         mask: Mask | Sequence[Mask],
         token_ids: Int64[Tensor, "batch tokens"] | None = None,
         *,
+        features: Float[Tensor, "batch masked feature_dim"] | None = None,
         return_logits: bool = False,
     ) -> CAEOutput:
         """Predict tokens and latents of the masked patches, and score both.
@@ -229,11 +253,15 @@ class CAE(nn.Module):
         Args:
             images: The images.
             mask: Which patches are masked.
-            token_ids: The tokenizer's code of every patch, row by row; not read with target "rgb".
+            token_ids: The tokenizer's code of every patch, row by row; read with target "tokens"
+                only.
+            features: What a teacher makes of the masked patches (`targets.FeatureTarget`); read
+                with target "features" only.
             return_logits: Whether to keep the logits, which otherwise never exist as a whole.
 
         Raises:
-            ValueError: Token ids that are missing, of another shape, or (on a CPU) out of range.
+            ValueError: Token ids or features that are missing or of another shape, or (on a CPU)
+                ids out of range.
         """
         if not isinstance(mask, Mask):
             images = images.repeat(len(mask), *[1] * (images.ndim - 1))
@@ -254,6 +282,9 @@ class CAE(nn.Module):
         if self.config.target == "rgb":
             prediction, accuracy = self.head(tokens), None
             main = losses.masked_pixel_loss(prediction, images, mask, self.patch_size)
+        elif self.config.target == "features":
+            prediction, accuracy = self.head(tokens), None
+            main = losses.masked_cosine(prediction, self._features(features, mask), mask)
         else:
             target = self._masked_ids(token_ids, mask)
             main, accuracy = self.head(tokens, target, return_accuracy=True)
@@ -263,7 +294,7 @@ class CAE(nn.Module):
 
     def decode_full(
         self, images: Float[Tensor, "batch channels *spatial"]
-    ) -> Float[Tensor, "batch tokens vocabulary_or_patch"]:
+    ) -> Float[Tensor, "batch tokens values"]:
         """Predict every patch from the whole image, the regressor skipped.
 
         The decoder never saw an encoder's latents: that it understands them shows that predicted
@@ -303,6 +334,16 @@ class CAE(nn.Module):
             )
         return token_ids.gather(1, mask.masked_ids)
 
+    def _features(self, features: Tensor | None, mask: Mask) -> Tensor:
+        shape = (mask.batch_size, mask.num_masked, self.config.feature_dim)
+        if features is None or features.shape != shape:
+            got = None if features is None else tuple(features.shape)
+            raise ValueError(
+                f"features must hold {shape[2]} numbers for each of the {shape[1]} masked patches "
+                f"of {shape[0]} images, {shape}; got {got}"
+            )
+        return features
+
     def _initialize(self) -> None:
         """Draw weights as published: every linear layer Xavier-uniform, the rest as BEiT's."""
         for layer in self.modules():
@@ -320,14 +361,19 @@ class CAE(nn.Module):
 
 @dataclass(frozen=True)
 class PretrainConfig(CAEConfig):
-    """Shape of the model, and where its tokens come from.
+    """Shape of the model, where its targets come from, and what its pictures stand beside.
 
     Attributes:
         tokenizer: "patches" for k-means codes of normalised patches, fitted on the first images; or
             a file: `tokenizer.safetensors` of `recipes/tokenizer.py`, or DALL-E's encoder.
+        teacher: File of the encoder whose features are predicted with target "features".
+        beside: Folder of the finished run whose picture stands beside this one's in
+            `decode_full.png`.
     """
 
     tokenizer: str = "patches"
+    teacher: str | None = None
+    beside: str | None = None
 
 
 @container
@@ -339,7 +385,8 @@ class PretrainOutput:
         main_loss: As in `CAEOutput`.
         alignment_loss: As in `CAEOutput`.
         token_accuracy: As in `CAEOutput`.
-        top_token_share: What always predicting the most frequent code would score; None with "rgb".
+        top_token_share: What always predicting the most frequent code would score; None without
+            tokens.
         latent_spread: Standard deviation of the predicted latents over the patches of all images,
             mean over channels: near 0 where the alignment made all latents the same.
     """
@@ -353,7 +400,7 @@ class PretrainOutput:
 
 
 class PretrainCAE(nn.Module):
-    """CAE beside the frozen tokenizer that makes its targets."""
+    """CAE beside the frozen tokenizer or teacher that makes its targets."""
 
     frequencies: Float[Tensor, " vocabulary"]
 
@@ -365,6 +412,12 @@ class PretrainCAE(nn.Module):
                 Path(config.tokenizer), config.image_size, config.patch_size, config.in_channels
             )
             config = dataclasses.replace(config, vocabulary_size=self.tokenizer.vocabulary_size)
+        self.teacher = load_teacher(config) if config.target == "features" else None
+        if self.teacher is not None:
+            config = dataclasses.replace(config, feature_dim=self.teacher.dim)
+        if config.beside is not None:
+            check_beside(config)
+        self.beside = config.beside
         self.cae = CAE(config)
         if config.target == "tokens" and self.tokenizer is None:
             self.tokenizer = PatchTokenizer(
@@ -383,15 +436,25 @@ class PretrainCAE(nn.Module):
     def tokenize(
         self, images: Float[Tensor, "batch channels height width"]
     ) -> Int64[Tensor, "batch tokens"] | None:
-        """Return the code of every patch; None with target "rgb"."""
+        """Return the code of every patch; None without tokens."""
         return None if self.tokenizer is None else self.tokenizer.encode(images).flatten(1)
+
+    def features(
+        self, images: Float[Tensor, "batch channels height width"], mask: Mask
+    ) -> Float[Tensor, "batch masked feature_dim"] | None:
+        """Return what the teacher makes of the masked patches; None without one."""
+        if self.teacher is None:
+            return None
+        prefix = self.teacher.num_prefix_tokens
+        target = targets.FeatureTarget(self.teacher, num_prefix=prefix, normalize=False)
+        return target(images, mask)
 
     def forward(
         self, images: Float[Tensor, "images channels height width"], mask: Mask
     ) -> PretrainOutput:
         """Score a batch of model inputs."""
         ids = self.tokenize(images)
-        output = self.cae(images, mask, ids)
+        output = self.cae(images, mask, ids, features=self.features(images, mask))
         spread = output.latent_prediction.detach().float().flatten(0, 1).std(dim=0).mean()
         share = None
         if ids is not None:
@@ -405,6 +468,90 @@ class PretrainCAE(nn.Module):
             share,
             spread,
         )
+
+
+def load_teacher(config: PretrainConfig) -> ViT:
+    """Read the frozen encoder whose features are predicted; its positions are resampled to fit.
+
+    Raises:
+        UserError: No file is given, it holds no encoder, or one that does not fit the images.
+    """
+    if config.teacher is None:
+        raise UserError(
+            "--target features needs --teacher FILE: an encoder.safetensors, whose config.yaml "
+            "lies beside it, or a ViT-B/16 of the authors' MAE or CAE"
+        )
+    try:
+        file = load_encoder(Path(config.teacher), ViTShape())
+        shape = dataclasses.replace(file.shape, image_size=config.image_size)
+        with torch.device("cpu"):  # weights, even where only shapes are asked for
+            teacher = shape.build()
+            if not isinstance(teacher, ViT):
+                raise UserError(f"--teacher {config.teacher} holds a {shape.kind}: give a ViT")
+            fill_encoder(teacher, file)
+    except UserError as error:
+        raise UserError(str(error).replace("--encoder", "--teacher")) from error
+    patch_size = per_axis("patch_size", config.patch_size, len(teacher.image_size))
+    found = (teacher.patch_embed.patch_size, teacher.patch_embed.in_channels)
+    if found != (patch_size, config.in_channels):
+        raise UserError(
+            f"--teacher {config.teacher} takes patches of {found[0]} pixels and {found[1]} "
+            f"channels where this model takes {patch_size} and {config.in_channels}"
+        )
+    return teacher.eval().requires_grad_(False)
+
+
+def read_run(folder: Path) -> PretrainConfig | None:
+    """Return the model's configuration of a finished run of this recipe; None of anything else."""
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        if config["recipe"] != "cae" or not (folder / "summary.json").is_file():
+            return None
+        model: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in config["model"].items()
+        }
+        return PretrainConfig(**model)
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None
+
+
+def check_beside(config: PretrainConfig) -> None:
+    """Check that another run's pictures can stand beside this one's.
+
+    Raises:
+        UserError: It is no finished run of this recipe, or of other images.
+    """
+    other = read_run(Path(config.beside or ""))
+    if other is None:
+        raise UserError(
+            f"--beside {config.beside} is no folder of a finished run of this recipe: give the "
+            "--out of one, say of a run with --no-alignment"
+        )
+    for name in ("image_size", "patch_size", "in_channels", "target"):
+        ours, theirs = getattr(config, name), getattr(other, name)
+        if ours != theirs:
+            raise UserError(
+                f"--beside {config.beside} has {name} {theirs} where this run has {ours}"
+            )
+
+
+@functools.lru_cache(maxsize=1)
+def load_run(folder: str) -> PretrainCAE:
+    """Load the model of a finished run.
+
+    Raises:
+        UserError: Its weights cannot be read.
+    """
+    config = read_run(Path(folder))
+    if config is None:
+        raise UserError(f"--beside {folder} is gone: it held a finished run when this one started")
+    model = PretrainCAE(dataclasses.replace(config, beside=None))
+    try:
+        load_last_weights(Path(folder), model)
+    except UserError as error:
+        raise UserError(f"--beside {folder}: {error}") from error
+    return model.eval()
 
 
 def fit(model: PretrainCAE, images: Float[Tensor, "batch channels height width"]) -> None:
@@ -423,8 +570,12 @@ def baselines(
     """Score trivial predictors under the main loss.
 
     Of tokens, "uniform" takes all codes for equally likely, "unigram" knows how often each comes.
+    Of features, "mean" predicts the mean direction of those in question.
     """
-    ids = model.tokenize(images)
+    features, ids = model.features(images, mask), model.tokenize(images)
+    if features is not None:
+        mean = F.normalize(features, dim=2).mean(dim=(0, 1)).expand_as(features)
+        return {"mean": losses.masked_cosine(mean, features, mask)}
     if ids is None:
         return losses.baselines(images, mask, model.cae.patch_size)
     surprise = -model.frequencies.log()[ids.gather(1, mask.masked_ids)]
@@ -435,14 +586,13 @@ def baselines(
 def reconstruct(
     model: PretrainCAE, images: Float[Tensor, "batch channels height width"], mask: Mask
 ) -> Float[Tensor, "batch channels height width"]:
-    """Fill in the masked patches with what their predicted codes (or pixels) stand for."""
-    ids = model.tokenize(images)
-    prediction = model.cae(images, mask, ids, return_logits=True).prediction
+    """Fill in the masked patches with what is predicted for them: codes, pixels or features."""
+    ids, features = model.tokenize(images), model.features(images, mask)
+    output = model.cae(images, mask, ids, features=features, return_logits=True)
     if ids is None:
-        target = targets.NormalizedPixels(model.cae.patch_size)
-        patches = target.invert(prediction.float(), images, mask)
+        patches = draw_patches(model, output.prediction, images, mask)
     else:
-        ids = ids.scatter(1, mask.masked_ids, prediction.argmax(dim=2))
+        ids = ids.scatter(1, mask.masked_ids, output.prediction.argmax(dim=2))
         pictures = decode_tokens(model, ids, images)
         patches = targets.Pixels(model.cae.patch_size)(pictures, mask)
     return viz.fill_masked(images, mask, patches, model.cae.patch_size)
@@ -452,25 +602,49 @@ def decode_full(
     model: PretrainCAE, images: Float[Tensor, "batch channels height width"]
 ) -> Mapping[str, Float[Tensor, "batch channels height width"]]:
     """Decode the latents of whole images, which the decoder never saw in training."""
-    prediction = model.cae.decode_full(images).float()
+    columns = {"encoder + decoder": decode_images(model, images)}
+    if model.beside is not None:
+        other = load_run(model.beside).to(images.device)
+        apart = other.cae.config.no_alignment or other.cae.config.alignment_weight == 0
+        name = "without alignment" if apart else "the other run"
+        columns[f"{name}: encoder + decoder"] = decode_images(other, images)
     ids = model.tokenize(images)
     if ids is None:
-        everything = Mask.from_visible_ids(
-            torch.zeros(len(images), 0, dtype=torch.int64), model.encoder.grid
-        ).to(images.device)
-        patches = targets.NormalizedPixels(model.cae.patch_size).invert(
-            prediction, images, everything
-        )
-        return {"encoder + decoder": unpatchify(patches, model.encoder.grid, model.cae.patch_size)}
-    columns = {
-        "encoder + decoder": decode_tokens(model, prediction.argmax(dim=2), images),
-        "tokens themselves": decode_tokens(model, ids, images),
-    }
+        return columns
+    columns["tokens themselves"] = decode_tokens(model, ids, images)
     if isinstance(model.tokenizer, PatchTokenizer):
         # What the pictures show before any code is right.
         common = model.frequencies.argmax().expand_as(ids)
         columns["contrast, one code"] = decode_tokens(model, common, images)
     return columns
+
+
+def decode_images(
+    model: PretrainCAE, images: Float[Tensor, "batch channels height width"]
+) -> Float[Tensor, "batch channels height width"]:
+    """Return the pictures that a model makes of whole images, its regressor skipped."""
+    prediction = model.cae.decode_full(images)
+    if model.cae.config.target == "tokens":
+        return decode_tokens(model, prediction.argmax(dim=2), images)
+    grid = model.encoder.grid
+    nothing = torch.zeros(len(images), 0, dtype=torch.int64)
+    everything = Mask.from_visible_ids(nothing, grid).to(images.device)
+    patches = draw_patches(model, prediction, images, everything)
+    return unpatchify(patches, grid, model.cae.patch_size)
+
+
+def draw_patches(
+    model: PretrainCAE,
+    prediction: Float[Tensor, "batch masked values"],
+    images: Float[Tensor, "batch channels height width"],
+    mask: Mask,
+) -> Float[Tensor, "batch masked patch"]:
+    """Return predicted pixels; of features, the brighter a patch, the nearer the teacher's."""
+    features, prediction = model.features(images, mask), prediction.float()
+    if features is None:
+        return targets.NormalizedPixels(model.cae.patch_size).invert(prediction, images, mask)
+    values = images.shape[1] * math.prod(model.cae.patch_size)
+    return F.cosine_similarity(prediction, features, dim=2).unsqueeze(2).expand(-1, -1, values)
 
 
 def decode_tokens(
@@ -517,7 +691,11 @@ class CAEOptions(Options):
     Attributes:
         tokenizer: "patches", or a file: `tokenizer.safetensors` of recipes/tokenizer.py, or the
             weights of DALL-E's encoder.
-        target: What is predicted: "tokens", or "rgb".
+        target: What is predicted: "tokens", "rgb", or "features" of a teacher.
+        teacher: With target "features", the encoder that makes them: an encoder.safetensors with
+            its config.yaml, or a checkpoint of the authors' MAE or CAE.
+        beside: Folder of a finished run, of `--no-alignment` say, whose picture is put beside this
+            one's in decode_full.png.
         alignment_weight: Weight of the alignment loss.
         no_alignment: Train without alignment.
         no_decoder: Predict from the regressor's output directly.
@@ -529,6 +707,8 @@ class CAEOptions(Options):
 
     tokenizer: str | None = None
     target: Target | None = None
+    teacher: str | None = None
+    beside: str | None = None
     alignment_weight: float | None = None
     no_alignment: bool = False
     no_decoder: bool = False
@@ -597,7 +777,8 @@ RECIPE = Recipe(
     build=PretrainCAE,
     baselines=baselines,
     reconstruct=reconstruct,
-    note="Predicted codes stand for normalised patches; here they have the true patches' contrast.",
+    note="Predicted codes stand for normalised patches; here they have the true patches' contrast. "
+    "Of features, the brighter a patch, the nearer the teacher's.",
     options=CAEOptions,
     fit=fit,
     pictures={"decode_full": decode_full},

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from mimkit import losses, targets, viz
 from mimkit._containers import container
-from mimkit.masking import Mask
+from mimkit.masking import Mask, RaggedMask
 from mimkit.nn import CrossDecoder, MAEDecoder, PixelHead, ViT
 from mimkit.patches import gather_masked
 from recipes.engine import Masking, Options, Preset, Recipe, Training, run
@@ -107,6 +107,8 @@ class MAEConfig:
 class MAEOutput:
     """What a forward pass gives; of a list of K masks, K rows an image, mask by mask.
 
+    Under a `RaggedMask`, predictions and latents are packed: one sample behind the other.
+
     Attributes:
         loss: Mean squared error over the masked patches.
         prediction: Predicted (normalised) pixels of the masked patches, in `patchify`'s order.
@@ -114,8 +116,8 @@ class MAEOutput:
     """
 
     loss: Float32[Tensor, ""]
-    prediction: Float[Tensor, "samples masked patch"]
-    latent: Float[Tensor, "samples prefix_and_visible dim"]
+    prediction: Float[Tensor, "samples masked patch"] | Float[Tensor, "rows_of_masked patch"]
+    latent: Float[Tensor, "samples prefix_and_visible dim"] | Float[Tensor, "rows_of_visible dim"]
 
 
 class MAE(nn.Module):
@@ -130,6 +132,14 @@ class MAE(nn.Module):
         >>> output = model(torch.rand(2, 3, 32, 32), mask)
         >>> output.prediction.shape, output.latent.shape
         (torch.Size([2, 12, 192]), torch.Size([2, 5, 64]))
+
+        Images of different sizes, and different shares of them hidden:
+
+        >>> images = [torch.rand(3, 32, 32), torch.rand(3, 16, 40)]
+        >>> key = masking.key([0, 1], seed=0)
+        >>> mask = masking.ragged(masking.uniform, key, [(4, 4), (2, 5)], [0.75, 0.5])
+        >>> [len(rows) for rows in mask.split_masked(model(images, mask).prediction)]
+        [12, 5]
     """
 
     pca_center: Tensor
@@ -179,9 +189,15 @@ class MAE(nn.Module):
             )
 
     def forward(
-        self, images: Float[Tensor, "images channels *spatial"], mask: Mask | Sequence[Mask]
+        self,
+        images: Float[Tensor, "images channels *spatial"] | Sequence[Float[Tensor, "channels ..."]],
+        mask: Mask | RaggedMask | Sequence[Mask],
     ) -> MAEOutput:
         """Predict the masked patches of `images` and score the prediction."""
+        if isinstance(mask, RaggedMask):
+            return self._forward_ragged(images, mask)
+        if not isinstance(images, Tensor):
+            raise TypeError("a list of images needs a RaggedMask")
         if not isinstance(mask, Mask):
             images = images.repeat(len(mask), *[1] * (images.ndim - 1))
             mask = Mask.cat(mask)
@@ -196,6 +212,22 @@ class MAE(nn.Module):
         loss = self._score(prediction, images, scored)
         if self.config.loss_on == "all":
             prediction = gather_masked(prediction, mask)
+        return MAEOutput(loss, prediction, latent)
+
+    def _forward_ragged(self, images: Tensor | Sequence[Tensor], mask: RaggedMask) -> MAEOutput:
+        """Run the paper's own model on samples that hide different numbers of patches."""
+        config = self.config
+        choices = (config.target, config.loss_on, config.mask_tokens, config.decoder)
+        if (*choices, config.decode_fraction) != ("pixels", "masked", "decoder", "self", 1.0):
+            raise ValueError(
+                'a RaggedMask needs target="pixels", loss_on="masked", mask_tokens="decoder", '
+                f'decoder="self" and decode_fraction=1; got {config}'
+            )
+        latent = self.encoder(images, mask)
+        prediction = self.head(self.decoder(latent, mask))
+        loss = losses.masked_pixel_loss(
+            prediction, images, mask, self.patch_size, normalize=config.normalize
+        )
         return MAEOutput(loss, prediction, latent)
 
     def _choose_scored(self, mask: Mask) -> Mask:

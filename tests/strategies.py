@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mimkit import masking
-from mimkit.masking import Key, Mask
+from mimkit.masking import Key, Mask, RaggedMask
 
 Sizes = tuple[int, ...]
 
@@ -49,6 +49,28 @@ def masks(draw: st.DrawFn, *, grid: Sizes | None = None, batch_size: int | None 
     count = draw(st.integers(0, math.prod(grid)))
     noise = torch.rand(batch, math.prod(grid), generator=draw(generators()))
     return Mask.from_noise(noise, grid, count)
+
+
+@st.composite
+def ragged_masks(
+    draw: st.DrawFn, *, axes: int | None = None, max_tokens: int = 20, min_visible: int = 0
+) -> RaggedMask:
+    """Masks of samples with grids and counts of their own."""
+    drawn_axes = draw(st.integers(1, 3)) if axes is None else axes
+    of_axes = grids(max_tokens=max_tokens).filter(lambda grid: len(grid) == drawn_axes)
+    few = st.lists(of_axes, min_size=1, max_size=3)
+    shared = draw(few)  # so that some samples have one grid
+    samples = draw(st.lists(st.sampled_from(shared), min_size=1, max_size=4))
+    return RaggedMask.cat(
+        [
+            Mask.from_noise(
+                torch.rand(1, math.prod(grid), generator=draw(generators())),
+                grid,
+                draw(st.integers(0, math.prod(grid) - min_visible)),
+            )
+            for grid in samples
+        ]
+    )
 
 
 def generators() -> st.SearchStrategy:

@@ -12,6 +12,7 @@ from mimkit_kernels.masked_pixel_loss import (
 )
 from mimkit_kernels.move_tokens import gather_tokens, restore_tokens
 from mimkit_kernels.packed_depthwise_conv import packed_depthwise_conv
+from mimkit_kernels.regressor_inputs import regressor_inputs
 from mimkit_kernels.uniform_sample import kth_lowest, split_positions, uniform_sample
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "packed_depthwise_conv",
     "patch_statistics",
     "philox4x32",
+    "regressor_inputs",
     "restore_tokens",
     "sample_words",
     "split_positions",

@@ -13,7 +13,7 @@ class jit:
     Files that use it need `from __future__ import annotations`: `tl` is not there yet.
     """
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self._compiled: Any = None
 

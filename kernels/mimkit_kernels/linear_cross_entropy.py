@@ -82,7 +82,7 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 # Chunks
 
 # Logits of a chunk: large enough for the matrix products, small enough for the last cache.
-_CHUNK_VALUES = {"cpu": 1 << 21, "cuda": 1 << 24}
+_CHUNK_VALUES = {"cpu": 1 << 22, "cuda": 1 << 24}
 
 
 def _forward(
@@ -114,7 +114,7 @@ def _forward(
         softmax_gradient(logits, target[part], losses[part], hits[part])
         if needs_gradient:
             grad_x[part] = logits @ columns
-            grad_weight += logits.T @ inputs
+            _accumulate_product(grad_weight, logits.T, inputs)
         if has_bias:
             grad_bias += logits.sum(dim=0, dtype=accumulate)
     rows = max(rows, 1)
@@ -122,16 +122,26 @@ def _forward(
     return losses.sum() / rows, hits.sum().float() / rows, *gradients
 
 
+def _accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a matrix product to `total`, which may be wider than its factors."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
 def softmax_gradient_reference(
     logits: Tensor, target: Tensor, losses: Tensor, hits: Tensor
 ) -> None:
     """Write loss and hit of each row, and softmax minus one-hot over the logits."""
     hits.copy_(logits.argmax(dim=1) == target)
-    log_softmax = logits.to(losses.dtype).log_softmax(dim=1)
-    losses.copy_(-log_softmax.gather(1, target.unsqueeze(1)).squeeze(1))
-    softmax = log_softmax.exp_()
-    softmax.scatter_add_(1, target.unsqueeze(1), softmax.new_full((len(target), 1), -1.0))
-    logits.copy_(softmax)
+    exact, word = logits.to(losses.dtype), target.unsqueeze(1)  # float32 and float64 are not copied
+    log_total = exact.logsumexp(dim=1, keepdim=True)
+    losses.copy_((log_total - exact.gather(1, word)).squeeze(1))
+    softmax = exact.sub_(log_total).exp_()
+    softmax.scatter_add_(1, word, softmax.new_full(word.shape, -1.0))
+    if softmax is not logits:
+        logits.copy_(softmax)
 
 
 # Kernel

@@ -1,25 +1,30 @@
 """Losses on masked positions. The one place that divides by a count.
 
 Axes: batch; masked (tokens); tokens (of the whole grid); ... (the values of one token); channels;
-*spatial; patch (the values of one patch).
+*spatial; patch (the values of one patch). Under a `RaggedMask`: rows (masked tokens of all samples,
+or all tokens, one sample behind the other); samples.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import torch
 from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
 import mimkit_kernels as kernels
 from mimkit._grids import count_tokens, per_axis
-from mimkit.masking import Mask
+from mimkit.masking import Mask, RaggedMask
 from mimkit.patches import gather_masked, grid_of
 from mimkit.patches._patchify import (
     Order,
     channel_statistic,
     check_batch,
+    check_device,
     check_mask,
+    check_stacked,
+    each_sample,
     is_channels_last,
 )
 from mimkit.targets._pixels import check_can_normalize
@@ -27,13 +32,13 @@ from mimkit_kernels import elementwise_error
 
 Reduction = Literal["mean", "sample", "none"]
 Kind = Literal["l2", "l1", "smooth_l1"]
-Loss = Float32[Tensor, ""] | Float32[Tensor, " batch"] | Float32[Tensor, "batch masked"]
+Loss = Float32[Tensor, ""] | Float32[Tensor, " samples"] | Float32[Tensor, "batch masked"]
 
 
 def masked_mse(
     prediction: Float[Tensor, "batch _ ..."],
     target: Float[Tensor, "batch _ ..."],
-    mask: Mask,
+    mask: Mask | RaggedMask,
     *,
     reduction: Reduction = "mean",
 ) -> Loss:
@@ -41,10 +46,12 @@ def masked_mse(
 
     Args:
         prediction: One value set per masked token, in the order of `mask.masked_ids`; or per token
-            of the grid, of which the masked ones are taken.
+            of the grid, of which the masked ones are taken. Packed rows under a `RaggedMask`.
         target: The same.
         mask: Which positions count.
-        reduction: "mean" over everything, "sample" over each sample, "none" over each token.
+        reduction: "mean" over everything, "sample" over each sample, "none" over each token. Under
+            a `RaggedMask`, "mean" is that of the samples' own means, so that each sample counts
+            the same in a batch as alone, and micro-batches and processes together as the whole.
 
     Returns:
         float32, whatever the inputs; 0 (with zero gradient) where nothing is masked.
@@ -67,7 +74,7 @@ def masked_mse(
 def masked_l1(
     prediction: Float[Tensor, "batch _ ..."],
     target: Float[Tensor, "batch _ ..."],
-    mask: Mask,
+    mask: Mask | RaggedMask,
     *,
     reduction: Reduction = "mean",
 ) -> Loss:
@@ -85,7 +92,7 @@ def masked_l1(
 def masked_smooth_l1(
     prediction: Float[Tensor, "batch _ ..."],
     target: Float[Tensor, "batch _ ..."],
-    mask: Mask,
+    mask: Mask | RaggedMask,
     *,
     beta: float = 1.0,
     reduction: Reduction = "mean",
@@ -112,10 +119,37 @@ def masked_smooth_l1(
     return _masked_loss(elementwise_error("smooth_l1", beta), prediction, target, mask, reduction)
 
 
-def masked_cross_entropy(
-    prediction: Float[Tensor, "batch _ *values classes"],
-    target: Int64[Tensor, "batch _ *values"],
+def masked_cosine(
+    prediction: Float[Tensor, "batch _ dim"],
+    target: Float[Tensor, "batch _ dim"],
     mask: Mask,
+    *,
+    reduction: Reduction = "mean",
+) -> Loss:
+    """One minus the cosine between prediction and target at the masked positions.
+
+    Lengths do not count, so neither side needs a scale. Arguments as in `masked_mse`.
+
+    Source:
+        CAE v2, arXiv:2211.09799: features of a teacher, `F.cosine_embedding_loss` of unit vectors.
+
+    Example:
+        >>> import torch
+        >>> mask = Mask.from_visible_ids(torch.tensor([[0]]), (1, 3))
+        >>> masked_cosine(torch.ones(1, 2, 4), torch.full((1, 2, 4), -3.0), mask)
+        tensor(2.)
+    """
+
+    def error(prediction: Tensor, target: Tensor) -> Tensor:
+        return 1 - F.cosine_similarity(prediction, target, dim=2)
+
+    return _masked_loss(error, prediction, target, mask, reduction)
+
+
+def masked_cross_entropy(
+    prediction: Float[Tensor, "batch *values classes"],
+    target: Int64[Tensor, "batch *values"],
+    mask: Mask | RaggedMask,
     *,
     reduction: Reduction = "mean",
 ) -> Loss:
@@ -138,13 +172,13 @@ def masked_cross_entropy(
         )
     logits = prediction.float().flatten(0, -2)
     errors = F.cross_entropy(logits, target.flatten(), reduction="none").view(target.shape)
-    return _reduce(_one_axis_of_values(errors), reduction)
+    return _reduce(_one_axis_of_values(errors), mask, reduction)
 
 
 def masked_pixel_loss(
-    prediction: Float[Tensor, "batch masked patch"],
-    images: Shaped[Tensor, "batch channels *spatial"],
-    mask: Mask,
+    prediction: Float[Tensor, "batch masked patch"] | Float[Tensor, "rows patch"],
+    images: Shaped[Tensor, "batch channels *spatial"] | Sequence[Shaped[Tensor, "channels ..."]],
+    mask: Mask | RaggedMask,
     patch_size: int | Sequence[int],
     *,
     normalize: Literal["patch"] | None = "patch",
@@ -158,9 +192,10 @@ def masked_pixel_loss(
     """Score predicted patches against the images' masked patches.
 
     Args:
-        prediction: One patch per masked token, in the order of `mask.masked_ids`.
+        prediction: One patch per masked token, in the order of `mask.masked_ids`; packed rows under
+            a `RaggedMask`.
         images: Floats, or uint8 in [0, 255], which become fractions in [0, 1] first. Visible
-            pixels are not read.
+            pixels are not read. Under a `RaggedMask` also a list, of images of any sizes.
         mask: Which patches were predicted.
         patch_size: Pixels per patch; one integer, or one per spatial axis.
         normalize: "patch" brings every target patch to zero mean and unit variance first.
@@ -169,7 +204,7 @@ def masked_pixel_loss(
         order: Order of the values inside a predicted patch (see `patches.patchify`).
         mean: One value per channel to subtract from the images.
         std: One value per channel to divide them by afterwards.
-        reduction: "mean" over everything, "sample" over each sample, "none" over each token.
+        reduction: As in `masked_mse`.
 
     Returns:
         float32, whatever the inputs; 0 (with zero gradient) where nothing is masked.
@@ -190,6 +225,16 @@ def masked_pixel_loss(
     if normalize not in ("patch", None):
         raise ValueError(f'normalize must be "patch" or None; got {normalize!r}')
     _check_error(kind, beta)
+    if isinstance(mask, RaggedMask):
+        options: dict[str, Any] = {"normalize": normalize, "kind": kind, "beta": beta}
+        options |= {"order": order, "mean": mean, "std": std, "reduction": "none"}
+        rows = mask.split_masked(_take_masked_rows("prediction", prediction, mask))
+        samples = zip(rows, each_sample(images, mask), strict=True)
+        parts = [
+            masked_pixel_loss(p.unsqueeze(0), *one, patch_size, **options) for p, one in samples
+        ]
+        return _reduce(torch.cat(parts, dim=1).unsqueeze(2), mask, reduction)
+    images = check_stacked(images)
     grid = grid_of(images, patch_size)
     check_mask(mask, grid, images)
     check_batch(mask, prediction)
@@ -213,7 +258,7 @@ def masked_pixel_loss(
         kind=kind,
         beta=beta,
     )
-    return _reduce(errors.float().unsqueeze(2), reduction)
+    return _reduce(errors.float().unsqueeze(2), mask, reduction)
 
 
 def _check_error(kind: str, beta: float) -> None:
@@ -227,7 +272,7 @@ def _masked_loss(
     error: Callable[[Tensor, Tensor], Tensor],
     prediction: Tensor,
     target: Tensor,
-    mask: Mask,
+    mask: Mask | RaggedMask,
     reduction: Reduction,
 ) -> Tensor:
     prediction = _take_masked("prediction", prediction, mask)
@@ -237,10 +282,12 @@ def _masked_loss(
             f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape"
         )
     errors = error(prediction.float(), target.float())
-    return _reduce(_one_axis_of_values(errors), reduction)
+    return _reduce(_one_axis_of_values(errors), mask, reduction)
 
 
-def _take_masked(name: str, values: Tensor, mask: Mask) -> Tensor:
+def _take_masked(name: str, values: Tensor, mask: Mask | RaggedMask) -> Tensor:
+    if isinstance(mask, RaggedMask):  # a batch of one, as long as all samples together
+        return _take_masked_rows(name, values, mask).unsqueeze(0)
     check_batch(mask, values)
     if values.ndim >= 2 and values.shape[1] == mask.num_masked:
         return values
@@ -253,11 +300,30 @@ def _take_masked(name: str, values: Tensor, mask: Mask) -> Tensor:
     )
 
 
+def _take_masked_rows(name: str, values: Tensor, mask: RaggedMask) -> Tensor:
+    num_masked, num_tokens = len(mask.masked_ids), sum(mask.num_tokens)
+    check_device(mask, values)
+    if len(values) == num_masked:
+        return values
+    if len(values) == num_tokens:
+        return values.index_select(0, mask.masked_rows)
+    raise ValueError(
+        f"{name} must be [{num_masked} masked or {num_tokens} tokens, ...] for {mask}; "
+        f"got {tuple(values.shape)}"
+    )
+
+
 def _one_axis_of_values(values: Tensor) -> Tensor:
     return values.flatten(2) if values.ndim > 2 else values.unsqueeze(2)
 
 
-def _reduce(errors: Float32[Tensor, "batch masked values"], reduction: Reduction) -> Tensor:
+def _reduce(
+    errors: Float32[Tensor, "batch masked values"], mask: Mask | RaggedMask, reduction: Reduction
+) -> Tensor:
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction must be one of {get_args(Reduction)}; got {reduction!r}")
+    if isinstance(mask, RaggedMask):
+        return _reduce_rows(errors.mean(dim=2)[0], mask, reduction)
     match reduction:
         case "none":
             return errors.mean(dim=2)
@@ -265,4 +331,17 @@ def _reduce(errors: Float32[Tensor, "batch masked values"], reduction: Reduction
             return errors.sum(dim=(1, 2)) / max(errors[0].numel() if len(errors) else 0, 1)
         case "mean":
             return errors.sum() / max(errors.numel(), 1)
-    raise ValueError(f"reduction must be one of {get_args(Reduction)}; got {reduction!r}")
+
+
+def _reduce_rows(
+    errors: Float32[Tensor, " rows"], mask: RaggedMask, reduction: Reduction
+) -> Tensor:
+    if reduction == "none":
+        return errors
+    counts = mask.cu_masked.diff()
+    # A sample that masks nothing has no row, so that the infinite share of one is of none.
+    shares = (1.0 / counts).repeat_interleave(counts, output_size=len(errors))
+    scores = errors * shares
+    if reduction == "mean":
+        return scores.sum() / mask.batch_size
+    return torch.stack([rows.sum() for rows in mask.split_masked(scores)])

@@ -10,6 +10,7 @@ from mimkit.masking._key import Key, fresh_key, key
 from mimkit.masking._mask import Mask
 from mimkit.masking._multiblock import MultiBlock, multiblock
 from mimkit.masking._philox import FORMAT_VERSION, philox4x32
+from mimkit.masking._ragged import RaggedMask, ragged
 from mimkit.masking._samplers import gridwise, square, uniform
 from mimkit.masking._tube import tube
 from mimkit.masking._weighted import weighted
@@ -19,6 +20,7 @@ __all__ = [
     "Key",
     "Mask",
     "MultiBlock",
+    "RaggedMask",
     "blockwise",
     "compat",
     "complementary",
@@ -29,6 +31,7 @@ __all__ = [
     "multiblock",
     "num_masked",
     "philox4x32",
+    "ragged",
     "square",
     "stats",
     "tube",

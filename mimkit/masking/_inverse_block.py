@@ -78,6 +78,13 @@ def _lowest_around(values: Int64[Tensor, "batch *grid"], sides: Grid) -> Tensor:
     """Take the minimum over the block around every token, axis by axis."""
     for axis, side in enumerate(sides, 1):
         padding = [0, 0] * (values.ndim - 1 - axis) + [side // 2, (side - 1) // 2]
-        padded = F.pad(values, padding, value=MAX_TOKENS)
-        values = padded.unfold(axis, side, 1).amin(dim=-1)
+        values = F.pad(values, padding, value=MAX_TOKENS)
+        covered = 1  # positions that a minimum is over; it doubles until it is the side
+        while covered < side:
+            step = min(covered, side - covered)
+            length = values.shape[axis] - step
+            values = torch.minimum(
+                values.narrow(axis, 0, length), values.narrow(axis, step, length)
+            )
+            covered += step
     return values

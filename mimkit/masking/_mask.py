@@ -125,20 +125,22 @@ class Mask:
                 f"ids must be [batch, visible] with at most {num_tokens} visible tokens for grid "
                 f"{grid}; got shape {tuple(ids.shape)}"
             )
-        ids = ids.long().sort(dim=1).values
-        if _values_are_at_hand(ids) and ids.numel():
-            if int(ids.min()) < 0 or int(ids.max()) >= num_tokens:
-                raise ValueError(
-                    f"ids must be in [0, {num_tokens}) for grid {grid}; "
-                    f"got {int(ids.min())} to {int(ids.max())}"
-                )
-            repeated = (ids.diff(dim=1) == 0).any(dim=1)
-            if bool(repeated.any()):
-                row = int(repeated.nonzero()[0])
-                raise ValueError(f"sample {row} names a position twice: {ids[row].tolist()}")
+        ids = ids.long()
+        low, high = (
+            (int(ids.min()), int(ids.max())) if ids.numel() and _values_are_at_hand(ids) else (0, 0)
+        )
+        if low < 0 or high >= num_tokens:
+            raise ValueError(
+                f"ids must be in [0, {num_tokens}) for grid {grid}; got {low} to {high}"
+            )
         is_masked = torch.ones(ids.shape[0], num_tokens, dtype=torch.bool, device=ids.device)
         is_masked = is_masked.scatter(1, ids, False)
-        return cls._from_flat(is_masked, grid, num_tokens - ids.shape[1])
+        num_masked = num_tokens - ids.shape[1]
+        counts = is_masked.sum(dim=1)
+        if _values_are_at_hand(ids) and not bool((counts == num_masked).all()):
+            row = int((counts != num_masked).nonzero()[0])
+            raise ValueError(f"sample {row} names a position twice: {ids[row].tolist()}")
+        return cls._from_flat(is_masked, grid, num_masked)
 
     @classmethod
     def from_boxes(

@@ -1,7 +1,8 @@
 """Decoders and heads: from latents to predictions for the masked positions.
 
 Axes: batch; prefix; visible; masked; tokens (of the whole grid); dim (decoder's), in_dim
-(encoder's); patch (the values of one patch).
+(encoder's); patch (the values of one patch). Under a `RaggedMask`: rows (of all samples, one sample
+behind the other).
 """
 
 from collections.abc import Sequence
@@ -11,12 +12,14 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._grids import as_sizes, count_tokens
-from mimkit.masking import Mask
+from mimkit._grids import Grid, as_sizes, count_tokens
+from mimkit.masking import Mask, RaggedMask
 from mimkit.nn._layers import NORM_EPS, CrossAttention, Mlp, TransformerBlock, xavier_linear
+from mimkit.nn._packing import alike_together, pack, positions_at, reorder, undo, weave
 from mimkit.nn._vit import position_table
+from mimkit.patches import sincos_positions
 from mimkit.patches._patchify import check_mask
-from mimkit.patches._tokens import take_rows
+from mimkit.patches._tokens import check_rows, take_rows
 
 
 class MAEDecoder(nn.Module):
@@ -72,23 +75,29 @@ class MAEDecoder(nn.Module):
 
     def forward(
         self,
-        latent: Float[Tensor, "batch prefix_and_visible in_dim"],
-        mask: Mask,
+        latent: Float[Tensor, "batch prefix_and_visible in_dim"] | Float[Tensor, "rows in_dim"],
+        mask: Mask | RaggedMask,
         query_ids: Int64[Tensor, "batch queries"] | None = None,
-    ) -> Float[Tensor, "batch queries dim"]:
+    ) -> Float[Tensor, "batch queries dim"] | Float[Tensor, "rows_of_masked dim"]:
         """Decode the masked positions, or those that are asked for.
 
         Args:
-            latent: Prefix tokens, then visible tokens in ascending order of position.
-            mask: The mask that they were encoded under.
+            latent: Prefix tokens, then visible tokens in ascending order of position; packed under
+                a `RaggedMask`, as is the result then.
+            mask: The mask that they were encoded under; a `RaggedMask` may have any grids.
             query_ids: Positions to return, visible ones too; the masked ones if `None`.
 
         Returns:
             One token per masked position, ascending, or per query, after the last norm.
 
         Raises:
-            ValueError: A mask of another grid, or latents that do not fit it.
+            ValueError: A mask of another grid, latents that do not fit it, or queries under a
+                `RaggedMask`.
         """
+        if isinstance(mask, RaggedMask):
+            if query_ids is not None:
+                raise ValueError("query_ids need a Mask; got a RaggedMask")
+            return self._decode_packed(latent, mask)
         check_latent(latent, mask, self.grid, self.num_prefix)
         prefix_position, positions = self.pos_embed[0].tensor_split([self.num_prefix])
         order = torch.cat([mask.visible_ids, mask.masked_ids], dim=1)
@@ -106,6 +115,41 @@ class MAEDecoder(nn.Module):
             tokens = take_rows(tokens, mask.restore_ids.gather(1, query_ids) + self.num_prefix)
         decoded: Tensor = self.norm(tokens)
         return decoded
+
+    def _decode_packed(self, latent: Tensor, mask: RaggedMask) -> Tensor:
+        num_latents = [self.num_prefix + count for count in mask.num_visible]
+        check_rows("latent", latent, mask, sum(num_latents), self.embed.in_features)
+        order = alike_together(mask)
+        latent, mask = reorder(latent, num_latents, order), mask[order]
+        prefix_position = self.pos_embed[0, : self.num_prefix]
+        visible, masked = (
+            positions_at(ids, counts, mask.grids, self._positions_on)
+            for ids, counts in (
+                (mask.visible_ids, mask.num_visible),
+                (mask.masked_ids, mask.num_masked),
+            )
+        )
+        seen = self.embed(latent) + weave(
+            [prefix_position] * mask.batch_size, mask.split_visible(visible)
+        )
+        hidden = self.mask_token[0] + masked
+        tokens = weave(
+            mask.split_visible(seen, num_prefix=self.num_prefix), mask.split_masked(hidden)
+        ).unsqueeze(0)
+        lengths = [self.num_prefix + count for count in mask.num_tokens]
+        whole = pack(lengths, tokens.device)
+        asked = pack(lengths, tokens.device, num_queries=mask.num_masked)
+        for index, block in enumerate(self.blocks, 1):
+            tokens = block(tokens, packing=asked if index == len(self.blocks) else whole)
+        if not self.blocks:
+            tokens = asked.last(tokens)
+        return reorder(self.norm(tokens)[0], mask.num_masked, undo(order))
+
+    def _positions_on(self, grid: Grid) -> Float[Tensor, "tokens dim"]:
+        own = self.pos_embed[0, self.num_prefix :]
+        if grid == self.grid:
+            return own
+        return sincos_positions(own.shape[1], grid).to(own)
 
 
 class CrossDecoder(nn.Module):

@@ -1,11 +1,13 @@
 """From patches to tokens.
 
 Axes: batch; channels; *spatial; tokens (visible, or all of the grid without a mask); patch (the
-values of one patch); dim.
+values of one patch); dim. Under a `RaggedMask`: rows (tokens of all samples, one sample behind the
+other).
 """
 
 import math
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -13,9 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mimkit._grids import Grid, as_sizes, count_tokens
-from mimkit.masking import Mask
+from mimkit.masking import Mask, RaggedMask
 from mimkit.patches import gather_patches, patchify
-from mimkit.patches._patchify import Order
+from mimkit.patches._patchify import Order, check_stacked
+
+Images: TypeAlias = (
+    Float[Tensor, "batch channels *spatial"] | Sequence[Float[Tensor, "channels ..."]]
+)
 
 
 class PatchProjection(nn.Module):
@@ -31,8 +37,8 @@ class PatchProjection(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(
-        self, patches: Float[Tensor, "batch tokens patch"], order: Order = "c p1 p2"
-    ) -> Float[Tensor, "batch tokens dim"]:
+        self, patches: Float[Tensor, "*tokens patch"], order: Order = "c p1 p2"
+    ) -> Float[Tensor, "*tokens dim"]:
         """Project patches, whose values come in `order`."""
         weight = self.weight if order == "c p1 p2" else self.weight.movedim(1, -1)
         return F.linear(patches, weight.flatten(1), self.bias)
@@ -74,18 +80,24 @@ class PatchEmbed(nn.Module):
         self.proj = PatchProjection(in_channels=in_channels, patch=self.patch_size, dim=dim)
 
     def forward(
-        self, images: Float[Tensor, "batch channels *spatial"], mask: Mask | None = None
-    ) -> Float[Tensor, "batch tokens dim"]:
-        """Embed the visible patches, in ascending order of position; all without a mask."""
+        self,
+        images: Images,
+        mask: Mask | RaggedMask | None = None,
+    ) -> Float[Tensor, "batch tokens dim"] | Float[Tensor, "rows dim"]:
+        """Embed the visible patches, in ascending order of position; all without a mask.
+
+        Those under a `RaggedMask`, which also takes a list of images of any sizes, come packed.
+        """
         return self._embed(images, mask, self.patch_size)
 
-    def _embed(self, images: Tensor, mask: Mask | None, patch: Grid) -> Tensor:
-        if images.shape[1] != self.in_channels:
-            raise ValueError(
-                f"images must have {self.in_channels} channels; got shape {tuple(images.shape)}"
-            )
+    def _embed(self, images: Images, mask: Mask | RaggedMask | None, patch: Grid) -> Tensor:
+        for batch in [images] if isinstance(images, Tensor) else [i.unsqueeze(0) for i in images]:
+            if batch.shape[1] != self.in_channels:
+                raise ValueError(
+                    f"images must have {self.in_channels} channels; got shape {tuple(batch.shape)}"
+                )
         if mask is None:
-            patches = patchify(images, patch, order=self.order)
+            patches = patchify(check_stacked(images), patch, order=self.order)
         else:
             patches = gather_patches(images, mask, patch, order=self.order)
         tokens: Tensor = self.proj(patches, self.order)

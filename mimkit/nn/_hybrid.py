@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mimkit._grids import Grid, per_axis
-from mimkit.masking import Mask
-from mimkit.nn._embed import PatchEmbed
+from mimkit.masking import Mask, RaggedMask
+from mimkit.nn._embed import Images, PatchEmbed
+from mimkit.patches._patchify import check_stacked
 
 
 class ConvStem(nn.Sequential):
@@ -66,9 +67,18 @@ class HybridEmbed(PatchEmbed):
         self.patch_size = tuple(s * p for s, p in zip(stride, patch_size, strict=True))
 
     def forward(
-        self, images: Float[Tensor, "batch channels height width"], mask: Mask | None = None
+        self,
+        images: Images,
+        mask: Mask | RaggedMask | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
-        """Embed the visible patches, in ascending order of position; all without a mask."""
+        """Embed the visible patches, in ascending order of position; all without a mask.
+
+        Raises:
+            TypeError: A `RaggedMask`.
+        """
+        if isinstance(mask, RaggedMask):
+            raise TypeError("a stem takes a Mask, of one count and one grid; got a RaggedMask")
+        images = check_stacked(images)
         if mask is not None:
             down, across = self.patch_size
             hidden = repeat(mask.is_masked, "b h w -> b 1 (h i) (w j)", i=down, j=across)

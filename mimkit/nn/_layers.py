@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mimkit.nn._packing import Packing
+
 NORM_EPS = 1e-6  # of every LayerNorm in MAE's models (PyTorch's default is 1e-5)
 
 QKVBias = Literal[True, "qv"]
@@ -53,6 +55,54 @@ def attend(
         logits = logits + bias
     mixed: Tensor = logits.softmax(dim=-1) @ value
     return mixed
+
+
+def attend_packed(
+    query: Float[Tensor, "1 heads queries head_dim"],
+    key: Float[Tensor, "1 heads tokens head_dim"],
+    value: Float[Tensor, "1 heads tokens head_dim"],
+    packing: Packing,
+) -> Float[Tensor, "1 queries dim"]:
+    """Softmax attention within each of the samples that lie packed in one sequence, heads merged.
+
+    On a GPU one call of variable length; else one call for all neighbors of the same length, so
+    that nothing is padded there either.
+    """
+    if query.device.type == "cuda":
+        return _attend_nested(query, key, value, packing)
+    runs = packing.runs()
+    queries = query.split([samples * count for samples, count, _ in runs], dim=2)
+    keys, values = (
+        part.split([samples * length for samples, _, length in runs], dim=2)
+        for part in (key, value)
+    )
+    mixed = [
+        merge_heads(attend(*(_apart(part, samples) for part in parts))).flatten(0, 1)
+        for (samples, _, _), *parts in zip(runs, queries, keys, values, strict=True)
+    ]
+    return torch.cat(mixed).unsqueeze(0)
+
+
+def _apart(
+    rows: Float[Tensor, "1 heads rows head_dim"], samples: int
+) -> Float[Tensor, "samples heads tokens head_dim"]:
+    return rearrange(rows, "1 h (s n) d -> s h n d", s=samples)
+
+
+def _attend_nested(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+    def nest(part: Tensor, offsets: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        rows = rearrange(part, "1 h n d -> n h d").contiguous()
+        nested: Tensor = torch.nested.nested_tensor_from_jagged(
+            rows, offsets, min_seqlen=min(lengths), max_seqlen=max(lengths)
+        )
+        return nested.transpose(1, 2)
+
+    mixed = F.scaled_dot_product_attention(
+        nest(query, packing.query_offsets, packing.num_queries),
+        nest(key, packing.offsets, packing.lengths),
+        nest(value, packing.offsets, packing.lengths),
+    )
+    return rearrange(mixed.transpose(1, 2).values(), "n h d -> 1 n (h d)")
 
 
 def split_heads(
@@ -114,11 +164,17 @@ class Attention(nn.Module):
         tokens: Float[Tensor, "batch tokens dim"],
         num_queries: int | None = None,
         attn_bias: Float[Tensor, "#batch heads tokens tokens"] | None = None,
+        packing: Packing | None = None,
     ) -> Float[Tensor, "batch queries dim"]:
         """Mix tokens of each sample, for the last `num_queries` of them only if that is given."""
-        query, key, value = rearrange(
-            self._project(tokens), "b n (three h d) -> three b h n d", three=3, h=self.heads
-        ).unbind(0)
+        projected = self._project(tokens)
+        # Cut so that the three gradients are put side by side in one copy.
+        parts = rearrange(projected, "b n (t h d) -> b n t h d", t=3, h=self.heads)
+        query, key, value = (part.transpose(1, 2) for part in parts.unbind(2))
+        if packing is not None:
+            query = split_heads(packing.last(projected.chunk(3, dim=-1)[0]), self.heads)
+            answers: Tensor = self.proj(attend_packed(query, key, value, packing))
+            return answers
         if num_queries is not None:
             first = tokens.shape[1] - num_queries
             query = query[:, :, first:]
@@ -198,10 +254,15 @@ class DropPath(nn.Module):
             raise ValueError(f"drop_path must be a fraction in [0, 1); got {rate}")
         self.rate = rate
 
-    def forward(self, branch: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
-        """Drop whole samples of `branch`."""
+    def forward(
+        self, branch: Float[Tensor, "batch ..."], packing: Packing | None = None
+    ) -> Float[Tensor, "batch ..."]:
+        """Drop whole samples of `branch`, which may lie packed in a batch of one."""
         if self.rate == 0 or not self.training:
             return branch
+        if packing is not None:
+            keep = branch.new_empty(len(packing.lengths)).bernoulli_(1 - self.rate)
+            return branch * packing.spread(keep) / (1 - self.rate)
         shape = (branch.shape[0],) + (1,) * (branch.ndim - 1)
         keep = branch.new_empty(shape).bernoulli_(1 - self.rate)
         return branch * keep / (1 - self.rate)
@@ -259,6 +320,7 @@ class TransformerBlock(nn.Module):
         tokens: Float[Tensor, "batch tokens dim"],
         num_queries: int | None = None,
         attn_bias: Float[Tensor, "#batch heads tokens tokens"] | None = None,
+        packing: Packing | None = None,
     ) -> Float[Tensor, "batch queries dim"]:
         """Mix tokens, then transform each.
 
@@ -267,11 +329,16 @@ class TransformerBlock(nn.Module):
             num_queries: Return the last so many tokens only, and do no work on what the others
                 would become; all tokens if `None`.
             attn_bias: Added to the logits of attention: relative positions.
+            packing: Where samples of unequal lengths lie in a batch of one, and how many tokens of
+                each to return.
         """
         kept = tokens if num_queries is None else tokens[:, tokens.shape[1] - num_queries :]
-        mixed = self.attn(self.norm1(tokens), num_queries, attn_bias)
-        kept = kept + self.drop_path(scale(mixed, self.gamma_1))
-        out: Tensor = kept + self.drop_path(scale(self.mlp(self.norm2(kept)), self.gamma_2))
+        if packing is not None:
+            kept = packing.last(tokens)
+        mixed = self.attn(self.norm1(tokens), num_queries, attn_bias, packing)
+        kept = kept + self.drop_path(scale(mixed, self.gamma_1), packing)
+        transformed = scale(self.mlp(self.norm2(kept)), self.gamma_2)
+        out: Tensor = kept + self.drop_path(transformed, packing)
         return out
 
 

@@ -1,9 +1,8 @@
 """CAE's latent contextual regressor and its decoder.
 
-Axes: batch; queries (masked positions); visible; tokens (visible, then queries); dim.
+Axes: batch; queries (masked positions); visible; dim.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from mimkit.nn._layers import (
     make_layer_scale,
     scale,
 )
+from mimkit_kernels import regressor_inputs
 
 
 class RegressorBlock(nn.Module):
@@ -55,7 +55,7 @@ class RegressorBlock(nn.Module):
         queries: Float[Tensor, "batch queries dim"],
         visible: Float[Tensor, "batch visible dim"],
         query_positions: Float[Tensor, "batch queries dim"],
-        positions: Float[Tensor, "batch tokens dim"],
+        visible_positions: Float[Tensor, "batch visible dim"],
     ) -> Float[Tensor, "batch queries dim"]:
         """Bring the queries one step on.
 
@@ -63,15 +63,15 @@ class RegressorBlock(nn.Module):
             queries: One token per masked position.
             visible: Latents of the visible positions.
             query_positions: Position embeddings of the queries.
-            positions: Position embeddings of the visible tokens, then of the queries.
+            visible_positions: Position embeddings of the visible tokens.
         """
-        tokens = torch.cat([visible, queries], dim=1)
+        norms = (self.norm_q, self.norm_k, self.norm_v)
+        parameters = [parameter for norm in norms for parameter in (norm.weight, norm.bias)]
         # Positions say where to look, not what is found there: values have none.
-        mixed = self.cross_attn(
-            self.norm_q(queries + query_positions),
-            self.norm_k(tokens + positions),
-            self.norm_v(tokens),
+        query, key, value = regressor_inputs(
+            visible, queries, visible_positions, query_positions, parameters, NORM_EPS
         )
+        mixed = self.cross_attn(query, key, value)
         queries = queries + self.drop_path(scale(mixed, self.gamma_1))
         queries = self.norm2(queries)  # published so: the norm is part of the residual stream
         out: Tensor = queries + self.drop_path(scale(self.mlp(queries), self.gamma_2))
@@ -96,6 +96,7 @@ class ContextRegressor(nn.Module):
         block to block, and stand among keys and values as they are then.
 
     Example:
+        >>> import torch
         >>> regressor = ContextRegressor(dim=32, depth=2, heads=4)
         >>> visible, positions = torch.randn(2, 7, 32), torch.randn(2, 12, 32)
         >>> queries = torch.zeros(2, 5, 32)
@@ -152,9 +153,8 @@ class ContextRegressor(nn.Module):
                     f"{name} positions must have the shape of their tokens, {tuple(tokens.shape)}; "
                     f"got {tuple(table.shape)}"
                 )
-        positions = torch.cat([visible_positions, query_positions], dim=1)
         for block in self.blocks:
-            queries = block(queries, visible, query_positions, positions)
+            queries = block(queries, visible, query_positions, visible_positions)
         predicted: Tensor = self.norm(queries)
         return predicted
 
@@ -175,6 +175,7 @@ class CAEDecoder(nn.Module):
         CAE, arXiv:2202.03026, section 3.2 "decoder"; Atten4Vis/CAE `VisionTransformerDecoder`.
 
     Example:
+        >>> import torch
         >>> decoder = CAEDecoder(dim=32, depth=1, heads=4)
         >>> decoder(torch.randn(2, 5, 32), torch.zeros(2, 5, 32)).shape
         torch.Size([2, 5, 32])

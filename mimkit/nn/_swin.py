@@ -13,11 +13,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mimkit._grids import Grid, count_tokens, divide, per_axis
-from mimkit.masking import Mask
-from mimkit.nn._embed import PatchEmbed
+from mimkit.masking import Mask, RaggedMask
+from mimkit.nn._embed import Images, PatchEmbed
 from mimkit.nn._layers import DropPath, Mlp, attend, check_heads, drop_path_rates
 from mimkit.nn._relative import RelativePositionBias
 from mimkit.nn._vit import fill_in, image_axes
+from mimkit.patches._patchify import check_even
 
 _NORM_EPS = 1e-5
 _NOT_NEIGHBORS = -100.0  # added to logits between tokens that only the roll brought together
@@ -158,6 +159,8 @@ class SwinTransformer(nn.Module):
             raise ValueError(
                 f"this encoder takes images of size {self.image_size}; got {tuple(images.shape)}"
             )
+        if mask is not None:
+            check_even(mask)
         if mask is not None and mask_token is None:
             raise ValueError("Swin cannot leave tokens out: pass a mask_token with the mask")
         tokens: Tensor = self.patch_embed(images, mask)
@@ -175,7 +178,9 @@ class _NormedPatchEmbed(PatchEmbed):
         nn.init.uniform_(self.proj.weight, -bound, bound)  # a convolution's default
         self.norm = nn.LayerNorm(dim, eps=_NORM_EPS)
 
-    def forward(self, images: Tensor, mask: Mask | None = None) -> Tensor:  # noqa: D102
+    def forward(  # noqa: D102
+        self, images: Images, mask: Mask | RaggedMask | None = None
+    ) -> Tensor:
         tokens: Tensor = self.norm(super().forward(images, mask))
         return tokens
 

@@ -1,7 +1,8 @@
 """The Vision Transformer that encodes visible patches only.
 
 Axes: batch; channels; *spatial; visible; tokens (visible, or all of the grid without a mask);
-prefix (the class token, if any); dim.
+prefix (the class token, if any); dim. Under a `RaggedMask`: rows (tokens of all samples, one sample
+behind the other).
 """
 
 from collections.abc import Sequence
@@ -12,13 +13,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._grids import as_sizes, divide, per_axis
-from mimkit.masking import Mask
-from mimkit.nn._embed import PatchEmbed
+from mimkit._grids import Grid, as_sizes, divide, per_axis
+from mimkit.masking import Mask, RaggedMask
+from mimkit.nn._embed import Images, PatchEmbed
 from mimkit.nn._hybrid import HybridEmbed
 from mimkit.nn._layers import NORM_EPS, QKVBias, TransformerBlock, drop_path_rates, xavier_linear
+from mimkit.nn._packing import alike_together, pack, positions_at, reorder, undo, weave
 from mimkit.nn._relative import RelativePositionBias
-from mimkit.patches import restore, sincos_positions
+from mimkit.patches import interpolate_positions, restore, sincos_positions
+from mimkit.patches._patchify import check_number, check_stacked
 
 
 class ViT(nn.Module):
@@ -71,6 +74,15 @@ class ViT(nn.Module):
         (torch.Size([2, 7, 64]), torch.Size([2, 25, 64]))
         >>> encoder.pool(encoder(images)).shape
         torch.Size([2, 64])
+
+        Images of any sizes in one batch, each with its own number of visible patches:
+
+        >>> images = [torch.rand(3, 32, 48), torch.rand(3, 40, 24)]
+        >>> key = masking.key([0, 1], seed=0)
+        >>> mask = masking.ragged(masking.uniform, key, [(4, 6), (5, 3)], [0.75, 0.6])
+        >>> tokens = encoder(images, mask)
+        >>> tokens.shape, [len(rows) for rows in mask.split_visible(tokens, num_prefix=1)]
+        (torch.Size([14, 64]), [7, 7])
     """
 
     def __init__(
@@ -115,6 +127,7 @@ class ViT(nn.Module):
         patch = self.patch_embed.patch_size
         self.grid = divide("image size", self.image_size, patch, "patch size")
         self.dim = dim
+        self._learn_positions, self._first_axis = learn_positions, first_axis
         self.num_prefix_tokens = int(class_token)
         self._pool = pool
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token else None
@@ -152,27 +165,36 @@ class ViT(nn.Module):
 
     def forward(
         self,
-        images: Float[Tensor, "batch channels *spatial"],
-        mask: Mask | None = None,
+        images: Images,
+        mask: Mask | RaggedMask | None = None,
         *,
         mask_token: Float[Tensor, "*masked dim"] | None = None,
-    ) -> Float[Tensor, "batch prefix_and_tokens dim"]:
+    ) -> Float[Tensor, "batch prefix_and_tokens dim"] | Float[Tensor, "rows dim"]:
         """Encode images: their visible patches under a mask, all patches without one.
 
         Args:
-            images: Images of the size that the encoder was built for.
+            images: Images of the size that the encoder was built for; under a `RaggedMask` of any
+                size, also as a list.
             mask: Which patches are visible.
             mask_token: Stands for each masked patch, as in SimMIM: all tokens are then encoded. Or
                 [batch, masked, dim]: one token for each.
 
         Returns:
             The prefix tokens, then one token per encoded patch in ascending order of position,
-            after the last norm.
+            after the last norm. Under a `RaggedMask` those of all samples, one behind the other
+            (`mask.split_visible` tells them apart): positions on another grid than the encoder's
+            are its own sine-cosine table there, or the learned one resampled.
 
         Raises:
-            ValueError: Images of another size or number of channels, a mask that does not fit, or
-                a mask token without a mask.
+            TypeError: A list of images without a `RaggedMask`.
+            ValueError: Images of another size or number of channels, a mask that does not fit, a
+                mask token without a mask, or one, or relative positions, with a `RaggedMask`.
         """
+        if isinstance(mask, RaggedMask):
+            if mask_token is not None or len(self.rel_pos_bias):
+                raise ValueError("mask_token and relative_positions need a Mask; got a RaggedMask")
+            return self._encode_packed(images, mask)
+        images = check_stacked(images)
         if tuple(images.shape[2:]) != self.image_size:
             raise ValueError(
                 f"this encoder takes images of size {self.image_size}; got {tuple(images.shape)}. "
@@ -191,6 +213,35 @@ class ViT(nn.Module):
         encoded: Tensor = self.norm(tokens)
         return encoded
 
+    def _encode_packed(self, images: Images, mask: RaggedMask) -> Tensor:
+        check_number(images, mask)
+        order = alike_together(mask)
+        mask, images = mask[order], [images[sample] for sample in order]
+        tokens = self.patch_embed(images, mask)
+        prefix = None if self.cls_token is None else self.cls_token[0]
+        if self.pos_embed is not None:
+            tokens = tokens + positions_at(
+                mask.visible_ids, mask.num_visible, mask.grids, self._positions_on
+            )
+            if prefix is not None:
+                prefix = prefix + self.pos_embed[0, : self.num_prefix_tokens]
+        if prefix is not None:
+            tokens = weave([prefix] * mask.batch_size, mask.split_visible(tokens))
+        lengths = [self.num_prefix_tokens + count for count in mask.num_visible]
+        packing, tokens = pack(lengths, tokens.device), tokens.unsqueeze(0)
+        for block in self.blocks:
+            tokens = block(tokens, packing=packing)
+        return reorder(self.norm(tokens)[0], lengths, undo(order))
+
+    def _positions_on(self, grid: Grid) -> Float[Tensor, "tokens dim"]:
+        assert self.pos_embed is not None
+        own = self.pos_embed[0, self.num_prefix_tokens :]
+        if grid == self.grid:
+            return own
+        if self._learn_positions:
+            return interpolate_positions(own, self.grid, grid)
+        return sincos_positions(self.dim, grid, first_axis=self._first_axis).to(own)
+
     def _with_prefix_and_positions(self, tokens: Tensor, mask: Mask | None) -> Tensor:
         prefix: Tensor | None = self.cls_token
         if self.pos_embed is not None:
@@ -204,9 +255,17 @@ class ViT(nn.Module):
         return torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1)
 
     def pool(
-        self, tokens: Float[Tensor, "batch prefix_and_tokens dim"]
-    ) -> Float[Tensor, "batch dim"]:
-        """Summarise encoded tokens in one vector per sample, as `pool` of the constructor says."""
+        self,
+        tokens: Float[Tensor, "batch prefix_and_tokens dim"] | Float[Tensor, "rows dim"],
+        mask: RaggedMask | None = None,
+    ) -> Float[Tensor, "_ dim"]:
+        """Summarise encoded tokens in one vector per sample, as `pool` of the constructor says.
+
+        Tokens that were encoded under a `RaggedMask` come with it.
+        """
+        if mask is not None:
+            samples = mask.split_visible(tokens, num_prefix=self.num_prefix_tokens)
+            return torch.cat([self.pool(sample.unsqueeze(0)) for sample in samples])
         if self._pool == "token":
             pooled = tokens[:, 0]
         else:

@@ -4,8 +4,8 @@ Axes: batch; channels; *spatial (one to three axes); tokens (row-major over the 
 patch (the values of one patch, in the chosen order).
 """
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from einops import rearrange
@@ -15,7 +15,7 @@ from torch import Tensor
 import mimkit_kernels as kernels
 from mimkit._grids import Grid, as_sizes, count_tokens, divide, per_axis
 from mimkit._settings import Settings
-from mimkit.masking import Mask
+from mimkit.masking import Mask, RaggedMask
 
 Order = Literal["p1 p2 c", "c p1 p2"]
 
@@ -114,21 +114,25 @@ def unpatchify(
 
 
 def gather_patches(
-    images: Float[Tensor, "batch channels *spatial"] | UInt8[Tensor, "batch channels *spatial"],
-    mask: Mask,
+    images: Float[Tensor, "batch channels *spatial"]
+    | UInt8[Tensor, "batch channels *spatial"]
+    | Sequence[Shaped[Tensor, "channels ..."]],
+    mask: Mask | RaggedMask,
     patch_size: int | Sequence[int],
     *,
     mean: Sequence[float] | Tensor | None = None,
     std: Sequence[float] | Tensor | None = None,
     order: Order = "p1 p2 c",
-) -> Float[Tensor, "batch visible patch"]:
+) -> Float[Tensor, "batch visible patch"] | Float[Tensor, "rows patch"]:
     """Cut out the visible patches only; of contiguous images, no other pixel is read.
 
     For the masked patches pass `~mask` (`mask.complement()` under `torch.compile`).
 
     Args:
-        images: Floats, or uint8 in [0, 255], which become float32 fractions in [0, 1] first.
-        mask: Which patches to take; its grid is that of the images.
+        images: Floats, or uint8 in [0, 255], which become float32 fractions in [0, 1] first. Under
+            a `RaggedMask` also a list, of images [channels, *spatial] of any sizes.
+        mask: Which patches to take; its grid is that of the images. Those of a `RaggedMask` come
+            packed, one sample behind the other.
         patch_size: Pixels per patch; one integer, or one per spatial axis.
         mean: One value per channel to subtract, in units of the (scaled) images.
         std: One value per channel to divide by afterwards. Statistics are applied in float32 (or
@@ -140,12 +144,17 @@ def gather_patches(
         ValueError: A mask of another grid or batch size, or a wrong number of channel statistics.
 
     Example:
-        >>> from mimkit.masking import Mask
+        >>> from mimkit.masking import Mask, RaggedMask
         >>> images = torch.arange(4, dtype=torch.uint8).view(1, 1, 2, 2) * 85
         >>> mask = Mask.from_visible_ids(torch.tensor([[1, 2]]), (2, 2))
         >>> gather_patches(images, mask, 1)[0, :, 0]
         tensor([0.3333, 0.6667])
     """
+    if isinstance(mask, RaggedMask):
+        options: dict[str, Any] = {"mean": mean, "std": std, "order": order}
+        samples = each_sample(images, mask)
+        return torch.cat([gather_patches(*one, patch_size, **options)[0] for one in samples])
+    images = check_stacked(images)
     if not (images.is_floating_point() or images.dtype == torch.uint8):
         raise TypeError(f"images must be floats or uint8; got {images.dtype}")
     grid = grid_of(images, patch_size)
@@ -161,12 +170,24 @@ def gather_patches(
     )
 
 
+def check_even(mask: Mask | RaggedMask) -> None:
+    """Check that all samples have one grid and one count.
+
+    Raises:
+        TypeError: A `RaggedMask`.
+    """
+    if isinstance(mask, RaggedMask):
+        raise TypeError(f"this needs a Mask, of one grid and one count for all samples; got {mask}")
+
+
 def check_mask(mask: Mask, grid: Sequence[int], samples: Shaped[Tensor, "batch ..."]) -> None:
     """Check that a mask belongs to samples with tokens of `grid`.
 
     Raises:
+        TypeError: A `RaggedMask`.
         ValueError: Another grid, or what `check_batch` raises.
     """
+    check_even(mask)
     if mask.grid != tuple(grid):
         raise ValueError(f"the mask has grid {mask.grid}, but the input has grid {tuple(grid)}")
     check_batch(mask, samples)
@@ -176,12 +197,23 @@ def check_batch(mask: Mask, samples: Shaped[Tensor, "batch ..."]) -> None:
     """Check that a mask has one row per sample, on their device.
 
     Raises:
+        TypeError: A `RaggedMask`.
         ValueError: Another batch size or device; with `mimkit.use(check=True)` also wrong ids.
     """
+    check_even(mask)
     if mask.batch_size != len(samples):
         raise ValueError(
             f"the mask has {mask.batch_size} samples, but the input has {len(samples)}"
         )
+    check_device(mask, samples)
+
+
+def check_device(mask: Mask | RaggedMask, samples: Shaped[Tensor, "..."]) -> None:
+    """Check that a mask is where its samples are.
+
+    Raises:
+        ValueError: Another device; with `mimkit.use(check=True)` also wrong ids.
+    """
     if mask.device != samples.device:
         raise ValueError(
             f"the mask is on {mask.device}, but the input on {samples.device}: "
@@ -189,6 +221,45 @@ def check_batch(mask: Mask, samples: Shaped[Tensor, "batch ..."]) -> None:
         )
     if Settings.check:
         mask.validate()
+
+
+def check_stacked(
+    images: Shaped[Tensor, "batch channels *spatial"] | Sequence[Tensor],
+) -> Shaped[Tensor, "batch channels *spatial"]:
+    """Check that images come in one tensor.
+
+    Raises:
+        TypeError: A list of them.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError("a list of images needs a RaggedMask; stack images of one size for a Mask")
+    return images
+
+
+def check_number(images: Shaped[Tensor, "batch ..."] | Sequence[Tensor], mask: RaggedMask) -> None:
+    """Check that there is an image for each sample of a mask.
+
+    Raises:
+        ValueError: Another number.
+    """
+    if len(images) != mask.batch_size:
+        raise ValueError(
+            f"the mask has {mask.batch_size} samples, but there are {len(images)} images"
+        )
+
+
+def each_sample(
+    images: Shaped[Tensor, "batch channels *spatial"] | Sequence[Shaped[Tensor, "channels ..."]],
+    mask: RaggedMask,
+) -> Iterator[tuple[Shaped[Tensor, "1 channels ..."], Mask]]:
+    """Pair each image with its mask, both as batches of one.
+
+    Raises:
+        ValueError: Another number of images than of masks.
+    """
+    check_number(images, mask)
+    for image, one in zip(images, mask.unbind(), strict=True):
+        yield image.unsqueeze(0), one
 
 
 def channel_statistic(

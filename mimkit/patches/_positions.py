@@ -53,12 +53,15 @@ def sincos_positions(
         raise ValueError(f'first_axis must be "column" or "row"; got {first_axis!r}')
     num_waves = dim // (2 * len(grid))
     waves = temperature ** (-torch.arange(num_waves, dtype=torch.float64) / num_waves)
-    axes = [torch.arange(size, dtype=torch.float64) for size in grid]
-    coordinates = [c.flatten() for c in torch.meshgrid(*axes, indexing="ij")]
+    tables = []
+    for axis, size in enumerate(grid):
+        angles = torch.arange(size, dtype=torch.float64).outer(waves)
+        table = torch.cat([angles.sin(), angles.cos()], dim=1).float()
+        along_axis = [size if other == axis else 1 for other in range(len(grid))]
+        tables.append(table.view(*along_axis, -1).expand(*grid, -1))
     if first_axis == "column":
-        coordinates.reverse()
-    angles = [coordinate.outer(waves) for coordinate in coordinates]
-    return torch.cat([wave for a in angles for wave in (a.sin(), a.cos())], dim=1).float()
+        tables.reverse()
+    return torch.cat(tables, dim=-1).flatten(0, -2)
 
 
 def interpolate_positions(

@@ -1,24 +1,30 @@
 """Moving tokens: out of the whole sequence by a mask, and back.
 
 Axes: batch; prefix (class tokens and the like, which no mask touches); tokens (of the grid);
-visible; masked; dim.
+visible; masked; dim. Under a `RaggedMask`: rows (tokens of all samples, one sample behind the
+other, each behind its prefix).
 """
 
+import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 import mimkit_kernels as kernels
-from mimkit.masking import Mask
-from mimkit.patches._patchify import check_batch
+from mimkit.masking import Mask, RaggedMask
+from mimkit.masking._ragged import behind_prefix
+from mimkit.patches._patchify import check_batch, check_device
 
 
 def gather_visible(
-    tokens: Shaped[Tensor, "batch prefix_and_tokens dim"], mask: Mask, *, num_prefix: int = 0
-) -> Shaped[Tensor, "batch prefix_and_visible dim"]:
+    tokens: Shaped[Tensor, "batch prefix_and_tokens dim"] | Shaped[Tensor, "rows dim"],
+    mask: Mask | RaggedMask,
+    *,
+    num_prefix: int = 0,
+) -> Shaped[Tensor, "batch prefix_and_visible dim"] | Shaped[Tensor, "rows_of_visible dim"]:
     """Take the prefix tokens and the visible tokens, in ascending order of position.
 
     Args:
-        tokens: The whole sequence.
+        tokens: The whole sequence; packed rows under a `RaggedMask`, as is the result then.
         mask: Which tokens are visible.
         num_prefix: Tokens in front of the grid's.
 
@@ -32,16 +38,21 @@ def gather_visible(
         >>> gather_visible(tokens, mask).flatten().tolist()
         [1.0, 3.0]
     """
+    if isinstance(mask, RaggedMask):
+        return _gather_rows(tokens, mask, num_prefix)
     return _gather(tokens, mask, mask.visible_ids, num_prefix)
 
 
 def gather_masked(
-    tokens: Shaped[Tensor, "batch prefix_and_tokens dim"], mask: Mask, *, num_prefix: int = 0
-) -> Shaped[Tensor, "batch prefix_and_masked dim"]:
+    tokens: Shaped[Tensor, "batch prefix_and_tokens dim"] | Shaped[Tensor, "rows dim"],
+    mask: Mask | RaggedMask,
+    *,
+    num_prefix: int = 0,
+) -> Shaped[Tensor, "batch prefix_and_masked dim"] | Shaped[Tensor, "rows_of_masked dim"]:
     """Take the prefix tokens and the masked tokens, in ascending order of position.
 
     Args:
-        tokens: The whole sequence.
+        tokens: The whole sequence; packed rows under a `RaggedMask`, as is the result then.
         mask: Which tokens are masked.
         num_prefix: Tokens in front of the grid's.
 
@@ -55,24 +66,29 @@ def gather_masked(
         >>> gather_masked(tokens, mask).flatten().tolist()
         [0.0, 2.0]
     """
+    if isinstance(mask, RaggedMask):
+        return _gather_rows(tokens, mask.complement(), num_prefix)
     return _gather(tokens, mask, mask.masked_ids, num_prefix)
 
 
 def restore(
-    visible: Float[Tensor, "batch prefix_and_visible dim"],
-    mask: Mask,
-    fill: Float[Tensor, " dim"] | Float[Tensor, "batch masked dim"],
+    visible: Float[Tensor, "batch prefix_and_visible dim"] | Float[Tensor, "rows_of_visible dim"],
+    mask: Mask | RaggedMask,
+    fill: Float[Tensor, " dim"]
+    | Float[Tensor, "batch masked dim"]
+    | Float[Tensor, "rows_of_masked dim"],
     *,
     positions: Float[Tensor, "prefix_and_tokens dim"] | None = None,
     num_prefix: int = 0,
-) -> Float[Tensor, "batch prefix_and_tokens dim"]:
+) -> Float[Tensor, "batch prefix_and_tokens dim"] | Float[Tensor, "rows dim"]:
     """Put visible tokens back in grid order and fill the masked positions.
 
     Args:
         visible: Prefix tokens, then visible tokens, as `gather_visible` returns them.
         mask: The mask that they were taken by.
         fill: One vector for every masked position (a mask token), or one token for each.
-        positions: Position embeddings to add to all tokens.
+        positions: Position embeddings to add to all tokens; under a `RaggedMask`, one for each row
+            of the result.
         num_prefix: Tokens in front of the grid's.
 
     Returns:
@@ -91,6 +107,8 @@ def restore(
         >>> restore(visible, mask, torch.zeros(1)).flatten().tolist()
         [0.0, 1.0, 0.0, 3.0]
     """
+    if isinstance(mask, RaggedMask):
+        return _restore_rows(visible, mask, fill, positions, num_prefix)
     batch, length, dim = visible.shape
     check_batch(mask, visible)
     if length != num_prefix + mask.num_visible:
@@ -130,3 +148,47 @@ def _gather(tokens: Tensor, mask: Mask, ids: Tensor, num_prefix: int) -> Tensor:
             f"behind {num_prefix} prefix tokens; got {tuple(tokens.shape)}"
         )
     return kernels.gather_tokens(tokens, ids, num_prefix)
+
+
+def _gather_rows(tokens: Tensor, mask: RaggedMask, num_prefix: int) -> Tensor:
+    whole = behind_prefix(mask, num_prefix)
+    check_rows("tokens", tokens, whole, sum(whole.num_tokens))
+    return tokens.index_select(0, whole.visible_rows)
+
+
+def _restore_rows(
+    visible: Tensor, mask: RaggedMask, fill: Tensor, positions: Tensor | None, num_prefix: int
+) -> Tensor:
+    whole, dim = behind_prefix(mask, num_prefix), visible.shape[-1]
+    check_rows("visible", visible, whole, len(whole.visible_ids))
+    if fill.ndim == 1:
+        fill = fill.expand(len(whole.masked_ids), -1)
+    check_rows("fill", fill, whole, len(whole.masked_ids), dim)
+    order = torch.cat([whole.visible_rows, whole.masked_rows])
+    slots = torch.arange(len(order), device=order.device)
+    slots = torch.empty_like(order).scatter(0, order, slots)
+    tokens = torch.cat([visible, fill]).index_select(0, slots)
+    if positions is None:
+        return tokens
+    check_rows("positions", positions, whole, len(order), dim)
+    return tokens + positions
+
+
+def check_rows(
+    name: str,
+    rows: Shaped[Tensor, "rows ..."],
+    mask: RaggedMask,
+    expected: int,
+    dim: int | None = None,
+) -> None:
+    """Check the number of packed rows, their device, and their width if `dim` is given.
+
+    Raises:
+        ValueError: Others; with `mimkit.use(check=True)` also a wrong mask.
+    """
+    if rows.ndim < 2 or len(rows) != expected or dim not in (None, rows.shape[1]):
+        width = "..." if dim is None else dim
+        raise ValueError(
+            f"{name} must be [{expected}, {width}] for {mask}; got {tuple(rows.shape)}"
+        )
+    check_device(mask, rows)

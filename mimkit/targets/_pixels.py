@@ -15,7 +15,7 @@ from torch import Tensor
 import mimkit_kernels as kernels
 from mimkit.masking import Mask
 from mimkit.patches import gather_patches, patchify
-from mimkit.patches._patchify import Order
+from mimkit.patches._patchify import Order, check_even
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Pixels:
         self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
     ) -> Float[Tensor, "batch masked patch"]:
         """Return the pixels of the masked patches."""
+        check_even(mask)
         return gather_patches(
             images,
             mask.complement(),

@@ -169,7 +169,7 @@ def _assert_close(what: str, where: str, seen: Tensor, expected: Tensor) -> None
     bound = _ROUNDING * float(expected.abs().max()) if expected.numel() else 0.0
     if not bool(((seen - expected).abs() <= bound).all()):  # also catches nan
         raise AssertionError(
-            f"{what} is another one {where}: {_how_much(seen, expected)} "
+            f"{what} is another one {where}: {_how_much(seen, expected)} differ, "
             f"where rounding explains {bound:.2g}"
         )
 
@@ -194,20 +194,48 @@ def _describe_leak(
     expected: Tensor,
     scale: float,
 ) -> str:
-    """Find one masked patch that leaks by itself."""
-    for sample, *place in is_masked.nonzero().tolist():
+    """Say which masked patch leaks by itself, or which few do together."""
+
+    def run(patches: Sequence[Sequence[int]]) -> Tensor:
         only = torch.zeros_like(is_masked)
-        only[(sample, *place)] = True
+        only[tuple(torch.tensor(patches, device=only.device).T)] = True
         changed = torch.where(_on_pixels(only, images), _noise_like(images, scale), images)
-        output = _run(encoder, changed, mask)
-        if _bits_equal(output, expected):
-            continue
-        where = _farthest(encoder, output[sample], expected[sample], mask, sample, place)
+        return _run(encoder, changed, mask)
+
+    patches = _smallest_leak(
+        is_masked.nonzero().tolist(), lambda some: not _bits_equal(run(some), expected)
+    )
+    output = run(patches)
+    sample, *place = patches[0]
+    if len(patches) > 1:
+        named = ", ".join(f"{tuple(place)} of sample {sample}" for sample, *place in patches[:8])
+        more = ", ..." if len(patches) > 8 else ""
         return (
-            f"hidden pixels reach the output: the masked patch {tuple(place)} of sample {sample} "
-            f"alone changes {_how_much(output, expected)}{where}; expected none to change"
+            f"hidden pixels reach the output: {len(patches)} masked patches, none of them without "
+            f"the others, {named}{more}, change {_how_much(output, expected)}; expected none to "
+            "change"
         )
-    return "hidden pixels reach the output, though no masked patch does so alone"
+    where = ""
+    if len(expected) == len(images):
+        where = _farthest(encoder, output[sample], expected[sample], mask, sample, place)
+    return (
+        f"hidden pixels reach the output: the masked patch {tuple(place)} of sample {sample} "
+        f"alone changes {_how_much(output, expected)}{where}; expected none to change"
+    )
+
+
+def _smallest_leak(
+    patches: list[list[int]], leaks: Callable[[list[list[int]]], bool]
+) -> list[list[int]]:
+    """Find the first patch that leaks alone; else some of which none can be left out."""
+    for patch in patches:
+        if leaks([patch]):
+            return [patch]
+    for patch in list(patches):
+        fewer = [other for other in patches if other != patch]
+        if leaks(fewer):
+            patches = fewer
+    return patches
 
 
 def _farthest(
@@ -257,9 +285,15 @@ def _coordinates(token: int, grid: Grid) -> tuple[int, ...]:
 
 
 def _how_much(output: Tensor, expected: Tensor) -> str:
+    """Count the values that differ, and show the one that differs most."""
     differs = output != expected
-    largest = (output - expected).abs().max().item()
-    return f"{int(differs.sum())} of {differs.numel()} values, by up to {largest:.2g},"
+    gap = (output - expected).abs().double()
+    gap = gap.masked_fill(gap.isnan(), torch.inf)
+    worst = _coordinates(int(gap.argmax()), tuple(gap.shape))
+    return (
+        f"{int(differs.sum())} of {differs.numel()} values (most at {list(worst)}: expected "
+        f"{float(expected[worst]):.6g}, got {float(output[worst]):.6g})"
+    )
 
 
 def _booleans(mask: AnyMask) -> Bool[Tensor, "batch *grid"]:
@@ -282,6 +316,12 @@ def _noise_like(images: Tensor, scale: float) -> Tensor:
 
 
 def _bits_equal(a: Tensor, b: Tensor) -> bool:
-    if a.isnan().any() or b.isnan().any():
-        raise AssertionError("the encoder returns values that are not a number")
+    for values in (a, b):
+        wrong = values.isnan()
+        if wrong.any():
+            first = wrong.nonzero()[0].tolist()
+            raise AssertionError(
+                f"expected an output of numbers; {int(wrong.sum())} of {wrong.numel()} values of "
+                f"the encoder's are not a number, the first one at {first}"
+            )
     return torch.equal(a, b)

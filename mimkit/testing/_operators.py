@@ -34,7 +34,7 @@ def assert_op_correct(op: Function, reference: Function, inputs: Sequence[Any]) 
         >>> assert_op_correct(torch.sigmoid, lambda x: 1 / (1 + torch.exp(-x)), [x])
         >>> assert_op_correct(lambda x: x.detach().exp() + 0 * x, torch.exp, [x])
         Traceback (most recent call last):
-        AssertionError: the gradient of input 0 is off by ...
+        AssertionError: the gradient of input 0 is off by ...: expected ..., got ...
     """
     expected = _run(reference, [_widened(value) for value in inputs])
     tolerance = max(
@@ -55,7 +55,7 @@ def assert_op_correct(op: Function, reference: Function, inputs: Sequence[Any]) 
     with torch.autocast(device, dtype=low), torch.no_grad():
         ours, theirs = op(*inputs).dtype, reference(*inputs).dtype
     if ours != theirs:
-        raise AssertionError(f"under autocast the result is {ours}; the reference's is {theirs}")
+        raise AssertionError(f"under autocast expected {theirs}, as the reference's; got {ours}")
 
 
 def _widened(value: Any) -> Any:
@@ -86,7 +86,14 @@ def _assert_close(what: str, result: Tensor, expected: Tensor, tolerance: float)
         )
     if not expected.numel():
         return
-    error = float((result.double() - expected.double()).abs().max())
+    errors = (result.double() - expected.double()).abs()
     bound = tolerance * max(float(expected.abs().max()), 1e-3)
-    if not error <= bound:  # also catches nan
-        raise AssertionError(f"{what} is off by {error:.2g}; rounding explains {bound:.2g}")
+    wrong = ~(errors <= bound)  # also catches nan
+    if bool(wrong.any()):
+        worst = int(errors.nan_to_num(nan=torch.inf).argmax())
+        place = [int(i) for i in torch.unravel_index(torch.tensor(worst), errors.shape)]
+        raise AssertionError(
+            f"{what} is off by {float(errors.flatten()[worst]):.2g} at {place}: expected "
+            f"{float(expected.flatten()[worst]):.6g}, got {float(result.flatten()[worst]):.6g}; "
+            f"rounding explains {bound:.2g} ({int(wrong.sum())} of {wrong.numel()} values are off)"
+        )

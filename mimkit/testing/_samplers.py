@@ -20,6 +20,7 @@ Sampler = Callable[[Key, Grid, float], Mask]
 _BATCH = 64
 _MAX_DRAWN_TOKENS = 1 << 25
 _SHOWN = 8  # positions in a message
+_GENERATORS = ("torch", "random", "numpy")
 _MAX_LINES = 1_000_000  # of Python in one call; vectorized samplers take a few hundred
 
 
@@ -126,7 +127,13 @@ def _check_purity(
             f"{_first_difference(again, drawn, ids)}"
         )
     if _global_states() != before:
-        raise AssertionError("expected global random state to be left alone; it was advanced")
+        changed = [
+            n for n, a, b in zip(_GENERATORS, before, _global_states(), strict=True) if a != b
+        ]
+        raise AssertionError(
+            f"expected the global generators to be left alone; drawing {len(ids)} masks of grid "
+            f"{grid} advanced that of {' and '.join(changed)}"
+        )
 
 
 def _check_batching(
@@ -167,7 +174,11 @@ def _check_variety(
     }
     for name, other in others.items():
         if _draw(sampler, other, grid, ratio).equal(drawn):
-            raise AssertionError(f"expected other masks for other {name}; all {_BATCH} are equal")
+            first = drawn.masked_ids[0, :_SHOWN].tolist()
+            raise AssertionError(
+                f"expected other masks for other {name}; all {_BATCH} are equal: of sample ids "
+                f"{int(ids[0])} and {int(other.sample_ids[0])} both masks begin with {first}"
+            )
 
 
 def _check_support(sampler: Sampler, grid: Grid, ratio: float, drawn: Mask) -> None:

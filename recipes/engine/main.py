@@ -16,7 +16,13 @@ from recipes.engine.dry_run import describe
 from recipes.engine.errors import UserError
 from recipes.engine.report import print_summary, write_report
 from recipes.engine.run_folder import RunFolder, default_path
-from recipes.engine.train import build_model, count_steps, train, warn_of_slow_precision
+from recipes.engine.train import (
+    build_model,
+    count_steps,
+    find_origin,
+    train,
+    warn_of_slow_precision,
+)
 
 
 def run(recipe: Recipe, description: str, arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +57,10 @@ def _run(recipe: Recipe, options: Options) -> None:
         return
     with join(config.device) as world:
         check_shares(config.training.batch_size, world, accumulate=config.accumulate)
-        with RunFolder(options.out or default_path(config), config, world) as folder:
+        path = options.out or default_path(config)
+        if not path.exists():
+            find_origin(options.resume, world)  # so that a mistake leaves no folder
+        with RunFolder(path, config, world) as folder:
             summary = folder.read_summary()
             if summary is None:
                 weights, unreadable = train(recipe, config, data, folder, options, world)

@@ -168,15 +168,16 @@ def build_vae(path: Path, weights: Mapping[str, Tensor]) -> DiscreteVAE:
         ]
         has_decoder = "decoder.blocks.input.weight" in weights
         stem_dim = weights["decoder.blocks.input.weight"].shape[0] if has_decoder else 8
-        vae = DiscreteVAE(
-            in_channels=in_channels,
-            dim=dim,
-            groups=max(group for group, _ in numbers),
-            depth=max(block for _, block in numbers),
-            vocabulary_size=weights["encoder.blocks.output.conv.weight"].shape[0],
-            stem_dim=stem_dim,
-            has_decoder=has_decoder,
-        )
+        with torch.device("cpu"):  # weights, even where only shapes are asked for
+            vae = DiscreteVAE(
+                in_channels=in_channels,
+                dim=dim,
+                groups=max(group for group, _ in numbers),
+                depth=max(block for _, block in numbers),
+                vocabulary_size=weights["encoder.blocks.output.conv.weight"].shape[0],
+                stem_dim=stem_dim,
+                has_decoder=has_decoder,
+            )
         vae.load_state_dict(weights)
     except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"--tokenizer {path} holds no discrete VAE") from error

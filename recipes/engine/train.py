@@ -378,15 +378,28 @@ def start_from(resume: str, checkpoints: Checkpoints, trainer: Trainer) -> int:
     if steps:
         checkpoints.load(steps[-1], trainer.model, trainer.optimizer)
         return steps[-1]
-    if resume in ("auto", "never"):
+    origin = find_origin(resume, trainer.world)
+    if origin is None:
         return 0
-    origin = Path(resume)
-    others = Checkpoints(origin.parent, trainer.world)
-    found = next((step for step in others.steps() if others.path(step) == origin), None)
+    others, step = origin
+    others.load(step, trainer.model, trainer.optimizer)
+    return step
+
+
+def find_origin(resume: str, world: World) -> tuple[Checkpoints, int] | None:
+    """Return the checkpoint of another run that `--resume` names; `None` if it names none.
+
+    Raises:
+        UserError: It names something that is no complete checkpoint.
+    """
+    if resume in ("auto", "never"):
+        return None
+    path = Path(resume)
+    others = Checkpoints(path.parent, world)
+    found = next((step for step in others.steps() if others.path(step) == path), None)
     if found is None:
         raise UserError(f"--resume {resume} is no complete checkpoint: give auto, never or one")
-    others.load(found, trainer.model, trainer.optimizer)
-    return found
+    return others, found
 
 
 @dataclass

@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mimkit import masking
-from mimkit.losses import masked_l1, masked_mse, masked_pixel_loss, masked_smooth_l1
+from mimkit.losses import (
+    masked_cosine,
+    masked_l1,
+    masked_mse,
+    masked_pixel_loss,
+    masked_smooth_l1,
+)
 from mimkit.masking import Mask
 from mimkit.targets import NormalizedPixels, Pixels
 from tests.golden_files import golden
@@ -101,6 +107,28 @@ def test_smooth_l1_turns_at_beta(mask, beta, generator):
     ours = masked_smooth_l1(prediction, target, mask, beta=beta)
     expected = smooth((prediction - target).double(), beta).mean()
     torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@given(some_masks, st.integers(1, 5), st.booleans(), st.floats(0.1, 10), generators())
+def test_the_cosine_loss_is_pytorchs_of_the_masked_tokens(mask, dim, whole, length, generator):
+    prediction, target = both(generator, mask.batch_size, mask.num_tokens, dim)
+    rows = [masked_rows(values, mask).flatten(0, 1) for values in (prediction, target)]
+    expected = F.cosine_embedding_loss(*rows, torch.ones(len(rows[0])))
+    if not whole:
+        prediction, target = masked_rows(prediction, mask), masked_rows(target, mask)
+    ours = masked_cosine(length * prediction, target, mask)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_cosine_loss_of_an_empty_mask_or_of_zeros_is_finite():
+    nothing = Mask.from_visible_ids(torch.arange(4).view(1, 4), (2, 2))
+    empty = torch.zeros(1, 0, 3, requires_grad=True)
+    assert float(masked_cosine(empty, empty, nothing).detach()) == 0
+    zeros = torch.zeros(1, 4, 3, requires_grad=True)
+    loss = masked_cosine(zeros, torch.ones(1, 4, 3), nothing.complement())
+    loss.backward()
+    assert float(loss.detach()) == 1
+    assert zeros.grad.isfinite().all()
 
 
 def test_gradients_are_those_of_the_plain_losses():

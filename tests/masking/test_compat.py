@@ -1,6 +1,10 @@
-"""Published masks of I-JEPA and mmpretrain: two-sample tests against the published laws."""
+"""Published masks: two-sample tests, of fixed seeds, against the published laws.
+
+On small grids whole laws are compared, mask by mask; at the published sizes what they are known by.
+"""
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -17,27 +21,38 @@ from tests.strategies import keys
 GRID = (14, 14)
 
 
-def mmpretrain_as_published(rng: np.random.RandomState, count: int) -> np.ndarray:
-    """Blocks whose corners numpy draws from [0, size - side)."""
-    mask = np.zeros(GRID, dtype=bool)
-    while mask.sum() != count:
-        most = count - mask.sum()
+def blocks_as_published(
+    rng: random.Random,
+    count: int,
+    *,
+    exact: bool = True,
+    last: int = 0,
+    grid: tuple[int, int] = GRID,
+    min_block: int = 16,
+) -> np.ndarray:
+    """CAE's loop; BEiT's is not exact; mmpretrain's never draws the last corner."""
+    mask, new = np.zeros(grid, dtype=bool), 1
+    while mask.sum() < count and (exact or new):
+        most, new = count - int(mask.sum()), 0
         for _ in range(10):
-            area = rng.uniform(16, most)
+            area = rng.uniform(min_block, most)
             ratio = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
             h, w = int(round(math.sqrt(area * ratio))), int(round(math.sqrt(area / ratio)))
-            if w < GRID[1] and h < GRID[0]:
-                top, left = rng.randint(0, GRID[0] - h), rng.randint(0, GRID[1] - w)
+            if w < grid[1] and h < grid[0]:
+                top, left = rng.randint(0, grid[0] - h - last), rng.randint(0, grid[1] - w - last)
                 block = mask[top : top + h, left : left + w]
                 if 0 < (~block).sum() <= most:
+                    new = int((~block).sum())
                     block[:] = True
                     break
     return mask
 
 
-def ijepa_as_published(generator: torch.Generator, batch: int) -> tuple[Tensor, Tensor]:
+def ijepa_as_published(
+    generator: torch.Generator, batch: int, grid: tuple[int, int] = GRID, min_keep: int = 10
+) -> tuple[Tensor, Tensor]:
     """A batch of contexts (cut to the shortest) and first targets, True = inside."""
-    rows, columns = GRID
+    rows, columns = grid
 
     def size(scale, aspect):
         share = torch.rand(1, generator=generator).item()
@@ -51,11 +66,11 @@ def ijepa_as_published(generator: torch.Generator, batch: int) -> tuple[Tensor, 
         while True:
             top = int(torch.randint(0, rows - h, (1,), generator=generator))
             left = int(torch.randint(0, columns - w, (1,), generator=generator))
-            block = torch.zeros(GRID, dtype=torch.bool)
+            block = torch.zeros(grid, dtype=torch.bool)
             block[top : top + h, left : left + w] = True
             for other in others[: max(4 - misses // 20, 0)]:
                 block &= ~other
-            if block.sum() > 10:
+            if block.sum() > min_keep:
                 return block
             misses += 1
 
@@ -69,7 +84,7 @@ def ijepa_as_published(generator: torch.Generator, batch: int) -> tuple[Tensor, 
     cut = torch.zeros(batch, rows * columns, dtype=torch.bool)
     for row, ids in zip(cut, contexts, strict=True):
         row[ids[:kept]] = True
-    return cut.view(batch, *GRID), torch.stack(targets)
+    return cut.view(batch, *grid), torch.stack(targets)
 
 
 def assert_same_law(ours: Tensor, theirs: Tensor, *, clusters: int | None = None) -> None:
@@ -95,8 +110,8 @@ def assert_same_law(ours: Tensor, theirs: Tensor, *, clusters: int | None = None
 
 def test_mmpretrain_follows_the_published_law():
     drawn, count = 1500, 75
-    rng = np.random.RandomState(0)
-    theirs = np.stack([mmpretrain_as_published(rng, count) for _ in range(drawn)])
+    rng = random.Random(0)
+    theirs = np.stack([blocks_as_published(rng, count, last=1) for _ in range(drawn)])
     ours = compat.mmpretrain(masking.key(range(drawn), seed=0), GRID, num_masked=count)
     assert_same_law(ours, torch.from_numpy(theirs))
 
@@ -189,6 +204,88 @@ def test_the_kit_names_what_mmpretrain_never_masks():
 
     with pytest.raises(AssertionError, match="index 6 of axis 0 and index 6 of axis 1 never"):
         assert_sampler_conforms(sampler, (7, 7), 0.4)
+
+
+# Whole laws on small grids.
+
+DRAWN = 4000
+BLOCKS = {"grid": (4, 5), "min_block": 6}
+
+
+def mae_as_published(rng: np.random.RandomState) -> np.ndarray:
+    shuffle = rng.rand(6).argsort()
+    mask = np.ones(6, dtype=bool)
+    mask[shuffle[: int(6 * (1 - 0.5))]] = False
+    return mask
+
+
+def simmim_as_published(rng: np.random.RandomState) -> np.ndarray:
+    mask = np.zeros(6, dtype=bool)
+    mask[rng.permutation(6)[: int(np.ceil(6 * 0.6))]] = True
+    return mask.reshape(2, 3).repeat(2, axis=0).repeat(2, axis=1)
+
+
+def draw_small(name: str) -> tuple[Tensor, Tensor]:
+    """Draw masks on a small grid: ours, and as published."""
+    key, rng, generator = (
+        masking.key(range(DRAWN), seed=0),
+        np.random.RandomState(0),
+        random.Random(0),
+    )
+    grid, min_block = BLOCKS["grid"], BLOCKS["min_block"]
+    if name == "mae":
+        ours = masking.uniform(key, (2, 3), 0.5, rounding="mae").is_masked
+        return ours, torch.from_numpy(np.stack([mae_as_published(rng) for _ in range(DRAWN)]))
+    if name == "simmim":
+        ours = masking.uniform(key, (4, 6), 0.6, unit=2, rounding="simmim").is_masked
+        return ours, torch.from_numpy(np.stack([simmim_as_published(rng) for _ in range(DRAWN)]))
+    if name == "ijepa":
+        batches = [masking.key(range(2 * n, 2 * n + 2), seed=0) for n in range(DRAWN // 4)]
+        ours = [~compat.ijepa(batch, (4, 5), min_keep=1)[:1] for batch in batches]
+        seeded = torch.Generator().manual_seed(0)
+        theirs = [ijepa_as_published(seeded, 2, (4, 5), 1)[0][:1] for _ in batches]
+        return torch.cat(ours), torch.cat(theirs)
+    ours = getattr(compat, name)(key, grid, num_masked=9, min_block=min_block)
+    options = {"beit": {"exact": False}, "cae": {}, "mmpretrain": {"last": 1}}[name]
+    theirs = [blocks_as_published(generator, 9, **BLOCKS, **options) for _ in range(DRAWN)]
+    return ours, torch.from_numpy(np.stack(theirs))
+
+
+def assert_same_masks(ours: Tensor, theirs: Tensor) -> None:
+    """Chi-squared over all masks, those seen less than ten times together as one; 5 sigma."""
+    both = torch.cat([ours.flatten(1), theirs.flatten(1)])
+    bits = (both.long() << torch.arange(both.shape[1])).sum(dim=1)
+    kinds, kind = bits.unique(return_inverse=True)
+    counts = [torch.bincount(part, minlength=len(kinds)) for part in kind.split(len(ours))]
+    often = counts[0] + counts[1] >= 10
+    a, b = (torch.cat([c[often], c[~often].sum().view(1)]).double() for c in counts)
+    distance = float(((a - b) ** 2 / (a + b).clamp(min=1)).sum())
+    freedom = max(int((a + b > 0).sum()) - 1, 1)
+    assert distance < freedom + 5 * math.sqrt(2 * freedom) + 5, (distance, freedom)
+
+
+LAWS = ["mae", "simmim", "beit", "cae", "mmpretrain", "ijepa"]
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_masks_of_a_small_grid_are_drawn_as_often_as_published(name):
+    assert_same_masks(*draw_small(name))
+
+
+@pytest.mark.parametrize(("one", "other"), [("beit", "cae"), ("mmpretrain", "cae")])
+def test_the_test_of_whole_laws_tells_published_samplers_apart(one, other):
+    with pytest.raises(AssertionError):
+        assert_same_masks(draw_small(one)[0], draw_small(other)[1])
+
+
+def test_the_test_of_whole_laws_tells_a_batch_of_four_from_one_of_two():
+    """The context of a sample is cut to the shortest of its batch."""
+    contexts = [
+        ~compat.ijepa(masking.key(range(4 * n, 4 * n + 4), seed=0), (4, 5), min_keep=1)[:1]
+        for n in range(DRAWN // 4)
+    ]
+    with pytest.raises(AssertionError):
+        assert_same_masks(torch.cat(contexts), draw_small("ijepa")[1])
 
 
 KEY = masking.key([0, 1], seed=0)

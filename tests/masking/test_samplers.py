@@ -302,8 +302,24 @@ def weighted_by_place(key, grid, ratio):
     return masking.weighted(key, grid, ratio, weights=weights)
 
 
+def first_of_three(key, grid, ratio):
+    return masking.complementary(key, grid, 3)[0]
+
+
+def context(key, grid, ratio):
+    return masking.multiblock(key, grid, num_targets=2, target_ratio=ratio / 3).context
+
+
+def second_target(key, grid, ratio):
+    return masking.multiblock(key, grid, num_targets=2, target_ratio=ratio / 3).targets[1]
+
+
 CONFORMING = {
     "uniform": masking.uniform,
+    "blockwise": masking.blockwise,
+    "complementary": first_of_three,
+    "context": context,
+    "target": second_target,
     "inverse_block": masking.inverse_block,
     "tube": tubes,
     "weighted": weighted_by_place,
@@ -315,6 +331,16 @@ def assert_conforms_on(name, grid, ratio):
     if name == "tube" and len(grid) > 1:
         assume(math.prod(grid) // min(grid) >= 2)
         count = masking.num_masked(math.prod(grid) // min(grid), ratio) * min(grid)
+    if name == "blockwise":
+        assume(len(grid) < 3)
+    if name == "complementary":
+        count = math.prod(grid) - -(-math.prod(grid) // 3)
+    if name in ("context", "target"):
+        plane = math.prod(grid[-2:])
+        assume(plane > 1)
+        area = masking.num_masked(plane, ratio / 3)
+        assume(plane > 2 * area)
+        count = (2 * area if name == "context" else area) * (math.prod(grid) // plane)
     assert_sampler_conforms(CONFORMING[name], grid, ratio, num_masked=count)
 
 

@@ -53,6 +53,28 @@ def test_every_set_is_masked_as_often_as_the_law_says(name, count):
         assert abs(seen.get(members, 0.0) - probability) < bound, members
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("grid", [(2, 3), (2, 1, 3), (7,)], ids=str)
+@pytest.mark.parametrize("count", range(1, 6))
+def test_the_law_holds_on_grids_of_every_number_of_axes(grid, count):
+    """A chi-squared test over all sets, of samples whose weights differ."""
+    num_tokens, drawn = math.prod(grid), 200_000
+    tables = [[1.0 + 3.0 * (t * 5 % num_tokens) for t in range(num_tokens)], [1.0] * num_tokens]
+    tables[1][0] = 0.1
+    for weights in tables:
+        expected = law(weights, count)
+        table = torch.tensor([weights]).expand(drawn, -1)
+        key = masking.key(range(drawn), seed=5)
+        mask = masking.weighted(key, grid, weights=table, num_masked=count)
+        sets, counts = mask.masked_ids.unique(dim=0, return_counts=True)
+        seen = {tuple(s): n for s, n in zip(sets.tolist(), counts.tolist(), strict=True)}
+        assert seen.keys() <= expected.keys()
+        means = {members: drawn * probability for members, probability in expected.items()}
+        distance = sum((seen.get(members, 0) - mean) ** 2 / mean for members, mean in means.items())
+        freedom = len(means) - 1
+        assert distance < freedom + 5 * math.sqrt(2 * freedom) + 10
+
+
 @given(key=keys(), grid=grids(max_tokens=60), generator=generators(), data=st.data())
 def test_counts_are_exact_whatever_the_weights(key, grid, generator, data):
     count = data.draw(st.integers(0, math.prod(grid)))

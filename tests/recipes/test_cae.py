@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +10,26 @@ import pytest
 import torch
 from hypothesis import given
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mimkit import masking
 from mimkit.interop import to_official
 from mimkit.masking import Mask
 from mimkit.nn import DiscreteVAE
+from mimkit.targets import FeatureTarget
 from mimkit.testing import assert_no_leak, assert_samples_isolated
 from recipes import tokenizer
-from recipes.cae import CAE, RECIPE, CAEConfig, PretrainCAE, baselines, fit
+from recipes.cae import (
+    CAE,
+    RECIPE,
+    CAEConfig,
+    PretrainCAE,
+    baselines,
+    decode_full,
+    fit,
+    load_run,
+)
 from recipes.engine import run
 from recipes.engine.encoder_kinds import ViTShape
 from recipes.engine.encoders import load_encoder
@@ -103,6 +114,21 @@ def test_pixels_can_be_predicted_instead_of_tokens():
     assert output.main_loss > 0
 
 
+def test_features_of_a_teacher_are_scored_by_their_direction():
+    images, mask, _ = draw()
+    model = build(target="features", feature_dim=5)
+    target = FeatureTarget(lambda images: images[:, :1].reshape(3, 24, 16)[:, :, :5])
+    features = target(images, mask)
+    output = model(images, mask, features=features)
+    assert output.prediction.shape == features.shape
+    assert output.token_accuracy is None
+    expected = 1 - nn.functional.cosine_similarity(output.prediction, features, dim=2).mean()
+    torch.testing.assert_close(output.main_loss, expected)
+    output.main_loss.backward()
+    assert model.head.weight.grad.norm() > 0
+    assert model.mask_token.grad.norm() > 0
+
+
 def test_logits_exist_only_where_they_are_asked_for():
     inputs = draw()
     assert build()(*inputs).prediction is None
@@ -156,6 +182,15 @@ def test_the_model_traces_into_one_graph():
     ours, theirs = compiled(images, mask, ids), model(images, mask, ids)
     torch.testing.assert_close(ours.loss, theirs.loss)
     torch.testing.assert_close(ours.token_accuracy, theirs.token_accuracy)
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("features", [None, torch.zeros(3, 24, 5), torch.zeros(3, 10, 4)])
+def test_features_that_do_not_fit_are_repeated_in_the_error(features):
+    images, mask, _ = draw()
+    got = None if features is None else tuple(features.shape)
+    with pytest.raises(ValueError, match=rf"\(3, 10, 5\); got {re.escape(str(got))}"):
+        build(target="features", feature_dim=5)(images, mask, features=features)
 
 
 @pytest.mark.untyped
@@ -238,6 +273,81 @@ def test_a_run_writes_numbers_and_pictures(more, pictures, tmp_path, capfd):
     assert row["baselines"].keys() >= names
     file = load_encoder(out / "encoder.safetensors", ViTShape())
     assert (file.shape.qkv_bias, file.shape.layer_scale) == ("qv", 1.0)
+
+
+@pytest.fixture(scope="module")
+def other_run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("other") / "run"
+    assert run(RECIPE, "", options(pictures, out, "--no-alignment")) == 0
+    return out
+
+
+def test_a_run_predicts_the_features_of_a_given_encoder(pictures, other_run, tmp_path):
+    out = tmp_path / "run"
+    teacher = str(other_run / "encoder.safetensors")
+    more = ["--target", "features", "--teacher", teacher, "--no-alignment", "--no-decoder"]
+    assert run(RECIPE, "", options(pictures, out, *more)) == 0
+    assert {path.name for path in out.iterdir()} >= {"decode_full.png", "reconstructions.png"}
+    row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["baselines"].keys() == {"mean"}
+    config = dataclasses.replace(
+        RECIPE.presets["tiny"].model, target="features", teacher=teacher, no_alignment=True
+    )
+    model, images = PretrainCAE(config), torch.randn(2, 3, 32, 32)
+    own = load_run(str(other_run)).encoder
+    mask = masking.uniform(masking.key(range(2), seed=0), (8, 8), 0.5)
+    expected = own(images)[:, 1:].gather(1, mask.masked_ids.unsqueeze(2).expand(-1, -1, 96))
+    torch.testing.assert_close(model.features(images, mask), expected)
+    assert not any(weight.requires_grad for weight in model.teacher.parameters())
+    mean = float(baselines(model, images, mask)["mean"])
+    assert 0 <= mean < 1
+
+
+def test_the_picture_of_another_run_stands_beside_this_ones(pictures, other_run, tmp_path):
+    alone, beside = tmp_path / "alone", tmp_path / "beside"
+    assert run(RECIPE, "", options(pictures, alone)) == 0
+    assert run(RECIPE, "", options(pictures, beside, "--beside", str(other_run))) == 0
+    widths = [Image.open(out / "decode_full.png").width for out in (alone, beside)]
+    assert widths[0] < widths[1]
+    config = RECIPE.presets["tiny"].model
+    model = PretrainCAE(dataclasses.replace(config, beside=str(other_run))).eval()
+    images = torch.randn(2, 3, 32, 32)
+    columns = decode_full(model, images)
+    assert list(columns)[:2] == ["encoder + decoder", "without alignment: encoder + decoder"]
+    weights = load_file(other_run / "encoder.safetensors")
+    other = load_run(str(other_run))
+    for name, tensor in other.encoder.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    expected = decode_full(other, images)["encoder + decoder"]
+    assert torch.equal(columns["without alignment: encoder + decoder"], expected)
+    assert not torch.equal(columns["encoder + decoder"], expected)
+
+
+def test_a_teacher_or_a_run_that_does_not_fit_gets_one_clear_line(
+    pictures, other_run, tmp_path, capfd
+):
+    teacher = str(other_run / "encoder.safetensors")
+    shapeless = tmp_path / "encoder.safetensors"
+    shapeless.write_bytes((other_run / "encoder.safetensors").read_bytes())
+    features = ["--target", "features"]
+    for more, says in (
+        (features, "--target features needs --teacher FILE"),
+        ([*features, "--teacher", "nowhere"], "--teacher nowhere is no file"),
+        ([*features, "--teacher", str(shapeless)], f"--teacher {shapeless}"),
+        (
+            [*features, "--teacher", teacher, "--preset", "vit_base"],
+            f"--teacher {teacher} takes patches of (4, 4) pixels and 3 channels where this model "
+            "takes (16, 16) and 3",
+        ),
+        (["--beside", str(pictures)], f"--beside {pictures} is no folder of a finished run"),
+        (["--beside", str(other_run), "--target", "rgb"], "has target tokens where this run has"),
+        (["--beside", str(other_run), "--image-size", "40"], "has image_size 32 where this run"),
+        (["--image-size", "30"], "image size (30, 30) is not divisible"),
+    ):
+        assert run(RECIPE, "", options(pictures, tmp_path / "run", *more)) == 2, more
+        error = capfd.readouterr().err
+        assert says in error
+        assert error.count("\n") == 1, error
 
 
 def test_a_run_takes_a_trained_tokenizer(pictures, trained_tokenizer, tmp_path):

@@ -230,6 +230,7 @@ def test_what_would_be_lost_is_refused(
     error = capfd.readouterr().err
     assert says in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_second_process_on_the_same_folder_is_refused(

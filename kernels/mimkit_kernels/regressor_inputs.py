@@ -1,0 +1,601 @@
+"""What a block of CAE's regressor attends with: its three layer-normed inputs, from one read.
+
+    query[b, m] = norm_q(queries[b, m] + query_positions[b, m])
+    key[b, t]   = norm_k(tokens[b, t] + positions[b, t])
+    value[b, t] = norm_v(tokens[b, t])
+    norm(x)     = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias    over the width
+
+Axes: b batch; v visible; m queries; t tokens, which are the visible, then the queries; d width.
+`tokens` and `positions` exist in these formulas only: every row of visible tokens, queries and
+their positions is read where it lies, once, and query and key of a masked position share mean and
+variance. These stay in float32 for the backward pass, which reads the rows once more. There, a
+program adds up what its rows give to the six weights and biases; a second stage adds up the
+programs, in a fixed order and with no atomics. Results have the type of the linear layers behind
+them, autocast's where it is on, which would round them to it anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mimkit_kernels._dispatch import dtype_obstacle, takes_kernel
+from mimkit_kernels._jit import jit
+from mimkit_kernels._register import on_device, power_of_2_from, register
+from mimkit_kernels.linear_cross_entropy import compute_dtype
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+
+def regressor_inputs(
+    visible: Tensor,
+    queries: Tensor,
+    visible_positions: Tensor,
+    query_positions: Tensor,
+    parameters: Sequence[Tensor],
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Make the inputs of cross-attention, by kernel or reference.
+
+    Args:
+        visible: [batch, visible, width].
+        queries: [batch, queries, width].
+        visible_positions: As `visible`.
+        query_positions: As `queries`.
+        parameters: Weight and bias of the norm of the query, of the key, of the value: [width].
+        eps: Of all three norms.
+
+    Returns:
+        Query [batch, queries, width], key and value [batch, visible + queries, width], in the type
+        that a linear layer of the parameters' type would take them in.
+    """
+    dtype = compute_dtype(visible, parameters[0])
+    arguments: tuple[Any, ...] = (visible, queries, visible_positions, query_positions)
+    arguments += (*parameters, eps, dtype)
+
+    def find_obstacle() -> str | None:
+        if visible.shape[2] > MAX_WIDTH:
+            return f"tokens of width {visible.shape[2]}: {MAX_WIDTH} at most"
+        return dtype_obstacle(
+            visible=visible.dtype,
+            queries=queries.dtype,
+            visible_positions=visible_positions.dtype,
+            query_positions=query_positions.dtype,
+            **{f"parameter {number}": tensor.dtype for number, tensor in enumerate(parameters)},
+        )
+
+    if takes_kernel("regressor_inputs", visible, find_obstacle):
+        query, key, value, _ = regressor_inputs_op(*arguments)
+        return query, key, value
+    return regressor_inputs_reference(*arguments)
+
+
+def regressor_inputs_reference(
+    visible: Tensor,
+    queries: Tensor,
+    visible_positions: Tensor,
+    query_positions: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor,
+    key_weight: Tensor,
+    key_bias: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `regressor_inputs` in plain PyTorch."""
+    # On a CPU, joining the parts first was faster than norms of each part.
+    tokens = torch.cat([visible, queries], dim=1)
+    positions = torch.cat([visible_positions, query_positions], dim=1)
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, weight.dtype)
+        out = F.layer_norm(x.to(wide), x.shape[2:], weight.to(wide), bias.to(wide), eps)
+        return out.to(dtype)
+
+    query = norm(queries + query_positions, query_weight, query_bias)
+    key = norm(tokens + positions, key_weight, key_bias)
+    return query, key, norm(tokens, value_weight, value_bias)
+
+
+# Kernels
+
+
+@jit
+def _load_row(
+    first: tl.tensor,
+    second: tl.tensor,
+    first_batch: tl.tensor,
+    first_row: tl.tensor,
+    second_batch: tl.tensor,
+    second_row: tl.tensor,
+    sample: tl.tensor,
+    row: tl.tensor,
+    num_first: tl.tensor,
+    width: tl.tensor,
+    column: tl.tensor,
+) -> tl.tensor:
+    """Load one row of a sample of [first, second]."""
+    # No column is inside where the row is of the other part.
+    inside = column < tl.where(row < num_first, width, 0)
+    outside = column < tl.where(row < num_first, 0, width)
+    here = first + sample * first_batch + row * first_row
+    there = second + sample * second_batch + (row - num_first) * second_row
+    values = tl.load(here + column, mask=inside, other=0.0).to(tl.float32)
+    return values + tl.load(there + column, mask=outside, other=0.0).to(tl.float32)
+
+
+@jit
+def _store_row(
+    first: tl.tensor,
+    second: tl.tensor,
+    values: tl.tensor,
+    sample: tl.tensor,
+    row: tl.tensor,
+    num_first: tl.tensor,
+    num_second: tl.tensor,
+    width: tl.tensor,
+    dim: tl.tensor,
+    column: tl.tensor,
+) -> None:
+    """Store one row of a sample into first or second."""
+    inside = column < tl.where(row < num_first, width, 0)
+    outside = column < tl.where(row < num_first, 0, width)
+    here = first + (sample * num_first + row) * dim
+    there = second + (sample * num_second + row - num_first) * dim
+    tl.store(here + column, values.to(first.dtype.element_ty), mask=inside)
+    tl.store(there + column, values.to(second.dtype.element_ty), mask=outside)
+
+
+@jit
+def _load_weight(weight: tl.tensor, column: tl.tensor, dim: tl.tensor) -> tl.tensor:
+    """Load weight or bias of a norm."""
+    return tl.load(weight + column, mask=column < dim, other=0.0).to(tl.float32)
+
+
+@jit
+def _mean_and_scale(
+    x: tl.tensor, column: tl.tensor, dim: tl.tensor, eps: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return the mean of a row and one over its standard deviation."""
+    mean = tl.sum(x, axis=0) / dim
+    deviation = tl.where(column < dim, x - mean, 0.0)
+    return mean, 1 / tl.sqrt(tl.sum(deviation * deviation, axis=0) / dim + eps)
+
+
+@jit
+def _forward_kernel(
+    query: tl.tensor,
+    key: tl.tensor,
+    value: tl.tensor,
+    statistics: tl.tensor,
+    visible: tl.tensor,
+    queries: tl.tensor,
+    visible_positions: tl.tensor,
+    query_positions: tl.tensor,
+    stride_0: tl.tensor,
+    stride_1: tl.tensor,
+    stride_2: tl.tensor,
+    stride_3: tl.tensor,
+    stride_4: tl.tensor,
+    stride_5: tl.tensor,
+    stride_6: tl.tensor,
+    stride_7: tl.tensor,
+    query_weight: tl.tensor,
+    query_bias: tl.tensor,
+    key_weight: tl.tensor,
+    key_bias: tl.tensor,
+    value_weight: tl.tensor,
+    value_bias: tl.tensor,
+    num_visible: tl.tensor,
+    num_queries: tl.tensor,
+    total: tl.tensor,
+    dim: tl.tensor,
+    eps: tl.tensor,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program: `ROWS` tokens, one after the other, with the weights at hand."""
+    column = tl.arange(0, BLOCK)
+    weight_q = _load_weight(query_weight, column, dim)
+    bias_q = _load_weight(query_bias, column, dim)
+    weight_k = _load_weight(key_weight, column, dim)
+    bias_k = _load_weight(key_bias, column, dim)
+    weight_v = _load_weight(value_weight, column, dim)
+    bias_v = _load_weight(value_bias, column, dim)
+    length = num_visible + num_queries
+    for step in range(ROWS):
+        place = tl.program_id(0).to(tl.int64) * ROWS + step
+        sample, row = place // length, place % length
+        width = tl.where(place < total, dim, 0)  # behind the last token, no column is inside
+        token = _load_row(
+            visible, queries, stride_0, stride_1, stride_2, stride_3,
+            sample, row, num_visible, width, column,
+        )  # fmt: skip
+        moved = token + _load_row(
+            visible_positions, query_positions, stride_4, stride_5, stride_6, stride_7,
+            sample, row, num_visible, width, column,
+        )  # fmt: skip
+        mean_k, scale_k = _mean_and_scale(moved, column, dim, eps)
+        mean_v, scale_v = _mean_and_scale(token, column, dim, eps)
+        line = statistics + place * 4
+        tl.store(line, mean_k, mask=place < total)
+        tl.store(line + 1, scale_k, mask=place < total)
+        tl.store(line + 2, mean_v, mask=place < total)
+        tl.store(line + 3, scale_v, mask=place < total)
+        normed = (moved - mean_k) * scale_k
+        inside = column < width
+        to_key = normed * weight_k + bias_k
+        tl.store(key + place * dim + column, to_key.to(key.dtype.element_ty), mask=inside)
+        to_value = (token - mean_v) * scale_v * weight_v + bias_v
+        tl.store(value + place * dim + column, to_value.to(value.dtype.element_ty), mask=inside)
+        answered = query + (sample * num_queries + row - num_visible) * dim
+        is_query = column < tl.where(row < num_visible, 0, width)
+        to_query = normed * weight_q + bias_q
+        tl.store(answered + column, to_query.to(query.dtype.element_ty), mask=is_query)
+
+
+@jit
+def _backward_kernel(
+    grad_visible: tl.tensor,
+    grad_queries: tl.tensor,
+    grad_visible_positions: tl.tensor,
+    grad_query_positions: tl.tensor,
+    partial: tl.tensor,
+    grad_query: tl.tensor,
+    grad_key: tl.tensor,
+    grad_value: tl.tensor,
+    visible: tl.tensor,
+    queries: tl.tensor,
+    visible_positions: tl.tensor,
+    query_positions: tl.tensor,
+    stride_0: tl.tensor,
+    stride_1: tl.tensor,
+    stride_2: tl.tensor,
+    stride_3: tl.tensor,
+    stride_4: tl.tensor,
+    stride_5: tl.tensor,
+    stride_6: tl.tensor,
+    stride_7: tl.tensor,
+    query_weight: tl.tensor,
+    key_weight: tl.tensor,
+    value_weight: tl.tensor,
+    statistics: tl.tensor,
+    num_visible: tl.tensor,
+    num_queries: tl.tensor,
+    total: tl.tensor,
+    rows: tl.tensor,
+    dim: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program: `rows` tokens, and the sums that they give to the weights' gradients."""
+    part = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    weight_q = _load_weight(query_weight, column, dim)
+    weight_k = _load_weight(key_weight, column, dim)
+    weight_v = _load_weight(value_weight, column, dim)
+    length = num_visible + num_queries
+    sum_q = tl.zeros((BLOCK,), dtype=tl.float32)
+    sum_qx = tl.zeros((BLOCK,), dtype=tl.float32)
+    sum_k = tl.zeros((BLOCK,), dtype=tl.float32)
+    sum_kx = tl.zeros((BLOCK,), dtype=tl.float32)
+    sum_v = tl.zeros((BLOCK,), dtype=tl.float32)
+    sum_vx = tl.zeros((BLOCK,), dtype=tl.float32)
+    for step in range(0, rows):
+        place = part * rows + step
+        sample, row = place // length, place % length
+        width = tl.where(place < total, dim, 0)
+        token = _load_row(
+            visible, queries, stride_0, stride_1, stride_2, stride_3,
+            sample, row, num_visible, width, column,
+        )  # fmt: skip
+        moved = token + _load_row(
+            visible_positions, query_positions, stride_4, stride_5, stride_6, stride_7,
+            sample, row, num_visible, width, column,
+        )  # fmt: skip
+        line = statistics + place * 4
+        mean_k = tl.load(line, mask=place < total, other=0.0)
+        scale_k = tl.load(line + 1, mask=place < total, other=0.0)
+        mean_v = tl.load(line + 2, mask=place < total, other=0.0)
+        scale_v = tl.load(line + 3, mask=place < total, other=0.0)
+        inside = column < width
+        of_key = tl.load(grad_key + place * dim + column, mask=inside, other=0.0).to(tl.float32)
+        of_value = tl.load(grad_value + place * dim + column, mask=inside, other=0.0)
+        of_value = of_value.to(tl.float32)
+        asked = grad_query + (sample * num_queries + row - num_visible) * dim
+        is_query = column < tl.where(row < num_visible, 0, width)
+        of_query = tl.load(asked + column, mask=is_query, other=0.0).to(tl.float32)
+
+        x = (moved - mean_k) * scale_k
+        sum_q += of_query
+        sum_qx += of_query * x
+        sum_k += of_key
+        sum_kx += of_key * x
+        of_x = of_key * weight_k + of_query * weight_q  # 0 outside: gradients are
+        along = tl.sum(of_x * x, axis=0) / dim
+        of_moved = scale_k * (of_x - tl.sum(of_x, axis=0) / dim - x * along)
+
+        x = (token - mean_v) * scale_v
+        sum_v += of_value
+        sum_vx += of_value * x
+        of_x = of_value * weight_v
+        along = tl.sum(of_x * x, axis=0) / dim
+        of_token = of_moved + scale_v * (of_x - tl.sum(of_x, axis=0) / dim - x * along)
+        _store_row(
+            grad_visible, grad_queries, of_token,
+            sample, row, num_visible, num_queries, width, dim, column,
+        )  # fmt: skip
+        if grad_visible_positions is not None:
+            _store_row(
+                grad_visible_positions, grad_query_positions, of_moved,
+                sample, row, num_visible, num_queries, width, dim, column,
+            )  # fmt: skip
+    line = partial + part * 6 * dim + column
+    tl.store(line, sum_qx, mask=column < dim)
+    tl.store(line + dim, sum_q, mask=column < dim)
+    tl.store(line + 2 * dim, sum_kx, mask=column < dim)
+    tl.store(line + 3 * dim, sum_k, mask=column < dim)
+    tl.store(line + 4 * dim, sum_vx, mask=column < dim)
+    tl.store(line + 5 * dim, sum_v, mask=column < dim)
+
+
+# Launchers
+
+MAX_WIDTH = 2048  # beyond it, registers spill
+_ROWS = 8  # tokens of a program, forward
+_PARTS = 512  # programs, backward
+
+
+def _columns(width: int, values: int) -> dict[str, Any]:
+    """Return the constants of a launch whose threads hold about so many values of a row."""
+    block = power_of_2_from(width)
+    warps = min(max(block // (32 * values), 1), 16)
+    return {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
+
+
+def _rows_in_place(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
+    """Return tensors with the values of a row side by side, and the other strides."""
+    rows = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
+    return rows, [stride for tensor in rows for stride in tensor.stride()[:2]]
+
+
+def _launch_forward(
+    visible: Tensor,
+    queries: Tensor,
+    visible_positions: Tensor,
+    query_positions: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor,
+    key_weight: Tensor,
+    key_bias: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (batch, num_visible, dim), num_queries = visible.shape, queries.shape[1]
+    length, device = num_visible + num_queries, visible.device
+    query = torch.empty((batch, num_queries, dim), dtype=dtype, device=device)
+    key, value = (torch.empty((batch, length, dim), dtype=dtype, device=device) for _ in "kv")
+    statistics = torch.empty((batch, length, 4), dtype=torch.float32, device=device)
+    rows, strides = _rows_in_place(visible, queries, visible_positions, query_positions)
+    parameters = (query_weight, query_bias, key_weight, key_bias, value_weight, value_bias)
+    if key.numel():
+        with on_device(visible):
+            _forward_kernel[(-(-batch * length // _ROWS),)](
+                query,
+                key,
+                value,
+                statistics,
+                *rows,
+                *strides,
+                *(parameter.contiguous() for parameter in parameters),
+                num_visible,
+                num_queries,
+                batch * length,
+                dim,
+                eps,
+                ROWS=_ROWS,
+                **_columns(dim, 8),
+            )
+    return query, key, value, statistics
+
+
+def _launch_backward(
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    visible: Tensor,
+    queries: Tensor,
+    visible_positions: Tensor,
+    query_positions: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    statistics: Tensor,
+    needs_positions: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (batch, num_visible, dim), num_queries = visible.shape, queries.shape[1]
+    total = batch * (num_visible + num_queries)
+    part = max(-(-total // _PARTS), 1)
+    partial = torch.empty((-(-total // part), 6, dim), dtype=torch.float32, device=visible.device)
+    grads = [
+        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        for tensor in (visible, queries)
+    ]
+    grads += [
+        torch.empty(
+            tensor.shape if needs_positions else (0,), dtype=tensor.dtype, device=tensor.device
+        )
+        for tensor in (visible_positions, query_positions)
+    ]
+    rows, strides = _rows_in_place(visible, queries, visible_positions, query_positions)
+    if partial.numel():
+        with on_device(visible):
+            _backward_kernel[(len(partial),)](
+                *grads[:2],
+                *(grads[2:] if needs_positions else (None, None)),
+                partial,
+                grad_query.contiguous(),
+                grad_key.contiguous(),
+                grad_value.contiguous(),
+                *rows,
+                *strides,
+                query_weight.contiguous(),
+                key_weight.contiguous(),
+                value_weight.contiguous(),
+                statistics,
+                num_visible,
+                num_queries,
+                total,
+                part,
+                dim,
+                **_columns(dim, 4),
+            )
+    return (*grads, partial.sum(dim=0))  # type: ignore[return-value]
+
+
+# Registration
+
+
+def _forward_reference(
+    visible: Tensor,
+    queries: Tensor,
+    visible_positions: Tensor,
+    query_positions: Tensor,
+    *parameters_and_rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments = (visible, queries, visible_positions, query_positions, *parameters_and_rest)
+    *_, eps, _ = parameters_and_rest
+    tokens = torch.cat([visible, queries], dim=1).float()
+    positions = torch.cat([visible_positions, query_positions], dim=1)
+    statistics = [
+        part
+        for x in (tokens + positions, tokens)
+        for variance, mean in [torch.var_mean(x.float(), dim=2, correction=0)]
+        for part in (mean, (variance + eps).rsqrt())
+    ]
+    return (*regressor_inputs_reference(*arguments), torch.stack(statistics, dim=2))
+
+
+def _backward_reference(
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    visible: Tensor,
+    queries: Tensor,
+    visible_positions: Tensor,
+    query_positions: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    statistics: Tensor,
+    needs_positions: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens = torch.cat([visible, queries], dim=1).float()
+    positions = torch.cat([visible_positions, query_positions], dim=1)
+    split = [visible.shape[1], queries.shape[1]]
+    key_x, value_x = tokens + positions, tokens
+    key_mean, key_scale, value_mean, value_scale = statistics.unsqueeze(3).unbind(2)
+    key_x, value_x = (key_x - key_mean) * key_scale, (value_x - value_mean) * value_scale
+    of_query = torch.cat([torch.zeros_like(visible, dtype=torch.float32), grad_query], dim=1)
+
+    def through_norm(of_x: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+        return scale * (
+            of_x - of_x.mean(dim=2, keepdim=True) - x * (of_x * x).mean(dim=2, keepdim=True)
+        )
+
+    of_moved = through_norm(grad_key * key_weight + of_query * query_weight, key_x, key_scale)
+    of_token = of_moved + through_norm(grad_value * value_weight, value_x, value_scale)
+    sums = [
+        total.float().sum(dim=(0, 1))
+        for grad, x in ((of_query, key_x), (grad_key, key_x), (grad_value, value_x))
+        for total in (grad * x, grad)
+    ]
+    grad_visible, grad_queries = of_token.split(split, dim=1)
+    places = of_moved.split(split, dim=1) if needs_positions else of_moved.new_empty(2, 0)
+    return (
+        grad_visible.to(visible.dtype, copy=True),
+        grad_queries.to(queries.dtype, copy=True),
+        places[0].to(visible_positions.dtype, copy=True),
+        places[1].to(query_positions.dtype, copy=True),
+        torch.stack(sums),
+    )
+
+
+def _fake_forward(
+    visible: Tensor, queries: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype, (batch, num_queries, dim) = rest[-1], queries.shape
+    length = visible.shape[1] + num_queries
+    return (
+        visible.new_empty((batch, num_queries, dim), dtype=dtype),
+        visible.new_empty((batch, length, dim), dtype=dtype),
+        visible.new_empty((batch, length, dim), dtype=dtype),
+        visible.new_empty((batch, length, 4), dtype=torch.float32),
+    )
+
+
+def _fake_backward(
+    grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens, positions, needs_positions = rest[:2], rest[2:4], rest[-1]
+    return (
+        *(tensor.new_empty(tensor.shape) for tensor in tokens),
+        *(tensor.new_empty(tensor.shape if needs_positions else (0,)) for tensor in positions),
+        tokens[0].new_empty((6, tokens[0].shape[2]), dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _, _ = inputs
+    weights, biases = tensors[4::2], tensors[5::2]
+    ctx.bias_dtypes = [bias.dtype for bias in biases]
+    ctx.mark_non_differentiable(output[3])
+    ctx.save_for_backward(*tensors[:4], *weights, output[3])
+
+
+def _backward(
+    ctx: Any, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, _: Tensor
+) -> tuple[Tensor | None, ...]:
+    needs_positions = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+    saved = ctx.saved_tensors
+    *grads, sums = regressor_inputs_backward_op(
+        grad_query, grad_key, grad_value, *saved, needs_positions
+    )
+    kinds = [
+        kind
+        for weight, bias in zip(saved[4:7], ctx.bias_dtypes, strict=True)
+        for kind in (weight.dtype, bias)
+    ]
+    of_parameters = [total.to(kind) for total, kind in zip(sums.unbind(0), kinds, strict=True)]
+    if not needs_positions:
+        grads[2:] = [None, None]
+    return *grads, *of_parameters, None, None
+
+
+_TENSORS = "Tensor visible, Tensor queries, Tensor visible_positions, Tensor query_positions, "
+regressor_inputs_op = register(
+    f"regressor_inputs({_TENSORS}Tensor query_weight, Tensor query_bias, Tensor key_weight, "
+    "Tensor key_bias, Tensor value_weight, Tensor value_bias, float eps, ScalarType dtype) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    launch=_launch_forward,
+    reference=_forward_reference,
+    fake=_fake_forward,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+regressor_inputs_backward_op = register(
+    f"regressor_inputs_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, {_TENSORS}"
+    "Tensor query_weight, Tensor key_weight, Tensor value_weight, Tensor statistics, "
+    "bool needs_positions) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    launch=_launch_backward,
+    reference=_backward_reference,
+    fake=_fake_backward,
+)

@@ -1,0 +1,415 @@
+"""`RaggedMask`: samples of a batch that hide different numbers of tokens, on grids of their own.
+
+Axes: samples; tokens of all samples one behind the other (packed): of the whole grids, row-major,
+prefix tokens excluded; visible; masked.
+"""
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from itertools import accumulate
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int, Int64
+from torch import Tensor
+
+from mimkit._containers import container, static
+from mimkit._grids import Grid, as_sizes, count_tokens
+from mimkit.masking._key import Key
+from mimkit.masking._mask import Mask
+
+
+@container
+class RaggedMask:
+    """Which tokens of every sample the encoder sees, where samples differ in number or in grid.
+
+    What belongs to tokens is packed: the rows of the first sample, then those of the second, and so
+    on, without padding. So a batch may hold images of different sizes, each with its own grid.
+    Like `Mask`, it is a pytree of tensors; counts and grids are its context, known without a look
+    at the device (a compiled graph is for one set of them). Make one with `ragged`,
+    `RaggedMask.cat` or `RaggedMask.from_*`; the constructor itself checks nothing.
+
+    Attributes:
+        visible_ids: Row-major positions in each sample's grid that the encoder sees, ascending.
+        masked_ids: The other positions, ascending within each sample.
+        cu_visible: Where each sample's visible ids begin, and their number at the end.
+        cu_masked: The same of the masked ids.
+        grids: Tokens per axis of each sample.
+        num_visible: Visible tokens of each sample.
+
+    Example:
+        >>> wide, tall = torch.tensor([[False, True]]), torch.tensor([[True], [True], [False]])
+        >>> mask = RaggedMask.from_bool([wide, tall])
+        >>> mask
+        RaggedMask(grids=((1, 2), (3, 1)), num_visible=(1, 1), num_masked=(1, 2), device='cpu')
+        >>> mask.masked_ids, mask.cu_masked
+        (tensor([1, 0, 1]), tensor([0, 1, 3]))
+    """
+
+    visible_ids: Int64[Tensor, " visible"]
+    masked_ids: Int64[Tensor, " masked"]
+    cu_visible: Int64[Tensor, " samples_and_one"]
+    cu_masked: Int64[Tensor, " samples_and_one"]
+    grids: tuple[Grid, ...] = static()
+    num_visible: tuple[int, ...] = static()
+
+    @classmethod
+    def from_bool(
+        cls, is_masked: Bool[Tensor, "samples *grid"] | Sequence[Bool[Tensor, "..."]]
+    ) -> "RaggedMask":
+        """Make a mask from booleans, True = masked: one tensor, or one a sample with its own grid.
+
+        Masked tokens are counted, which a compiled graph cannot do and which synchronises a GPU.
+
+        Raises:
+            TypeError: Not booleans.
+            ValueError: No sample, or one without an axis.
+        """
+        samples = list(is_masked)
+        odd = next((sample for sample in samples if sample.dtype != torch.bool), None)
+        if odd is not None:
+            raise TypeError(f"is_masked must be boolean (True = masked); got {odd.dtype}")
+        grids = tuple(as_sizes("grid", tuple(sample.shape)) for sample in samples)
+        _check_any(samples)
+        flat = torch.cat([sample.flatten() for sample in samples])
+        starts = _cumulate([count_tokens(grid) for grid in grids], flat.device)
+        visible, masked = ((flat == hidden).nonzero().squeeze(1) for hidden in (False, True))
+        cu_visible = torch.searchsorted(visible, starts)
+        cu_masked = starts - cu_visible
+        num_visible = cu_visible.diff()
+        return cls(
+            visible - _spread(starts[:-1], num_visible, len(visible)),
+            masked - _spread(starts[:-1], cu_masked.diff(), len(masked)),
+            cu_visible,
+            cu_masked,
+            grids,
+            tuple(num_visible.tolist()),
+        )
+
+    @classmethod
+    def from_visible_ids(
+        cls, ids: Sequence[Int[Tensor, "_"]], grids: Sequence[Sequence[int]]
+    ) -> "RaggedMask":
+        """Make a mask from the row-major positions that stay visible in each sample, in any order.
+
+        Raises:
+            TypeError: Ids that are not integers.
+            ValueError: Another number of grids than of samples, or (on a CPU) ids that are out of
+                range or repeated.
+
+        Example:
+            >>> ids = [torch.tensor([3, 0]), torch.tensor([1])]
+            >>> RaggedMask.from_visible_ids(ids, [(2, 2), (1, 3)]).visible_ids
+            tensor([0, 3, 1])
+        """
+        if len(ids) != len(grids):
+            raise ValueError(f"{len(ids)} samples need as many grids; got {len(grids)}")
+        pairs = zip(ids, grids, strict=True)
+        return cls.cat([Mask.from_visible_ids(one.unsqueeze(0), grid) for one, grid in pairs])
+
+    @classmethod
+    def cat(cls, masks: Sequence["Mask | RaggedMask"]) -> "RaggedMask":
+        """Put masks of any grids and counts behind one another, each with all of its samples.
+
+        Raises:
+            ValueError: No mask.
+
+        Example:
+            >>> from mimkit import masking
+            >>> key = masking.key([0, 1], seed=0)
+            >>> masks = [masking.uniform(key, grid, 0.75) for grid in ((4, 4), (2, 8), (4, 6))]
+            >>> RaggedMask.cat(masks).num_visible
+            (4, 4, 4, 4, 6, 6)
+        """
+        _check_any(masks)
+        visible_ids = torch.cat([mask.visible_ids.flatten() for mask in masks])
+        masked_ids = torch.cat([mask.masked_ids.flatten() for mask in masks])
+        grids: list[Grid] = []
+        num_visible: list[int] = []
+        for mask in masks:
+            if isinstance(mask, Mask):
+                grids += [mask.grid] * mask.batch_size
+                num_visible += [mask.num_visible] * mask.batch_size
+            else:
+                grids += mask.grids
+                num_visible += mask.num_visible
+        return cls._pack(visible_ids, masked_ids, grids, num_visible)
+
+    @classmethod
+    def _pack(
+        cls,
+        visible_ids: Tensor,
+        masked_ids: Tensor,
+        grids: Sequence[Grid],
+        num_visible: Sequence[int],
+    ) -> "RaggedMask":
+        counts = zip(grids, num_visible, strict=True)
+        num_masked = [count_tokens(grid) - count for grid, count in counts]
+        cu_visible, cu_masked = (
+            _cumulate(n, visible_ids.device) for n in (num_visible, num_masked)
+        )
+        context = tuple(grids), tuple(num_visible)
+        return cls(visible_ids, masked_ids, cu_visible, cu_masked, *context)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of samples."""
+        return len(self.grids)
+
+    @property
+    def num_tokens(self) -> tuple[int, ...]:
+        """Positions of each sample's grid."""
+        return tuple(count_tokens(grid) for grid in self.grids)
+
+    @property
+    def num_masked(self) -> tuple[int, ...]:
+        """Masked tokens of each sample."""
+        counts = zip(self.num_tokens, self.num_visible, strict=True)
+        return tuple(tokens - visible for tokens, visible in counts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the ids live."""
+        return self.visible_ids.device
+
+    @property
+    def is_masked(self) -> list[Bool[Tensor, "..."]]:
+        """One boolean per grid position of each sample, True = masked."""
+        return [mask.is_masked[0] for mask in self.unbind()]
+
+    @property
+    def visible_rows(self) -> Int64[Tensor, " visible"]:
+        """Where visible tokens stand among all tokens of all samples."""
+        return self.visible_ids + self._starts(self.cu_visible, self.visible_ids)
+
+    @property
+    def masked_rows(self) -> Int64[Tensor, " masked"]:
+        """Where masked tokens stand among all tokens of all samples."""
+        return self.masked_ids + self._starts(self.cu_masked, self.masked_ids)
+
+    def _starts(self, cumulative: Tensor, ids: Tensor) -> Tensor:
+        starts = (self.cu_visible + self.cu_masked)[:-1]
+        return _spread(starts, cumulative.diff(), len(ids))
+
+    def split_visible(self, packed: Tensor, *, num_prefix: int = 0) -> tuple[Tensor, ...]:
+        """Split rows of visible tokens, behind `num_prefix` others each, into samples.
+
+        Raises:
+            ValueError: Another number of rows.
+
+        Example:
+            >>> mask = RaggedMask.from_bool([torch.tensor([False, True]), torch.tensor([False])])
+            >>> [len(rows) for rows in mask.split_visible(torch.randn(4, 8), num_prefix=1)]
+            [2, 2]
+        """
+        return _split(packed, [num_prefix + count for count in self.num_visible])
+
+    def split_masked(self, packed: Tensor) -> tuple[Tensor, ...]:
+        """Split rows of masked tokens into samples.
+
+        Raises:
+            ValueError: Another number of rows.
+        """
+        return _split(packed, self.num_masked)
+
+    def unbind(self) -> list[Mask]:
+        """Split the batch into masks of one sample.
+
+        Example:
+            >>> mask = RaggedMask.from_bool([torch.tensor([False, True]), torch.tensor([False])])
+            >>> RaggedMask.cat(mask.unbind()).equal(mask)
+            True
+        """
+        samples = zip(
+            self.split_visible(self.visible_ids),
+            self.split_masked(self.masked_ids),
+            self.grids,
+            strict=True,
+        )
+        return [Mask(v.unsqueeze(0), m.unsqueeze(0), grid) for v, m, grid in samples]
+
+    def complement(self) -> "RaggedMask":
+        """Swap visible and masked: `~mask`, spelled for `torch.compile`, which cannot trace `~`."""
+        return RaggedMask(
+            self.masked_ids,
+            self.visible_ids,
+            self.cu_masked,
+            self.cu_visible,
+            self.grids,
+            self.num_masked,
+        )
+
+    def __invert__(self) -> "RaggedMask":
+        return self.complement()
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> "RaggedMask":
+        if isinstance(rows, Tensor):
+            rows = torch.arange(self.batch_size)[rows.cpu()].view(-1).tolist()
+        if isinstance(rows, int | slice):
+            index = range(self.batch_size)[rows]
+            rows = [index] if isinstance(index, int) else list(index)
+        visible = self.split_visible(self.visible_ids)
+        masked = self.split_masked(self.masked_ids)
+        _check_any(rows)
+        return RaggedMask._pack(
+            torch.cat([visible[row] for row in rows]),
+            torch.cat([masked[row] for row in rows]),
+            [self.grids[row] for row in rows],
+            [self.num_visible[row] for row in rows],
+        )
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "RaggedMask":
+        """Move the tensors to `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "RaggedMask":
+        """Copy to page-locked memory (`DataLoader(pin_memory=True)` calls this)."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "RaggedMask":
+        return RaggedMask(
+            function(self.visible_ids),
+            function(self.masked_ids),
+            function(self.cu_visible),
+            function(self.cu_masked),
+            self.grids,
+            self.num_visible,
+        )
+
+    def equal(self, other: "RaggedMask") -> bool:
+        """Whether both hide the same positions of the same grids in every sample."""
+        return (
+            (self.grids, self.num_visible) == (other.grids, other.num_visible)
+            and torch.equal(self.visible_ids, other.visible_ids)
+            and torch.equal(self.masked_ids, other.masked_ids)
+        )
+
+    def validate(self) -> None:
+        """Check that counts fit, and that ids are ascending and fill every sample's grid.
+
+        Raises:
+            ValueError: Anything else, naming the first odd sample.
+        """
+        for name, ids, cumulative, counts in (
+            ("visible", self.visible_ids, self.cu_visible, self.num_visible),
+            ("masked", self.masked_ids, self.cu_masked, self.num_masked),
+        ):
+            if cumulative.tolist() != [0, *accumulate(counts)] or len(ids) != sum(counts):
+                raise ValueError(
+                    f"cu_{name} {cumulative.tolist()} and {len(ids)} {name} ids do not fit the "
+                    f"counts {counts} of grids {self.grids}"
+                )
+        for row, mask in enumerate(self.unbind()):
+            try:
+                mask.validate()
+            except ValueError as error:
+                raise ValueError(f"of a ragged mask's sample {row}: {error}") from None
+
+    def __repr__(self) -> str:
+        return (
+            f"RaggedMask(grids={self.grids}, num_visible={self.num_visible}, "
+            f"num_masked={self.num_masked}, device='{self.device}')"
+        )
+
+
+def ragged(
+    sampler: Callable[..., Mask],
+    key: Key,
+    grids: Sequence[int] | Sequence[Sequence[int]],
+    ratios: float | Fraction | Sequence[float | Fraction] | None = None,
+    *,
+    num_masked: int | Sequence[int] | None = None,
+    **options: Any,
+) -> RaggedMask:
+    """Draw masks of different ratios, counts or grids: each sample's is what it would be alone.
+
+    Args:
+        sampler: Any sampler, such as `uniform` or `blockwise`.
+        key: What the masks are a function of.
+        grids: Tokens per axis: one grid for all, or one a sample.
+        ratios: Fraction of tokens to mask, in [0, 1]: one for all, or one a sample.
+        num_masked: Tokens to mask, instead of `ratios`.
+        options: For the sampler, as they are.
+
+    Returns:
+        A mask on the device of `key`.
+
+    Raises:
+        TypeError: A sampler that returns something else than a `Mask`.
+        ValueError: Another number of grids, ratios or counts than of samples, or what the sampler
+            raises.
+
+    Example:
+        >>> from mimkit import masking
+        >>> key = masking.key([7, 8], seed=0)
+        >>> mask = ragged(masking.uniform, key, [(4, 4), (2, 6)], [0.5, 0.75])
+        >>> mask.num_visible
+        (8, 3)
+        >>> mask.unbind()[1].equal(masking.uniform(masking.key([8], seed=0), (2, 6), 0.75))
+        True
+    """
+    one_grid = not (len(grids) and isinstance(grids[0], Sequence))
+    kinds = zip(
+        _per_sample("grids", grids, key, one=one_grid),
+        _per_sample("ratios", ratios, key, one=not isinstance(ratios, Sequence)),
+        _per_sample("num_masked", num_masked, key, one=not isinstance(num_masked, Sequence)),
+        strict=True,
+    )
+    alike: dict[Any, list[int]] = {}
+    for row, (grid, ratio, count) in enumerate(kinds):
+        alike.setdefault((tuple(grid), ratio, count), []).append(row)
+    masks: dict[int, Mask] = {}
+    for (grid, ratio, count), rows in alike.items():
+        wanted = {"ratio": ratio, "num_masked": count}
+        wanted = {name: value for name, value in wanted.items() if value is not None}
+        part = Key(key.sample_ids[rows], key.seed_and_epoch, key.view_index)
+        drawn = sampler(part, grid, **wanted, **options)
+        if not isinstance(drawn, Mask):
+            raise TypeError(f"sampler must return a Mask; got {type(drawn).__name__}")
+        masks |= {row: drawn[i] for i, row in enumerate(rows)}
+    return RaggedMask.cat([masks[row] for row in range(key.batch_size)])
+
+
+def behind_prefix(mask: RaggedMask, num_prefix: int) -> RaggedMask:
+    """Count `num_prefix` tokens in front of each sample's as visible, on grids of one axis."""
+    if num_prefix == 0:
+        return mask
+    prefix = torch.arange(num_prefix, device=mask.device)
+    visible = mask.split_visible(mask.visible_ids + num_prefix)
+    return RaggedMask._pack(
+        torch.cat([ids for sample in visible for ids in (prefix, sample)]),
+        mask.masked_ids + num_prefix,
+        [(num_prefix + count,) for count in mask.num_tokens],
+        [num_prefix + count for count in mask.num_visible],
+    )
+
+
+def _per_sample(name: str, value: Any, key: Key, *, one: bool) -> Sequence[Any]:
+    """Spread one value over all samples, or check that there is one for each."""
+    if one:
+        return [value] * key.batch_size
+    if len(value) != key.batch_size:
+        raise ValueError(f"{key.batch_size} samples need as many {name}; got {len(value)}")
+    values: Sequence[Any] = value
+    return values
+
+
+def _split(packed: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
+    if len(packed) != sum(counts):
+        raise ValueError(f"samples of {tuple(counts)} rows have {sum(counts)}; got {len(packed)}")
+    parts: tuple[Tensor, ...] = packed.split(list(counts))
+    return parts
+
+
+def _cumulate(counts: Sequence[int], device: torch.device) -> Int64[Tensor, " samples_and_one"]:
+    return torch.tensor([0, *accumulate(counts)], device=device)
+
+
+def _spread(values: Tensor, counts: Tensor, total: int) -> Tensor:
+    """Repeat each sample's value for each of its tokens; `total` spares a synchronisation."""
+    return values.repeat_interleave(counts, output_size=total)
+
+
+def _check_any(samples: Sequence[Any]) -> None:
+    if not len(samples):
+        raise ValueError("a ragged mask needs at least one sample")

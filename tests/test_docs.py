@@ -1,0 +1,106 @@
+"""The documentation: its code runs, its tables are fresh, its links lead somewhere.
+
+Blocks of a page share a namespace. A block with prompts is a doctest; any other is executed.
+"""
+
+import doctest
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+
+
+def blocks_of(page: Path) -> list[tuple[int, str]]:
+    """Python blocks, each with the number of lines above it."""
+    text = page.read_text()
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, block.start(1)), block[1]) for block in found]
+
+
+def run_block(page: Path, line: int, code: str, names: dict[str, Any]) -> None:
+    if not code.startswith(">>>"):
+        exec(compile("\n" * line + code, str(page), "exec"), names)
+        return
+    example = doctest.DocTestParser().get_doctest(code, names, page.name, str(page), line)
+    complaints: list[str] = []
+    doctest.DocTestRunner(optionflags=FLAGS).run(example, out=complaints.append, clear_globs=False)
+    names.update(example.globs)
+    assert not complaints, "".join(complaints)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": page.stem}
+    for line, code in blocks_of(page):
+        run_block(page, line, code, names)
+
+
+def test_a_block_that_fails_is_reported_with_its_line() -> None:
+    page = Path("page.md")
+    with pytest.raises(AssertionError, match=r"(?s)line 7.*Expected:\s+5.*Got:\s+4"):
+        run_block(page, 6, ">>> 2 + 2\n5\n", {})
+    with pytest.raises(ZeroDivisionError) as caught:
+        run_block(page, 6, "x = 1\nx / 0\n", {})
+    assert caught.traceback[-1].lineno + 1 == 8
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_pictures", DOCS / "make_pictures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "table", ["shares", "others", pytest.param("units", marks=pytest.mark.full)]
+)
+def test_a_table_is_the_one_that_the_script_makes(table: str) -> None:
+    text = (DOCS / "which-mask.md").read_text()
+    assert load_script().fill_in(text, [table]) == text, "run `python docs/make_pictures.py`"
+
+
+def test_all_tables_are_tested() -> None:
+    assert set(load_script().TABLES) == {"shares", "others", "units"}
+
+
+def test_the_script_draws_every_picture_of_the_page_and_no_other() -> None:
+    shown = set(re.findall(r"\(pictures/(\S+)\.png\)", (DOCS / "which-mask.md").read_text()))
+    files = list((DOCS / "pictures").glob("*.png"))
+    assert shown == {file.stem for file in files} == {*load_script().SAMPLERS, "tube"}
+    assert sum(file.stat().st_size for file in files) < 1 << 20
+
+
+def anchors_of(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = target.partition("#")
+        if path.startswith("http"):
+            continue
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors_of(file), target
+
+
+def test_the_index_lists_every_page() -> None:
+    index = (DOCS / "README.md").read_text()
+    assert [page.name for page in PAGES if f"({page.name})" not in index] == ["README.md"]
+
+
+def test_mae_in_forty_lines_has_no_more() -> None:
+    ((_, code), *_) = blocks_of(DOCS / "mae-in-40-lines.md")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 40

@@ -1,0 +1,371 @@
+"""Leaks are placed where the geometry of the network says that they are; clean encoders pass.
+
+Hidden pixels of patch p can change the output at patch q if some path of convolutions leads from
+p to q. For each network here that set of q is worked out by hand, and compared with the verdict.
+"""
+
+import math
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mimkit import masking
+from mimkit.masking import Key, Mask
+from mimkit.nn import ConvStem, ConvViT, ViT
+from mimkit.nn._convvit import Layout, hide
+from mimkit.testing import (
+    assert_mask_equivariant,
+    assert_no_leak,
+    assert_sampler_conforms,
+    assert_samples_isolated,
+    grids,
+    ratios,
+)
+from recipes.cae import CAE
+from recipes.cae import PRESETS as CAE_PRESETS
+from recipes.convmae import PRESETS as CONVMAE_PRESETS
+from recipes.convmae import ConvMAE
+from recipes.mae import MAE
+from recipes.mae import PRESETS as MAE_PRESETS
+
+Patch = tuple[int, ...]
+
+
+def verdict(encoder: Callable[[Tensor, Mask], Tensor], images: Tensor, mask: Mask) -> str:
+    with pytest.raises(AssertionError) as caught:
+        assert_no_leak(encoder, images, mask)
+    return str(caught.value)
+
+
+def placed(message: str) -> tuple[Patch, int, Patch, float]:
+    """Read the leaking patch, its sample, the farthest patch that it changes and the distance."""
+    found = re.search(
+        r"masked patch \((\d+), (\d+)\) of sample (\d+) alone .* "
+        r"as far as the visible patch \((\d+), (\d+)\), (\S+) patches away",
+        message,
+    )
+    assert found, message
+    row, column, sample, far_row, far_column = map(int, found.groups()[:5])
+    return (row, column), sample, (far_row, far_column), float(found[6])
+
+
+def expected_verdict(
+    mask: Mask, reached: Callable[[Tensor, Patch], Tensor]
+) -> tuple[Patch, int, Patch, float]:
+    """The first masked patch that reaches a visible one, and the farthest one that it reaches."""
+    for sample, is_masked in enumerate(mask.is_masked):
+        for row, column in is_masked.nonzero().tolist():
+            there = (reached(is_masked, (row, column)) & ~is_masked).nonzero().tolist()
+            if there:
+                far = max(there, key=lambda place: math.dist((row, column), place))
+                distance = round(math.dist((row, column), far), 1)
+                return (row, column), sample, tuple(far), distance
+    raise AssertionError("nothing leaks")
+
+
+def around(places: Tensor, reach: int) -> Tensor:
+    """Grow a set of patches by `reach` in all eight directions."""
+    return F.max_pool2d(places.float()[None, None], 2 * reach + 1, 1, reach)[0, 0] > 0
+
+
+def only(is_masked: Tensor, patch: Patch) -> Tensor:
+    there = torch.zeros_like(is_masked)
+    there[patch] = True
+    return there
+
+
+MASKS = [
+    masking.uniform(masking.key([1, 2], seed=seed), (5, 7), ratio)
+    for seed, ratio in enumerate((0.1, 0.5, 0.75))
+]
+
+
+class DenseConvolutions(nn.Module):
+    """Patches, then plain convolutions over all of them."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 4, 4)
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(depth))
+
+    def forward(self, images: Tensor, mask: Mask) -> Tensor:
+        x = self.embed(images)
+        for conv in self.convs:
+            x = conv(x)
+        tokens = x.flatten(2).transpose(1, 2)
+        return torch.take_along_dim(tokens, mask.visible_ids.unsqueeze(2), dim=1)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=lambda mask: f"{mask.num_masked} of 35")
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_plain_convolution_leaks_as_far_as_its_windows_add_up_to(depth: int, mask: Mask) -> None:
+    torch.manual_seed(0)
+    message = verdict(DenseConvolutions(depth), torch.rand(2, 3, 20, 28), mask)
+    assert placed(message) == expected_verdict(
+        mask, lambda is_masked, patch: around(only(is_masked, patch), depth)
+    )
+
+
+class OverlappingStem(nn.Module):
+    """A stem whose kernel is larger than its stride: it looks `padding` pixels to both sides."""
+
+    def __init__(self, kernel: int, padding: int) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, kernel, 4, padding)
+
+    def forward(self, images: Tensor, mask: Mask) -> Tensor:
+        tokens = self.embed(images).flatten(2).transpose(1, 2)
+        return torch.take_along_dim(tokens, mask.visible_ids.unsqueeze(2), dim=1)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=lambda mask: f"{mask.num_masked} of 35")
+@pytest.mark.parametrize(("kernel", "padding", "reach"), [(6, 1, 1), (12, 4, 1), (14, 5, 2)])
+def test_an_overlapping_stem_leaks_into_the_patches_that_it_overlaps(
+    kernel: int, padding: int, reach: int, mask: Mask
+) -> None:
+    torch.manual_seed(0)
+    message = verdict(OverlappingStem(kernel, padding), torch.rand(2, 3, 20, 28), mask)
+    assert placed(message) == expected_verdict(
+        mask, lambda is_masked, patch: around(only(is_masked, patch), reach)
+    )
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=lambda mask: f"{mask.num_masked} of 35")
+def test_a_stem_that_looks_to_one_side_only_is_placed_there(mask: Mask) -> None:
+    """Three by three with stride two, as in early convolutions: one pixel up and to the left."""
+
+    def encoder(images: Tensor, mask: Mask) -> Tensor:
+        tokens = F.conv2d(images, kernel, stride=2, padding=1).flatten(2).transpose(1, 2)
+        return torch.take_along_dim(tokens, mask.visible_ids.unsqueeze(2), dim=1)
+
+    def reached(is_masked: Tensor, patch: Patch) -> Tensor:
+        there = only(is_masked, patch)
+        there[patch[0] : patch[0] + 2, patch[1] : patch[1] + 2] = True
+        return there
+
+    kernel = torch.rand(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    message = verdict(encoder, torch.rand(2, 3, 10, 14), mask)
+    assert placed(message) == expected_verdict(mask, reached)
+
+
+def test_the_stem_of_the_library_hides_pixels_before_it_mixes_them() -> None:
+    torch.manual_seed(0)
+    stem = ConvStem(in_channels=3, channels=(8, 8))
+    stem_vit = ViT(image_size=(32, 48), patch_size=2, dim=16, depth=1, heads=2, stem=stem)
+    mask = masking.uniform(masking.key([0, 1], seed=0), stem_vit.grid, 0.5)
+    assert_no_leak(stem_vit, torch.rand(2, 3, 32, 48), mask)
+
+
+class MaskedConvolutions(nn.Module):
+    """Residual blocks of masked convolutions: what is masked keeps its values, but is not seen."""
+
+    def __init__(self, masked: tuple[bool, ...]) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 4, 4)
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1, groups=8) for _ in masked)
+        self.masked = masked
+
+    def forward(self, images: Tensor, mask: Mask) -> Tensor:
+        visible = ~mask.is_masked.unsqueeze(1)
+        x = self.embed(images)
+        for conv, is_masked in zip(self.convs, self.masked, strict=True):
+            x = x + conv(x * visible if is_masked else x)
+        tokens = x.flatten(2).transpose(1, 2)
+        return torch.take_along_dim(tokens, mask.visible_ids.unsqueeze(2), dim=1)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=lambda mask: f"{mask.num_masked} of 35")
+@pytest.mark.parametrize(
+    "masked", [(False, True, True), (True, False, True), (True, True, False), (True, True, True)]
+)
+def test_a_mask_that_is_missing_in_one_layer_is_placed(masked: tuple, mask: Mask) -> None:
+    """From there on what has leaked travels on, over visible patches only."""
+
+    def reached(is_masked: Tensor, patch: Patch) -> Tensor:
+        there = only(is_masked, patch)
+        for layer in masked:
+            there = there | around(there & ~is_masked if layer else there, 1)
+        return there
+
+    torch.manual_seed(0)
+    encoder, images = MaskedConvolutions(masked), torch.rand(2, 3, 20, 28)
+    if all(masked):
+        assert_no_leak(encoder, images, mask)
+    else:
+        assert placed(verdict(encoder, images, mask)) == expected_verdict(mask, reached)
+
+
+class ForgetsItsMaskOnce(ConvViT):
+    """Masked convolutions on the whole map; one block of the first stage is given no mask."""
+
+    def __init__(self, forgetful: int | None) -> None:
+        super().__init__(
+            image_size=(40, 56), patch_sizes=(4, 2, 1), dim=(8, 8, 8), depth=(3, 1, 1), heads=2
+        )
+        self.forgetful = forgetful
+
+    def forward(self, images: Tensor, mask: Mask) -> Tensor:
+        hidden = mask.refine(2).is_masked.flatten(1)[:, None, :, None]
+        cells, cell = images.flatten(2).transpose(1, 2).unsqueeze(1), self.image_size
+        stage = self.stages[0]
+        cells = stage.embed(cells, cell)
+        for index, block in enumerate(stage.blocks):
+            seen = None if index == self.forgetful else hidden
+            cells = block(cells, Layout((10, 14), None, seen))
+        tokens = hide(cells, hidden)[:, 0].view(len(images), 5, 2, 7, 2, -1)
+        tokens = tokens.transpose(2, 3).reshape(len(images), 35, -1)
+        return torch.take_along_dim(tokens, mask.visible_ids.unsqueeze(2), dim=1)
+
+
+@pytest.mark.parametrize("forgetful", [None, 0, 1, 2])
+def test_a_block_of_convmae_that_is_given_no_mask_is_placed(forgetful: int | None) -> None:
+    """Five by five over half patches: one whole patch further with every block."""
+
+    def reached(is_masked: Tensor, patch: Patch) -> Tensor:
+        there = only(is_masked, patch)
+        for layer in range(3):
+            there = there | around(there if layer == forgetful else there & ~is_masked, 1)
+        return there
+
+    torch.manual_seed(0)
+    encoder, images, mask = ForgetsItsMaskOnce(forgetful), torch.rand(2, 3, 40, 56), MASKS[1]
+    if forgetful is None:
+        assert_no_leak(encoder, images, mask)
+    else:
+        assert placed(verdict(encoder, images, mask)) == expected_verdict(mask, reached)
+
+
+TINY = {
+    "mae": (MAE, MAE_PRESETS),
+    "cae": (CAE, CAE_PRESETS),
+    "convmae": (ConvMAE, CONVMAE_PRESETS),
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_encoders_of_the_default_runs_are_clean(name: str) -> None:
+    torch.manual_seed(0)
+    model_type, presets = TINY[name]
+    preset = presets["tiny"]
+    encoder = model_type(preset.model).encoder.train()
+    images = torch.randn(3, 3, *[preset.model.image_size] * 2)
+    mask = preset.masking.draw(masking.key([0, 1, 2], seed=0), encoder.grid)
+    assert_no_leak(encoder, images, mask)
+    assert_samples_isolated(encoder, images, mask)
+    assert_mask_equivariant(encoder, images, mask)
+
+
+def test_a_leak_of_several_patches_together_is_told_by_the_fewest() -> None:
+    """No patch alone changes a count that only three of them can push over its threshold."""
+    mask = Mask.from_bool(torch.tensor([[[True, True, True, True, False, False]]]))
+
+    def encoder(images: Tensor, mask: Mask) -> Tensor:
+        loud = (images.abs() > 5).flatten(2).sum(dim=2)
+        return (loud > 2).float().unsqueeze(2)
+
+    images = torch.zeros(1, 1, 1, 6)
+    message = verdict(encoder, images, mask)
+    assert "3 masked patches, none of them without the others, (0, 1) of sample 0" in message
+    assert "1 of 1 values (most at [0, 0, 0]: expected 0, got 1)" in message
+
+
+def names(message: str, *parts: str) -> bool:
+    return all(part in message for part in parts)
+
+
+def test_every_verdict_on_an_encoder_says_what_was_expected_and_seen() -> None:
+    images = torch.rand(2, 1, 4, 4)
+    mask = masking.uniform(masking.key([0, 1], seed=0), (4, 4), 0.5)
+
+    def mixes(images: Tensor, mask: Mask) -> Tensor:
+        return images - images.mean(dim=0)
+
+    for check in (assert_samples_isolated, assert_mask_equivariant):
+        with pytest.raises(AssertionError) as caught:
+            check(mixes, images, mask)
+        assert names(str(caught.value), "sample", "expected", "got", "most at [")
+    with pytest.raises(AssertionError, match=r"first one at \[0, 0, 0, 0\]"):
+        assert_no_leak(lambda images, mask: images / 0 * 0, images, mask)
+
+
+def advances_a_generator(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
+    torch.rand(1)
+    return masking.uniform(key, grid, ratio)
+
+
+@pytest.mark.untyped
+def test_a_sampler_that_advances_a_global_generator_is_told_which() -> None:
+    with pytest.raises(AssertionError, match=r"grid \(6, 6\) advanced that of torch$"):
+        assert_sampler_conforms(advances_a_generator, (6, 6), 0.5)
+
+
+# Faulty samplers on grids of any shape.
+
+
+def misses_the_last_line(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
+    """D1: the last index of the longest axis is out of reach."""
+    axis = max(range(len(grid)), key=grid.__getitem__)
+    inner = list(grid)
+    inner[axis] -= 1
+    count = masking.num_masked(math.prod(grid), ratio)
+    drawn = masking.uniform(key, inner, num_masked=min(count, math.prod(inner)))
+    padding = [0, 0] * (len(grid) - 1 - axis) + [0, 1]
+    return Mask.from_bool(F.pad(drawn.is_masked, padding))
+
+
+def cuts_to_a_common_length(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
+    """D3: the visible ids in row-major order, and the batch decides how many."""
+    num_tokens = math.prod(grid)
+    own = [1 + int(i) // 7919 % num_tokens for i in key.sample_ids]
+    return masking.uniform(key, grid, num_masked=num_tokens - min(own))
+
+
+def truncates(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
+    """D11: the float expression of MAE."""
+    return masking.uniform(key, grid, ratio, rounding="mae")
+
+
+SHAPES = grids(min_tokens=4, max_tokens=200).filter(lambda grid: max(grid) > 2)
+
+
+@pytest.mark.untyped
+@settings(max_examples=15)
+@given(SHAPES, ratios())
+def test_a_line_that_is_never_masked_is_named_on_any_grid(grid, ratio) -> None:
+    count = masking.num_masked(math.prod(grid), ratio)
+    inner = math.prod(grid) // max(grid) * (max(grid) - 1)
+    if count > inner:  # then it cannot even reach the count
+        return
+    axis = max(range(len(grid)), key=grid.__getitem__)
+    last = f"index {grid[axis] - 1} of axis {axis}"
+    with pytest.raises(AssertionError, match=f"masked sometimes; .*{last}"):
+        assert_sampler_conforms(misses_the_last_line, grid, ratio)
+
+
+@pytest.mark.untyped
+@settings(max_examples=15)
+@given(SHAPES, ratios())
+def test_a_count_that_the_batch_decides_is_caught_on_any_grid(grid, ratio) -> None:
+    with pytest.raises(AssertionError, match="tokens masked|batch's size|valid"):
+        assert_sampler_conforms(cuts_to_a_common_length, grid, ratio)
+
+
+@pytest.mark.untyped
+@settings(max_examples=15)
+@given(SHAPES, ratios())
+def test_a_truncated_count_is_caught_wherever_it_differs(grid, ratio) -> None:
+    num_tokens = math.prod(grid)
+    exact = masking.num_masked(num_tokens, ratio)
+    truncated = masking.num_masked(num_tokens, ratio, rounding="mae")
+    if exact == truncated:
+        assert_sampler_conforms(truncates, grid, ratio)
+        return
+    with pytest.raises(
+        AssertionError, match=f"expected {exact} of {num_tokens} .* got {truncated}"
+    ):
+        assert_sampler_conforms(truncates, grid, ratio)
