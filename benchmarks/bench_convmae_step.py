@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.bench_mae_step import AuthorsBlock, fused_attention
+from benchmarks.bench_mae_step import AuthorsBlock, fused_attention, note_profile
 from benchmarks.bench_pixel_loss import authors_loss
 from benchmarks.bench_tokens import authors_gather
 from benchmarks.harness import Bench, Variant, alternate, has_fast_bfloat16, timer
@@ -232,6 +232,9 @@ def bench_convmae_step(bench: Bench, dtype: torch.dtype, compiled: bool) -> None
         passes=("both",),
         min_repeats=MIN_REPEATS,
     )
+    if not compiled:
+        for variant in variants:
+            note_profile(bench, case, dtype, variant)
     peaks = {variant.name: _peak_bytes(variant, bench.device) for variant in variants}
     least = min(peaks[variant.name] for variant in variants if variant.is_baseline)
     for name, peak in peaks.items():

@@ -165,7 +165,8 @@ def _profile(variant: Variant, device: torch.device) -> dict[str, float]:
     return {name: us / 1e3 for name, us in sorted(micros.items(), key=lambda item: -item[1]) if us}
 
 
-def _note_profile(bench: Bench, case: str, dtype: torch.dtype, variant: Variant) -> None:
+def note_profile(bench: Bench, case: str, dtype: torch.dtype, variant: Variant) -> None:
+    """Print which operators a step spends its time in."""
     times = _profile(variant, bench.device)
     total = sum(times.values())
     matrix = sum(ms for name, ms in times.items() if IS_MATRIX_PRODUCT.search(name))
@@ -232,4 +233,4 @@ def bench_mae_step(bench: Bench, dtype: torch.dtype) -> None:
         min_repeats=MIN_REPEATS,
     )
     for variant in (fused, ours):
-        _note_profile(bench, case, dtype, variant)
+        note_profile(bench, case, dtype, variant)

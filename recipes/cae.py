@@ -74,7 +74,8 @@ from mimkit.nn._vit import position_table
 from mimkit.patches import unpatchify
 from recipes.engine import Options, Preset, Recipe, Training, run
 from recipes.engine.checkpoint import load_last_weights
-from recipes.engine.encoders import EncoderShape, fill_encoder, load_encoder
+from recipes.engine.encoder_kinds import ViTShape
+from recipes.engine.encoders import fill_encoder, load_encoder
 from recipes.engine.errors import UserError
 from recipes.engine.masks import check_ratio
 from recipes.engine.tokenizers import ImageTokenizer, load_tokenizer
@@ -481,10 +482,12 @@ def load_teacher(config: PretrainConfig) -> ViT:
             "lies beside it, or a ViT-B/16 of the authors' MAE or CAE"
         )
     try:
-        file = load_encoder(Path(config.teacher), EncoderShape())
+        file = load_encoder(Path(config.teacher), ViTShape())
         shape = dataclasses.replace(file.shape, image_size=config.image_size)
         with torch.device("cpu"):  # weights, even where only shapes are asked for
-            teacher = ViT(**dataclasses.asdict(shape))
+            teacher = shape.build()
+            if not isinstance(teacher, ViT):
+                raise UserError(f"--teacher {config.teacher} holds a {shape.kind}: give a ViT")
             fill_encoder(teacher, file)
     except UserError as error:
         raise UserError(str(error).replace("--encoder", "--teacher")) from error

@@ -14,6 +14,7 @@ top-1 after fine-tuning and linear probing: ConvMAE-B 85.0 / 70.9, FastConvMAE-B
 epochs.
 """
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -229,6 +230,11 @@ class ConvMAEMasking:
         if self.mask == "per-stage":
             grid = tuple(REFINEMENT * size for size in grid)
         if self.parts > 1:
+            if math.prod(grid) % self.parts:
+                raise ValueError(
+                    f"--parts {self.parts} does not divide the {math.prod(grid)} patches of the "
+                    f"grid {grid} into equal parts"
+                )
             return masking.complementary(key, grid, self.parts)
         return masking.uniform(key, grid, self.mask_ratio)
 
@@ -238,7 +244,8 @@ class ConvMAEOptions(Options):
     """Pre-training of ConvMAE, with the paper's ablations.
 
     Attributes:
-        parts: Complementary masks an image (FastConvMAE); 1 for a single mask.
+        parts: Complementary masks an image (FastConvMAE), each of which shows 1/parts of it, so
+            that the mask ratio follows; 1 for a single mask.
         mask: "blockwise", drawn at the last stage and refined, or "per-stage", drawn at the first.
         conv: "masked", or "plain" for convolutions that see what the mask hides.
         decoder: "multi-scale", or "single-scale" for one that gets the last stage's output alone.
@@ -256,6 +263,10 @@ class ConvMAEOptions(Options):
     decoder_dim: int | None = None
     decoder_depth: int | None = None
     decoder_heads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mask_ratio is None and self.parts is not None and self.parts > 1:
+            object.__setattr__(self, "mask_ratio", 1 - 1 / self.parts)
 
 
 PAPER = Training(epochs=1600, batch_size=3072, base_lr=1.5e-4, warmup_epochs=40)

@@ -1,4 +1,4 @@
-r"""Fine-tuning of a pre-trained ViT encoder, as MAE does it (He et al., arXiv:2111.06377, A.1).
+r"""Fine-tuning of a pre-trained encoder, as MAE (arXiv:2111.06377, A.1) and SimMIM do it.
 
     python recipes/mae.py --out runs/mae
     python recipes/finetune.py --encoder runs/mae/encoder.safetensors       # two minutes on a CPU
@@ -10,7 +10,9 @@ and label smoothing; or with `--trained-blocks` the last few blocks only (figure
 sets, 50 labelled crops a class, the same training from an untrained encoder is
 shown beside it. The full presets are the authors' (AdamW, batch 1024, 100 or 50 epochs,
 RandAugment from timm or torchvision, random erasing). Published top-1 on ImageNet-1K after 1600
-epochs of pre-training: ViT-B 83.6, ViT-L 85.9, ViT-H 86.9.
+epochs of MAE: ViT-B 83.6, ViT-L 85.9, ViT-H 86.9; after 800 of SimMIM (arXiv:2111.09886; batch
+2048): ViT-B 83.8, Swin-B 84.0, Swin-L 85.4. A Swin that was pre-trained at 192 pixels with windows
+of 6 is fine-tuned at 224 by `--image-size 224 --window 7`.
 """
 
 import dataclasses
@@ -32,21 +34,14 @@ import yaml
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mimkit.nn import ViT
-from recipes.engine import Training
+from recipes.engine import Training, encoders
 from recipes.engine.augment import Augmentation, rand_augment
 from recipes.engine.classify import Classifier, fit, score
 from recipes.engine.cli import check_options, choose_preset, run_command
-from recipes.engine.config import RunConfig, replace_given, scaled_lr
+from recipes.engine.config import RunConfig, override, replace_given, scaled_lr
 from recipes.engine.distributed import World, check_shares, join
-from recipes.engine.encoders import (
-    EncoderFile,
-    EncoderOptions,
-    EncoderShape,
-    build_encoder,
-    fill_encoder,
-    open_encoder,
-)
+from recipes.engine.encoder_kinds import ConvViTShape, Encoder, EncoderShape, SwinShape, ViTShape
+from recipes.engine.encoders import EncoderFile, EncoderOptions, fill_encoder, open_encoder
 from recipes.engine.errors import UserError
 from recipes.engine.labelled import LabelledData, load_labelled
 from recipes.engine.layer_decay import layer_decay_groups
@@ -98,6 +93,8 @@ class FineTuneOptions(EncoderOptions):
             block; all weights by default.
         image_size: Side of the images in pixels; positions are resampled. By default as in
             pre-training.
+        window: Tokens per axis of a Swin's windows; relative positions are resampled. By default
+            as in pre-training.
         layer_decay: Factor from each layer's learning rate to that of the layer before it.
         drop_path: Fraction of samples whose residual branches the last block leaves out.
         mixup: Alpha of mixup's Beta distribution; 0 for none.
@@ -111,6 +108,7 @@ class FineTuneOptions(EncoderOptions):
 
     trained_blocks: int | None = None
     image_size: int | None = None
+    window: int | None = None
     layer_decay: float | None = None
     drop_path: float | None = None
     mixup: float | None = None
@@ -136,7 +134,7 @@ class FineTuned(nn.Module):
         encoder: An encoder with a head.
     """
 
-    def __init__(self, encoder: ViT) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
 
@@ -154,25 +152,20 @@ def build_model(config: FineTuneConfig, file: EncoderFile | None, num_classes: i
     Raises:
         UserError: The encoder does not fit.
     """
-    encoder = build_encoder(
+    encoder = encoders.build_classifier(
         config.model,
         seed=config.seed,
-        drop_path=config.training.drop_path,
-        pool="mean",
-        pool_norm=True,
-        learn_positions=True,
         num_classes=num_classes,
+        drop_path=config.training.drop_path,
     )
-    head: Any = encoder.head
-    nn.init.trunc_normal_(head.weight, std=2e-5)
     if file is not None:
         fill_encoder(encoder, file)
     if config.trained_blocks is not None:
-        freeze(encoder, trained_blocks=config.trained_blocks)
+        freeze(encoder, config.model, trained_blocks=config.trained_blocks)
     return FineTuned(encoder).to(config.device)
 
 
-def freeze(encoder: ViT, *, trained_blocks: int) -> None:
+def freeze(encoder: Encoder, shape: EncoderShape, *, trained_blocks: int) -> None:
     """Leave only the last blocks, the last norm and the head to be trained.
 
     Raises:
@@ -181,12 +174,12 @@ def freeze(encoder: ViT, *, trained_blocks: int) -> None:
     Source:
         MAE, arXiv:2111.06377, figure 9 "partial fine-tuning".
     """
-    depth = len(encoder.blocks)
+    depth = shape.num_blocks
     if not 0 <= trained_blocks <= depth:
         raise UserError(f"--trained-blocks {trained_blocks} is out of range: give 0 to {depth}")
-    encoder.requires_grad_(False)
-    for module in (*encoder.blocks[depth - trained_blocks :], encoder.fc_norm, encoder.head):
-        module.requires_grad_(True)
+    for name, parameter in encoder.named_parameters():
+        if shape.layer_id(name) <= depth - trained_blocks:
+            parameter.requires_grad_(False)
 
 
 def build_classifier(
@@ -196,7 +189,10 @@ def build_classifier(
     training = config.training
     model = build_model(config, file, num_classes)
     groups = layer_decay_groups(
-        model.encoder, weight_decay=training.weight_decay, layer_decay=training.layer_decay
+        model.encoder,
+        config.model,
+        weight_decay=training.weight_decay,
+        layer_decay=training.layer_decay,
     )
     return Classifier(
         model,
@@ -289,12 +285,14 @@ def resolve(
             )
     lr = options.lr if options.lr is not None else scaled_lr(training)
     device = check_options(options, epochs=training.epochs, batch_size=training.batch_size, lr=lr)
-    shape = replace_given(file.shape if file else preset.model, image_size=options.image_size)
+    shape = file.shape if file else preset.model
+    if options.window is not None and not isinstance(shape, SwinShape):
+        raise UserError(f"--window {options.window}: a {shape.kind} has no windows, leave it out")
     return FineTuneConfig(
         recipe="finetune",
         preset=preset_name,
         data=options.data,
-        model=shape,
+        model=override(shape, options),
         training=training,
         lr=lr,
         max_steps=options.max_steps,
@@ -376,17 +374,38 @@ PAPER_LARGE = dataclasses.replace(
     PAPER, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2
 )  # fmt: skip
 
+# 1.25e-3 per 512 images.
+SIMMIM = FineTuning(
+    epochs=100,
+    batch_size=2048,
+    base_lr=6.25e-4,
+    warmup_epochs=20,
+    warmup_lr=1e-6,
+    cosine_from_start=True,
+    layer_decay=0.8,
+    clip_grad=5.0,
+    augment="randaugment",
+)
+
 PRESETS = {
     # About a minute on two CPU cores, the comparison included.
     "tiny": FineTunePreset(
-        EncoderShape(image_size=32, patch_size=4, dim=128, depth=4, heads=4),
+        ViTShape(image_size=32, patch_size=4, dim=128, depth=4, heads=4),
         FineTuning(epochs=8, batch_size=64, base_lr=4e-3, warmup_epochs=1, clip_grad=1.0),
     ),
-    "vit_base": FineTunePreset(EncoderShape(), PAPER),
-    "vit_large": FineTunePreset(EncoderShape(dim=1024, depth=24, heads=16), PAPER_LARGE),
+    "vit_base": FineTunePreset(ViTShape(), PAPER),
+    "vit_large": FineTunePreset(ViTShape(dim=1024, depth=24, heads=16), PAPER_LARGE),
     "vit_huge": FineTunePreset(
-        EncoderShape(patch_size=14, dim=1280, depth=32, heads=16),
+        ViTShape(patch_size=14, dim=1280, depth=32, heads=16),
         dataclasses.replace(PAPER_LARGE, drop_path=0.3),
+    ),
+    "convmae_base": FineTunePreset(ConvViTShape(), PAPER),
+    "simmim_vit_base": FineTunePreset(ViTShape(), dataclasses.replace(SIMMIM, layer_decay=0.65)),
+    # Of 800 epochs of pre-training; after 100, the authors' layer decay is .9.
+    "swin_base": FineTunePreset(SwinShape(), SIMMIM),
+    "swin_large": FineTunePreset(
+        SwinShape(dim=192, heads=(6, 12, 24, 48), window=14),
+        dataclasses.replace(SIMMIM, layer_decay=0.7, drop_path=0.2),
     ),
 }
 

@@ -1,4 +1,4 @@
-r"""Probing of a frozen ViT encoder: k-NN, a linear classifier and an attentive one.
+r"""Probing of a frozen encoder: k-NN, a linear classifier and an attentive one.
 
     python recipes/mae.py --out runs/mae
     python recipes/probe.py --encoder runs/mae/encoder.safetensors          # a minute on a CPU
@@ -34,7 +34,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mimkit import viz
-from mimkit.nn import AttentiveProbe, ViT
+from mimkit.nn import AttentiveProbe
 from recipes.engine import Training
 from recipes.engine.augment import Augmentation
 from recipes.engine.classify import Classifier, fit, score
@@ -42,10 +42,10 @@ from recipes.engine.cli import check_options, choose_preset, run_command
 from recipes.engine.config import RunConfig, replace_given, scaled_lr
 from recipes.engine.data import DataSet, ProbeData, load_data
 from recipes.engine.distributed import World, check_shares, join
+from recipes.engine.encoder_kinds import ConvViTShape, Encoder, EncoderShape, SwinShape, ViTShape
 from recipes.engine.encoders import (
     EncoderFile,
     EncoderOptions,
-    EncoderShape,
     build_encoder,
     fill_encoder,
     open_encoder,
@@ -63,6 +63,7 @@ from recipes.engine.probes import (
     raw_pixels,
     standardize,
 )
+from recipes.engine.report import pixels_per_token
 from recipes.engine.run_folder import RunFolder, default_path
 from recipes.engine.train import autocast, count_steps, warn_of_slow_precision
 
@@ -83,7 +84,7 @@ class ProbeOptions(EncoderOptions):
         protocol: "small" fits to the features of few labelled images; "paper" trains as MAE and
             CAE do.
         pool: What the k-NN and linear probes look at: the class token, or the mean of the patch
-            tokens; by default the mean for "small" and the token for "paper".
+            tokens; by default the mean for "small", the token (if there is one) for "paper".
     """
 
     protocol: Protocol = "small"
@@ -182,15 +183,14 @@ def load_features(config: ProbeConfig, file: EncoderFile) -> dict[str, Features]
         build_encoder(config.model, seed=config.seed, pool=config.pool) for _ in range(2)
     )
     fill_encoder(trained, file)
-    patch_height, patch_width = trained.patch_embed.patch_size
     return {
         "trained": encoder_features(trained, config),
         "untrained": encoder_features(untrained, config),
-        "pixels": raw_pixels((patch_height, patch_width)),
+        "pixels": raw_pixels(pixels_per_token(trained)),
     }
 
 
-def encoder_features(encoder: ViT, config: RunConfig) -> Features:
+def encoder_features(encoder: Encoder, config: RunConfig) -> Features:
     """Return pooled features and tokens of a frozen encoder."""
     encoder.to(config.device).eval().requires_grad_(False)
 
@@ -314,7 +314,8 @@ def probe_encoder(
                 found = probe_small(config, features, data.probe)
             else:
                 found = probe_as_papers(config, preset, features, data.probe, options, path, world)
-            grid = build_encoder(config.model, seed=config.seed).grid
+            encoder = build_encoder(config.model, seed=config.seed)
+            grid = getattr(encoder, "out_grid", encoder.grid)
             if world.is_main:
                 draw_attention(features, data.probe, grid, folder, seed=config.seed)
             summary = {"probes": found}
@@ -381,8 +382,12 @@ def resolve(
         device=device,
         encoder=file.digest,
         protocol=options.protocol,
-        pool=options.pool or ("mean" if options.protocol == "small" else "token"),
+        pool=options.pool or _default_pool(options.protocol, file.shape),
     )
+
+
+def _default_pool(protocol: Protocol, shape: EncoderShape) -> Pool:
+    return "token" if protocol == "paper" and shape.has_class_token else "mean"
 
 
 def _given(preset: ProbePreset, kind: str, options: ProbeOptions) -> Training:
@@ -426,20 +431,28 @@ ATTENTIVE = _training(90, 8_192, 0.4 * 256 / 8_192, 1e-6)
 PRESETS = {
     # The papers' highest rates, 6.4 and .4, at a batch that fits the bundled sets.
     "tiny": ProbePreset(
-        EncoderShape(image_size=32, patch_size=4, dim=128, depth=4, heads=4),
+        ViTShape(image_size=32, patch_size=4, dim=128, depth=4, heads=4),
         _training(90, 64, 6.4 * 256 / 64, 0.0),
         _training(90, 64, 0.4 * 256 / 64, 1e-6),
     ),
-    "vit_base": ProbePreset(EncoderShape(), LINEAR, ATTENTIVE),
+    "vit_base": ProbePreset(ViTShape(), LINEAR, ATTENTIVE),
     "vit_large": ProbePreset(
-        EncoderShape(dim=1024, depth=24, heads=16),
+        ViTShape(dim=1024, depth=24, heads=16),
         dataclasses.replace(LINEAR, epochs=50),
         ATTENTIVE,
     ),
     "vit_huge": ProbePreset(
-        EncoderShape(patch_size=14, dim=1280, depth=32, heads=16),
+        ViTShape(patch_size=14, dim=1280, depth=32, heads=16),
         dataclasses.replace(LINEAR, epochs=50),
         ATTENTIVE,
+    ),
+    "convmae_base": ProbePreset(
+        ConvViTShape(), dataclasses.replace(LINEAR, batch_size=4_096), ATTENTIVE
+    ),
+    # SimMIM's, as pre-trained.
+    "swin_base": ProbePreset(SwinShape(image_size=192, window=6), LINEAR, ATTENTIVE),
+    "swin_large": ProbePreset(
+        SwinShape(image_size=192, dim=192, heads=(6, 12, 24, 48), window=12), LINEAR, ATTENTIVE
     ),
 }
 

@@ -60,6 +60,15 @@ def takes_kernel(name: str, tensor: Tensor, find_obstacle: Callable[[], str | No
     return True
 
 
+def is_opaque(tensor: Tensor) -> bool:
+    """Whether `torch.compile` on a CPU gets an operator as it is, instead of its reference.
+
+    For references that Inductor would only make slower, and for whose many steps it takes minutes.
+    """
+    is_traced = torch.compiler.is_compiling() and tensor.device.type == "cpu"
+    return is_traced and Settings.backend == "auto" and not is_transformed()
+
+
 def dtype_obstacle(**dtypes: torch.dtype) -> str | None:
     """Name the first of some tensors whose type kernels do not take."""
     for name, dtype in dtypes.items():

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimkit_kernels._dispatch import dtype_obstacle, takes_kernel
+from mimkit_kernels._dispatch import dtype_obstacle, is_opaque, takes_kernel
 from mimkit_kernels._jit import jit
 from mimkit_kernels._register import on_device, power_of_2_from, register
 
@@ -44,7 +44,9 @@ def packed_depthwise_conv(
         What has the shape and the dtype of `cells`.
     """
     arguments = (cells, weight, bias, neighbors, list(cell))
-    if takes_kernel("packed_depthwise_conv", cells, lambda: _obstacle(cells, weight, bias, cell)):
+    if takes_kernel(
+        "packed_depthwise_conv", cells, lambda: _obstacle(cells, weight, bias, cell)
+    ) or is_opaque(cells):
         out: Tensor = packed_depthwise_conv_op(*arguments)
         return out
     return packed_depthwise_conv_reference(*arguments)
@@ -82,6 +84,9 @@ def halo_positions(neighbors: Tensor, cell: Sequence[int], kernel: Sequence[int]
     return places.masked_fill(around < 0, batch * visible * positions)
 
 
+PRODUCTS_AT_ONCE = 1 << 18  # about a CPU core's own cache, in float32
+
+
 class _ByHalo(torch.autograd.Function):
     """Gather each cell with its halo, and convolve without padding.
 
@@ -96,7 +101,7 @@ class _ByHalo(torch.autograd.Function):
         cells: Tensor, weight: Tensor, bias: Tensor | None, halo: Tensor, cell: Sequence[int]
     ) -> Tensor:
         # Channels stay last in memory: the view is what a convolution likes best on a CPU.
-        seen = _take(cells, halo).permute(0, 3, 1, 2)
+        seen = _take(_rows(cells), halo).permute(0, 3, 1, 2)
         out = F.conv2d(seen, weight, bias, groups=cells.shape[-1])
         return out.permute(0, 2, 3, 1).reshape(cells.shape)
 
@@ -126,21 +131,31 @@ def _weight_gradient(cells: Tensor, grad: Tensor, halo: Tensor, cell: Sequence[i
     """Multiply what every tap saw with the gradient of what it was used for, and add up."""
     height, width = cell
     channels = cells.shape[-1]
-    seen, grad = _take(cells, halo), grad.reshape(-1, height, width, channels)
     kernel = halo.shape[1] - height + 1, halo.shape[2] - width + 1
-    taps = [
-        (seen[:, i : i + height, j : j + width] * grad).sum((0, 1, 2))
-        for i in range(kernel[0])
-        for j in range(kernel[1])
-    ]
-    return torch.stack(taps, dim=1).view(channels, 1, *kernel)
+    rows, grad = _rows(cells), grad.reshape(-1, height, width, channels)
+    # Some cells at a time: their products stay in a cache until they are summed.
+    at_once = max(PRODUCTS_AT_ONCE // (height * width * channels), 1)
+    parts = []
+    for places, used in zip(halo.split(at_once), grad.split(at_once), strict=True):
+        seen = _take(rows, places)
+        taps = [
+            (seen[:, i : i + height, j : j + width] * used).sum((0, 1, 2))
+            for i in range(kernel[0])
+            for j in range(kernel[1])
+        ]
+        parts.append(torch.stack(taps, dim=1))
+    return torch.stack(parts).sum(0).view(channels, 1, *kernel)
 
 
-def _take(cells: Tensor, halo: Tensor) -> Tensor:
-    """Take rows of the packed positions, with zeros behind the last one."""
+def _rows(cells: Tensor) -> Tensor:
+    """Line up the packed positions, with zeros behind the last one."""
     channels = cells.shape[-1]
-    rows = torch.cat([cells.reshape(-1, channels), cells.new_zeros(1, channels)])
-    return rows.index_select(0, halo.flatten()).view(*halo.shape, channels)
+    return torch.cat([cells.reshape(-1, channels), cells.new_zeros(1, channels)])
+
+
+def _take(rows: Tensor, halo: Tensor) -> Tensor:
+    """Take rows of the packed positions, laid out as the places are."""
+    return rows.index_select(0, halo.flatten()).view(*halo.shape, rows.shape[1])
 
 
 # Kernels

@@ -29,8 +29,8 @@ def xavier_linear(in_features: int, out_features: int, *, bias: bool = True) -> 
 
 # Where bfloat16 products are native, they beat the backward of PyTorch's fused attention at the
 # lengths that MIM uses (50 to 200 tokens); where they are emulated, it is the other way round. With
-# a learned bias, PyTorch has no fused attention for a CPU. `benchmarks/bench_attention.py` has the
-# numbers.
+# a learned bias, PyTorch has no fused attention for a CPU, and its fallback is slower than the
+# products. `benchmarks/bench_attention.py` has the numbers.
 _CPU_HAS_BFLOAT16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
@@ -47,28 +47,14 @@ def attend(
     """
     if bias is not None:
         bias = bias.to(query.dtype)
-    if query.device.type == "cpu":
-        if bias is not None:
-            return _attend_with_bias(query, key, value, bias)
-        if _CPU_HAS_BFLOAT16 and query.dtype == torch.bfloat16:
-            logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-            mixed: Tensor = logits.softmax(dim=-1) @ value
-            return mixed
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-
-
-def _attend_with_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """Attend by plain products that start from the bias instead of adding it in a pass more."""
-    batch, heads, queries, head_dim = query.shape
-    flat_query, flat_key, flat_value = (
-        part.reshape(batch * heads, part.shape[2], head_dim) for part in (query, key, value)
-    )
-    logits = bias.expand(batch, heads, -1, -1).clone(memory_format=torch.contiguous_format)
-    logits = logits.view(batch * heads, queries, key.shape[2]).baddbmm_(
-        flat_query, flat_key.transpose(1, 2), alpha=head_dim**-0.5
-    )
-    mixed: Tensor = logits.softmax(dim=-1) @ flat_value
-    return mixed.view(batch, heads, queries, head_dim)
+    has_fast_products = _CPU_HAS_BFLOAT16 and query.dtype == torch.bfloat16
+    if query.device.type != "cpu" or not (has_fast_products or bias is not None):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    if bias is not None:
+        logits = logits + bias
+    mixed: Tensor = logits.softmax(dim=-1) @ value
+    return mixed
 
 
 def attend_packed(
@@ -79,10 +65,10 @@ def attend_packed(
 ) -> Float[Tensor, "1 queries dim"]:
     """Softmax attention within each of the samples that lie packed in one sequence, heads merged.
 
-    On a GPU one call of variable length; else one call for all neighbors of the same length, so
-    that nothing is padded there either.
+    On a GPU one call of variable length, where each sample has a query (fused operators need one);
+    else one call for all neighbors of the same length, so that nothing is padded there either.
     """
-    if query.device.type == "cuda":
+    if query.device.type == "cuda" and min(packing.num_queries) > 0:
         return _attend_nested(query, key, value, packing)
     runs = packing.runs()
     queries = query.split([samples * count for samples, count, _ in runs], dim=2)
@@ -182,9 +168,9 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "batch queries dim"]:
         """Mix tokens of each sample, for the last `num_queries` of them only if that is given."""
         projected = self._project(tokens)
-        query, key, value = rearrange(
-            projected, "b n (three h d) -> three b h n d", three=3, h=self.heads
-        ).unbind(0)
+        # Cut so that the three gradients are put side by side in one copy.
+        parts = rearrange(projected, "b n (t h d) -> b n t h d", t=3, h=self.heads)
+        query, key, value = (part.transpose(1, 2) for part in parts.unbind(2))
         if packing is not None:
             query = split_heads(packing.last(projected.chunk(3, dim=-1)[0]), self.heads)
             answers: Tensor = self.proj(attend_packed(query, key, value, packing))

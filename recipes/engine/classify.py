@@ -19,9 +19,8 @@ from recipes.engine.errors import UserError
 from recipes.engine.labelled import LabelledData, held_out_batches
 from recipes.engine.loader import make_loader
 from recipes.engine.mixing import Mixing, step_generator
-from recipes.engine.optim import warmup_cosine
 from recipes.engine.run_folder import RunFolder
-from recipes.engine.train import autocast, count_steps, stream_seed
+from recipes.engine.train import autocast, count_steps, scheduled_lr, stream_seed
 
 _LOGS_PER_RUN = 20
 _STEPS_BETWEEN_CHECKPOINTS = 100
@@ -118,14 +117,7 @@ def resume(options: CommonOptions, checkpoints: Checkpoints, classifier: Classif
 
 def set_lr(optimizer: torch.optim.Optimizer, config: RunConfig, epoch: float) -> float:
     """Set the learning rates of a moment of the run, and return that of the last layer."""
-    training = config.training
-    lr = warmup_cosine(
-        epoch,
-        lr=config.lr,
-        epochs=training.epochs,
-        warmup_epochs=training.warmup_epochs,
-        min_lr=training.min_lr,
-    )
+    lr = scheduled_lr(epoch, config)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr

@@ -33,6 +33,8 @@ class Training:
         betas: Of AdamW.
         min_lr: Learning rate at the end.
         warmup_lr: Learning rate at the start.
+        cosine_from_start: Whether the cosine along which the rate falls begins with the run,
+            instead of after the warm-up.
         milestones: Epochs at which the rate is divided by 10, instead of falling along a cosine.
         clip_grad: Largest norm of the gradient; None for no limit.
         precision: "fp32", or "bf16" for bfloat16 autocast.
@@ -46,6 +48,7 @@ class Training:
     betas: tuple[float, float] = (0.9, 0.95)
     min_lr: float = 0.0
     warmup_lr: float = 0.0
+    cosine_from_start: bool = False
     milestones: tuple[float, ...] = ()
     clip_grad: float | None = None
     precision: Precision = "fp32"
@@ -102,7 +105,7 @@ class Recipe:
             is called with images and what the preset's `masking` draws.
         baselines: Scores trivial predictors under the loss: (model, images, mask).
         reconstruct: Fills in the masked patches of model inputs: (model, images, mask).
-        note: What a viewer of reconstructions must know.
+        note: What a viewer of reconstructions must know; or tells it of a model.
         options: Its command line. An option named as a field of the preset's model, training or
             masking replaces that field.
         pictures: More files of held-out pictures by name. Each makes columns by caption:
@@ -115,7 +118,7 @@ class Recipe:
     build: Callable[[Any], nn.Module]
     baselines: Callable[[Any, Tensor, Mask], dict[str, Tensor]]
     reconstruct: Callable[[Any, Tensor, Mask], Tensor]
-    note: str
+    note: str | Callable[[Any], str]
     options: type[Options] = Options
     pictures: Mapping[str, Callable[[Any, Tensor], Mapping[str, Tensor]]] = field(
         default_factory=dict

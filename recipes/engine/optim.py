@@ -40,6 +40,7 @@ def warmup_cosine(
     warmup_epochs: float,
     min_lr: float = 0.0,
     warmup_lr: float = 0.0,
+    from_start: bool = False,
 ) -> float:
     """Rise linearly from `warmup_lr`, then fall along half a cosine to `min_lr`.
 
@@ -50,9 +51,12 @@ def warmup_cosine(
         warmup_epochs: Length of the rise.
         min_lr: The rate at the end.
         warmup_lr: The rate at the start.
+        from_start: Whether the cosine begins with the run, so that what lies in the rise is left
+            out, instead of where the rise ends.
 
     Source:
-        facebookresearch/mae `lr_sched.py`.
+        facebookresearch/mae `lr_sched.py`; with `from_start`, timm's `CosineLRScheduler`, which
+        microsoft/SimMIM uses.
 
     Example:
         >>> [warmup_cosine(e, lr=1.0, epochs=10, warmup_epochs=2) for e in (0, 1, 2, 6, 10)]
@@ -60,7 +64,8 @@ def warmup_cosine(
     """
     if epoch < warmup_epochs:
         return warmup_lr + (lr - warmup_lr) * epoch / warmup_epochs
-    progress = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-12)
+    before = 0.0 if from_start else warmup_epochs
+    progress = (epoch - before) / max(epochs - before, 1e-12)
     return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 

@@ -31,14 +31,19 @@ _MAX_SKIPPED = 10
 _FITTING_IMAGES = 256
 
 
-def scheduled_lr(epoch: float, config: PretrainConfig) -> float:
+def scheduled_lr(epoch: float, config: RunConfig) -> float:
     """Return the learning rate: falling in steps if there are milestones, else along a cosine."""
     training = config.training
     rise = {"warmup_epochs": training.warmup_epochs, "warmup_lr": training.warmup_lr}
     if training.milestones:
         return warmup_steps(epoch, lr=config.lr, milestones=training.milestones, **rise)
     return warmup_cosine(
-        epoch, lr=config.lr, epochs=training.epochs, min_lr=training.min_lr, **rise
+        epoch,
+        lr=config.lr,
+        epochs=training.epochs,
+        min_lr=training.min_lr,
+        from_start=training.cosine_from_start,
+        **rise,
     )
 
 

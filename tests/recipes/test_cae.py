@@ -31,7 +31,8 @@ from recipes.cae import (
     load_run,
 )
 from recipes.engine import run
-from recipes.engine.encoders import EncoderShape, load_encoder
+from recipes.engine.encoder_kinds import ViTShape
+from recipes.engine.encoders import load_encoder
 from recipes.engine.tokenizers import ImageTokenizer, to_inputs, to_pixels
 from tests.strategies import keys
 
@@ -270,7 +271,7 @@ def test_a_run_writes_numbers_and_pictures(more, pictures, tmp_path, capfd):
     assert row.keys() >= {"main_loss", "alignment_loss", "latent_spread"}
     names = {"uniform", "unigram"} if "rgb" not in more else {"zero", "nearest"}
     assert row["baselines"].keys() >= names
-    file = load_encoder(out / "encoder.safetensors", EncoderShape())
+    file = load_encoder(out / "encoder.safetensors", ViTShape())
     assert (file.shape.qkv_bias, file.shape.layer_scale) == ("qv", 1.0)
 
 

@@ -115,7 +115,9 @@ def test_parts_that_cannot_be_stacked_are_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--parts", "3"], "0.667 would"),
+        (["--parts", "8", "--mask-ratio", "0.75"], "0.875 would"),
+        (["--parts", "3"], "--parts 3 does not divide the 16 patches of the grid (4, 4)"),
+        (["--image-size", "36"], "strides of all stages (8, 8)"),
         (["--parts", "0"], "--parts 0"),
         (["--mask-ratio", "1.5"], "--mask-ratio 1.5"),
         (["--decoder-heads", "7"], "heads=7"),
@@ -132,6 +134,8 @@ def test_a_flag_that_does_not_fit_gets_one_line(arguments, message, capsys, tmp_
 FLAGS = [
     [],
     ["--parts", "4"],
+    ["--parts", "2"],
+    ["--parts", "2", "--mask", "per-stage"],
     ["--mask", "per-stage"],
     ["--conv", "plain"],
     ["--decoder", "single-scale"],

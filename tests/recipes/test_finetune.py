@@ -28,14 +28,15 @@ from mimkit.patches import interpolate_positions
 from recipes import finetune, probe
 from recipes.engine.augment import Augmentation, rand_augment, random_box, random_erase
 from recipes.engine.distributed import World
-from recipes.engine.encoders import EncoderShape, build_encoder, fill_encoder, load_encoder
+from recipes.engine.encoder_kinds import ViTShape
+from recipes.engine.encoders import build_encoder, fill_encoder, load_encoder
 from recipes.engine.errors import UserError
 from recipes.engine.labelled import StoredImages, held_out_batches, load_labelled
 from recipes.mae import MAE, MAEConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
-SHAPE = EncoderShape(image_size=16, patch_size=4, in_channels=3, dim=16, depth=2, heads=2)
+SHAPE = ViTShape(image_size=16, patch_size=4, in_channels=3, dim=16, depth=2, heads=2)
 CLASSES = 3
 QUICK = ["--batch-size", "8", "--device", "cpu"]
 
@@ -48,7 +49,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def write_encoder(folder: Path, shape: EncoderShape = SHAPE, *, config: bool = True) -> Path:
+def write_encoder(folder: Path, shape: ViTShape = SHAPE, *, config: bool = True) -> Path:
     """What a finished run leaves behind."""
     folder.mkdir(parents=True)
     torch.manual_seed(5)
@@ -244,7 +245,7 @@ def test_an_official_checkpoint_is_the_same_encoder(tmp_path):
 
 
 def test_the_shape_is_that_of_the_run(encoder):
-    wrong = EncoderShape(dim=32, heads=4)
+    wrong = ViTShape(dim=32, heads=4)
     assert load_encoder(encoder, wrong).shape == SHAPE
 
 
@@ -302,7 +303,7 @@ def test_a_probe_trains_its_head_alone():
         (["--encoder", "missing.pth"], "missing.pth is no file"),
         (["--encoder", "garbage.pth"], "garbage.pth cannot be read"),
         (["--encoder", "garbage.safetensors"], "garbage.safetensors cannot be read"),
-        (["--encoder", "empty.pth"], "holds no Vision Transformer"),
+        (["--encoder", "empty.pth"], "holds no encoder: expected a Vision Transformer or"),
         (["--encoder", "small/encoder.safetensors"], "is (16,) where (128,) is wanted"),
         (["--encoder", "deep/encoder.safetensors"], "blocks.4"),
         (["--data", "digits"], "for images of 3 channels, those of digits have 1"),

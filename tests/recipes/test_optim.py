@@ -1,16 +1,19 @@
 """Schedules, layer decay and LARS against what the authors' code computed; mixing by its rules."""
 
+import bisect
+import math
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mimkit.nn import ViT
+from recipes.engine.encoder_kinds import Encoder, SwinShape, ViTShape
 from recipes.engine.lars import LARS
 from recipes.engine.layer_decay import layer_decay_groups
 from recipes.engine.mixing import Mixing, draw_beta, draw_box, smooth_targets, step_generator
-from recipes.engine.optim import warmup_cosine
+from recipes.engine.optim import warmup_cosine, warmup_steps
 from tests.golden_files import golden
 
 GOLDEN = golden("optim_schedules")
@@ -40,6 +43,74 @@ def test_the_cosine_through_a_discrete_schedule_is_caes():
         for step in range(steps - warmup)
     ]  # fmt: skip
     np.testing.assert_allclose(rise + fall, theirs, rtol=1e-9, atol=1e-12)
+
+
+@given(
+    epoch=st.floats(0, 100), warmup=st.integers(0, 99), lr=st.floats(1e-5, 1e-2),
+    min_lr=st.floats(0, 1e-5),
+)  # fmt: skip
+def test_a_cosine_from_the_start_ends_as_the_other_and_never_passes_it(epoch, warmup, lr, min_lr):
+    """timm's, as SimMIM uses it: the same rise, then a curve that has begun with the run."""
+    settings = {"lr": lr, "epochs": 100, "warmup_epochs": warmup, "min_lr": min_lr}
+    early, late = (
+        warmup_cosine(epoch, **settings, from_start=from_start) for from_start in (True, False)
+    )
+    assert early <= late * (1 + 1e-12)
+    expected = min_lr + (lr - min_lr) * (1 + math.cos(math.pi * epoch / 100)) / 2
+    assert early == (late if epoch < warmup else pytest.approx(expected, rel=1e-9))
+    ends = [warmup_cosine(100, **settings, from_start=start) for start in (True, False)]
+    assert ends == [pytest.approx(min_lr, abs=1e-18)] * 2
+
+
+@given(
+    epoch=st.floats(0, 800),
+    milestones=st.lists(st.integers(20, 800), min_size=1, max_size=3),
+    warmup=st.integers(1, 20),
+)
+def test_steps_are_simmims(epoch, milestones, warmup):
+    ours = warmup_steps(epoch, lr=4e-4, warmup_epochs=warmup, milestones=milestones, warmup_lr=2e-6)
+    passed = bisect.bisect_right(sorted(milestones), epoch)
+    rise = 2e-6 + epoch * (4e-4 - 2e-6) / warmup
+    assert ours == pytest.approx(rise if epoch < warmup else 4e-4 * 0.1**passed)
+
+
+SWIN = SwinShape(
+    image_size=32, patch_size=4, dim=8, depth=(2, 1, 3), heads=(1, 2, 2), window=2
+)  # fmt: skip
+# By SimMIM's rule: the layers of each stage follow on those before; merging ends its stage.
+SWIN_LAYERS = {
+    "patch_embed.proj.weight": 0,
+    "patch_embed.norm.bias": 0,
+    "layers.0.blocks.0.attn.qkv.weight": 1,
+    "layers.0.blocks.1.attn.rel_pos_bias.table": 2,
+    "layers.0.downsample.reduction.weight": 2,
+    "layers.0.downsample.norm.weight": 2,
+    "layers.1.blocks.0.mlp.fc1.weight": 3,
+    "layers.1.downsample.norm.bias": 3,
+    "layers.2.blocks.0.norm1.weight": 4,
+    "layers.2.blocks.2.mlp.fc2.bias": 6,
+    "norm.weight": 7,
+    "head.weight": 7,
+}
+
+
+def test_swins_layers_follow_each_other_through_the_stages():
+    encoder = SWIN.build_classifier(num_classes=3, drop_path=0.0)
+    named = dict(encoder.named_parameters())
+    assert {name: SWIN.layer_id(name) for name in SWIN_LAYERS} == SWIN_LAYERS
+    assert {SWIN.layer_id(name) for name in named} == set(range(8))
+    groups = layer_decay_groups(encoder, SWIN, weight_decay=0.05, layer_decay=0.9)
+    of = {
+        id(p): (group["lr_scale"], group["weight_decay"])
+        for group in groups
+        for p in group["params"]
+    }
+    assert len(of) == len(named)
+    for name, parameter in named.items():
+        # Relative positions are spared by name, unlike in SimMIM's pre-training.
+        is_decayed = parameter.ndim > 1 and "table" not in name
+        scale = pytest.approx(0.9 ** (7 - SWIN.layer_id(name)))
+        assert of[id(parameter)] == (scale, 0.05 if is_decayed else 0.0), name
 
 
 def test_three_steps_of_lars_are_the_authors():
@@ -74,11 +145,11 @@ def test_lars_leaves_alone_what_has_no_gradient_or_a_zero_one():
     assert torch.equal(zero.data, torch.ones(2, 2))
 
 
-def vit() -> ViT:
-    return ViT(
-        image_size=32, patch_size=8, dim=16, depth=3, heads=2, num_classes=5,
-        pool="mean", pool_norm=True, learn_positions=True,
-    )  # fmt: skip
+SHAPE = ViTShape(image_size=32, patch_size=8, dim=16, depth=3, heads=2)
+
+
+def vit() -> Encoder:
+    return SHAPE.build_classifier(num_classes=5, drop_path=0.0)
 
 
 def test_layer_decay_is_the_authors():
@@ -86,7 +157,7 @@ def test_layer_decay_is_the_authors():
     by_id = {id(parameter): name for name, parameter in encoder.named_parameters()}
     ours = {
         by_id[id(parameter)]: (group["lr_scale"], group["weight_decay"])
-        for group in layer_decay_groups(encoder, weight_decay=0.05, layer_decay=0.65)
+        for group in layer_decay_groups(encoder, SHAPE, weight_decay=0.05, layer_decay=0.65)
         for parameter in group["params"]
     }
     names = GOLDEN["mae_layer_decay/names"].tolist()
@@ -102,7 +173,7 @@ def test_frozen_parameters_are_in_no_group():
     encoder = vit()
     encoder.blocks.requires_grad_(False)
     encoder.pos_embed.requires_grad_(False)
-    groups = layer_decay_groups(encoder, weight_decay=0.05, layer_decay=0.65)
+    groups = layer_decay_groups(encoder, SHAPE, weight_decay=0.05, layer_decay=0.65)
     assert {group["lr_scale"] for group in groups} == {0.65**4, 1.0}
     assert all(parameter.requires_grad for group in groups for parameter in group["params"])
 

@@ -1,5 +1,7 @@
 """SimMIM's targets, heads, rates and names, and what does not fit."""
 
+import math
+
 import pytest
 import torch
 
@@ -155,15 +157,30 @@ def rate(preset: str, epoch: float) -> float:
         ("swin_base", 10, 4e-4),
         ("swin_base", 699.9, 4e-4),
         ("swin_base", 700, 4e-5),
+        ("swin_base", 800, 4e-5),
+        ("vit_base", 10, 4e-4),
+        ("swin_large", 700, 4e-5),
         ("swin_base_100", 0, 4e-6),
-        ("swin_base_100", 10, 8e-4),
-        ("swin_base_100", 55, (8e-4 + 4e-5) / 2),
+        ("swin_base_100", 5, (4e-6 + 8e-4) / 2),
+        # timm's cosine does not wait for the end of the warm-up.
+        ("swin_base_100", 10, 4e-5 + 7.6e-4 * (1 + math.cos(0.1 * math.pi)) / 2),
+        ("swin_base_100", 50, (8e-4 + 4e-5) / 2),
         ("swin_base_100", 100, 4e-5),
     ],
 )
 def test_rates_are_the_published_ones(preset, epoch, expected):
     assert rate(preset, epoch) == pytest.approx(expected, rel=1e-6)
-    assert scaled_lr(PRESETS[preset].training) == pytest.approx(rate(preset, 10))
+
+
+@pytest.mark.parametrize(
+    ("preset", "lr"),
+    [("vit_base", 4e-4), ("swin_base", 4e-4), ("swin_large", 4e-4), ("swin_base_100", 8e-4)],
+)
+def test_presets_are_trained_as_published(preset, lr):
+    training = PRESETS[preset].training
+    assert scaled_lr(training) == pytest.approx(lr)
+    assert (training.batch_size, training.weight_decay, training.clip_grad) == (2048, 0.05, 5.0)
+    assert training.betas == (0.9, 0.999)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +193,15 @@ def test_what_the_authors_spare_is_not_decayed(encoder, spared):
     many = {names[id(p)] for p in others["params"] if p.ndim > 1}
     assert many == {spared}
     assert any("table" in names[id(p)] for p in decayed["params"])
+
+
+@pytest.mark.parametrize(
+    ("target", "loss"),
+    [("pixels", "l1"), ("hog", "l1"), ("bins_8", "cross_entropy"), ("clusters", "cross_entropy")],
+)
+def test_a_target_on_the_command_line_brings_its_loss(target, loss):
+    options = SimMIMOptions(data="digits", device="cpu", target=target)
+    assert resolve(options, RECIPE).model.scored_by == loss
 
 
 # What does not fit.
@@ -289,13 +315,41 @@ def test_a_checkpoint_gives_the_swin_that_is_fine_tuned_and_timms():
     ("arguments", "complaint"),
     [
         (["--unit", "3"], "not divisible by unit"),
+        (["--unit", "0"], "--unit 0 is too small"),
+        (["--unit", "two"], "two"),
+        (["--window", "3"], "windows of 3x3 do not fill the 8x8 tokens"),
+        (["--window", "0"], "window must be at least 1"),
+        (["--image-size", "40"], "windows of 4x4 do not fill the 10x10 tokens"),
+        (["--image-size", "30"], "(30, 30)"),
         (["--target", "pixels_32x"], "choose a finer target"),
+        (["--target", "depth"], "depth"),
+        (["--head", "transformer"], "transformer"),
+        (["--target", "bins_8", "--loss", "l1"], "loss 'l1' does not fit target 'bins_8'"),
+        (["--loss", "cross_entropy"], "loss 'cross_entropy' does not fit target 'pixels'"),
         (["--unit", "1", "--target", "pixels_8x"], "partly masked"),
+        (["--mask-ratio", "0"], "--mask-ratio 0.0"),
+        (["--mask-ratio", "1"], "--mask-ratio 1.0"),
+        (["--mask-ratio", "nan"], "--mask-ratio nan"),
+        (["--mask-ratio", "0.99"], "hides all 8x8 patches"),  # by SimMIM's count
+        (["--no-such-flag", "3"], "--no-such-flag"),
+        (["--data", "no/such/folder"], "no/such/folder"),
+        (["--preset", "vit_tiny"], "vit_tiny"),
+        (["--epochs", "0"], "--epochs 0"),
+        (["--batch-size", "100000"], "--batch-size 100000"),
+        (["--lr", "nan"], "--lr nan"),
+        (["--device", "tpu"], "tpu"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--config", "missing.yaml"], "missing.yaml"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_two(capsys, arguments, complaint):
-    code = run(RECIPE, "SimMIM", ["--data", "digits", "--dry-run", *arguments])
-    err = capsys.readouterr().err
-    assert code == 2
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_two(
+    capfd, tmp_path, monkeypatch, arguments, complaint
+):
+    monkeypatch.chdir(tmp_path)
+    assert run(RECIPE, "SimMIM", ["--data", "digits", "--max-steps", "1", *arguments]) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("error: ")
     assert complaint in err
-    assert len(err.splitlines()) == 1
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -215,4 +215,4 @@ def test_window_normalized_pixels_are_the_ports(window):
     mask = masking.uniform(masking.key(range(len(images)), seed=0), (6, 6), num_masked=36)
     target = targets.WindowNormalizedPixels(8, window=window)(images, mask)
     expected = patchify(file.tensor(f"out/k{window}"), 8)
-    torch.testing.assert_close(target, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(target, expected, rtol=2e-5, atol=2e-5)

@@ -1,0 +1,380 @@
+"""Kinds of encoders that can be fine-tuned and probed: a class for each, listed in `KINDS`."""
+
+import dataclasses
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+from torch import Tensor, nn
+
+from mimkit._grids import per_axis
+from mimkit.interop import from_official
+from mimkit.nn import ConvViT, SwinTransformer, ViT
+from mimkit.nn._layers import QKVBias
+from mimkit.nn._relative import NUM_CLASS_ROWS
+from mimkit.patches import interpolate_positions, interpolate_relative_positions
+
+Encoder = ViT | SwinTransformer | ConvViT
+
+
+@dataclass(frozen=True)
+class EncoderShape(ABC):
+    """Shape of an encoder, in the words of its module, and what is peculiar to its kind.
+
+    Attributes:
+        kind: What it is called.
+        has_class_token: Whether `pool="token"` makes sense.
+        not_decayed: How names of parameters end that have more than one axis and no weight decay.
+        told_by_weights: Fields that `read` finds in the weights.
+        first_weight: Name of the weight whose second axis is the channels of the images.
+    """
+
+    kind: ClassVar[str]
+    has_class_token: ClassVar[bool]
+    not_decayed: ClassVar[tuple[str, ...]]
+    told_by_weights: ClassVar[frozenset[str]] = frozenset()
+    first_weight: ClassVar[str] = "patch_embed.proj.weight"
+
+    image_size: int | tuple[int, ...] = 224
+    in_channels: int = 3
+
+    def image_axes(self) -> tuple[int, int]:
+        """Return height and width in pixels."""
+        size = self.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height, width
+
+    @classmethod
+    @abstractmethod
+    def holds(cls, names: set[str]) -> bool:
+        """Whether weights of these names, ours or the authors', are of this kind."""
+
+    @classmethod
+    @abstractmethod
+    def under_our_names(cls, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Rename the weights of the authors' encoder or whole model, or take ours."""
+
+    def read(self, weights: Mapping[str, Tensor]) -> Self:
+        """Take from weights what they tell of the shape: the fields `told_by_weights`."""
+        return self
+
+    @abstractmethod
+    def build(self, *, pool: Literal["mean", "token"] = "mean") -> Encoder:
+        """Make an untrained encoder."""
+
+    @abstractmethod
+    def build_classifier(self, *, num_classes: int, drop_path: float) -> Encoder:
+        """Make an untrained encoder with a `head`, as its authors fine-tune it."""
+
+    @abstractmethod
+    def resample(self, weights: Mapping[str, Tensor], encoder: Encoder) -> Mapping[str, Tensor]:
+        """Fit tables of positions, in weights of this shape, to an encoder of another one."""
+
+    @property
+    @abstractmethod
+    def num_blocks(self) -> int:
+        """Transformer blocks from pixels to the last norm."""
+
+    @abstractmethod
+    def layer_id(self, name: str) -> int:
+        """Count the layer of a parameter.
+
+        Returns:
+            0 for what comes before the blocks, i + 1 for the i-th block, `num_blocks` + 1 for the
+            last norm and the head.
+        """
+
+
+@dataclass(frozen=True)
+class ViTShape(EncoderShape):
+    """Shape of a Vision Transformer, in the words of `nn.ViT`; the defaults are ViT-B/16.
+
+    Example:
+        >>> names = "pos_embed", "blocks.3.norm1.bias", "rel_pos_bias.3.table", "head.weight"
+        >>> [ViTShape().layer_id(name) for name in names]
+        [0, 4, 4, 13]
+    """
+
+    kind = "Vision Transformer"
+    has_class_token = True
+    not_decayed = ("cls_token", "pos_embed")
+    told_by_weights = frozenset(
+        {"layer_scale", "qkv_bias", "absolute_positions", "relative_positions"}
+    )
+
+    patch_size: int | tuple[int, ...] = 16
+    dim: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    layer_scale: float | None = None
+    qkv_bias: QKVBias = True
+    absolute_positions: bool = True
+    relative_positions: Literal["block"] | None = None
+
+    @classmethod
+    def holds(cls, names: set[str]) -> bool:
+        """Whether these are names of a ViT, MAE, CAE or SimMIM's ViT."""
+        inner = {name.removeprefix("encoder.") for name in names}
+        return "patch_embed.proj.weight" in inner and "blocks.0.norm1.weight" in inner
+
+    @classmethod
+    def under_our_names(cls, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Rename the encoder of the authors' MAE, CAE or SimMIM, or take ours.
+
+        A table of relative positions that all blocks shared becomes the first one of each.
+        """
+        if "rel_pos_bias.0.table" in tensors:
+            blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+            shared = {f"rel_pos_bias.{i}.table": tensors["rel_pos_bias.0.table"] for i in blocks}
+            return {**shared, **tensors}
+        if any(name.startswith("encoder.rel_pos_bias.") for name in tensors):
+            return from_official("simmim_vit_finetune", tensors)
+        is_cae = any(name.startswith("encoder.") for name in tensors)
+        return from_official("cae_vit" if is_cae else "mae_vit", tensors)
+
+    def read(self, weights: Mapping[str, Tensor]) -> Self:
+        """Take from weights which parts there are."""
+        return dataclasses.replace(
+            self,
+            layer_scale=1.0 if "blocks.0.gamma_1" in weights else None,
+            qkv_bias="qv" if "blocks.0.attn.q_bias" in weights else True,
+            absolute_positions="pos_embed" in weights,
+            relative_positions="block" if "rel_pos_bias.0.table" in weights else None,
+        )
+
+    def build(self, *, pool: Literal["mean", "token"] = "mean") -> ViT:
+        """Make an untrained encoder."""
+        return ViT(**dataclasses.asdict(self), pool=pool)
+
+    def build_classifier(self, *, num_classes: int, drop_path: float) -> ViT:
+        """Make an untrained encoder whose patch tokens are averaged, then normed and classified."""
+        encoder = ViT(
+            **dataclasses.asdict(self),
+            drop_path=drop_path,
+            pool_norm=True,
+            learn_positions=True,
+            num_classes=num_classes,
+        )
+        _init_head(encoder)
+        return encoder
+
+    def resample(self, weights: Mapping[str, Tensor], encoder: Encoder) -> Mapping[str, Tensor]:
+        """Fit tables of positions, added to tokens or to attention, to another grid."""
+        fitted, own = dict(weights), encoder.state_dict()
+        patch = per_axis("patch_size", self.patch_size, 2)
+        grid = tuple(size // side for size, side in zip(self.image_axes(), patch, strict=True))
+        if "pos_embed" in own and weights["pos_embed"].shape[1:] != own["pos_embed"].shape[1:]:
+            fitted["pos_embed"] = _resampled(weights["pos_embed"], grid, encoder)
+        for name, table in weights.items():
+            if name.startswith("rel_pos_bias.") and table.shape != own[name].shape:
+                fitted[name] = interpolate_relative_positions(
+                    table, grid, encoder.grid, num_extra=NUM_CLASS_ROWS
+                )
+        return fitted
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks."""
+        return self.depth
+
+    def layer_id(self, name: str) -> int:
+        """Count the layer of a parameter, as in facebookresearch/mae `lr_decay.py`."""
+        if name.startswith(("cls_token", "pos_embed", "patch_embed.")):
+            return 0
+        block = re.match(r"(?:blocks|rel_pos_bias)\.(\d+)\.", name)  # its table is the block's own
+        return int(block[1]) + 1 if block else self.depth + 1
+
+
+def _init_head(encoder: Encoder) -> None:
+    """Make a head almost zero, as facebookresearch/mae does, and ConvMAE after it."""
+    head: Any = encoder.head
+    nn.init.trunc_normal_(head.weight, std=2e-5)
+
+
+def _resampled(table: Tensor, old_grid: tuple[int, ...], encoder: Encoder) -> Tensor:
+    """Resample a position table to the encoder's grid; as it is where that cannot be done."""
+    num_prefix = encoder.num_prefix_tokens
+    side = math.isqrt(max(table.shape[1] - num_prefix, 0))
+    for grid in (old_grid, (side, side)):
+        if math.prod(grid) + num_prefix == table.shape[1]:
+            resampled = interpolate_positions(table[0], grid, encoder.grid, num_prefix=num_prefix)
+            return resampled.unsqueeze(0)
+    return table
+
+
+@dataclass(frozen=True)
+class SwinShape(EncoderShape):
+    """Shape of a Swin Transformer, in the words of `nn.SwinTransformer`; the defaults are Swin-B.
+
+    Example:
+        >>> names = ["patch_embed.norm.bias", "layers.1.blocks.0.norm1.bias", "norm.bias"]
+        >>> names.append("layers.1.downsample.reduction.weight")
+        >>> [SwinShape().layer_id(name) for name in names]
+        [0, 3, 25, 4]
+    """
+
+    kind = "Swin Transformer"
+    has_class_token = False
+    not_decayed = ("rel_pos_bias.table",)
+
+    patch_size: int | tuple[int, ...] = 4
+    dim: int = 128
+    depth: tuple[int, ...] = (2, 2, 18, 2)
+    heads: tuple[int, ...] = (4, 8, 16, 32)
+    window: int = 7
+    mlp_ratio: float = 4.0
+
+    @classmethod
+    def holds(cls, names: set[str]) -> bool:
+        """Whether these are names of a Swin, or of SimMIM with one."""
+        inner = {name.removeprefix("encoder.") for name in names}
+        return {"patch_embed.proj.weight", "layers.0.blocks.0.norm1.weight"} <= inner
+
+    @classmethod
+    def under_our_names(cls, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Rename the encoder of the authors' SimMIM, or take ours."""
+        is_ours = any(name.endswith(".rel_pos_bias.table") for name in tensors)
+        return tensors if is_ours else from_official("simmim_swin_finetune", tensors)
+
+    def build(self, *, pool: Literal["mean", "token"] = "mean") -> SwinTransformer:
+        """Make an untrained encoder.
+
+        Raises:
+            ValueError: Its class token is asked for.
+        """
+        if pool != "mean":
+            raise ValueError(f'a {self.kind} has no class token: pool must be "mean"')
+        return SwinTransformer(**dataclasses.asdict(self))
+
+    def build_classifier(self, *, num_classes: int, drop_path: float) -> SwinTransformer:
+        """Make an untrained encoder whose tokens are averaged and classified."""
+        return SwinTransformer(
+            **dataclasses.asdict(self), drop_path=drop_path, num_classes=num_classes
+        )
+
+    def resample(self, weights: Mapping[str, Tensor], encoder: Encoder) -> Mapping[str, Tensor]:
+        """Fit tables of relative positions to other windows; those of a file are square."""
+        own = encoder.state_dict()
+        return {
+            name: _other_window(tensor, own[name])
+            if name.endswith("rel_pos_bias.table") and tensor.shape != own[name].shape
+            else tensor
+            for name, tensor in weights.items()
+        }
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks, of all stages."""
+        return sum(self.depth)
+
+    def layer_id(self, name: str) -> int:
+        """Count the layer of a parameter, as in microsoft/SimMIM `optimizer.py`.
+
+        What merges patches is of the layer of the block before it.
+        """
+        if name.startswith("patch_embed."):
+            return 0
+        inside = re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)\.", name)
+        if inside is None:
+            return self.num_blocks + 1
+        stage, block = int(inside[1]), inside[2]
+        if block is None:
+            return sum(self.depth[: stage + 1])
+        return sum(self.depth[:stage]) + int(block) + 1
+
+
+def _other_window(table: Tensor, own: Tensor) -> Tensor:
+    """Resample a table to the window of an encoder's own; as it is where it is of no window."""
+    old, new = ((math.isqrt(len(t)) + 1) // 2 for t in (table, own))
+    if (2 * old - 1) ** 2 != len(table):
+        return table
+    return interpolate_relative_positions(table, (old, old), (new, new))
+
+
+@dataclass(frozen=True)
+class ConvViTShape(EncoderShape):
+    """Shape of ConvMAE's hybrid encoder, in the words of `nn.ConvViT`; the defaults are the base's.
+
+    Example:
+        >>> names = "pos_embed", "stages.1.blocks.0.norm1.bias", "embed_proj.bias"
+        >>> names += "blocks.3.norm1.bias", "fc_norm.bias"
+        >>> [ConvViTShape().layer_id(name) for name in names]
+        [0, 0, 0, 4, 12]
+    """
+
+    kind = "ConvViT"
+    has_class_token = False
+    not_decayed = ("pos_embed",)
+    told_by_weights = frozenset({"multi_scale"})
+    first_weight = "stages.0.embed.proj.weight"
+
+    patch_sizes: tuple[int, int, int] = (4, 2, 2)
+    dim: tuple[int, int, int] = (256, 384, 768)
+    depth: tuple[int, int, int] = (2, 2, 11)
+    heads: int = 12
+    mlp_ratio: tuple[float, float, float] = (4.0, 4.0, 4.0)
+    multi_scale: bool = False
+
+    @classmethod
+    def holds(cls, names: set[str]) -> bool:
+        """Whether these are names of a ConvViT, ConvMAE or its fine-tuned encoder."""
+        return cls.first_weight in names or "patch_embed1.proj.weight" in names
+
+    @classmethod
+    def under_our_names(cls, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Rename the encoder of the authors' ConvMAE, or take ours."""
+        if cls.first_weight in tensors:
+            return tensors
+        if "stage1_output_decode.weight" not in tensors:
+            return from_official("convmae_vit", tensors)
+        model = from_official("convmae", tensors)
+        inner = (name for name in model if name.startswith("encoder."))
+        return {name.removeprefix("encoder."): model[name] for name in inner}
+
+    def read(self, weights: Mapping[str, Tensor]) -> Self:
+        """Take from weights whether the output has parts of all stages."""
+        return dataclasses.replace(self, multi_scale="fusions.0.weight" in weights)
+
+    def build(self, *, pool: Literal["mean", "token"] = "mean") -> ConvViT:
+        """Make an untrained encoder, which puts out what the pre-trained one did."""
+        return ConvViT(**dataclasses.asdict(self), pool=pool)
+
+    def build_classifier(self, *, num_classes: int, drop_path: float) -> ConvViT:
+        """Make an untrained encoder whose last stage is averaged, normed and classified."""
+        encoder = ConvViT(
+            **(dataclasses.asdict(self) | {"multi_scale": False}),
+            drop_path=drop_path,
+            pool_norm=True,
+            learn_positions=True,
+            num_classes=num_classes,
+        )
+        _init_head(encoder)
+        return encoder
+
+    def resample(self, weights: Mapping[str, Tensor], encoder: Encoder) -> Mapping[str, Tensor]:
+        """Fit the table of positions to another grid."""
+        table, own = weights["pos_embed"], encoder.state_dict()["pos_embed"]
+        if table.shape[1:] == own.shape[1:]:
+            return weights
+        token = math.prod(self.patch_sizes)
+        grid = tuple(size // token for size in self.image_axes())
+        return {**weights, "pos_embed": _resampled(table, grid, encoder)}
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks of the last stage; the stages before it learn as one layer."""
+        return self.depth[-1]
+
+    def layer_id(self, name: str) -> int:
+        """Count the layer of a parameter, as in Alpha-VL/ConvMAE `lr_decay.py`."""
+        if name.startswith(("pos_embed", "stages.", "embed.", "embed_proj.")):
+            return 0
+        block = re.match(r"blocks\.(\d+)\.", name)
+        return int(block[1]) + 1 if block else self.num_blocks + 1
+
+
+KINDS: tuple[type[EncoderShape], ...] = (ViTShape, SwinShape, ConvViTShape)
