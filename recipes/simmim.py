@@ -103,9 +103,7 @@ class SimMIMConfig:
         if self.target not in get_args(TargetName):
             raise ValueError(f"target must be one of {get_args(TargetName)}; got {self.target!r}")
         fitting = ("cross_entropy",) if self.predicts_classes else ("l1", "l2", "smooth_l1")
-        if self.loss is None:
-            object.__setattr__(self, "loss", fitting[0])
-        if self.loss not in fitting:
+        if self.loss not in (None, *fitting):
             raise ValueError(
                 f"loss {self.loss!r} does not fit target {self.target!r}: choose of {fitting}"
             )
@@ -124,6 +122,11 @@ class SimMIMConfig:
     def predicts_classes(self) -> bool:
         """Whether the target is classes, not numbers."""
         return self.target in _CLASS_TARGETS
+
+    @property
+    def scored_by(self) -> LossName:
+        """The loss: what was asked for, or what fits the target."""
+        return self.loss or ("cross_entropy" if self.predicts_classes else "l1")
 
 
 @container
@@ -234,8 +237,8 @@ class SimMIM(nn.Module):
         return rearrange(predicted, "b m (c p) -> b m (p c)", c=channels)
 
     def _score(self, predicted: Tensor, prediction: Tensor, images: Tensor, mask: Mask) -> Tensor:
-        kind = self.config.loss
-        if self.config.target == "pixels" and kind != "cross_entropy" and kind is not None:
+        kind = self.config.scored_by
+        if self.config.target == "pixels" and kind != "cross_entropy":
             return losses.masked_pixel_loss(
                 predicted, images, mask, self.patch_size, normalize=None, kind=kind, order="c p1 p2"
             )
@@ -301,7 +304,7 @@ class SimMIM(nn.Module):
             self.colors.copy_(clusters.centers)
 
 
-_ERRORS: dict[LossName | None, Any] = {
+_ERRORS: dict[LossName, Any] = {
     "l1": losses.masked_l1,
     "l2": losses.masked_mse,
     "smooth_l1": losses.masked_smooth_l1,
@@ -386,6 +389,20 @@ def reconstruct(
     return viz.fill_masked(images, mask, patches, model.patch_size)
 
 
+def describe_way_back(model: SimMIM) -> str:
+    """Say how predictions became the pixels of the picture."""
+    name = model.config.target
+    if name == "pixels":
+        return "Masked patches are as predicted."
+    if name == "window_normalized":
+        return "Predictions are normalised; here they have the ground truth's window statistics."
+    if name == "hog":
+        return "HOG has no way back to pixels: masked patches stay gray."
+    if model.config.predicts_classes:
+        return "Each masked pixel has the color of its most likely class."
+    return f"Each square of {_factor(name)} x {_factor(name)} px has the mean predicted for it."
+
+
 def baselines(
     model: SimMIM, images: Float[Tensor, "batch channels *spatial"], mask: Mask
 ) -> dict[str, Float32[Tensor, ""]]:
@@ -393,8 +410,8 @@ def baselines(
 
     Of targets other than pixels: 0 everywhere, or for classes how often each one occurs.
     """
-    kind = model.config.loss
-    if model.config.target == "pixels" and kind is not None and kind != "cross_entropy":
+    kind = model.config.scored_by
+    if model.config.target == "pixels" and kind != "cross_entropy":
         return losses.baselines(images, mask, model.patch_size, normalize=None, kind=kind)
     target = model.target(images, mask)
     if not model.config.predicts_classes:
@@ -421,8 +438,18 @@ class UnitMasking:
             raise ValueError(f"--unit {self.unit} is too small: give 1 or more patches")
 
     def draw(self, key: Key, grid: tuple[int, ...]) -> Mask:
-        """Draw the masks of a batch."""
-        return masking.uniform(key, grid, self.mask_ratio, unit=self.unit, rounding="simmim")
+        """Draw the masks of a batch.
+
+        Raises:
+            ValueError: Nothing is left to see.
+        """
+        mask = masking.uniform(key, grid, self.mask_ratio, unit=self.unit, rounding="simmim")
+        if mask.num_visible == 0:
+            raise ValueError(
+                f"--mask-ratio {self.mask_ratio}, rounded up to whole units of {self.unit}, hides "
+                f"all {'x'.join(map(str, grid))} patches: give a smaller one"
+            )
+        return mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -518,7 +545,7 @@ RECIPE = Recipe(
     build=SimMIM,
     baselines=baselines,
     reconstruct=reconstruct,
-    note="Window-normalized predictions have the true statistics; hog has no way back to pixels.",
+    note=describe_way_back,
     options=SimMIMOptions,
     fit=SimMIM.fit,
 )

@@ -105,7 +105,7 @@ class Recipe:
             is called with images and what the preset's `masking` draws.
         baselines: Scores trivial predictors under the loss: (model, images, mask).
         reconstruct: Fills in the masked patches of model inputs: (model, images, mask).
-        note: What a viewer of reconstructions must know.
+        note: What a viewer of reconstructions must know; or tells it of a model.
         options: Its command line. An option named as a field of the preset's model, training or
             masking replaces that field.
         pictures: More files of held-out pictures by name. Each makes columns by caption:
@@ -118,7 +118,7 @@ class Recipe:
     build: Callable[[Any], nn.Module]
     baselines: Callable[[Any, Tensor, Mask], dict[str, Tensor]]
     reconstruct: Callable[[Any, Tensor, Mask], Tensor]
-    note: str
+    note: str | Callable[[Any], str]
     options: type[Options] = Options
     pictures: Mapping[str, Callable[[Any, Tensor], Mapping[str, Tensor]]] = field(
         default_factory=dict

@@ -83,8 +83,12 @@ def draw_reconstructions(
         rows.append([picture.join(tiles) for tiles in shown])
     percent = f"{config.masking.mask_ratio:.0%}"
     captions = ["input (not trained on)", f"masked, {percent}", "reconstruction"]
-    note = f"{_tile_note(encoder)} and filled in by itself.\n{recipe.note}"
+    note = f"{_tile_note(encoder)} and filled in by itself.\n{_note(recipe, model)}"
     viz.panel(rows, captions, note=note).save(folder.path / "reconstructions.png")
+
+
+def _note(recipe: Recipe, model: nn.Module) -> str:
+    return recipe.note if isinstance(recipe.note, str) else recipe.note(model)
 
 
 @torch.no_grad()
@@ -101,7 +105,7 @@ def draw_more_pictures(
             captions = ["input (not trained on)", *columns]
             shown = (picture.tiles, *(picture.from_inputs(tiles) for tiles in columns.values()))
             rows.append([picture.join(tiles) for tiles in shown])
-        note = f"{_tile_note(encoder)}.\n{recipe.note}"
+        note = f"{_tile_note(encoder)}.\n{_note(recipe, model)}"
         viz.panel(rows, captions, note=note).save(folder.path / f"{name}.png")
 
 
