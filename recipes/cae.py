@@ -777,7 +777,7 @@ RECIPE = Recipe(
     build=PretrainCAE,
     baselines=baselines,
     reconstruct=reconstruct,
-    note="Predicted codes stand for normalised patches; here they have the true patches' contrast. "
+    note="Predicted codes stand for normalised patches; here they have the true patches' contrast.\n"
     "Of features, the brighter a patch, the nearer the teacher's.",
     options=CAEOptions,
     fit=fit,
