@@ -777,8 +777,8 @@ RECIPE = Recipe(
     build=PretrainCAE,
     baselines=baselines,
     reconstruct=reconstruct,
-    note="Predicted codes stand for normalised patches; here they have the true patches' contrast. "
-    "Of features, the brighter a patch, the nearer the teacher's.",
+    note="Predicted codes stand for normalised patches; here they have the true patches' contrast."
+    "\nOf features, the brighter a patch, the nearer the teacher's.",
     options=CAEOptions,
     fit=fit,
     pictures={"decode_full": decode_full},
