@@ -40,7 +40,7 @@ from recipes.engine.classify import Classifier, fit, score
 from recipes.engine.cli import check_options, choose_preset, run_command
 from recipes.engine.config import RunConfig, override, replace_given, scaled_lr
 from recipes.engine.distributed import World, check_shares, join
-from recipes.engine.encoder_kinds import Encoder, EncoderShape, SwinShape, ViTShape
+from recipes.engine.encoder_kinds import ConvViTShape, Encoder, EncoderShape, SwinShape, ViTShape
 from recipes.engine.encoders import EncoderFile, EncoderOptions, fill_encoder, open_encoder
 from recipes.engine.errors import UserError
 from recipes.engine.labelled import LabelledData, load_labelled
@@ -399,6 +399,7 @@ PRESETS = {
         ViTShape(patch_size=14, dim=1280, depth=32, heads=16),
         dataclasses.replace(PAPER_LARGE, drop_path=0.3),
     ),
+    "convmae_base": FineTunePreset(ConvViTShape(), PAPER),
     "simmim_vit_base": FineTunePreset(ViTShape(), dataclasses.replace(SIMMIM, layer_decay=0.65)),
     # Of 800 epochs of pre-training; after 100, the authors' layer decay is .9.
     "swin_base": FineTunePreset(SwinShape(), SIMMIM),

@@ -42,7 +42,7 @@ from recipes.engine.cli import check_options, choose_preset, run_command
 from recipes.engine.config import RunConfig, replace_given, scaled_lr
 from recipes.engine.data import DataSet, ProbeData, load_data
 from recipes.engine.distributed import World, check_shares, join
-from recipes.engine.encoder_kinds import Encoder, EncoderShape, SwinShape, ViTShape
+from recipes.engine.encoder_kinds import ConvViTShape, Encoder, EncoderShape, SwinShape, ViTShape
 from recipes.engine.encoders import (
     EncoderFile,
     EncoderOptions,
@@ -445,6 +445,9 @@ PRESETS = {
         ViTShape(patch_size=14, dim=1280, depth=32, heads=16),
         dataclasses.replace(LINEAR, epochs=50),
         ATTENTIVE,
+    ),
+    "convmae_base": ProbePreset(
+        ConvViTShape(), dataclasses.replace(LINEAR, batch_size=4_096), ATTENTIVE
     ),
     # SimMIM's, as pre-trained.
     "swin_base": ProbePreset(SwinShape(image_size=192, window=6), LINEAR, ATTENTIVE),

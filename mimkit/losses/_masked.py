@@ -36,8 +36,8 @@ Loss = Float32[Tensor, ""] | Float32[Tensor, " samples"] | Float32[Tensor, "batc
 
 
 def masked_mse(
-    prediction: Float[Tensor, "batch _ ..."],
-    target: Float[Tensor, "batch _ ..."],
+    prediction: Float[Tensor, "batch _ ..."] | Float[Tensor, "_ ..."],
+    target: Float[Tensor, "batch _ ..."] | Float[Tensor, "_ ..."],
     mask: Mask | RaggedMask,
     *,
     reduction: Reduction = "mean",
@@ -72,8 +72,8 @@ def masked_mse(
 
 
 def masked_l1(
-    prediction: Float[Tensor, "batch _ ..."],
-    target: Float[Tensor, "batch _ ..."],
+    prediction: Float[Tensor, "batch _ ..."] | Float[Tensor, "_ ..."],
+    target: Float[Tensor, "batch _ ..."] | Float[Tensor, "_ ..."],
     mask: Mask | RaggedMask,
     *,
     reduction: Reduction = "mean",
@@ -90,8 +90,8 @@ def masked_l1(
 
 
 def masked_smooth_l1(
-    prediction: Float[Tensor, "batch _ ..."],
-    target: Float[Tensor, "batch _ ..."],
+    prediction: Float[Tensor, "batch _ ..."] | Float[Tensor, "_ ..."],
+    target: Float[Tensor, "batch _ ..."] | Float[Tensor, "_ ..."],
     mask: Mask | RaggedMask,
     *,
     beta: float = 1.0,
@@ -147,8 +147,8 @@ def masked_cosine(
 
 
 def masked_cross_entropy(
-    prediction: Float[Tensor, "batch *values classes"],
-    target: Int64[Tensor, "batch *values"],
+    prediction: Float[Tensor, "... classes"],
+    target: Int64[Tensor, "..."],
     mask: Mask | RaggedMask,
     *,
     reduction: Reduction = "mean",

@@ -31,7 +31,8 @@ def blockwise(
     An attempt draws an area, an aspect ratio and a position. A block is rejected if it spans the
     grid on an axis or would mask nothing new or too much; after 32 rejected ones in a row, or once
     65536 are drawn, the tokens that are still missing are masked singly. So drawing ends on every
-    grid. On an axis that is too short for any block, blocks are cut to fit.
+    grid. On an axis that is too short for any block, blocks are cut to fit. On a grid hardly larger
+    than the smallest block its middle may be masked in every draw; a smaller `min_block` helps.
 
     The middle of the grid is masked more often than its border. Shares of 2000 masks at ratio 0.5
     on a 14 x 14 grid, every other row and column of its upper left quarter:

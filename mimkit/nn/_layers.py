@@ -66,10 +66,10 @@ def attend_packed(
 ) -> Float[Tensor, "1 queries dim"]:
     """Softmax attention within each of the samples that lie packed in one sequence, heads merged.
 
-    On a GPU one call of variable length; else one call for all neighbors of the same length, so
-    that nothing is padded there either.
+    On a GPU one call of variable length, where each sample has a query (fused operators need one);
+    else one call for all neighbors of the same length, so that nothing is padded there either.
     """
-    if query.device.type == "cuda":
+    if query.device.type == "cuda" and min(packing.num_queries) > 0:
         return _attend_nested(query, key, value, packing)
     runs = packing.runs()
     queries = query.split([samples * count for samples, count, _ in runs], dim=2)

@@ -25,7 +25,12 @@ _MAX_LINES = 1_000_000  # of Python in one call; vectorized samplers take a few 
 
 
 def assert_sampler_conforms(
-    sampler: Sampler, grid: Sequence[int], ratio: float, *, num_masked: int | None = None
+    sampler: Sampler,
+    grid: Sequence[int],
+    ratio: float,
+    *,
+    num_masked: int | None = None,
+    least: float = 0.1,
 ) -> None:
     """Check what a random sampler owes its users.
 
@@ -39,6 +44,10 @@ def assert_sampler_conforms(
         ratio: Fraction to mask, in (0, 1).
         num_masked: The count to expect where it is not that of `masking.num_masked`, as for a
             sampler of larger units.
+        least: How often a position must be masked, and visible, as a fraction of the mean of all
+            positions, in (0, 1]; less for a sampler that is uneven by design, as `blockwise` is at
+            high ratios. The smaller, the more masks are drawn, up to 33 million tokens, beyond
+            which only whole rows, columns, ... are sure to be found.
 
     Raises:
         AssertionError: The first promise broken, with what was expected and what was seen.
@@ -52,6 +61,8 @@ def assert_sampler_conforms(
         AssertionError: expected 9 of 10 tokens masked at ratio 0.9; got 10
     """
     grid = as_sizes("grid", grid)
+    if not 0 < least <= 1:
+        raise ValueError(f"least must be a fraction in (0, 1]; got {least}")
     ids = torch.arange(_BATCH) * 7919 + 2**40
     with _bounded(grid):
         drawn = _draw(sampler, key(ids, seed=1), grid, ratio)
@@ -59,7 +70,7 @@ def assert_sampler_conforms(
     _check_purity(sampler, drawn, ids, grid, ratio)
     _check_batching(sampler, drawn, ids, grid, ratio)
     _check_variety(sampler, drawn, ids, grid, ratio)
-    _check_support(sampler, grid, ratio, drawn)
+    _check_support(sampler, grid, ratio, drawn, least)
 
 
 def _draw(sampler: Sampler, k: Key, grid: Grid, ratio: float) -> Mask:
@@ -181,11 +192,11 @@ def _check_variety(
             )
 
 
-def _check_support(sampler: Sampler, grid: Grid, ratio: float, drawn: Mask) -> None:
-    """Draw until a position with a tenth of the mean rate is missed with probability < 1e-9."""
+def _check_support(sampler: Sampler, grid: Grid, ratio: float, drawn: Mask, least: float) -> None:
+    """Draw until a position of the least rate is missed with a probability below 1e-9."""
     if not (drawn.num_masked and drawn.num_visible):
         return
-    rate = min(drawn.num_masked, drawn.num_visible) / drawn.num_tokens / 10
+    rate = min(drawn.num_masked, drawn.num_visible) / drawn.num_tokens * least
     enough = math.ceil(math.log(drawn.num_tokens / 1e-9) / rate)
     num_draws = max(min(enough, _MAX_DRAWN_TOKENS // drawn.num_tokens), _BATCH)
     counts = torch.zeros(grid, dtype=torch.int64)

@@ -10,13 +10,14 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
+from mimkit._grids import per_axis
 from mimkit.interop import from_official
-from mimkit.nn import SwinTransformer, ViT
+from mimkit.nn import ConvViT, SwinTransformer, ViT
 from mimkit.nn._layers import QKVBias
 from mimkit.nn._relative import NUM_CLASS_ROWS
 from mimkit.patches import interpolate_positions, interpolate_relative_positions
 
-Encoder = ViT | SwinTransformer
+Encoder = ViT | SwinTransformer | ConvViT
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,14 @@ class EncoderShape(ABC):
         has_class_token: Whether `pool="token"` makes sense.
         not_decayed: How names of parameters end that have more than one axis and no weight decay.
         told_by_weights: Fields that `read` finds in the weights.
+        first_weight: Name of the weight whose second axis is the channels of the images.
     """
 
     kind: ClassVar[str]
     has_class_token: ClassVar[bool]
     not_decayed: ClassVar[tuple[str, ...]]
     told_by_weights: ClassVar[frozenset[str]] = frozenset()
+    first_weight: ClassVar[str] = "patch_embed.proj.weight"
 
     image_size: int | tuple[int, ...] = 224
     in_channels: int = 3
@@ -156,14 +159,13 @@ class ViTShape(EncoderShape):
             learn_positions=True,
             num_classes=num_classes,
         )
-        head: Any = encoder.head
-        nn.init.trunc_normal_(head.weight, std=2e-5)
+        _init_head(encoder)
         return encoder
 
     def resample(self, weights: Mapping[str, Tensor], encoder: Encoder) -> Mapping[str, Tensor]:
         """Fit tables of positions, added to tokens or to attention, to another grid."""
         fitted, own = dict(weights), encoder.state_dict()
-        patch = encoder.patch_embed.patch_size
+        patch = per_axis("patch_size", self.patch_size, 2)
         grid = tuple(size // side for size, side in zip(self.image_axes(), patch, strict=True))
         if "pos_embed" in own and weights["pos_embed"].shape[1:] != own["pos_embed"].shape[1:]:
             fitted["pos_embed"] = _resampled(weights["pos_embed"], grid, encoder)
@@ -185,6 +187,12 @@ class ViTShape(EncoderShape):
             return 0
         block = re.match(r"(?:blocks|rel_pos_bias)\.(\d+)\.", name)  # its table is the block's own
         return int(block[1]) + 1 if block else self.depth + 1
+
+
+def _init_head(encoder: Encoder) -> None:
+    """Make a head almost zero, as facebookresearch/mae does, and ConvMAE after it."""
+    head: Any = encoder.head
+    nn.init.trunc_normal_(head.weight, std=2e-5)
 
 
 def _resampled(table: Tensor, old_grid: tuple[int, ...], encoder: Encoder) -> Tensor:
@@ -287,4 +295,86 @@ def _other_window(table: Tensor, own: Tensor) -> Tensor:
     return interpolate_relative_positions(table, (old, old), (new, new))
 
 
-KINDS: tuple[type[EncoderShape], ...] = (ViTShape, SwinShape)
+@dataclass(frozen=True)
+class ConvViTShape(EncoderShape):
+    """Shape of ConvMAE's hybrid encoder, in the words of `nn.ConvViT`; the defaults are the base's.
+
+    Example:
+        >>> names = "pos_embed", "stages.1.blocks.0.norm1.bias", "embed_proj.bias"
+        >>> names += "blocks.3.norm1.bias", "fc_norm.bias"
+        >>> [ConvViTShape().layer_id(name) for name in names]
+        [0, 0, 0, 4, 12]
+    """
+
+    kind = "ConvViT"
+    has_class_token = False
+    not_decayed = ("pos_embed",)
+    told_by_weights = frozenset({"multi_scale"})
+    first_weight = "stages.0.embed.proj.weight"
+
+    patch_sizes: tuple[int, int, int] = (4, 2, 2)
+    dim: tuple[int, int, int] = (256, 384, 768)
+    depth: tuple[int, int, int] = (2, 2, 11)
+    heads: int = 12
+    mlp_ratio: tuple[float, float, float] = (4.0, 4.0, 4.0)
+    multi_scale: bool = False
+
+    @classmethod
+    def holds(cls, names: set[str]) -> bool:
+        """Whether these are names of a ConvViT, ConvMAE or its fine-tuned encoder."""
+        return cls.first_weight in names or "patch_embed1.proj.weight" in names
+
+    @classmethod
+    def under_our_names(cls, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Rename the encoder of the authors' ConvMAE, or take ours."""
+        if cls.first_weight in tensors:
+            return tensors
+        if "stage1_output_decode.weight" not in tensors:
+            return from_official("convmae_vit", tensors)
+        model = from_official("convmae", tensors)
+        inner = (name for name in model if name.startswith("encoder."))
+        return {name.removeprefix("encoder."): model[name] for name in inner}
+
+    def read(self, weights: Mapping[str, Tensor]) -> Self:
+        """Take from weights whether the output has parts of all stages."""
+        return dataclasses.replace(self, multi_scale="fusions.0.weight" in weights)
+
+    def build(self, *, pool: Literal["mean", "token"] = "mean") -> ConvViT:
+        """Make an untrained encoder, which puts out what the pre-trained one did."""
+        return ConvViT(**dataclasses.asdict(self), pool=pool)
+
+    def build_classifier(self, *, num_classes: int, drop_path: float) -> ConvViT:
+        """Make an untrained encoder whose last stage is averaged, normed and classified."""
+        encoder = ConvViT(
+            **(dataclasses.asdict(self) | {"multi_scale": False}),
+            drop_path=drop_path,
+            pool_norm=True,
+            learn_positions=True,
+            num_classes=num_classes,
+        )
+        _init_head(encoder)
+        return encoder
+
+    def resample(self, weights: Mapping[str, Tensor], encoder: Encoder) -> Mapping[str, Tensor]:
+        """Fit the table of positions to another grid."""
+        table, own = weights["pos_embed"], encoder.state_dict()["pos_embed"]
+        if table.shape[1:] == own.shape[1:]:
+            return weights
+        token = math.prod(self.patch_sizes)
+        grid = tuple(size // token for size in self.image_axes())
+        return {**weights, "pos_embed": _resampled(table, grid, encoder)}
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks of the last stage; the stages before it learn as one layer."""
+        return self.depth[-1]
+
+    def layer_id(self, name: str) -> int:
+        """Count the layer of a parameter, as in Alpha-VL/ConvMAE `lr_decay.py`."""
+        if name.startswith(("pos_embed", "stages.", "embed.", "embed_proj.")):
+            return 0
+        block = re.match(r"blocks\.(\d+)\.", name)
+        return int(block[1]) + 1 if block else self.num_blocks + 1
+
+
+KINDS: tuple[type[EncoderShape], ...] = (ViTShape, SwinShape, ConvViTShape)

@@ -22,8 +22,8 @@ from recipes.engine.errors import UserError
 _UNREADABLE = (
     OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError,
 )  # fmt: skip
-# What stands between the encoder's tokens and classes: pre-training's is not fine-tuning's.
-_LAST_NORM = "norm."
+# What stands between the last block and classes: pre-training's is not fine-tuning's.
+_BEHIND_BLOCKS = ("norm.", "fusions.")
 _CLASSIFIER = ("fc_norm.", "head.")
 
 
@@ -33,8 +33,8 @@ class EncoderOptions(CommonOptions):
 
     Attributes:
         encoder: An `encoder.safetensors`, whose shape is in the `config.yaml` beside it, or a
-            checkpoint of the authors' MAE, CAE or SimMIM, whose shape is the preset's; "none" for
-            none.
+            checkpoint of the authors' MAE, CAE, SimMIM or ConvMAE, whose shape is the preset's;
+            "none" for none.
         resume: "auto" goes on with the output folder's last checkpoint, "never" insists on a new
             start.
     """
@@ -77,7 +77,7 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
     """Read an encoder.
 
     Args:
-        path: An `encoder.safetensors`, or a checkpoint of the authors' MAE, CAE or SimMIM.
+        path: An `encoder.safetensors`, or a checkpoint of the authors' MAE, CAE, SimMIM or ConvMAE.
         shape: Its shape, where no `config.yaml` beside it tells.
 
     Raises:
@@ -106,7 +106,7 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
                 f"--encoder {path} holds a {kind.kind}: give a --preset with the shape of one, or "
                 "the config.yaml of its run beside it"
             )
-        in_channels = weights["patch_embed.proj.weight"].shape[1]
+        in_channels = weights[kind.first_weight].shape[1]
         told = dataclasses.replace(shape, in_channels=in_channels)
     return EncoderFile(path, digest, told.read(weights), weights)
 
@@ -184,7 +184,7 @@ def fill_encoder(encoder: Encoder, file: EncoderFile) -> None:
     weights = {
         name: tensor
         for name, tensor in file.weights.items()
-        if name in wanted or not name.startswith((_LAST_NORM, *_CLASSIFIER))
+        if name in wanted or not name.startswith((*_BEHIND_BLOCKS, *_CLASSIFIER))
     }
     advice = "give the --preset of this encoder, or the config.yaml of its run beside it"
     odd = sorted(wanted ^ weights.keys())

@@ -105,14 +105,23 @@ def test_a_wheel_built_from_the_sdist_holds_both_packages_and_nothing_else(tmp_p
     assert not tops & {"runs", ".git", "dist"}
 
 
-def test_doctests_and_the_rooms_tests_run_with_shapes_and_types_checked() -> None:
+def run_typed(*paths: str) -> None:
+    """Run tests in a process that checks shapes and types of what passes through the library."""
+    options = ["-m", "not full and not untyped", "-q", "-p", "no:cacheprovider"]
     # beartype draws from `random`, which `assert_sampler_conforms` takes for the sampler's doing.
-    run_python(
-        "import sys, pytest\n"
-        "sys.exit(pytest.main(['mimkit', 'recipes/mae.py', 'tests/recipes/test_mae_golden.py',\n"
-        "    'recipes/convmae.py', 'tests/recipes/test_convmae_golden.py', 'tests/conv',\n"
-        "    'tests/masking', 'tests/patches', 'tests/targets', 'tests/losses', 'tests/nn',\n"
-        "    'tests/interop', '-m', 'not full and not untyped', '-q', '-p', 'no:cacheprovider',\n"
-        "    '--ignore=mimkit/testing/_samplers.py',\n"
-        "    '--jaxtyping-packages=mimkit,beartype.beartype']))"
-    )
+    options += ["--ignore=mimkit/testing/_samplers.py"]
+    options += ["--jaxtyping-packages=mimkit,beartype.beartype"]
+    run_python(f"import sys, pytest\nsys.exit(pytest.main({[*paths, *options]}))")
+
+
+def test_doctests_and_golden_files_run_with_shapes_and_types_checked() -> None:
+    golden = (f"tests/recipes/test_{name}_golden.py" for name in ("mae", "convmae"))
+    run_typed("mimkit", "recipes/mae.py", "recipes/convmae.py", *golden)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "room", ["conv", "masking", "patches", "targets", "losses", "nn", "interop"]
+)
+def test_a_rooms_tests_run_with_shapes_and_types_checked(room: str) -> None:
+    run_typed(f"tests/{room}")

@@ -251,7 +251,7 @@ def test_attention_of_nested_tensors_is_that_of_each_sample(sizes, generator):
     upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
     expected_grads = torch.autograd.grad(expected, parts, upstream)
     ways = [layers.attend_packed]
-    if min(num_queries) > 0:  # what a GPU runs; its plain form, which a CPU has, needs a query
+    if min(num_queries) > 0:  # what a GPU runs then; here in its plain form
         ways.append(layers._attend_nested)
     for way in ways:
         mixed = way(*parts, packing)
