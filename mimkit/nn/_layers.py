@@ -30,7 +30,7 @@ def xavier_linear(in_features: int, out_features: int, *, bias: bool = True) -> 
 # Where bfloat16 products are native, they beat the backward of PyTorch's fused attention at the
 # lengths that MIM uses (50 to 200 tokens); where they are emulated, it is the other way round. With
 # a learned bias, PyTorch has no fused attention for a CPU, and its fallback is slower than the
-# products. `benchmarks/bench_attention.py` has the numbers.
+# products in float32. `benchmarks/bench_attention.py` has the numbers.
 _CPU_HAS_BFLOAT16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
@@ -42,13 +42,14 @@ def attend(
 ) -> Float[Tensor, "batch heads queries head_dim"]:
     """Softmax attention, with `bias` added to its logits.
 
-    Plain matrix products on a CPU with a bias, or for bfloat16 if it has it; else PyTorch's fused
-    operator.
+    Plain matrix products on a CPU, for bfloat16 if it has it, for other types with a bias; else
+    PyTorch's fused operator.
     """
     if bias is not None:
         bias = bias.to(query.dtype)
-    has_fast_products = _CPU_HAS_BFLOAT16 and query.dtype == torch.bfloat16
-    if query.device.type != "cpu" or not (has_fast_products or bias is not None):
+    has_bias = bias is not None
+    is_plain = _CPU_HAS_BFLOAT16 if query.dtype == torch.bfloat16 else has_bias
+    if query.device.type != "cpu" or not is_plain:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
     logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     if bias is not None:
