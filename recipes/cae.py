@@ -60,7 +60,6 @@ from torch.nn import functional as F
 
 from mimkit import losses, masking, targets, viz
 from mimkit._containers import container
-from mimkit._grids import per_axis
 from mimkit.masking import Key, Mask
 from mimkit.nn import (
     CAEDecoder,
@@ -74,11 +73,10 @@ from mimkit.nn._vit import position_table
 from mimkit.patches import unpatchify
 from recipes.engine import Options, Preset, Recipe, Training, run
 from recipes.engine.checkpoint import load_last_weights
-from recipes.engine.encoder_kinds import ViTShape
-from recipes.engine.encoders import fill_encoder, load_encoder
 from recipes.engine.errors import UserError
-from recipes.engine.masks import check_ratio
-from recipes.engine.tokenizers import ImageTokenizer, load_tokenizer
+from recipes.engine.masks import check_ratio, join
+from recipes.engine.teachers import load_teacher
+from recipes.engine.tokenizers import Tokenizer, decode_codes, decode_masked, make_tokenizer
 
 Target = Literal["tokens", "rgb", "features"]
 
@@ -263,10 +261,9 @@ class CAE(nn.Module):
             ValueError: Token ids or features that are missing or of another shape, or (on a CPU)
                 ids out of range.
         """
-        if not isinstance(mask, Mask):
-            images = images.repeat(len(mask), *[1] * (images.ndim - 1))
-            token_ids = None if token_ids is None else token_ids.repeat(len(mask), 1)
-            mask = Mask.cat(mask)
+        if token_ids is not None:
+            _, token_ids = join(mask, token_ids)
+        mask, images = join(mask, images)
         latent = self.encoder(images, mask)
         visible = self.project(latent[:, self.encoder.num_prefix_tokens :])
         positions = self._positions(mask.masked_ids)
@@ -406,25 +403,19 @@ class PretrainCAE(nn.Module):
 
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__()
-        self.tokenizer: ImageTokenizer | PatchTokenizer | None = None
-        if config.target == "tokens" and config.tokenizer != "patches":
-            self.tokenizer = load_tokenizer(
-                Path(config.tokenizer), config.image_size, config.patch_size, config.in_channels
-            )
+        self.tokenizer: Tokenizer | None = None
+        self.teacher: ViT | None = None
+        images = (config.image_size, config.patch_size, config.in_channels)
+        if config.target == "tokens":
+            self.tokenizer = make_tokenizer(config.tokenizer, *images, config.vocabulary_size)
             config = dataclasses.replace(config, vocabulary_size=self.tokenizer.vocabulary_size)
-        self.teacher = load_teacher(config) if config.target == "features" else None
-        if self.teacher is not None:
+        elif config.target == "features":
+            self.teacher = load_teacher(config.teacher, *images)
             config = dataclasses.replace(config, feature_dim=self.teacher.dim)
         if config.beside is not None:
             check_beside(config)
         self.beside = config.beside
         self.cae = CAE(config)
-        if config.target == "tokens" and self.tokenizer is None:
-            self.tokenizer = PatchTokenizer(
-                patch_size=self.cae.patch_size,
-                in_channels=config.in_channels,
-                vocabulary_size=config.vocabulary_size,
-            )
         share = torch.full((config.vocabulary_size,), 1 / config.vocabulary_size)
         self.register_buffer("frequencies", share)
 
@@ -468,37 +459,6 @@ class PretrainCAE(nn.Module):
             share,
             spread,
         )
-
-
-def load_teacher(config: PretrainConfig) -> ViT:
-    """Read the frozen encoder whose features are predicted; its positions are resampled to fit.
-
-    Raises:
-        UserError: No file is given, it holds no encoder, or one that does not fit the images.
-    """
-    if config.teacher is None:
-        raise UserError(
-            "--target features needs --teacher FILE: an encoder.safetensors, whose config.yaml "
-            "lies beside it, or a ViT-B/16 of the authors' MAE or CAE"
-        )
-    try:
-        file = load_encoder(Path(config.teacher), ViTShape())
-        shape = dataclasses.replace(file.shape, image_size=config.image_size)
-        with torch.device("cpu"):  # weights, even where only shapes are asked for
-            teacher = shape.build()
-            if not isinstance(teacher, ViT):
-                raise UserError(f"--teacher {config.teacher} holds a {shape.kind}: give a ViT")
-            fill_encoder(teacher, file)
-    except UserError as error:
-        raise UserError(str(error).replace("--encoder", "--teacher")) from error
-    patch_size = per_axis("patch_size", config.patch_size, len(teacher.image_size))
-    found = (teacher.patch_embed.patch_size, teacher.patch_embed.in_channels)
-    if found != (patch_size, config.in_channels):
-        raise UserError(
-            f"--teacher {config.teacher} takes patches of {found[0]} pixels and {found[1]} "
-            f"channels where this model takes {patch_size} and {config.in_channels}"
-        )
-    return teacher.eval().requires_grad_(False)
 
 
 def read_run(folder: Path) -> PretrainConfig | None:
@@ -592,9 +552,8 @@ def reconstruct(
     if ids is None:
         patches = draw_patches(model, output.prediction, images, mask)
     else:
-        ids = ids.scatter(1, mask.masked_ids, output.prediction.argmax(dim=2))
-        pictures = decode_tokens(model, ids, images)
-        patches = targets.Pixels(model.cae.patch_size)(pictures, mask)
+        codes = output.prediction.argmax(dim=2)
+        patches = decode_masked(model.tokenizer, codes, images, mask, model.cae.patch_size)
     return viz.fill_masked(images, mask, patches, model.cae.patch_size)
 
 
@@ -652,12 +611,9 @@ def decode_tokens(
     ids: Int64[Tensor, "batch tokens"],
     images: Float[Tensor, "batch channels height width"],
 ) -> Float[Tensor, "batch channels height width"]:
-    """Return the pictures that codes stand for; codes of patches get the true patches' contrast."""
+    """Return the pictures that codes stand for."""
     assert model.tokenizer is not None
-    grid = model.encoder.grid
-    if isinstance(model.tokenizer, ImageTokenizer):
-        return model.tokenizer.decode(ids.unflatten(1, grid))
-    return model.tokenizer.decode(ids.unflatten(1, grid), like=images)
+    return decode_codes(model.tokenizer, ids.unflatten(1, model.encoder.grid), images)
 
 
 @dataclass(frozen=True)

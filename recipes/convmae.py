@@ -37,7 +37,7 @@ from mimkit.masking import Key, Mask
 from mimkit.nn import ConvViT, MAEDecoder, PixelHead
 from mimkit.patches import gather_patches, unpatchify
 from recipes.engine import Options, Preset, Recipe, Training, run
-from recipes.engine.masks import Masks, check_ratio
+from recipes.engine.masks import Masks, check_ratio, join
 
 Conv = Literal["masked", "plain"]
 Decoder = Literal["multi-scale", "single-scale"]
@@ -154,9 +154,7 @@ class ConvMAE(nn.Module):
         self, images: Float[Tensor, "images channels height width"], mask: Mask | Sequence[Mask]
     ) -> ConvMAEOutput:
         """Predict the masked patches of `images` and score the prediction."""
-        if not isinstance(mask, Mask):
-            images = images.repeat(len(mask), 1, 1, 1)
-            mask = Mask.cat(mask)
+        mask, images = join(mask, images)
         latent = self.encoder(images, mask)
         if mask.grid == self.encoder.grid:
             prediction = self.head(self.decoder(latent, mask))

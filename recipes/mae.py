@@ -34,7 +34,7 @@ from mimkit.masking import Mask, RaggedMask
 from mimkit.nn import CrossDecoder, MAEDecoder, PixelHead, ViT
 from mimkit.patches import gather_masked
 from recipes.engine import Masking, Options, Preset, Recipe, Training, run
-from recipes.engine.masks import Sampler
+from recipes.engine.masks import Sampler, join
 
 Target = Literal["pixels", "pca"]
 LossOn = Literal["masked", "all"]
@@ -198,9 +198,7 @@ class MAE(nn.Module):
             return self._forward_ragged(images, mask)
         if not isinstance(images, Tensor):
             raise TypeError("a list of images needs a RaggedMask")
-        if not isinstance(mask, Mask):
-            images = images.repeat(len(mask), *[1] * (images.ndim - 1))
-            mask = Mask.cat(mask)
+        mask, images = join(mask, images)
         scored = self._choose_scored(mask)
         if self.mask_token is None:
             latent, seen = self.encoder(images, mask), mask

@@ -35,18 +35,22 @@ from mimkit import losses, masking, targets, viz
 from mimkit._containers import container
 from mimkit._grids import Grid
 from mimkit.masking import Key, Mask
-from mimkit.nn import SwinTransformer, ViT
+from mimkit.nn import PatchTokenizer, SwinTransformer, ViT
 from mimkit.nn._simmim_heads import HeadName, make_head, points_of_patches
 from mimkit.patches import gather_masked
 from recipes.engine import Options, Preset, Recipe, Training, run
-from recipes.engine.masks import check_ratio
+from recipes.engine.masks import check_ratio, join
+from recipes.engine.teachers import load_teacher
+from recipes.engine.tokenizers import Tokenizer, decode_masked, make_tokenizer
 
 TargetName = Literal[
     "pixels", "pixels_2x", "pixels_4x", "pixels_8x", "pixels_16x", "pixels_32x",
-    "window_normalized", "clusters", "bins_8", "bins_256", "hog",
+    "window_normalized", "clusters", "bins_8", "bins_256", "hog", "tokens", "features",
 ]  # fmt: skip
-LossName = Literal["l1", "l2", "smooth_l1", "cross_entropy"]
-_CLASS_TARGETS = ("clusters", "bins_8", "bins_256")
+LossName = Literal["l1", "l2", "smooth_l1", "cosine", "cross_entropy"]
+_CLASS_TARGETS = ("clusters", "bins_8", "bins_256", "tokens")
+_PATCH_TARGETS = ("hog", "tokens", "features")  # predicted for a patch as a whole
+_NO_WAY_BACK = ("hog", "features")  # to pixels
 # ImageNet-normalised pixels lie between these.
 _DARKEST, _BRIGHTEST = -2.2, 2.7
 # The paper's base models; what is 0 in a configuration is taken from here.
@@ -74,11 +78,14 @@ class SimMIMConfig:
         drop_path: Fraction of samples whose residual branches the last encoder block leaves out.
         target: What is predicted: "pixels", their means over squares ("pixels_2x" to "pixels_32x"),
             "window_normalized" pixels, the nearest of color "clusters", the bin of each channel
-            ("bins_8", "bins_256"), or "hog".
+            ("bins_8", "bins_256"), "hog", the "tokens" of a tokenizer, or "features" of a teacher.
         head: "linear", "mlp", "inverse_swin_t" or "inverse_swin_b".
-        loss: "l1", "l2", "smooth_l1"; of classes, "cross_entropy". None for "l1" or, of classes,
-            "cross_entropy".
-        num_clusters: Number of color clusters.
+        loss: "l1", "l2", "smooth_l1"; of features also "cosine"; of classes, "cross_entropy". None
+            for "l1" or, of features and classes, these.
+        num_clusters: Number of color clusters, or of the codes of tokenizer "patches".
+        tokenizer: "patches" for k-means codes of normalised patches, fitted on the first images; or
+            a file: `tokenizer.safetensors` of `recipes/tokenizer.py`, or DALL-E's encoder.
+        teacher: File of the encoder whose features are predicted.
     """
 
     image_size: int | tuple[int, ...]
@@ -96,16 +103,18 @@ class SimMIMConfig:
     head: HeadName = "linear"
     loss: LossName | None = None
     num_clusters: int = 512
+    tokenizer: str = "patches"
+    teacher: str | None = None
 
     def __post_init__(self) -> None:
         if self.encoder not in _BASE:
             raise ValueError(f"encoder must be one of {sorted(_BASE)}; got {self.encoder!r}")
         if self.target not in get_args(TargetName):
             raise ValueError(f"target must be one of {get_args(TargetName)}; got {self.target!r}")
-        fitting = ("cross_entropy",) if self.predicts_classes else ("l1", "l2", "smooth_l1")
-        if self.loss not in (None, *fitting):
+        if self.loss not in (None, *self._fitting_losses):
             raise ValueError(
-                f"loss {self.loss!r} does not fit target {self.target!r}: choose of {fitting}"
+                f"loss {self.loss!r} does not fit target {self.target!r}: choose of "
+                f"{self._fitting_losses}"
             )
         for name, value in _BASE[self.encoder].items():
             if not getattr(self, name):
@@ -125,8 +134,16 @@ class SimMIMConfig:
 
     @property
     def scored_by(self) -> LossName:
-        """The loss: what was asked for, or what fits the target."""
-        return self.loss or ("cross_entropy" if self.predicts_classes else "l1")
+        """The loss: what was asked for, or what fits the target best."""
+        return self.loss or self._fitting_losses[0]
+
+    @property
+    def _fitting_losses(self) -> tuple[LossName, ...]:
+        if self.predicts_classes:
+            return ("cross_entropy",)
+        if self.target == "features":
+            return ("cosine", "l1", "l2", "smooth_l1")
+        return ("l1", "l2", "smooth_l1")
 
 
 @container
@@ -172,6 +189,13 @@ class SimMIM(nn.Module):
         if config.target == "clusters":
             # A buffer, so that a checkpoint holds what `fit` finds.
             self.register_buffer("colors", torch.zeros(config.num_clusters, config.in_channels))
+        images = (config.image_size, self.patch_size, config.in_channels)
+        self.tokenizer: Tokenizer | None = None
+        self.teacher: ViT | None = None
+        if config.target == "tokens":
+            self.tokenizer = make_tokenizer(config.tokenizer, *images, config.num_clusters)
+        elif config.target == "features":
+            self.teacher = load_teacher(config.teacher, *images)
         self.point, values = self._size_of_points()
         stride = getattr(self.encoder, "stride", self.patch_size)
         self.row = tuple(
@@ -205,9 +229,7 @@ class SimMIM(nn.Module):
         self, images: Float[Tensor, "images channels *spatial"], mask: Mask | Sequence[Mask]
     ) -> SimMIMOutput:
         """Predict the masked patches of `images` and score the prediction."""
-        if not isinstance(mask, Mask):
-            images = images.repeat(len(mask), *[1] * (images.ndim - 1))
-            mask = Mask.cat(mask)
+        mask, images = join(mask, images)
         latent = self.encoder(images, mask, mask_token=self.mask_token)
         predicted = self._predict(latent, self._scored(mask))
         prediction = self._arrange(predicted)
@@ -227,7 +249,7 @@ class SimMIM(nn.Module):
     def _arrange(self, predicted: Tensor) -> Tensor:
         """Bring predictions from "c p1 p2" to `patchify`'s order; classes come last."""
         channels, target = self.config.in_channels, self.config.target
-        if target == "hog":
+        if target in _PATCH_TARGETS:
             return predicted
         if target == "clusters":
             return rearrange(predicted, "b m (k p) -> b m p k", k=self.config.num_clusters)
@@ -269,7 +291,14 @@ class SimMIM(nn.Module):
             clusters = targets.ColorClusters(self.patch_size, self.config.num_clusters)
             clusters.centers = self.colors
             return clusters
-        if self.config.predicts_classes:
+        if name == "tokens":
+            assert self.tokenizer is not None
+            return targets.TokenTarget(self.tokenizer.encode)
+        if name == "features":
+            assert self.teacher is not None
+            prefix = self.teacher.num_prefix_tokens
+            return targets.FeatureTarget(self.teacher, num_prefix=prefix)
+        if name.startswith("bins"):
             return targets.ChannelBins(self.patch_size, _num_bins(name), _DARKEST, _BRIGHTEST)
         if name == "hog":
             return targets.HOG(self.patch_size, _hog_cell(self.patch_size))
@@ -287,6 +316,10 @@ class SimMIM(nn.Module):
                 for patch, cell in zip(self.patch_size, _hog_cell(self.patch_size), strict=True)
             )
             return self.patch_size, cells * channels * self.target.num_bins
+        if self.tokenizer is not None:
+            return self.patch_size, self.tokenizer.vocabulary_size
+        if self.teacher is not None:
+            return self.patch_size, self.teacher.dim
         if name == "clusters":
             return (1,) * axes, self.config.num_clusters
         if self.config.predicts_classes:
@@ -294,7 +327,9 @@ class SimMIM(nn.Module):
         return (_factor(name),) * axes, channels
 
     def fit(self, images: Float[Tensor, "images channels *spatial"]) -> None:
-        """Find the color clusters of images, where these are to be predicted."""
+        """Find the color clusters or the typical patches of images, where they are the target."""
+        if isinstance(self.tokenizer, PatchTokenizer):
+            self.tokenizer.fit(images)
         if self.config.target == "clusters":
             clusters = targets.ColorClusters(self.patch_size, self.config.num_clusters)
             colors = images.movedim(1, -1).flatten(0, -2)
@@ -308,6 +343,7 @@ _ERRORS: dict[LossName, Any] = {
     "l1": losses.masked_l1,
     "l2": losses.masked_mse,
     "smooth_l1": losses.masked_smooth_l1,
+    "cosine": losses.masked_cosine,
     "cross_entropy": losses.masked_cross_entropy,
 }
 
@@ -381,11 +417,14 @@ def reconstruct(
     model: SimMIM, images: Float[Tensor, "batch channels *spatial"], mask: Mask
 ) -> Float[Tensor, "batch channels *spatial"]:
     """Fill in the masked patches; leave them gray where there is no way back to pixels."""
-    if model.config.target == "hog":
+    if model.config.target in _NO_WAY_BACK:
         return viz.show_masked(images, mask, model.patch_size, color=0.0)
     prediction = model(images, mask).prediction.float()
     values = prediction.argmax(dim=-1) if model.config.predicts_classes else prediction
-    patches = model.target.invert(values, images, mask)
+    if model.tokenizer is None:
+        patches = model.target.invert(values, images, mask)
+    else:
+        patches = decode_masked(model.tokenizer, values, images, mask, model.patch_size)
     return viz.fill_masked(images, mask, patches, model.patch_size)
 
 
@@ -396,8 +435,10 @@ def describe_way_back(model: SimMIM) -> str:
         return "Masked patches are as predicted."
     if name == "window_normalized":
         return "Predictions are normalised; here they have the ground truth's window statistics."
-    if name == "hog":
-        return "HOG has no way back to pixels: masked patches stay gray."
+    if name in _NO_WAY_BACK:
+        return f"{name} has no way back to pixels: masked patches stay gray."
+    if name == "tokens":
+        return "Predicted codes of normalised patches have the true patches' contrast."
     if model.config.predicts_classes:
         return "Each masked pixel has the color of its most likely class."
     return f"Each square of {_factor(name)} x {_factor(name)} px has the mean predicted for it."
@@ -408,12 +449,16 @@ def baselines(
 ) -> dict[str, Float32[Tensor, ""]]:
     """Score trivial predictors under the model's loss.
 
-    Of targets other than pixels: 0 everywhere, or for classes how often each one occurs.
+    Of targets other than pixels: 0 everywhere, for features their mean, or for classes how often
+    each one occurs.
     """
     kind = model.config.scored_by
     if model.config.target == "pixels" and kind != "cross_entropy":
         return losses.baselines(images, mask, model.patch_size, normalize=None, kind=kind)
     target = model.target(images, mask)
+    if model.config.target == "features":
+        mean = target.mean(dim=(0, 1)).expand_as(target)
+        return {"mean": _ERRORS[kind](mean, target, mask)}
     if not model.config.predicts_classes:
         return {"zero": _ERRORS[kind](torch.zeros_like(target), target, model._scored(mask))}
     share = target.flatten().bincount() / target.numel()
@@ -462,7 +507,12 @@ class SimMIMOptions(Options):
         head: The prediction head (table 2).
         target: What is predicted (figure 4, table 5); of squares larger than a patch, `--unit` must
             cover them.
-        loss: "l1", "l2" or "smooth_l1"; of classes, "cross_entropy" (table 5).
+        loss: "l1", "l2" or "smooth_l1"; of features also "cosine"; of classes, "cross_entropy"
+            (table 5).
+        tokenizer: With target "tokens", "patches", or a file: `tokenizer.safetensors` of
+            recipes/tokenizer.py, or the weights of DALL-E's encoder.
+        teacher: With target "features", the encoder that makes them: an encoder.safetensors with
+            its config.yaml, or a checkpoint of the authors' MAE or CAE.
     """
 
     unit: int | None = None
@@ -470,6 +520,8 @@ class SimMIMOptions(Options):
     head: HeadName | None = None
     target: TargetName | None = None
     loss: LossName | None = None
+    tokenizer: str | None = None
+    teacher: str | None = None
 
 
 # Rates per 512 images there; 2048 images a step.

@@ -32,6 +32,7 @@ from mimkit.masking import Mask
 from mimkit.nn import ConvStem, ViT
 from mimkit.patches import gather_masked
 from recipes.engine import Masking, Options, Preset, Recipe, Training, run
+from recipes.engine.masks import join
 
 _BITS = 3  # a channel
 _LEVELS = 1 << _BITS
@@ -132,9 +133,7 @@ class MPP(nn.Module):
         self, images: Float[Tensor, "images channels *spatial"], mask: Mask | Sequence[Mask]
     ) -> MPPOutput:
         """Predict the mean colors of the corrupted patches, and score the prediction."""
-        if not isinstance(mask, Mask):
-            images = images.repeat(len(mask), *[1] * (images.ndim - 1))
-            mask = Mask.cat(mask)
+        mask, images = join(mask, images)
         tokens = self._corrupt(images, mask) if self.training else self.mask_token
         latent = self.encoder(images, mask, mask_token=tokens)
         prefix = self.encoder.num_prefix_tokens

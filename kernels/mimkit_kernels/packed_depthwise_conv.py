@@ -84,9 +84,6 @@ def halo_positions(neighbors: Tensor, cell: Sequence[int], kernel: Sequence[int]
     return places.masked_fill(around < 0, batch * visible * positions)
 
 
-PRODUCTS_AT_ONCE = 1 << 18  # about a CPU core's own cache, in float32
-
-
 class _ByHalo(torch.autograd.Function):
     """Gather each cell with its halo, and convolve without padding.
 
@@ -128,23 +125,29 @@ class _ByHalo(torch.autograd.Function):
 
 
 def _weight_gradient(cells: Tensor, grad: Tensor, halo: Tensor, cell: Sequence[int]) -> Tensor:
-    """Multiply what every tap saw with the gradient of what it was used for, and add up."""
+    """Multiply what every tap saw with the gradient of what it was used for, and add up.
+
+    A matrix product for each channel pairs all positions of halos with all of cells; a tap is the
+    sum of the pairs that lie its offset apart. That is more products than are asked for, and two to
+    three times as fast as these alone, one tap after the other (two threads, 4 x 4 and 2 x 2).
+    """
     height, width = cell
     channels = cells.shape[-1]
     kernel = halo.shape[1] - height + 1, halo.shape[2] - width + 1
-    rows, grad = _rows(cells), grad.reshape(-1, height, width, channels)
-    # Some cells at a time: their products stay in a cache until they are summed.
-    at_once = max(PRODUCTS_AT_ONCE // (height * width * channels), 1)
-    parts = []
-    for places, used in zip(halo.split(at_once), grad.split(at_once), strict=True):
-        seen = _take(rows, places)
-        taps = [
-            (seen[:, i : i + height, j : j + width] * used).sum((0, 1, 2))
-            for i in range(kernel[0])
-            for j in range(kernel[1])
-        ]
-        parts.append(torch.stack(taps, dim=1))
-    return torch.stack(parts).sum(0).view(channels, 1, *kernel)
+    dtype = torch.promote_types(cells.dtype, torch.float32)
+    rows = _rows(cells).t().to(dtype).contiguous()
+    seen = rows.index_select(1, halo.permute(1, 2, 0).flatten())
+    seen = seen.view(channels, halo.shape[1] * halo.shape[2], len(halo))
+    used = grad.reshape(-1, height * width, channels).permute(2, 0, 1).to(dtype).contiguous()
+    with torch.autocast(cells.device.type, enabled=False):
+        pairs = seen @ used
+    pairs = pairs.view(channels, *halo.shape[1:], height, width)
+    taps = [
+        pairs[:, y : y + kernel[0], x : x + kernel[1], y, x]
+        for y in range(height)
+        for x in range(width)
+    ]
+    return torch.stack(taps).sum(0).unsqueeze(1).to(cells.dtype)
 
 
 def _rows(cells: Tensor) -> Tensor:

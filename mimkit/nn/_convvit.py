@@ -33,7 +33,7 @@ from mimkit.nn._layers import (
 )
 from mimkit.nn._vit import image_axes, position_table
 from mimkit.patches import gather_visible, neighbors, pack_cells
-from mimkit.patches._patchify import check_mask
+from mimkit.patches._patchify import check_even, check_mask
 
 STAGES = 3
 CONV_NORM_EPS = 1e-5  # of the convolution stages and all embeddings; the authors' oversight
@@ -348,8 +348,11 @@ class ConvViT(nn.Module):
             of them under a mask of the first stage.
 
         Raises:
+            TypeError: A `RaggedMask`.
             ValueError: Images of another size or number of channels, or a mask that does not fit.
         """
+        if mask is not None:
+            check_even(mask)
         is_partial = mask is not None and mask.grid == self.fine_grid != self.grid
         partial, mask = (mask, None) if is_partial else (None, mask)
         self._check(images, mask, partial)

@@ -29,6 +29,7 @@ class PatchTokenizer(nn.Module):
 
     Attributes:
         patch_size: As given.
+        vocabulary_size: As given.
         centers: The typical patches; zeros until `fit` finds them.
 
     Example:
@@ -45,6 +46,7 @@ class PatchTokenizer(nn.Module):
     ) -> None:
         super().__init__()
         self.patch_size = as_sizes("patch_size", patch_size)
+        self.vocabulary_size = vocabulary_size
         width = in_channels * count_tokens(self.patch_size)
         self.register_buffer("centers", torch.zeros(vocabulary_size, width))
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from mimkit._grids import Grid, divide, per_axis
 from mimkit.masking import Mask
-from mimkit.patches._patchify import check_batch, gather_patches, unpatchify
+from mimkit.patches._patchify import check_batch, check_even, gather_patches, unpatchify
 from mimkit.patches._tokens import restore
 
 
@@ -121,6 +121,7 @@ def cell_of(feature_map: Shaped[Tensor, "batch channels *spatial"], mask: Mask) 
 
 
 def _axes(mask: Mask) -> int:
+    check_even(mask)
     if len(mask.grid) != 2:
         raise ValueError(f"packed cells need a mask of two axes; got grid {mask.grid}")
     return 2

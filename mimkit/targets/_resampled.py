@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from mimkit._grids import Grid, divide, per_axis
 from mimkit.masking import Mask
 from mimkit.patches import gather_masked, patchify, restore, unpatchify
-from mimkit.patches._patchify import Order
+from mimkit.patches._patchify import Order, check_even
 from mimkit.targets._pixels import Pixels
 
 _NORMALIZATION_EPS = 1e-6  # inside the root
@@ -92,6 +92,7 @@ class DownsampledPixels:
 
     def _sizes(self, mask: Mask) -> tuple[Grid, Grid]:
         """Return the pixels of a row, and those of a patch."""
+        check_even(mask)
         patch = per_axis("patch_size", self.patch_size, len(mask.grid))
         factor = per_axis("factor", self.factor, len(mask.grid))
         if all(f % p == 0 for f, p in zip(factor, patch, strict=True)):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mimkit import masking
 from mimkit.masking import Key, Mask
+from mimkit.patches._patchify import check_even
 
 # Several masks an image, one after the other for the whole batch, as the models take them.
 Masks: TypeAlias = Mask | Sequence[Mask]
@@ -78,6 +79,18 @@ def check_ratio(mask_ratio: float) -> None:
 def take_rows(masks: Masks, rows: Tensor) -> Masks:
     """Take the masks of some samples."""
     return masks[rows] if isinstance(masks, Mask) else [mask[rows] for mask in masks]
+
+
+def join(masks: Masks, images: Tensor) -> tuple[Mask, Tensor]:
+    """Make one mask of several of the same images, and repeat these: mask by mask.
+
+    Raises:
+        TypeError: A `RaggedMask`.
+    """
+    check_even(masks)
+    if isinstance(masks, Mask):
+        return masks, images
+    return Mask.cat(masks), images.repeat(len(masks), *[1] * (images.ndim - 1))
 
 
 def first(masks: Masks) -> Mask:

@@ -1,9 +1,10 @@
-"""Trained tokenizers: reading them from files, and using them on a recipe's model inputs."""
+"""Tokenizers: reading trained ones from files, and using them on a recipe's model inputs."""
 
 import pickle
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,8 +14,10 @@ from torch.nn import functional as F
 
 from mimkit._grids import per_axis
 from mimkit.interop import from_official, load_checkpoint
-from mimkit.nn import DiscreteVAE
+from mimkit.masking import Mask
+from mimkit.nn import DiscreteVAE, PatchTokenizer
 from mimkit.nn._vit import image_axes
+from mimkit.targets import TokenTarget
 from recipes.engine.errors import UserError
 from recipes.engine.folder import NORMALIZE
 
@@ -103,6 +106,62 @@ def _resized(images: Tensor, size: Sequence[int]) -> Tensor:
         images, size=tuple(size), mode="bicubic", align_corners=False, antialias=True
     )
     return resized.clamp(0, 1)
+
+
+Tokenizer = ImageTokenizer | PatchTokenizer
+
+
+def make_tokenizer(
+    name: str,
+    image_size: int | Sequence[int],
+    patch_size: int | Sequence[int],
+    in_channels: int,
+    vocabulary_size: int,
+) -> Tokenizer:
+    """Make the tokenizer that `--tokenizer` names.
+
+    Args:
+        name: "patches" for k-means codes of normalised patches, yet to be fitted; or a file, as in
+            `load_tokenizer`.
+        image_size: Height and width of model inputs, in pixels.
+        patch_size: Height and width of a patch.
+        in_channels: Channels of the images.
+        vocabulary_size: Number of codes of "patches"; a file says its own.
+
+    Raises:
+        UserError: As in `load_tokenizer`.
+    """
+    if name != "patches":
+        return load_tokenizer(Path(name), image_size, patch_size, in_channels)
+    return PatchTokenizer(
+        patch_size=per_axis("patch_size", patch_size, len(image_axes(image_size))),
+        in_channels=in_channels,
+        vocabulary_size=vocabulary_size,
+    )
+
+
+def decode_codes(
+    tokenizer: Tokenizer,
+    ids: Int64[Tensor, "batch rows columns"],
+    like: Float[Tensor, "batch channels height width"],
+) -> Float[Tensor, "batch channels height width"]:
+    """Return the images that codes stand for; codes of patches get the contrast of `like`'s."""
+    if isinstance(tokenizer, PatchTokenizer):
+        return tokenizer.decode(ids, like=like)
+    return tokenizer.decode(ids)
+
+
+def decode_masked(
+    tokenizer: Tokenizer,
+    values: Int64[Tensor, "batch masked"],
+    images: Float[Tensor, "batch channels height width"],
+    mask: Mask,
+    patch_size: Sequence[int],
+) -> Float[Tensor, "batch masked patch"]:
+    """Return the masked patches that predicted codes stand for, beside the true visible ones."""
+    decode = partial(decode_codes, tokenizer, like=images)
+    target = TokenTarget(tokenizer.encode, decode, tuple(patch_size))
+    return target.invert(values, images, mask)
 
 
 def load_tokenizer(

@@ -1,5 +1,7 @@
 """The static figures of the kernels: `python -m tests.kernels.figures [KERNEL ...]` records them.
 
+Those of CI's Triton are in `kernels/README.md`; an older Triton has a file of its own beside it.
+
 A test file `test_<kernel>.py` lists its launches in `LAUNCHES`: a name, and a call of the launcher
 on meta tensors. The first one is compiled in the quick tier.
 """
@@ -14,8 +16,17 @@ from typing import Any
 
 from tests.kernels.aot import TARGETS, Figures, compile_launch, record
 
-README = Path(__file__).resolve().parents[2] / "kernels" / "README.md"
+NEWEST = "3.9"  # CI's Triton
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 START, END = "<!-- figures -->", "<!-- end of figures -->"
+
+
+def table_file() -> Path:
+    """Return the file of the installed Triton's table."""
+    import triton
+
+    version = ".".join(triton.__version__.split(".")[:2])
+    return KERNELS / ("README.md" if version == NEWEST else f"figures_triton_{version}.md")
 
 
 @cache
@@ -44,8 +55,12 @@ def measure(kernel: str, case: str, target: str) -> Iterator[tuple[tuple[str, st
 
 
 def read_table() -> dict[tuple[str, str, str], dict[str, Figures]]:
-    """Return the recorded figures by (kernel, launch, case) and target."""
-    text = README.read_text().split(START)[1].split(END)[0]
+    """Return the recorded figures by (kernel, launch, case) and target.
+
+    Those of the newest Triton, where the installed one has none of its own.
+    """
+    file = table_file() if table_file().exists() else KERNELS / "README.md"
+    text = file.read_text().split(START)[1].split(END)[0]
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
     table = {}
     for kernel, launch, case, *cells in rows:
@@ -58,7 +73,8 @@ def read_table() -> dict[tuple[str, str, str], dict[str, Figures]]:
 
 
 def write_table(kernels: Sequence[str]) -> None:
-    """Compile all launches of some kernels for every target, and renew their rows in the README."""
+    """Compile all launches of some kernels for every target, and renew their rows of the table."""
+    file = table_file()
     rows: dict[tuple[str, ...], list[str]] = {}
     for kernel, case in all_launches():
         for target in TARGETS if kernel in kernels else ():
@@ -66,7 +82,10 @@ def write_table(kernels: Sequence[str]) -> None:
                 assert figures.local == 0, f"{kernel}, {case}, {target}: local memory, {figures}"
                 cell = f"{figures.registers}, {figures.load_bits}, {figures.store_bits}"
                 rows.setdefault((f"`{kernel}`", launch, case), []).append(cell)
-    before, rest = README.read_text().split(START)
+    if not file.exists():
+        title = f"# Static figures, {file.stem.removeprefix('figures_').replace('_', ' ')}"
+        file.write_text(f"{title}\n\nAs explained in `README.md`.\n\n{START}\n{END}\n")
+    before, rest = file.read_text().split(START)
     table, after = rest.split(END)
     for line in table.splitlines():
         if line.startswith("| `"):
@@ -78,7 +97,7 @@ def write_table(kernels: Sequence[str]) -> None:
     kept = sorted((row for row in rows if row[0] in order), key=lambda row: order.index(row[0]))
     lines = [header, ["---"] * len(header), *([*row, *rows[row]] for row in kept)]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    README.write_text(f"{before}{START}\n{text}\n{END}{after}")
+    file.write_text(f"{before}{START}\n{text}\n{END}{after}")
 
 
 if __name__ == "__main__":

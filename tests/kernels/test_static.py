@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(
 )
 pytest.importorskip("triton", reason="Triton is not installed")
 
-# Versions of Triton and of its compilers differ by that much.
+# Releases of a version of Triton, and of its compilers, differ by that much.
 SLACK = 1.2
 
 

@@ -11,11 +11,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mimkit import losses, masking
 from mimkit.masking import Mask, RaggedMask
-from mimkit.nn import ConvStem, CrossDecoder, MAEDecoder, SwinTransformer, ViT
+from mimkit.nn import ConvStem, ConvViT, CrossDecoder, MAEDecoder, SwinTransformer, ViT
 from mimkit.nn import _layers as layers
 from mimkit.nn._packing import pack
-from mimkit.patches import interpolate_positions, sincos_positions
+from mimkit.patches import interpolate_positions, neighbors, sincos_positions
+from mimkit.targets import DownsampledPixels
 from mimkit.testing import assert_no_leak, assert_samples_isolated
+from recipes.engine.masks import join
 from recipes.mae import MAE, MAEConfig
 from tests.nn import plain
 from tests.strategies import generators, ragged_masks
@@ -371,6 +373,40 @@ def test_autocast_is_followed():
     torch.testing.assert_close(output.loss, expected.loss, rtol=5e-2, atol=5e-2)
 
 
+def train_one_share(rank: int, folder: str) -> None:
+    """One of two processes: half of the samples, gradients averaged by DDP."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    grads = averaged_gradients(torch.arange(4).view(2, 2)[rank])
+    if rank == 0:
+        torch.save(grads, f"{folder}/grads.pt")
+    torch.distributed.destroy_process_group()
+
+
+def averaged_gradients(share: Tensor) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model, mask = make_model(), unequal()
+    images = make_images(mask, torch.Generator().manual_seed(0))
+    parallel = nn.parallel.DistributedDataParallel(model)
+    parallel([images[i] for i in share.tolist()], mask[share]).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    start = torch.multiprocessing.spawn
+    processes = start(train_one_share, (str(tmp_path),), nprocs=2, join=False, daemon=True)
+    assert any(processes.join(timeout=60) for _ in range(4)), "a process hangs"
+    torch.manual_seed(0)
+    model, mask = make_model(), unequal()
+    images = make_images(mask, torch.Generator().manual_seed(0))
+    expected = gradients(model(images, mask).loss, model)
+    found = torch.load(tmp_path / "grads.pt")
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, **CLOSE_LOSS)
+
+
 class TestErrors:
     mask = unequal()
     images = make_images(mask, torch.Generator().manual_seed(0))
@@ -415,6 +451,19 @@ class TestErrors:
                 TypeError,
                 "needs a Mask",
             ),
+            (
+                lambda s: ConvViT(image_size=16, in_channels=2, dim=(8, 8, 8), depth=(1, 1, 1),
+                                  heads=1)(torch.zeros(4, 2, 16, 16), s.mask),
+                TypeError,
+                "needs a Mask",
+            ),
+            (lambda s: neighbors(s.mask), TypeError, "needs a Mask"),
+            (
+                lambda s: DownsampledPixels(2, 4)(torch.zeros(4, 2, 8, 8), s.mask),
+                TypeError,
+                "needs a Mask",
+            ),
+            (lambda s: join(s.mask, torch.zeros(4, 2)), TypeError, "needs a Mask"),
             (lambda s: s.decode(torch.zeros(5, DIM)), ValueError, "latent must"),
             (
                 lambda s: s.decode(torch.zeros(12, DIM), torch.zeros(4, 1).long()),

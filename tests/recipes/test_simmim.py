@@ -31,7 +31,7 @@ ENCODERS = {
 }
 TARGETS = [
     "pixels", "pixels_2x", "pixels_4x", "pixels_8x", "window_normalized", "clusters", "bins_8",
-    "bins_256", "hog",
+    "bins_256", "hog", "tokens",
 ]  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def test_what_the_authors_spare_is_not_decayed(encoder, spared):
 
 @pytest.mark.parametrize(
     ("target", "loss"),
-    [("pixels", "l1"), ("hog", "l1"), ("bins_8", "cross_entropy"), ("clusters", "cross_entropy")],
+    [("pixels", "l1"), ("hog", "l1"), ("features", "cosine"), ("tokens", "cross_entropy")],
 )
 def test_a_target_on_the_command_line_brings_its_loss(target, loss):
     options = SimMIMOptions(data="digits", device="cpu", target=target)
@@ -323,6 +323,9 @@ def test_a_checkpoint_gives_the_swin_that_is_fine_tuned_and_timms():
         (["--image-size", "30"], "(30, 30)"),
         (["--target", "pixels_32x"], "choose a finer target"),
         (["--target", "depth"], "depth"),
+        (["--target", "features"], "--target features needs --teacher FILE"),
+        (["--target", "features", "--teacher", "nowhere"], "--teacher nowhere is no file"),
+        (["--target", "tokens", "--tokenizer", "nowhere"], "--tokenizer nowhere is no file"),
         (["--head", "transformer"], "transformer"),
         (["--target", "bins_8", "--loss", "l1"], "loss 'l1' does not fit target 'bins_8'"),
         (["--loss", "cross_entropy"], "loss 'cross_entropy' does not fit target 'pixels'"),

@@ -12,14 +12,16 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
+from mimkit import masking
 from mimkit.interop import to_official
-from mimkit.patches import interpolate_relative_positions
+from mimkit.patches import gather_masked, interpolate_relative_positions, patchify
 from recipes import finetune, probe
 from recipes.engine.encoder_kinds import SwinShape, ViTShape
 from recipes.engine.encoders import build_classifier, build_encoder, fill_encoder, load_encoder
 from recipes.engine.errors import UserError
-from recipes.simmim import SimMIM, SimMIMConfig
+from recipes.simmim import SimMIM, SimMIMConfig, baselines, reconstruct
 from tests.nn import plain
 
 SHAPE = ViTShape(image_size=32, patch_size=8, dim=16, depth=2, heads=2)
@@ -89,6 +91,30 @@ def write_run(folder: Path, model: SimMIM) -> Path:
     config = {"model": json.loads(json.dumps(vars(model.config)))}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder / "encoder.safetensors"
+
+
+def test_features_of_a_teacher_are_predicted_where_patches_are_masked(tmp_path: Path):
+    shape = {"image_size": 16, "encoder": "vit", "patch_size": 4, "dim": 16, "depth": 2, "heads": 2}
+    known = SimMIM(SimMIMConfig(**shape))
+    teacher = str(write_run(tmp_path / "teacher", known))
+    model = SimMIM(
+        SimMIMConfig(16, **(SWIN | {"dim": 16}), target="features", teacher=teacher)
+    ).train()
+    images = torch.randn(3, 3, 16, 16)
+    mask = masking.uniform(masking.key(range(3), seed=0), (4, 4), 0.5, unit=2)
+    features = gather_masked(known.eval().encoder(images)[:, 1:], mask)
+    expected = F.layer_norm(features, (16,))
+    torch.testing.assert_close(model.target(images, mask), expected)
+    output = model(images, mask)
+    cosine = F.cosine_similarity(output.prediction, expected, dim=2)
+    torch.testing.assert_close(output.loss, 1 - cosine.mean())
+    output.loss.backward()
+    assert all(weight.grad is None for weight in model.teacher.parameters())
+    assert baselines(model, images, mask)["mean"] > 0
+    drawn = reconstruct(model, images, mask)
+    assert not gather_masked(patchify(drawn, 4), mask).any(), "features have no way back"
+    with pytest.raises(UserError, match=r"patches of \(4, 4\) pixels and 3 channels where"):
+        SimMIM(SimMIMConfig(16, "vit", 8, target="features", teacher=teacher))
 
 
 @pytest.mark.parametrize("kind", ["ours", "authors", "authors' fine-tuned"])
