@@ -549,7 +549,7 @@ def reconstruct(
     """Fill in the masked patches with what is predicted for them: codes, pixels or features."""
     ids, features = model.tokenize(images), model.features(images, mask)
     output = model.cae(images, mask, ids, features=features, return_logits=True)
-    if ids is None:
+    if ids is None or model.tokenizer is None:
         patches = draw_patches(model, output.prediction, images, mask)
     else:
         codes = output.prediction.argmax(dim=2)

@@ -260,7 +260,9 @@ class SimMIM(nn.Module):
 
     def _score(self, predicted: Tensor, prediction: Tensor, images: Tensor, mask: Mask) -> Tensor:
         kind = self.config.scored_by
-        if self.config.target == "pixels" and kind != "cross_entropy":
+        if self.config.target == "pixels":
+            assert kind != "cross_entropy"
+            assert kind != "cosine"
             return losses.masked_pixel_loss(
                 predicted, images, mask, self.patch_size, normalize=None, kind=kind, order="c p1 p2"
             )
@@ -453,7 +455,9 @@ def baselines(
     each one occurs.
     """
     kind = model.config.scored_by
-    if model.config.target == "pixels" and kind != "cross_entropy":
+    if model.config.target == "pixels":
+        assert kind != "cross_entropy"
+        assert kind != "cosine"
         return losses.baselines(images, mask, model.patch_size, normalize=None, kind=kind)
     target = model.target(images, mask)
     if model.config.target == "features":

@@ -136,11 +136,10 @@ def _weight_gradient(cells: Tensor, grad: Tensor, halo: Tensor, cell: Sequence[i
     kernel = halo.shape[1] - height + 1, halo.shape[2] - width + 1
     dtype = torch.promote_types(cells.dtype, torch.float32)
     rows = _rows(cells).t().to(dtype).contiguous()
-    seen = rows.index_select(1, halo.permute(1, 2, 0).flatten())
-    seen = seen.view(channels, halo.shape[1] * halo.shape[2], len(halo))
+    seen = rows.index_select(1, halo.flatten()).view(channels, *halo.flatten(1).shape)
     used = grad.reshape(-1, height * width, channels).permute(2, 0, 1).to(dtype).contiguous()
     with torch.autocast(cells.device.type, enabled=False):
-        pairs = seen @ used
+        pairs = seen.transpose(1, 2) @ used
     pairs = pairs.view(channels, *halo.shape[1:], height, width)
     taps = [
         pairs[:, y : y + kernel[0], x : x + kernel[1], y, x]

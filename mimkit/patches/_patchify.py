@@ -170,7 +170,7 @@ def gather_patches(
     )
 
 
-def check_even(mask: Mask | RaggedMask) -> None:
+def check_even(mask: object) -> None:
     """Check that all samples have one grid and one count.
 
     Raises:
