@@ -129,7 +129,7 @@ def _weight_gradient(cells: Tensor, grad: Tensor, halo: Tensor, cell: Sequence[i
 
     A matrix product for each channel pairs all positions of halos with all of cells; a tap is the
     sum of the pairs that lie its offset apart. That is more products than are asked for, and two to
-    three times as fast as these alone, one tap after the other (two threads, 4 x 4 and 2 x 2).
+    three times as fast as these alone, tap after tap (two threads, cells of 4 x 4 and 2 x 2).
     """
     height, width = cell
     channels = cells.shape[-1]
