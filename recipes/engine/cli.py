@@ -213,6 +213,7 @@ def _yaml_arguments(path: Path | None, options_type: type[Any]) -> list[str]:
 
 def _one_line(message: str) -> str:
     """Take the sentences out of tyro's framed message."""
+    message = message.replace("{None}|", "")  # options may be left out; None need not be written
     lines = (re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in message.splitlines())
-    sentences = [line for line in lines if line and not re.match(r"^[╭╰─+\-]", line)]
+    sentences = [line for line in lines if line and not re.match(r"[╭╰─+]|-+$", line)]
     return " ".join(sentences) if sentences else "the command line cannot be read"
