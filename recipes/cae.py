@@ -696,7 +696,7 @@ LARGE = PretrainConfig(
 )
 
 PRESETS = {
-    # Three to five minutes on two CPU cores, tokenizer and probes included.
+    # Up to five minutes on two CPU cores, tokenizer and probes included.
     "tiny": Preset(
         PretrainConfig(
             image_size=32,
@@ -711,7 +711,7 @@ PRESETS = {
             vocabulary_size=128,
             alignment_weight=0.2,
         ),
-        Training(epochs=6, batch_size=32, base_lr=8e-3, warmup_epochs=0.3, clip_grad=1.0),
+        Training(epochs=4, batch_size=32, base_lr=8e-3, warmup_epochs=0.3, clip_grad=1.0),
         BlockMasking(min_block=4),
     ),
     "vit_base": Preset(
