@@ -262,6 +262,21 @@ def test_attention_of_nested_tensors_is_that_of_each_sample(sizes, generator):
         torch.testing.assert_close(grads, expected_grads)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_gpu_encodes_and_decodes_samples_of_unequal_lengths_as_a_cpu_does():
+    model, mask = make_model(dim=32, decoder_dim=48).float(), unequal()
+    images = [image.float() for image in make_images(mask, torch.Generator().manual_seed(0))]
+    expected = model(images, mask)
+    expected_grads = gradients(expected.loss, model)
+    model.cuda()
+    output = model([image.cuda() for image in images], mask.to("cuda"))
+    for name in ("loss", "prediction", "latent"):
+        found = getattr(output, name).cpu()
+        torch.testing.assert_close(found, getattr(expected, name), rtol=1e-3, atol=1e-3)
+    grads = {name: grad.cpu() for name, grad in gradients(output.loss, model).items()}
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-3, atol=1e-3)
+
+
 def test_samples_of_one_length_share_a_call_and_none_is_padded(monkeypatch):
     seen, attend = [], layers.attend
 
