@@ -3,7 +3,7 @@
 # (with bitwise masks and CUDA graphs) and that of samples of unequal lengths; the kernels'
 # benchmarks; as many of the others as fit into the rest, whose rows are saved as far as they come.
 # For a machine with PyTorch for its GPU (2.11 + Triton 3.6 is enough), and nothing else: the few
-# pure Python packages that are missing are installed.
+# packages that are missing are installed.
 #
 #   benchmarks/run_gpu.sh [FOLDER]      results go into FOLDER (gpu-results)
 set -uo pipefail
@@ -31,8 +31,8 @@ tests=${PIPESTATUS[0]}
 
 kernels="kernel or depthwise or blockwise or regressor"
 measure() { # SECONDS NAME EXPRESSION
-    timeout --signal=INT --kill-after=15 "$1" python -m pytest benchmarks -q -p no:cacheprovider --seconds 0.1 \
-        --save -k "$3" 2>&1 | tee "$folder/$2.txt"
+    timeout --signal=INT --kill-after=15 "$1" python -m pytest benchmarks -q -p no:cacheprovider \
+        --seconds 0.1 --save -k "$3" 2>&1 | tee "$folder/$2.txt"
     return "${PIPESTATUS[0]}"
 }
 measure 160 benchmarks "$kernels"

@@ -48,7 +48,7 @@ from typing import Any, Literal
 
 if __name__ == "__main__":
     # Threads that spin for long while they wait bring a busy machine to a crawl.
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # read when torch loads
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch loads
     if not __package__:  # a script: the same as `python -m recipes.cae` from the root
         sys.path[0] = str(Path(__file__).resolve().parents[1])
 

