@@ -406,7 +406,7 @@ def bench_simmim_step(bench: Bench, encoder: str, dtype: torch.dtype, compiled: 
         passes=("both",),
         min_repeats=MIN_REPEATS,
     )
-    if not compiled:
+    if not compiled and bench.only is None:
         _note_gains(bench, case, dtype, {**mixed, "all of mimkit": ours})
 
 

@@ -17,6 +17,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--seconds", type=float, default=1.0, help="timing budget of one pass of a case (seconds)"
     )
+    group.addoption(
+        "--variants", metavar="PATTERN", help="time only variants with this pattern in their names"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,7 +41,8 @@ def bench(request: pytest.FixtureRequest, device: torch.device) -> Bench:
     torch.backends.cudnn.allow_tf32 = False  # on by default, for convolutions alone
     torch.compiler.reset()  # else earlier cases count towards the limit of recompilations
     seconds = request.config.getoption("--seconds")
-    return Bench(request.function.__name__, device, seconds, request.config.stash[REPORT])
+    only = request.config.getoption("--variants")
+    return Bench(request.function.__name__, device, seconds, request.config.stash[REPORT], only)
 
 
 def pytest_terminal_summary(

@@ -140,6 +140,7 @@ class Row:
     min_ms: float
     median_ms: float
     speedup: float | None
+    paired_speedup: float | None = None
     moved_bytes: int | None = None
     share_of_copy: float | None = None
     first_call_s: float | None = None
@@ -189,12 +190,14 @@ class Bench:
         device: The GPU if there is one, else the CPU.
         seconds: Timing budget of one pass of a case.
         report: Where rows and notes go.
+        only: Pattern in the names of the variants to time; all are timed (and checked) without it.
     """
 
     name: str
     device: torch.device
     seconds: float
     report: Report
+    only: str | None = None
 
     def compare(
         self,
@@ -225,6 +228,7 @@ class Bench:
         if self.device.type == "cpu" and any(v.name == "mimkit" for v in variants):
             self.note_once(describe_kernel_rows())
         first_call = check_variants(variants, tolerance)
+        variants = self.chosen(variants)
         for pass_ in passes:
             timed = {v.name: timer(v, pass_, self.device) for v in variants}
             moved_bytes = (moved or {}).get(pass_)
@@ -233,9 +237,8 @@ class Bench:
                     copy_variant(moved_bytes, self.device), "forward", self.device
                 )
             times = alternate(timed, self.seconds, min_repeats)
-            best_baseline = min(
-                (min(times[v.name]) for v in variants if v.is_baseline), default=None
-            )
+            baselines = (times[v.name] for v in variants if v.is_baseline)
+            best = min(baselines, key=min, default=None)
             for variant in variants:
                 fastest = min(times[variant.name])
                 share = min(times["copy"]) / fastest if moved_bytes is not None else None
@@ -248,12 +251,25 @@ class Bench:
                     repeats=len(times[variant.name]),
                     min_ms=1e3 * fastest,
                     median_ms=1e3 * statistics.median(times[variant.name]),
-                    speedup=None if best_baseline is None else best_baseline / fastest,
+                    speedup=None if best is None else min(best) / fastest,
+                    paired_speedup=None if best is None else paired(best, times[variant.name]),
                     moved_bytes=moved_bytes,
                     share_of_copy=share,
                     first_call_s=first_call[variant.name] if variant.is_compiled else None,
                 )
                 self.report.rows.append(row)
+
+    def chosen(self, variants: Sequence[Variant]) -> list[Variant]:
+        """Return the variants to time.
+
+        Raises:
+            ValueError: There are none.
+        """
+        chosen = [v for v in variants if self.only is None or re.search(self.only, v.name)]
+        if not chosen:
+            names = [variant.name for variant in variants]
+            raise ValueError(f"--variants {self.only!r} is in none of the names {names}")
+        return chosen
 
     def note_once(self, line: str) -> None:
         """Print a line below the table, unless it stands there already."""
@@ -356,6 +372,14 @@ def alternate(
     return times
 
 
+def paired(baseline: Sequence[float], times: Sequence[float]) -> float:
+    """Return the median over turns of one variant's time over another's in the same turn.
+
+    What slows a machine down for many turns on end meets both; neither's luckiest turn decides.
+    """
+    return statistics.median(theirs / ours for theirs, ours in zip(baseline, times, strict=True))
+
+
 def copy_variant(moved_bytes: int, device: torch.device) -> Variant:
     """Return a copy that reads half of `moved_bytes` and writes the other half."""
     size = max(moved_bytes // 2, 1)
@@ -386,6 +410,7 @@ def format_table(rows: Sequence[Row]) -> list[str]:
         "median ms": lambda row: f"{row.median_ms:.3f}",
         "n": lambda row: str(row.repeats),
         "x authors": lambda row: _format(row.speedup, "{:.2f}"),
+        "paired": lambda row: _format(row.paired_speedup, "{:.2f}"),
         "MB moved": lambda row: _format(row.moved_bytes, "{:.2f}", 1e-6),
         "of copy": lambda row: _format(row.share_of_copy, "{:.0%}"),
         "compile s": lambda row: _format(row.first_call_s, "{:.1f}"),
