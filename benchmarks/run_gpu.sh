@@ -24,7 +24,7 @@ PYTHON
 [ "${PIPESTATUS[0]}" -eq 0 ] || exit 1
 
 # The interpreter and the compilers for other GPUs need no device: their place is a CPU.
-timeout 200 python -m pytest tests/kernels tests/nn/test_ragged.py -q -p no:cacheprovider \
+timeout 190 python -m pytest tests/kernels tests/nn/test_ragged.py -q -p no:cacheprovider \
     --ignore=tests/kernels/test_interpreter.py --ignore=tests/kernels/test_static.py \
     2>&1 | tee "$folder/tests.txt"
 tests=${PIPESTATUS[0]}
@@ -35,9 +35,9 @@ measure() { # SECONDS NAME EXPRESSION
         --seconds 0.1 --save -k "$3" 2>&1 | tee "$folder/$2.txt"
     return "${PIPESTATUS[0]}"
 }
-measure 160 benchmarks "$kernels"
+measure 150 benchmarks "$kernels"
 benchmarks=$?
-measure 100 more-benchmarks "not ($kernels)" || echo "the other benchmarks were cut off or failed"
+measure 80 more-benchmarks "not ($kernels)" || echo "the other benchmarks were cut off or failed"
 cp benchmarks/results/*"$(date -u +%Y-%m-%d)"* "$folder" 2>/dev/null
 echo "tests: exit code $tests, benchmarks: exit code $benchmarks; results in $folder"
 [ "$tests" -eq 0 ] && [ "$benchmarks" -eq 0 ]
