@@ -7,7 +7,7 @@ import copy
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.bench_mae_step import Attention, fused_attention, plain_attention
 from benchmarks.harness import Bench, Variant, has_fast_bfloat16
 from mimkit import masking
 from mimkit.interop import to_official
@@ -26,18 +27,18 @@ BUDGET = 20  # times `--seconds`, shared by all variants
 MIN_REPEATS = 3  # a step takes seconds on a small CPU
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """Attend as the authors would today."""
-    query, key, value = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+def attend(attention: Attention, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """Attend with several heads."""
+    parts = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (query, key, value))
+    return attention(*parts).transpose(1, 2).flatten(2)
 
 
 class AuthorsAttention(nn.Module):
     """BEiT's attention: one projection, biases of queries and values."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, attention: Attention) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.attention = heads, attention
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
         self.proj = nn.Linear(dim, dim)
@@ -46,16 +47,16 @@ class AuthorsAttention(nn.Module):
         """Mix tokens."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         projected = F.linear(x, self.qkv.weight, bias).chunk(3, dim=2)
-        out: Tensor = self.proj(attend(*projected, self.heads))
+        out: Tensor = self.proj(attend(self.attention, *projected, self.heads))
         return out
 
 
 class AuthorsCrossAttention(nn.Module):
     """The regressor's attention: three projections."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, attention: Attention) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.attention = heads, attention
         self.q, self.k, self.v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
         self.proj = nn.Linear(dim, dim)
@@ -64,7 +65,7 @@ class AuthorsCrossAttention(nn.Module):
         """Answer queries."""
         query = F.linear(query, self.q.weight, self.q_bias)
         value = F.linear(value, self.v.weight, self.v_bias)
-        out: Tensor = self.proj(attend(query, self.k(key), value, self.heads))
+        out: Tensor = self.proj(attend(self.attention, query, self.k(key), value, self.heads))
         return out
 
 
@@ -88,10 +89,10 @@ class AuthorsMlp(nn.Module):
 class AuthorsBlock(nn.Module):
     """Block with layer scale."""
 
-    def __init__(self, dim: int, heads: int, ratio: float) -> None:
+    def __init__(self, dim: int, heads: int, ratio: float, attention: Attention) -> None:
         super().__init__()
         self.norm1, self.norm2 = norm(dim), norm(dim)
-        self.attn, self.mlp = AuthorsAttention(dim, heads), AuthorsMlp(dim, ratio)
+        self.attn, self.mlp = AuthorsAttention(dim, heads, attention), AuthorsMlp(dim, ratio)
         self.gamma_1, self.gamma_2 = (nn.Parameter(torch.ones(dim)) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,11 +104,12 @@ class AuthorsBlock(nn.Module):
 class AuthorsRegressorBlock(nn.Module):
     """Block of the regressor."""
 
-    def __init__(self, dim: int, heads: int, ratio: float) -> None:
+    def __init__(self, dim: int, heads: int, ratio: float, attention: Attention) -> None:
         super().__init__()
         self.norm1_q, self.norm1_k, self.norm1_v = (norm(dim) for _ in range(3))
         self.norm2_cross = norm(dim)
-        self.cross_attn, self.mlp_cross = AuthorsCrossAttention(dim, heads), AuthorsMlp(dim, ratio)
+        self.cross_attn = AuthorsCrossAttention(dim, heads, attention)
+        self.mlp_cross = AuthorsMlp(dim, ratio)
         self.gamma_1_cross, self.gamma_2_cross = (nn.Parameter(torch.ones(dim)) for _ in range(2))
 
     def forward(self, q: Tensor, kv: Tensor, pos_q: Tensor, pos_k: Tensor) -> Tensor:
@@ -120,7 +122,7 @@ class AuthorsRegressorBlock(nn.Module):
 class AuthorsEncoder(nn.Module):
     """Embeds all patches, then takes the seen ones by a boolean mask."""
 
-    def __init__(self, config: CAEConfig, grid: tuple[int, ...]) -> None:
+    def __init__(self, config: CAEConfig, grid: tuple[int, ...], attention: Attention) -> None:
         super().__init__()
         dim, patch = config.dim, config.patch_size
         self.patch_embed = nn.Module()
@@ -129,7 +131,8 @@ class AuthorsEncoder(nn.Module):
         length = 1 + grid[0] * grid[1]
         self.pos_embed = nn.Parameter(torch.zeros(1, length, dim), requires_grad=False)
         self.blocks = nn.ModuleList(
-            AuthorsBlock(dim, config.heads, config.mlp_ratio) for _ in range(config.depth)
+            AuthorsBlock(dim, config.heads, config.mlp_ratio, attention)
+            for _ in range(config.depth)
         )
         self.norm = norm(dim)
 
@@ -151,23 +154,24 @@ class AuthorsEncoder(nn.Module):
 class AuthorsCAE(nn.Module):
     """The authors' model: a second encoder for the target, boolean gathers, all logits."""
 
-    def __init__(self, config: CAEConfig, grid: tuple[int, ...]) -> None:
+    def __init__(self, config: CAEConfig, grid: tuple[int, ...], attention: Attention) -> None:
         super().__init__()
         width, heads, ratio = config.decoder_dim, config.decoder_heads, config.mlp_ratio
         self.weight = config.alignment_weight
-        self.encoder = AuthorsEncoder(config, grid)
+        self.encoder = AuthorsEncoder(config, grid, attention)
         self.alignment_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         length = 1 + grid[0] * grid[1]
         self.rd_pos_embed = nn.Parameter(torch.zeros(1, length, width), requires_grad=False)
         self.regresser = nn.Module()
         self.regresser.regressor_blocks = nn.ModuleList(
-            AuthorsRegressorBlock(width, heads, ratio) for _ in range(config.regressor_depth)
+            AuthorsRegressorBlock(width, heads, ratio, attention)
+            for _ in range(config.regressor_depth)
         )
         self.regresser.norm = norm(width)
         self.decoder = nn.Module()
         self.decoder.decoder_blocks = nn.ModuleList(
-            AuthorsBlock(width, heads, ratio) for _ in range(config.decoder_depth)
+            AuthorsBlock(width, heads, ratio, attention) for _ in range(config.decoder_depth)
         )
         self.decoder.norm = norm(width)
         self.decoder.head = nn.Linear(width, config.vocabulary_size)
@@ -283,8 +287,7 @@ def make_variants(config: CAEConfig, batch: int, device: torch.device) -> list[V
     model = CAE(config).to(device)
     one_pass = OnePassCAE(config).to(device)
     one_pass.load_state_dict(model.state_dict())
-    authors = AuthorsCAE(config, model.encoder.grid).to(device)
-    authors.load_state_dict(to_official("cae", model.state_dict(), duplicates=True))
+    official = to_official("cae", model.state_dict(), duplicates=True)
     images = torch.randn(batch, config.in_channels, 224, 224, device=device)
     key = masking.key(torch.arange(batch, device=device), seed=0)
     mask = masking.blockwise(key, model.encoder.grid, 0.5)
@@ -295,22 +298,27 @@ def make_variants(config: CAEConfig, batch: int, device: torch.device) -> list[V
         for name, weight in model.named_parameters()
         if weight.requires_grad and not name.endswith("norm_k.bias")
     ]
-    theirs = dict(authors.named_parameters())
-    official = to_official("cae", dict.fromkeys(names, torch.empty(0)))
+    their_names = to_official("cae", dict.fromkeys(names, torch.empty(0)))
 
-    def leaves(module: nn.Module) -> tuple[Tensor, ...]:
+    def leaves(module: nn.Module, names: Iterable[str] = names) -> tuple[Tensor, ...]:
         weights = dict(module.named_parameters())
         return tuple(weights[name] for name in names)
 
+    def authors(attention: Attention) -> Variant:
+        theirs = AuthorsCAE(config, model.encoder.grid, attention).to(device)
+        theirs.load_state_dict(official)
+        return Variant(
+            f"authors, {attention.__name__.replace('_', ' ')}",
+            theirs,
+            (images, mask.is_masked.flatten(1), ids),
+            leaves(theirs, their_names),
+            is_baseline=True,
+        )
+
     inputs = (images, mask, ids)
     variants = [
-        Variant(
-            "authors, fused attention",
-            authors,
-            (images, mask.is_masked.flatten(1), ids),
-            tuple(theirs[name] for name in official),
-            is_baseline=True,
-        ),
+        authors(plain_attention),
+        authors(fused_attention),
         Variant("mimkit", loss_of(model), inputs, leaves(model)),
         Variant("mimkit, one encoder pass", one_pass, inputs, leaves(one_pass)),
     ]
@@ -364,7 +372,9 @@ def print_peak(kind: str, device_type: str) -> None:
     mask = masking.blockwise(key, grid, 0.5)
     ids = torch.randint(config.vocabulary_size, (batch, mask.num_tokens), device=device)
     if kind == "authors":
-        AuthorsCAE(config, grid).to(device)(images, mask.is_masked.flatten(1), ids).backward()
+        AuthorsCAE(config, grid, fused_attention).to(device)(
+            images, mask.is_masked.flatten(1), ids
+        ).backward()
     else:
         PUT_BACK.get(kind, CAE)(config).to(device)(images, mask, ids).loss.backward()
     if device.type == "cuda":

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.bench_mae_step import AuthorsBlock, fused_attention, note_profile
+from benchmarks.bench_mae_step import (
+    Attention,
+    AuthorsBlock,
+    fused_attention,
+    note_profile,
+    plain_attention,
+)
 from benchmarks.bench_pixel_loss import authors_loss
 from benchmarks.bench_tokens import authors_gather
 from benchmarks.harness import Bench, Variant, alternate, has_fast_bfloat16, timer
@@ -73,7 +79,7 @@ class AuthorsConvBlock(nn.Module):
 class AuthorsConvMAE(nn.Module):
     """The authors' model, for any size of image."""
 
-    def __init__(self, config: ConvMAEConfig) -> None:
+    def __init__(self, config: ConvMAEConfig, attention: Attention) -> None:
         super().__init__()
         assert isinstance(config.image_size, int)
         self.side = config.image_size // 16
@@ -88,11 +94,11 @@ class AuthorsConvMAE(nn.Module):
         self.blocks1 = nn.ModuleList(AuthorsConvBlock(one) for _ in range(config.depth[0]))
         self.blocks2 = nn.ModuleList(AuthorsConvBlock(two) for _ in range(config.depth[1]))
         self.blocks3 = nn.Sequential(
-            *(AuthorsBlock(dim, config.heads, fused_attention) for _ in range(config.depth[2]))
+            *(AuthorsBlock(dim, config.heads, attention) for _ in range(config.depth[2]))
         )
         self.decoder_blocks = nn.Sequential(
             *(
-                AuthorsBlock(width, config.decoder_heads, fused_attention)
+                AuthorsBlock(width, config.decoder_heads, attention)
                 for _ in range(config.decoder_depth)
             )
         )
@@ -195,20 +201,26 @@ def _case(bench: Bench, dtype: torch.dtype) -> tuple[str, ConvMAEConfig, int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def bench_convmae_step(bench: Bench, dtype: torch.dtype, compiled: bool) -> None:
     case, config, batch = _case(bench, dtype)
-    authors = AuthorsConvMAE(config).to(bench.device)
     model = ConvMAE(config).to(bench.device)
-    model.load_state_dict(from_official("convmae", authors.state_dict()))
+    authors = AuthorsConvMAE(config, plain_attention).to(bench.device)
+    official = authors.state_dict()
+    model.load_state_dict(from_official("convmae", official))
     weights = dict(model.named_parameters())
     leaves = tuple(weights[name] for name in from_official("convmae", _trained(authors)))
 
     images = torch.randn(batch, 3, 224, 224, device=bench.device)
     key = masking.key(torch.arange(batch, device=bench.device), seed=0)
     is_masked = masking.uniform(key, model.encoder.grid, RATIO).is_masked.flatten(1).float()
-    last = AuthorsConvMAE(config).to(bench.device).to(memory_format=torch.channels_last)
-    last.load_state_dict(authors.state_dict())
-    dense = [("authors", authors, images)]
-    last_images = images.to(memory_format=torch.channels_last)
-    dense.append(("authors, channels_last", last, last_images))
+    dense = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        for attention in (plain_attention, fused_attention):
+            name = f"authors, {attention.__name__.replace('_', ' ')}"
+            if memory_format == torch.channels_last:
+                name = f"{name}, channels_last"
+            baseline = AuthorsConvMAE(config, attention).to(bench.device)
+            baseline.load_state_dict(official)
+            pixels = images.to(memory_format=memory_format)
+            dense.append((name, baseline.to(memory_format=memory_format), pixels))
     variants = [
         Variant(
             name,
