@@ -281,7 +281,9 @@ def case(device: torch.device, dtype: torch.dtype) -> tuple[str, CAEConfig, int]
     return f"CAE-B, B={batch}", CAEConfig(image_size=224), batch
 
 
-def make_variants(config: CAEConfig, batch: int, device: torch.device) -> list[Variant]:
+def make_variants(
+    config: CAEConfig, batch: int, device: torch.device, dtype: torch.dtype
+) -> list[Variant]:
     """Make all models with the same weights, and the inputs of one step."""
     torch.manual_seed(0)
     model = CAE(config).to(device)
@@ -315,10 +317,13 @@ def make_variants(config: CAEConfig, batch: int, device: torch.device) -> list[V
             is_baseline=True,
         )
 
+    # In bfloat16 on a CPU, gradients of query biases through PyTorch's fused operator are 5 % off
+    # those in float32 (through plain products 1 %), and it is the slower one (`bench_simmim_step`).
+    has_fused = dtype == torch.float32 or device.type != "cpu"
+    forms = [plain_attention, fused_attention] if has_fused else [plain_attention]
     inputs = (images, mask, ids)
     variants = [
-        authors(plain_attention),
-        authors(fused_attention),
+        *(authors(attention) for attention in forms),
         Variant("mimkit", loss_of(model), inputs, leaves(model)),
         Variant("mimkit, one encoder pass", one_pass, inputs, leaves(one_pass)),
     ]
@@ -388,7 +393,7 @@ def print_peak(kind: str, device_type: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def bench_cae_step(bench: Bench, dtype: torch.dtype) -> None:
     name, config, batch = case(bench.device, dtype)
-    variants = make_variants(config, batch, bench.device)
+    variants = make_variants(config, batch, bench.device, dtype)
     bench.with_seconds(BUDGET * bench.seconds).compare(
         name,
         [under_autocast(variant, dtype, bench.device) for variant in variants],

@@ -3,15 +3,18 @@
 Axes: batch; tokens; visible; dim.
 """
 
+import math
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bench_pixel_loss import authors_loss
 from benchmarks.bench_tokens import authors_gather, authors_restore
@@ -165,16 +168,33 @@ def _profile(variant: Variant, device: torch.device) -> dict[str, float]:
     return {name: us / 1e3 for name, us in sorted(micros.items(), key=lambda item: -item[1]) if us}
 
 
+def count_flops(variant: Variant) -> int:
+    """Count what the matrix products and convolutions of a step ask for, by PyTorch's counter."""
+
+    def convolution_backward(
+        grad: Sequence[int], images: Sequence[int], weight: Sequence[int], *rest: Any, **_: object
+    ) -> int:
+        """Count one gradient as much as the output; PyTorch's own count forgets groups."""
+        wanted = rest[-1]
+        return 2 * math.prod(grad) * math.prod(weight[1:]) * sum(wanted[:2])
+
+    own = {torch.ops.aten.convolution_backward: convolution_backward}
+    with FlopCounterMode(display=False, custom_mapping=own) as counter:
+        variant.backward(variant.forward())
+    return counter.get_total_flops()
+
+
 def note_profile(bench: Bench, case: str, dtype: torch.dtype, variant: Variant) -> None:
     """Print which operators a step spends its time in."""
     times = _profile(variant, bench.device)
     total = sum(times.values())
+    gigaflop = count_flops(variant) / 1e9
     matrix = sum(ms for name, ms in times.items() if IS_MATRIX_PRODUCT.search(name))
     top = dict(list(times.items())[:10])
     lines = [
         "",
         f"{case}, {dtype}, {variant.name}: {matrix / total:.1%} of {total:.0f} ms of operators are "
-        "matrix products; the ten largest by self time:",
+        f"matrix products, of {gigaflop:,.0f} GFLOP; the ten largest by self time:",
         *(f"  {ms:9.1f} ms  {ms / total:6.1%}  {name}" for name, ms in top.items()),
     ]
     bench.note(
@@ -184,6 +204,7 @@ def note_profile(bench: Bench, case: str, dtype: torch.dtype, variant: Variant) 
         dtype=str(dtype).removeprefix("torch."),
         variant=variant.name,
         total_ms=total,
+        gigaflop=gigaflop,
         share_of_matrix_products=matrix / total,
         top_ms=top,
     )

@@ -1,6 +1,7 @@
 """Masked-image-modelling building blocks: exact, reproducible, no work on what is hidden."""
 
+from mimkit._containers import container
 from mimkit._settings import use
 
-__all__ = ["use"]
+__all__ = ["container", "use"]
 __version__ = "0.1.0"

@@ -58,8 +58,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit import losses, masking, targets, viz
-from mimkit._containers import container
+from mimkit import container, losses, masking, targets, viz
 from mimkit.masking import Key, Mask
 from mimkit.nn import (
     CAEDecoder,
@@ -69,8 +68,7 @@ from mimkit.nn import (
     TokenHead,
     ViT,
 )
-from mimkit.nn._vit import position_table
-from mimkit.patches import unpatchify
+from mimkit.patches import sincos_positions, unpatchify
 from recipes.engine import Options, Preset, Recipe, Training, run
 from recipes.engine.checkpoint import load_last_weights
 from recipes.engine.errors import UserError
@@ -201,12 +199,12 @@ class CAE(nn.Module):
         self.project = nn.Identity() if width == config.dim else nn.Sequential(layers)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(
-            position_table(
+            sincos_positions(
                 width,
                 self.encoder.grid,
-                num_prefix=self.encoder.num_prefix_tokens,
                 first_axis="row",
-            ),
+                num_prefix=self.encoder.num_prefix_tokens,
+            )[None],
             requires_grad=False,
         )
         self.regressor = ContextRegressor(

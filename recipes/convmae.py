@@ -31,8 +31,7 @@ if __name__ == "__main__":
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from mimkit import losses, masking, targets, viz
-from mimkit._containers import container
+from mimkit import container, losses, masking, targets, viz
 from mimkit.masking import Key, Mask
 from mimkit.nn import ConvViT, MAEDecoder, PixelHead
 from mimkit.patches import gather_patches, unpatchify

@@ -28,8 +28,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from mimkit import losses, targets, viz
-from mimkit._containers import container
+from mimkit import container, losses, targets, viz
 from mimkit.masking import Mask, RaggedMask
 from mimkit.nn import CrossDecoder, MAEDecoder, PixelHead, ViT
 from mimkit.patches import gather_masked

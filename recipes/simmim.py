@@ -31,13 +31,10 @@ from einops import rearrange
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from mimkit import losses, masking, targets, viz
-from mimkit._containers import container
+from mimkit import container, losses, masking, targets, viz
 from mimkit._grids import Grid
 from mimkit.masking import Key, Mask
-from mimkit.nn import PatchTokenizer, SwinTransformer, ViT
-from mimkit.nn._simmim_heads import HeadName, make_head, points_of_patches
-from mimkit.patches import gather_masked
+from mimkit.nn import PatchTokenizer, SimMIMHead, SwinTransformer, ViT
 from recipes.engine import Options, Preset, Recipe, Training, run
 from recipes.engine.masks import check_ratio, join
 from recipes.engine.teachers import load_teacher
@@ -47,6 +44,7 @@ TargetName = Literal[
     "pixels", "pixels_2x", "pixels_4x", "pixels_8x", "pixels_16x", "pixels_32x",
     "window_normalized", "clusters", "bins_8", "bins_256", "hog", "tokens", "features",
 ]  # fmt: skip
+HeadName = Literal["linear", "mlp", "inverse_swin_t", "inverse_swin_b"]
 LossName = Literal["l1", "l2", "smooth_l1", "cosine", "cross_entropy"]
 _CLASS_TARGETS = ("clusters", "bins_8", "bins_256", "tokens")
 _PATCH_TARGETS = ("hog", "tokens", "features")  # predicted for a patch as a whole
@@ -198,29 +196,20 @@ class SimMIM(nn.Module):
             self.teacher = load_teacher(config.teacher, *images)
         self.point, values = self._size_of_points()
         stride = getattr(self.encoder, "stride", self.patch_size)
-        self.row = tuple(
-            max(patch, side) // side
-            for patch, side in zip(self.patch_size, self.point, strict=True)
-        )
         if any(side % point for side, point in zip(stride, self.point, strict=True)):
             raise ValueError(
                 f"target {config.target!r} has points of {self.point} pixels, which do not divide "
                 f"the {tuple(stride)} pixels of the encoder's tokens: choose a finer target"
             )
-        cell = tuple(side // point for side, point in zip(stride, self.point, strict=True))
-        grid = getattr(self.encoder, "out_grid", self.encoder.grid)
-        self.head, self.cell = make_head(
+        self.head = SimMIMHead(
             config.head,
-            grid=grid,
+            grid=getattr(self.encoder, "out_grid", self.encoder.grid),
             dim=self.encoder.dim,
-            cell=cell,
-            finest=max(4 // self.point[0], 1),
-            window=config.window,
+            token=_points(stride, self.point),
+            patch=_points(self.patch_size, self.point),
             values=values,
-        )
-        self.cell_grid = tuple(
-            tokens * coarse // fine
-            for tokens, coarse, fine in zip(grid, cell, self.cell, strict=True)
+            window=config.window,
+            finest=max(4 // self.point[0], 1),
         )
         # What the authors leave out of weight decay, besides vectors.
         self.not_decayed = ("mask_token",) if config.encoder == "swin" else ("encoder.cls_token",)
@@ -231,23 +220,13 @@ class SimMIM(nn.Module):
         """Predict the masked patches of `images` and score the prediction."""
         mask, images = join(mask, images)
         latent = self.encoder(images, mask, mask_token=self.mask_token)
-        predicted = self._predict(latent, self._scored(mask))
+        tokens = latent[:, self.encoder.num_prefix_tokens :]
+        predicted = self.head(tokens, self._scored(mask))
         prediction = self._arrange(predicted)
         return SimMIMOutput(self._score(predicted, prediction, images, mask), prediction, latent)
 
-    def _predict(self, latent: Tensor, mask: Mask) -> Tensor:
-        """Predict the points of masked patches, in the order "c p1 p2"."""
-        prefix = self.encoder.num_prefix_tokens
-        if self.cell == self.row and self.config.head in ("linear", "mlp"):
-            # A token stands for one patch: no head for the visible ones.
-            hidden = gather_masked(latent, mask, num_prefix=prefix)[:, prefix:]
-            predicted: Tensor = self.head(hidden)
-            return predicted
-        cells = self.head(latent[:, prefix:])
-        return gather_masked(points_of_patches(cells, self.cell_grid, self.cell, self.row), mask)
-
     def _arrange(self, predicted: Tensor) -> Tensor:
-        """Bring predictions from "c p1 p2" to `patchify`'s order; classes come last."""
+        """Bring what the head predicts from "c p1 p2" to `patchify`'s order; classes come last."""
         channels, target = self.config.in_channels, self.config.target
         if target in _PATCH_TARGETS:
             return predicted
@@ -400,6 +379,11 @@ def make_vit(config: SimMIMConfig) -> ViT:
             block.attn.proj.weight /= math.sqrt(2 * index)
             block.mlp.fc2.weight /= math.sqrt(2 * index)
     return encoder
+
+
+def _points(side: Grid, point: Grid) -> Grid:
+    """Count the points per axis in so many pixels; a point larger than these counts as one."""
+    return tuple(max(s, p) // p for s, p in zip(side, point, strict=True))
 
 
 def _factor(target: str) -> int:

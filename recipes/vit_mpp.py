@@ -26,8 +26,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
-from mimkit import losses, targets, viz
-from mimkit._containers import container
+from mimkit import container, losses, targets, viz
 from mimkit.masking import Mask
 from mimkit.nn import ConvStem, ViT
 from mimkit.patches import gather_masked

@@ -19,8 +19,8 @@ _SWIN = (
 )
 _PRETRAINING = (
     Rule("encoder.mask_token", "mask_token"),
-    Rule("decoder.0.weight", "head.weight", is_pointwise=True),
-    Rule("decoder.0.bias", "head.bias"),
+    Rule("decoder.0.weight", "head.predict.weight", is_pointwise=True),
+    Rule("decoder.0.bias", "head.predict.bias"),
 )
 
 

@@ -11,6 +11,7 @@ from mimkit.nn._layers import TransformerBlock
 from mimkit.nn._probes import AttentiveProbe
 from mimkit.nn._regressor import CAEDecoder, ContextRegressor
 from mimkit.nn._relative import RelativePositionBias
+from mimkit.nn._simmim_heads import InverseSwin, SimMIMHead
 from mimkit.nn._swin import SwinTransformer
 from mimkit.nn._tokenizers import PatchTokenizer
 from mimkit.nn._vit import ViT
@@ -24,11 +25,13 @@ __all__ = [
     "ConvViTDetector",
     "CrossDecoder",
     "DiscreteVAE",
+    "InverseSwin",
     "MAEDecoder",
     "PatchEmbed",
     "PatchTokenizer",
     "PixelHead",
     "RelativePositionBias",
+    "SimMIMHead",
     "SwinTransformer",
     "TokenHead",
     "TransformerBlock",

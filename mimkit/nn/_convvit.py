@@ -31,8 +31,8 @@ from mimkit.nn._layers import (
     drop_path_rates,
     xavier_linear,
 )
-from mimkit.nn._vit import image_axes, position_table
-from mimkit.patches import gather_visible, neighbors, pack_cells
+from mimkit.nn._vit import image_axes
+from mimkit.patches import gather_visible, neighbors, pack_cells, sincos_positions
 from mimkit.patches._patchify import check_even, check_mask
 
 STAGES = 3
@@ -320,7 +320,7 @@ class ConvViT(nn.Module):
         nn.init.xavier_uniform_(self.embed.proj.weight.view(dim[-1], -1))
         self.embed_proj = xavier_linear(dim[-1], dim[-1])
         self.pos_embed = nn.Parameter(
-            position_table(dim[-1], self.grid, num_prefix=0), requires_grad=learn_positions
+            sincos_positions(dim[-1], self.grid)[None], requires_grad=learn_positions
         )
         self.blocks = nn.ModuleList(
             TransformerBlock(dim=dim[-1], heads=heads, mlp_ratio=mlp_ratio[-1], drop_path=rate)

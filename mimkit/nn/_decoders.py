@@ -16,7 +16,6 @@ from mimkit._grids import Grid, as_sizes, count_tokens
 from mimkit.masking import Mask, RaggedMask
 from mimkit.nn._layers import NORM_EPS, CrossAttention, Mlp, TransformerBlock, xavier_linear
 from mimkit.nn._packing import alike_together, pack, positions_at, reorder, undo, weave
-from mimkit.nn._vit import position_table
 from mimkit.patches import sincos_positions
 from mimkit.patches._patchify import check_mask
 from mimkit.patches._tokens import check_rows, take_rows
@@ -66,7 +65,7 @@ class MAEDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         nn.init.normal_(self.mask_token, std=0.02)
         self.pos_embed = nn.Parameter(
-            position_table(dim, self.grid, num_prefix=num_prefix), requires_grad=False
+            sincos_positions(dim, self.grid, num_prefix=num_prefix)[None], requires_grad=False
         )
         self.blocks = nn.ModuleList(
             TransformerBlock(dim=dim, heads=heads, mlp_ratio=mlp_ratio) for _ in range(depth)
@@ -197,9 +196,7 @@ class CrossDecoder(nn.Module):
         self.embed = xavier_linear(in_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         nn.init.normal_(self.mask_token, std=0.02)
-        self.pos_embed = nn.Parameter(
-            position_table(dim, self.grid, num_prefix=0), requires_grad=False
-        )
+        self.pos_embed = nn.Parameter(sincos_positions(dim, self.grid)[None], requires_grad=False)
         self.blocks = nn.ModuleList(
             CrossBlock(dim=dim, heads=heads, mlp_ratio=mlp_ratio) for _ in range(depth)
         )

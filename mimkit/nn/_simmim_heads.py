@@ -12,7 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mimkit._grids import Grid
+from mimkit.masking import Mask
 from mimkit.nn._swin import PatchSplitting, SwinStage, initialize_swin
+from mimkit.patches import gather_masked
 
 HeadName = Literal["linear", "mlp", "inverse_swin_t", "inverse_swin_b"]
 
@@ -89,41 +91,96 @@ class InverseSwin(nn.Module):
         return predicted
 
 
-def make_head(
-    name: HeadName, *, grid: Grid, dim: int, cell: Grid, finest: int, window: int, values: int
-) -> tuple[nn.Module, Grid]:
-    """Make a head by name.
+class SimMIMHead(nn.Module):
+    """SimMIM's prediction head: from the encoder's tokens to the points of masked patches.
+
+    A token may stand for many patches (Swin), for one (ViT), or for a part of one.
 
     Args:
         name: "linear", "mlp" (two layers), "inverse_swin_t" or "inverse_swin_b".
         grid: Tokens per axis of the encoder's output.
         dim: Their width.
-        cell: What one of them stands for: predicted points per axis.
-        finest: Fewest points per axis that a cell of an inverse Swin may have.
-        window: Of an inverse Swin.
-        values: Values of a predicted point.
-
-    Returns:
-        The head, which gives `values` times the points of a cell, and the points of its cells.
+        token: What one of them stands for: predicted points per axis.
+        patch: Points per axis of a patch, which is what a mask is of. Tokens consist of whole
+            patches, or patches of whole tokens.
+        values: Values of a point: 3 for a pixel of a color image.
+        window: Tokens per axis of an inverse Swin's windows.
+        finest: Fewest points per axis that a token of an inverse Swin is split down to.
 
     Raises:
         ValueError: An unknown name, or an inverse Swin with nothing to split.
+
+    Source:
+        SimMIM, arXiv:2111.09886, section 3.2 "prediction head" and table 2; microsoft/SimMIM, a
+        convolution of size 1 and `PixelShuffle`, which gives every point of the image. Where
+        nothing but its own token goes into a patch, here only the masked ones are predicted.
+
+    Example:
+        >>> import torch
+        >>> from mimkit import masking
+        >>> mask = masking.uniform(masking.key([0], seed=0), (4, 4), num_masked=8, unit=2)
+        >>> head = SimMIMHead("linear", grid=(1, 1), dim=48, token=(16, 16), patch=(4, 4), values=3)
+        >>> head(torch.randn(1, 1, 48), mask).shape
+        torch.Size([1, 8, 48])
     """
-    if name not in get_args(HeadName):
-        raise ValueError(f"head must be one of {get_args(HeadName)}; got {name!r}")
-    points = values * cell[0] * cell[1]
-    if name == "linear":
-        return nn.Linear(dim, points), cell
-    if name == "mlp":
-        return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, points)), cell
+
+    def __init__(
+        self,
+        name: HeadName = "linear",
+        *,
+        grid: Grid,
+        dim: int,
+        token: Grid,
+        patch: Grid,
+        values: int,
+        window: int = 7,
+        finest: int = 4,
+    ) -> None:
+        super().__init__()
+        if name not in get_args(HeadName):
+            raise ValueError(f"head must be one of {get_args(HeadName)}; got {name!r}")
+        self.predict: nn.Module
+        cell, points = token, values * token[0] * token[1]
+        if name == "linear":
+            self.predict = nn.Linear(dim, points)
+        elif name == "mlp":
+            self.predict = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, points))
+        else:
+            self.predict, cell = _invert_swin(name, grid, dim, token, values, window, finest)
+        self.mixes_tokens = isinstance(self.predict, InverseSwin)
+        self.cell, self.patch = cell, patch
+        self.cell_grid = tuple(
+            tokens * coarse // fine for tokens, coarse, fine in zip(grid, token, cell, strict=True)
+        )
+
+    def forward(
+        self, tokens: Float[Tensor, "batch tokens dim"], mask: Mask
+    ) -> Float[Tensor, "batch masked patch_values"]:
+        """Predict the masked patches, in the order "c p1 p2" each.
+
+        Args:
+            tokens: All tokens of the encoder, without prefix tokens.
+            mask: Which patches to predict.
+        """
+        if self.cell == self.patch and not self.mixes_tokens:
+            predicted: Tensor = self.predict(gather_masked(tokens, mask))
+            return predicted
+        cells = self.predict(tokens)
+        return gather_masked(points_of_patches(cells, self.cell_grid, self.cell, self.patch), mask)
+
+
+def _invert_swin(
+    name: str, grid: Grid, dim: int, token: Grid, values: int, window: int, finest: int
+) -> tuple[InverseSwin, Grid]:
+    """Make an inverse Swin of as many stages as tokens can be split; and its cells' points."""
     widths, depth, heads = _INVERSE[name]
-    splits = 0
+    cell, splits = token, 0
     while splits < len(depth) - 1 and _splits_evenly(cell, finest):
         cell, splits = (cell[0] // 2, cell[1] // 2), splits + 1
     if splits == 0:
         raise ValueError(
-            f"head {name!r} has nothing to split: a token stands for {cell[0]}x{cell[1]} predicted "
-            "points; choose a linear or an mlp head, or a finer target"
+            f"head {name!r} has nothing to split: a token stands for {token[0]}x{token[1]} "
+            "predicted points; choose a linear or an mlp head, or a finer target"
         )
     head = InverseSwin(
         grid=grid,

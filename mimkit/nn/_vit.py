@@ -135,9 +135,9 @@ class ViT(nn.Module):
             nn.init.normal_(self.cls_token, std=0.02)
         self.pos_embed = (
             nn.Parameter(
-                position_table(
-                    dim, self.grid, num_prefix=self.num_prefix_tokens, first_axis=first_axis
-                ),
+                sincos_positions(
+                    dim, self.grid, first_axis=first_axis, num_prefix=self.num_prefix_tokens
+                )[None],
                 requires_grad=learn_positions,
             )
             if absolute_positions
@@ -294,15 +294,3 @@ def image_axes(image_size: int | Sequence[int]) -> tuple[int, ...]:
     """Read an image size: an integer is the side of a square image."""
     sizes = as_sizes("image_size", image_size)
     return sizes if isinstance(image_size, Sequence) else sizes * 2
-
-
-def position_table(
-    dim: int,
-    grid: Sequence[int],
-    *,
-    num_prefix: int,
-    first_axis: Literal["column", "row"] = "column",
-) -> Float[Tensor, "1 prefix_and_tokens dim"]:
-    """Make a sine-cosine table, with zeros for the prefix tokens."""
-    table = sincos_positions(dim, grid, first_axis=first_axis)
-    return torch.cat([torch.zeros(num_prefix, dim), table]).unsqueeze(0)

@@ -17,7 +17,8 @@ def sincos_positions(
     *,
     temperature: float = 10000.0,
     first_axis: Literal["column", "row"] = "column",
-) -> Float32[Tensor, "tokens dim"]:
+    num_prefix: int = 0,
+) -> Float32[Tensor, "prefix_and_tokens dim"]:
     """Make fixed sine-cosine position embeddings, for any grid of one to three axes.
 
     Every axis gets an equal share of the width: the sines, then the cosines, of its coordinate
@@ -29,6 +30,7 @@ def sincos_positions(
         temperature: Base of the wavelengths.
         first_axis: Which axis comes first in the width: "column" (the last axis; MAE, ConvMAE) or
             "row" (the first axis; CAE).
+        num_prefix: Rows of zeros in front, for tokens without a position.
 
     Returns:
         One row per token, row-major, computed in float64 and rounded once.
@@ -61,7 +63,8 @@ def sincos_positions(
         tables.append(table.view(*along_axis, -1).expand(*grid, -1))
     if first_axis == "column":
         tables.reverse()
-    return torch.cat(tables, dim=-1).flatten(0, -2)
+    table = torch.cat(tables, dim=-1).flatten(0, -2)
+    return torch.cat([table.new_zeros(num_prefix, dim), table])
 
 
 def interpolate_positions(

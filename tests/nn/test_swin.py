@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 from mimkit import masking
 from mimkit.masking import Mask
-from mimkit.nn import RelativePositionBias, SwinTransformer, ViT
-from mimkit.nn._simmim_heads import InverseSwin, points_of_patches
+from mimkit.nn import InverseSwin, RelativePositionBias, SimMIMHead, SwinTransformer, ViT
+from mimkit.nn._simmim_heads import points_of_patches
 from mimkit.nn._swin import PatchMerging, fit_window, opposite_sides, window_order
+from mimkit.patches import gather_masked, patchify
 from tests.nn import plain
 from tests.strategies import generators, grids, masks
 
@@ -259,6 +260,34 @@ def test_an_inverse_swin_splits_in_every_stage():
     alone = torch.autograd.grad(cells[0, -1].sum(), tokens)[0]
     assert alone[0, -1].abs().sum() > 0
     assert alone[1].abs().sum() == 0
+
+
+def test_masked_patches_are_predicted_as_the_pixels_of_the_whole_image():
+    """The authors' convolution and `PixelShuffle`, for tokens of four patches."""
+    mask = masking.uniform(masking.key([0, 1], seed=0), (4, 6), 0.5)
+    head = SimMIMHead(grid=(2, 3), dim=10, token=(8, 8), patch=(4, 4), values=3)
+    tokens = torch.randn(2, 6, 10)
+    points = head.predict(tokens).mT.reshape(2, -1, 2, 3)
+    patches = patchify(F.pixel_shuffle(points, 8), 4, order="c p1 p2")
+    torch.testing.assert_close(head(tokens, mask), gather_masked(patches, mask))
+
+
+def test_a_head_predicts_masked_patches_alone_where_each_has_its_own_token():
+    mask = masking.uniform(masking.key([0, 1], seed=0), (2, 3), num_masked=2)
+    head = SimMIMHead("mlp", grid=(2, 3), dim=10, token=(4, 4), patch=(4, 4), values=3)
+    seen = []
+    head.predict.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+    assert head(torch.randn(2, 6, 10), mask).shape == (2, 2, 48)
+    assert seen == [(2, 2, 10)]
+
+
+@pytest.mark.untyped
+def test_heads_that_do_not_exist_or_have_nothing_to_split_are_refused():
+    shape = {"grid": (2, 2), "dim": 8, "token": (4, 4), "patch": (4, 4), "values": 3}
+    with pytest.raises(ValueError, match="got 'conv'"):
+        SimMIMHead("conv", **shape)
+    with pytest.raises(ValueError, match="4x4 predicted points"):
+        SimMIMHead("inverse_swin_t", **shape)
 
 
 def test_merging_takes_the_authors_order():

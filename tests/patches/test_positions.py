@@ -69,6 +69,12 @@ def test_no_two_positions_share_an_embedding():
     assert torch.cdist(table, table).fill_diagonal_(1).min() > 0.1
 
 
+def test_prefix_tokens_have_a_position_of_zeros():
+    table = sincos_positions(8, (2, 3), num_prefix=2)
+    assert (table[:2] == 0).all()
+    assert torch.equal(table[2:], sincos_positions(8, (2, 3)))
+
+
 def test_interpolation_is_the_authors():
     table, theirs = GOLDEN.tensor("interp/in")[0], GOLDEN.tensor("interp/out_6x6")[0]
     ours = interpolate_positions(table, (4, 4), (6, 6), num_prefix=1)

@@ -94,7 +94,7 @@ def test_predictions_are_put_where_they_belong(encoder):
                 return cells
             return cells[torch.zeros_like(mask.masked_ids), mask.masked_ids]
 
-    model.head = Echo()
+    model.head.predict = Echo()
     prediction = model(images, mask).prediction
     filled = patchify(torch.zeros_like(places), model.patch_size)
     filled[0, mask.masked_ids[0]] = prediction[0]
