@@ -26,9 +26,9 @@ def container(cls: type[T]) -> type[T]:
         >>> @container
         ... class Output:
         ...     loss: torch.Tensor
-        ...     prediction: torch.Tensor | None
-        >>> pytree.tree_map(lambda leaf: leaf * 2, Output(torch.ones(()), None)).loss
-        tensor(2.)
+        ...     prediction: torch.Tensor
+        >>> pytree.tree_map(lambda leaf: leaf * 2, Output(torch.ones(()), torch.ones(3))).prediction
+        tensor([2., 2., 2.])
     """
     # `dataclass` is called on the class, so that its own docstring stays.
     frozen = dataclasses.dataclass(frozen=True, eq=False)(cls)

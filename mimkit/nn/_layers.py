@@ -28,9 +28,9 @@ def xavier_linear(in_features: int, out_features: int, *, bias: bool = True) -> 
 
 
 # Where bfloat16 products are native, they beat the backward of PyTorch's fused attention at the
-# lengths that MIM uses (50 to 200 tokens), and round less: gradients of CAE-B's query biases are 1 %
-# off, not 5 %. Where they are emulated, it is the other way round. With a learned bias, PyTorch has
-# no fused attention for a CPU, and its fallback is slower than the products in float32.
+# lengths that MIM uses (50 to 200 tokens), and round less: gradients of CAE-B's query biases are
+# off by 1 %, not 5 %. Where they are emulated, it is the other way round. With a learned bias,
+# PyTorch has no fused attention for a CPU, and its fallback is slower than the products in float32.
 # `benchmarks/bench_attention.py` has the numbers.
 _CPU_HAS_BFLOAT16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
