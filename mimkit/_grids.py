@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 Grid = tuple[int, ...]
 MAX_AXES = 3
@@ -30,6 +31,17 @@ def as_sizes(name: str, value: int | Sequence[int]) -> Grid:
     if not 1 <= len(sizes) <= MAX_AXES or min(sizes) < 1:
         raise ValueError(f"{name} must be one to three positive integers; got {value!r}")
     return sizes
+
+
+def sides_of(name: str, value: int | Sequence[int]) -> Grid:
+    """Read the size of an image, or of a patch: an integer is the side of a square.
+
+    Example:
+        >>> sides_of("image_size", 224), sides_of("image_size", (16000,))
+        ((224, 224), (16000,))
+    """
+    sizes = as_sizes(name, value)
+    return sizes if isinstance(value, Sequence) else sizes * 2
 
 
 def per_axis(name: str, value: int | Sequence[int], num_axes: int) -> Grid:
@@ -69,6 +81,23 @@ def divide(name: str, sizes: Sequence[int], by: int | Sequence[int], by_name: st
             f"{below} or {above} would fit"
         )
     return tuple(size // d for size, d in zip(sizes, divisors, strict=True))
+
+
+def as_integer(name: str, value: Any) -> int:
+    """Check that `value` is an integer, numpy's included, and return it as Python's.
+
+    Raises:
+        TypeError: Anything else, booleans too.
+
+    Example:
+        >>> as_integer("num_masked", 3)
+        3
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value  # first, so that a traced count stays one
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer; got {value!r}")
+    return operator.index(value)
 
 
 def count_tokens(grid: Sequence[int]) -> int:

@@ -71,6 +71,7 @@ from mimkit.nn import (
 from mimkit.patches import sincos_positions, unpatchify
 from recipes.engine import Options, Preset, Recipe, Training, run
 from recipes.engine.checkpoint import load_last_weights
+from recipes.engine.choices import check_choices
 from recipes.engine.errors import UserError
 from recipes.engine.masks import check_ratio, join
 from recipes.engine.teachers import load_teacher
@@ -131,6 +132,9 @@ class CAEConfig:
     no_decoder: bool = False
     drop_path: float = 0.0
     alignment_drop_path: bool = True
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 @container
@@ -629,6 +633,7 @@ class BlockMasking:
     min_block: int = 16
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_ratio(self.mask_ratio)
 
     def draw(self, key: Key, grid: tuple[int, ...]) -> Mask:

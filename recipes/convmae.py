@@ -36,6 +36,7 @@ from mimkit.masking import Key, Mask
 from mimkit.nn import ConvViT, MAEDecoder, PixelHead
 from mimkit.patches import gather_patches, unpatchify
 from recipes.engine import Options, Preset, Recipe, Training, run
+from recipes.engine.choices import check_choices
 from recipes.engine.masks import Masks, check_ratio, join
 
 Conv = Literal["masked", "plain"]
@@ -81,6 +82,9 @@ class ConvMAEConfig:
     conv: Conv = "masked"
     decoder: Decoder = "multi-scale"
     drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
     @property
     def normalize(self) -> Literal["patch"] | None:
@@ -213,6 +217,7 @@ class ConvMAEMasking:
     mask: Stage = "blockwise"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_ratio(self.mask_ratio)
         if self.parts < 1:
             raise ValueError(f"--parts {self.parts} is too small: give 1 or more")

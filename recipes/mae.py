@@ -33,6 +33,7 @@ from mimkit.masking import Mask, RaggedMask
 from mimkit.nn import CrossDecoder, MAEDecoder, PixelHead, ViT
 from mimkit.patches import gather_masked
 from recipes.engine import Masking, Options, Preset, Recipe, Training, run
+from recipes.engine.choices import check_choices
 from recipes.engine.masks import Sampler, join
 
 Target = Literal["pixels", "pca"]
@@ -89,6 +90,7 @@ class MAEConfig:
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if not 0 < self.decode_fraction <= 1:
             raise ValueError(f"decode_fraction must be in (0, 1]; got {self.decode_fraction}")
         if self.decode_fraction < 1 and (self.decoder, self.loss_on) != ("cross", "masked"):

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 if __name__ == "__main__":
     # Threads that spin for long while they wait bring a busy machine to a crawl.
@@ -36,6 +36,7 @@ from mimkit._grids import Grid
 from mimkit.masking import Key, Mask
 from mimkit.nn import PatchTokenizer, SimMIMHead, SwinTransformer, ViT
 from recipes.engine import Options, Preset, Recipe, Training, run
+from recipes.engine.choices import check_choices
 from recipes.engine.masks import check_ratio, join
 from recipes.engine.teachers import load_teacher
 from recipes.engine.tokenizers import Tokenizer, decode_masked, make_tokenizer
@@ -105,10 +106,7 @@ class SimMIMConfig:
     teacher: str | None = None
 
     def __post_init__(self) -> None:
-        if self.encoder not in _BASE:
-            raise ValueError(f"encoder must be one of {sorted(_BASE)}; got {self.encoder!r}")
-        if self.target not in get_args(TargetName):
-            raise ValueError(f"target must be one of {get_args(TargetName)}; got {self.target!r}")
+        check_choices(self)
         if self.loss not in (None, *self._fitting_losses):
             raise ValueError(
                 f"loss {self.loss!r} does not fit target {self.target!r}: choose of "

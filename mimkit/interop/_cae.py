@@ -1,8 +1,6 @@
 """Names of CAE, of what is trained on its encoder, and of DALL-E's tokenizer."""
 
-from collections.abc import Mapping
-
-from torch import Tensor
+from collections.abc import Iterable, Mapping
 
 from mimkit.interop._rules import Converted, Translation, renames, same, within
 
@@ -26,9 +24,9 @@ _CONVOLUTION = renames(
 )
 
 
-def _encoder_of(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _encoder_of(names: Iterable[str]) -> Mapping[str, str]:
     """Take the encoder out of a checkpoint of pre-training, if it is one."""
-    return {name.removeprefix("encoder."): tensor for name, tensor in tensors.items()}
+    return {name.removeprefix("encoder."): name for name in names}
 
 
 TRANSLATIONS = {

@@ -41,6 +41,7 @@ def from_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
         The renamed tensors; `.dropped` names the others.
 
     Raises:
+        TypeError: What is no dictionary.
         ValueError: An unknown method.
 
     Example:
@@ -77,11 +78,19 @@ def to_official(
     return _cae.duplicate_encoder(official) if duplicates else official
 
 
-def unwrap(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """Take the tensors out of a checkpoint of the form `{"model": ...}`."""
-    while isinstance(state_dict.get("model"), Mapping):
-        state_dict = state_dict["model"]
-    return state_dict
+def unwrap(state_dict: Any) -> Mapping[str, Tensor]:
+    """Take the tensors out of a checkpoint of the form `{"model": ...}`.
+
+    Raises:
+        TypeError: What is no dictionary.
+    """
+    if not isinstance(state_dict, Mapping):
+        kind = type(state_dict).__name__
+        raise TypeError(f"a state dict maps names to tensors; got {kind} {state_dict!r:.60}")
+    tensors: Mapping[str, Any] = state_dict
+    while isinstance(tensors.get("model"), Mapping):
+        tensors = tensors["model"]
+    return tensors
 
 
 def _translation(method: str) -> Translation:

@@ -46,24 +46,23 @@ class Translation:
 
     Attributes:
         rules: The rules, in the order in which they are tried.
-        encoder_of: Takes the encoder, under the names of fine-tuning, out of a checkpoint of
-            pre-training, and leaves another one as it is.
+        encoder_of: Takes the encoder out of a checkpoint of pre-training, and leaves another one as
+            it is: from names of fine-tuning to the names that they have in it.
     """
 
     rules: tuple[Rule, ...]
-    encoder_of: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda tensors: tensors
+    encoder_of: Callable[[Iterable[str]], Mapping[str, str]] = lambda names: {n: n for n in names}
 
     def to_ours(self, tensors: Mapping[str, Tensor]) -> Converted:
         """Translate the authors' tensors."""
-        tensors = self.encoder_of(tensors)
-        converted, dropped = {}, []
-        for name, tensor in tensors.items():
+        converted, used = {}, set()
+        for name, source in self.encoder_of(tensors).items():
             rule, new = translate(name, ((rule, rule.theirs, rule.ours) for rule in self.rules))
-            if rule is None or new is None:
-                dropped.append(name)
-            else:
+            if rule is not None and new is not None:
+                tensor = tensors[source]
                 converted[new] = tensor.flatten(1) if rule.is_pointwise else tensor
-        return Converted(converted, tuple(dropped))
+                used.add(source)
+        return Converted(converted, tuple(name for name in tensors if name not in used))
 
     def to_theirs(self, tensors: Mapping[str, Tensor]) -> Converted:
         """Undo `to_ours`."""

@@ -1,9 +1,7 @@
 """Names of SimMIM: its pre-training, and the encoders that it fine-tunes."""
 
 import re
-from collections.abc import Mapping
-
-from torch import Tensor
+from collections.abc import Iterable, Mapping
 
 from mimkit.interop._rules import Rule, Translation, renames, same, within
 
@@ -24,19 +22,17 @@ _PRETRAINING = (
 )
 
 
-def _encoder_of(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _encoder_of(names: Iterable[str]) -> Mapping[str, str]:
     """Take the encoder out of a checkpoint of pre-training, if it is one.
 
     As the authors do, each block starts from the table that all of them shared.
     """
-    if not any(name.startswith("encoder.") for name in tensors):
-        return tensors
-    encoder = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items()}
-    table = encoder.pop(_SHARED_TABLE, None)
-    if table is not None:
+    encoder = {name.removeprefix("encoder."): name for name in names}
+    shared = encoder.pop(_SHARED_TABLE, None)
+    if shared is not None:
         numbers = (re.match(r"blocks\.(\d+)\.", name) for name in encoder)
         blocks = dict.fromkeys(number[1] for number in numbers if number)
-        encoder |= {_BLOCK_TABLE.format(i=block): table for block in blocks}
+        encoder |= {_BLOCK_TABLE.format(i=block): shared for block in blocks}
     return encoder
 
 

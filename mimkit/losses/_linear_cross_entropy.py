@@ -7,7 +7,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 import mimkit_kernels as kernels
-from mimkit._settings import Settings
+from mimkit.losses._classes import check_classes
 
 Scalar = Float32[Tensor, ""]
 
@@ -55,8 +55,8 @@ def linear_cross_entropy(
 
     Raises:
         TypeError: A target that is not int64.
-        ValueError: Shapes or devices that do not fit; with `mimkit.use(check=True)` also a target
-            that is no word.
+        ValueError: Shapes or devices that do not fit; on a CPU or with `mimkit.use(check=True)`
+            also a target that is no word.
 
     Example:
         >>> import torch
@@ -90,9 +90,4 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> No
     if len(devices) > 1:
         names = sorted(map(str, devices))
         raise ValueError(f"x, weight, bias and target must be on one device; got {names}")
-    if Settings.check and target.numel():
-        low, high = int(target.min()), int(target.max())
-        if low < 0 or high >= weight.shape[0]:
-            raise ValueError(
-                f"targets must be in [0, {weight.shape[0]}); got values from {low} to {high}"
-            )
+    check_classes("targets", target, weight.shape[0])

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import mimkit_kernels as kernels
 from mimkit._grids import count_tokens, per_axis
+from mimkit.losses._classes import check_classes
 from mimkit.masking import Mask, RaggedMask
 from mimkit.patches import gather_masked, grid_of
 from mimkit.patches._patchify import (
@@ -23,6 +24,7 @@ from mimkit.patches._patchify import (
     check_batch,
     check_device,
     check_mask,
+    check_pixels,
     check_stacked,
     each_sample,
     is_channels_last,
@@ -31,6 +33,9 @@ from mimkit.targets._pixels import check_can_normalize
 from mimkit_kernels import elementwise_error
 
 Reduction = Literal["mean", "sample", "none"]
+# What `F.cross_entropy` leaves out: nothing that a target holds.
+_NO_CLASS = torch.iinfo(torch.int64).min
+
 Kind = Literal["l2", "l1", "smooth_l1"]
 Loss = Float32[Tensor, ""] | Float32[Tensor, " samples"] | Float32[Tensor, "batch masked"]
 
@@ -139,6 +144,8 @@ def masked_cosine(
         >>> masked_cosine(torch.ones(1, 2, 4), torch.full((1, 2, 4), -3.0), mask)
         tensor(2.)
     """
+    if prediction.ndim != 3:
+        raise ValueError(f"prediction must be [batch, tokens, dim]; got {tuple(prediction.shape)}")
 
     def error(prediction: Tensor, target: Tensor) -> Tensor:
         return 1 - F.cosine_similarity(prediction, target, dim=2)
@@ -155,7 +162,11 @@ def masked_cross_entropy(
 ) -> Loss:
     """Cross-entropy of the masked positions' classes; classes are the last axis of `prediction`.
 
-    Other arguments as in `masked_mse`.
+    Other arguments as in `masked_mse`. Every masked position counts: no class is left out.
+
+    Raises:
+        TypeError: Classes that are not integers.
+        ValueError: Shapes that do not fit, or (on a CPU) classes out of range.
 
     Example:
         >>> import torch
@@ -170,8 +181,10 @@ def masked_cross_entropy(
             f"prediction {tuple(prediction.shape)} must be target {tuple(target.shape)} and an "
             "axis of classes behind it"
         )
-    logits = prediction.float().flatten(0, -2)
-    errors = F.cross_entropy(logits, target.flatten(), reduction="none").view(target.shape)
+    check_classes("classes", target, prediction.shape[-1])
+    logits, classes = prediction.float().flatten(0, -2), target.long().flatten()
+    errors = F.cross_entropy(logits, classes, reduction="none", ignore_index=_NO_CLASS)
+    errors = errors.view(target.shape)
     return _reduce(_one_axis_of_values(errors), mask, reduction)
 
 
@@ -210,6 +223,7 @@ def masked_pixel_loss(
         float32, whatever the inputs; 0 (with zero gradient) where nothing is masked.
 
     Raises:
+        TypeError: Images that are neither floats nor uint8.
         ValueError: A prediction that does not fit the masked patches, or an unknown option.
 
     Source:
@@ -235,6 +249,7 @@ def masked_pixel_loss(
         ]
         return _reduce(torch.cat(parts, dim=1).unsqueeze(2), mask, reduction)
     images = check_stacked(images)
+    check_pixels(images)
     grid = grid_of(images, patch_size)
     check_mask(mask, grid, images)
     check_batch(mask, prediction)

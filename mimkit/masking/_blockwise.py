@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from mimkit._grids import as_sizes, count_tokens
-from mimkit.masking._counts import Rounding, resolve_count
+from mimkit._grids import as_integer, as_sizes, count_tokens
+from mimkit.masking._counts import Rounding, check_interval, resolve_count
 from mimkit.masking._key import Key
 from mimkit.masking._mask import Mask
 from mimkit.masking._philox import MAX_TOKENS, stream_of
@@ -77,14 +77,14 @@ def blockwise(
     if num_tokens > MAX_TOKENS:
         raise ValueError(f"grid {grid} has {num_tokens} tokens; at most {MAX_TOKENS} can be ranked")
     count = resolve_count(num_tokens, ratio, num_masked, rounding)
+    min_block = as_integer("min_block", min_block)
+    max_block = None if max_block is None else as_integer("max_block", max_block)
     largest = max(count, 1) if max_block is None else max_block
     if not min_block >= 1 or (max_block is not None and max_block < min_block):
         raise ValueError(
             f"block areas must satisfy 1 <= min_block <= max_block; got {min_block} and {max_block}"
         )
-    low, high = aspect
-    if not 0 < low <= high < math.inf:
-        raise ValueError(f"aspect must be two positive ratios, smallest first; got {aspect}")
+    check_interval("aspect", aspect)
     height, width = (1, *grid)[-2:]
     visible, masked = blockwise_sample(
         key.sample_ids,
@@ -93,7 +93,7 @@ def blockwise(
         (height, width),
         count,
         (min(min_block, MAX_TOKENS), min(largest, MAX_TOKENS)),
-        (math.log(low), math.log(high)),
+        (math.log(aspect[0]), math.log(aspect[1])),
         _PATIENCE,
     )
     return Mask(visible, masked, grid)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mimkit._grids import as_sizes, count_tokens
+from mimkit._grids import as_integer, as_sizes, count_tokens
 from mimkit.masking._key import Key
 from mimkit.masking._mask import Mask
 from mimkit.masking._philox import MAX_TOKENS, UNIFORM, random_words
@@ -37,13 +37,12 @@ def complementary(key: Key, grid: Sequence[int], parts: int) -> list[Mask]:
     """
     grid = as_sizes("grid", grid)
     num_tokens = count_tokens(grid)
-    if not isinstance(parts, int):
-        raise TypeError(f"parts must be an integer; got {parts!r}")
+    parts = as_integer("parts", parts)
     if not 1 <= parts <= num_tokens:
         raise ValueError(f"parts must be in [1, {num_tokens}] for grid {grid}; got {parts}")
     if num_tokens > MAX_TOKENS:
         raise ValueError(f"grid {grid} has {num_tokens} tokens; at most {MAX_TOKENS} can be ranked")
-    token = torch.arange(num_tokens, device=key.device)
-    ranks = (random_words(key, num_tokens, sampler=UNIFORM) << 16) | token
+    words = random_words(key, num_tokens, sampler=UNIFORM)
+    ranks = (words << 16) | torch.arange(num_tokens, device=key.device)
     dealt = ranks.argsort(dim=1).tensor_split(parts, dim=1)
     return [Mask.from_visible_ids(ids, grid) for ids in dealt]

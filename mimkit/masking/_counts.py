@@ -2,8 +2,11 @@
 
 import math
 import numbers
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal, get_args
+
+from mimkit._grids import as_integer
 
 Rounding = Literal["nearest", "mae", "simmim"]
 
@@ -36,6 +39,7 @@ def num_masked(num_tokens: int, ratio: float | Fraction, *, rounding: Rounding =
         >>> num_masked(196, 0.75), num_masked(10, 0.9), num_masked(10, 0.9, rounding="mae")
         (147, 9, 10)
     """
+    num_tokens = as_integer("num_tokens", num_tokens)
     if num_tokens < 1:
         raise ValueError(f"num_tokens must be at least 1; got {num_tokens}")
     if not isinstance(ratio, numbers.Real):
@@ -77,8 +81,25 @@ def resolve_count(
     if count is None:
         assert ratio is not None
         return num_masked(num_tokens, ratio, rounding=rounding)
-    if not isinstance(count, int):
-        raise TypeError(f"num_masked must be an integer; got {count!r}")
+    count = as_integer("num_masked", count)
     if not 0 <= count <= num_tokens:
         raise ValueError(f"num_masked must be in [0, {num_tokens}]; got {count}")
     return count
+
+
+# Sides and areas of blocks beyond this ratio are of no grid: grids have at most so many tokens.
+_LARGEST = 1 << 16
+
+
+def check_interval(name: str, value: tuple[float, float], *, highest: int = _LARGEST) -> None:
+    """Check the bounds of a ratio of sides, or (with `highest=1`) of a share of a grid.
+
+    Raises:
+        ValueError: Anything but two numbers that are in order and in range.
+    """
+    is_pair = isinstance(value, Sequence) and len(value) == 2
+    if not is_pair or not 1 / _LARGEST <= value[0] <= value[1] <= highest:
+        raise ValueError(
+            f"{name} must be two numbers from 1/{_LARGEST} to {highest}, smallest first; "
+            f"got {value!r}"
+        )

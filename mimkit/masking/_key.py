@@ -8,6 +8,7 @@ from jaxtyping import Int64, Integer
 from torch import Tensor
 
 from mimkit._containers import container, static
+from mimkit._grids import as_integer
 
 _MAX_VIEWS = 1 << 8
 _MAX_EPOCHS = 1 << 32
@@ -45,6 +46,7 @@ class Key:
         that `masking.key` made.
 
         Raises:
+            TypeError: `n` that is not an integer.
             ValueError: `n` outside [0, 256).
 
         Example:
@@ -54,6 +56,7 @@ class Key:
             >>> one.equal(other)
             False
         """
+        n = as_integer("view", n)
         if not 0 <= n < _MAX_VIEWS:
             raise ValueError(f"view {n} is outside [0, {_MAX_VIEWS})")
         return Key(self.sample_ids, self.seed_and_epoch, n)
@@ -80,6 +83,8 @@ def key(sample_ids: Integer[Tensor, " batch"] | Sequence[int], *, seed: int, epo
         True
     """
     if not isinstance(sample_ids, Tensor):
+        if not isinstance(sample_ids, Sequence | np.ndarray):
+            raise TypeError(f"sample_ids must be one integer per sample; got {sample_ids!r}")
         # An empty list has no dtype of its own.
         sample_ids = torch.as_tensor(sample_ids, dtype=None if len(sample_ids) else torch.int64)
     ids = sample_ids
@@ -111,11 +116,27 @@ def fresh_key(
         device: Where the masks are drawn. The seed never leaves it: no synchronisation.
         generator: Source of the seed, living on `device`; PyTorch's default one if `None`.
 
+    Raises:
+        TypeError: A batch size that is not an integer.
+
     Example:
         >>> generator = torch.Generator().manual_seed(0)
         >>> fresh_key(2, generator=generator).sample_ids
         tensor([0, 1])
     """
+    batch_size = as_integer("batch_size", batch_size)
     bounds = torch.iinfo(torch.int64)
     seed = torch.randint(bounds.min, bounds.max, (1,), device=device, generator=generator)
     return Key(torch.arange(batch_size, device=device), torch.cat([seed, torch.zeros_like(seed)]))
+
+
+def check_key(key: object) -> None:
+    """Check that a sampler was given a key.
+
+    Raises:
+        TypeError: Anything else, such as the sample ids themselves.
+    """
+    if not isinstance(key, Key):
+        raise TypeError(
+            f"samplers take a Key, made of ids by masking.key(ids, seed=...); got {key!r}"
+        )

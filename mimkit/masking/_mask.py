@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from mimkit._containers import container, static
-from mimkit._grids import Grid, as_sizes, count_tokens, divide, per_axis
+from mimkit._grids import Grid, as_integer, as_sizes, count_tokens, divide, per_axis
 from mimkit_kernels import split_positions
 
 
@@ -55,6 +55,7 @@ class Mask:
             TypeError: Not booleans.
             ValueError: Samples that mask different numbers of tokens; names the first odd one.
         """
+        _check_tensor("is_masked", is_masked)
         if is_masked.dtype != torch.bool:
             raise TypeError(f"is_masked must be boolean (True = masked); got {is_masked.dtype}")
         grid = as_sizes("grid", tuple(is_masked.shape[1:]))
@@ -78,6 +79,7 @@ class Mask:
         """Keep the tokens with the lowest noise visible; among equals, those of lower index.
 
         Raises:
+            TypeError: A count that is not an integer.
             ValueError: A shape that is not [batch, tokens of the grid], a count outside
                 [0, tokens], or (on a CPU) a noise that is not a number.
 
@@ -90,7 +92,8 @@ class Mask:
             >>> Mask.from_noise(noise, (2, 2), num_masked=2).visible_ids
             tensor([[1, 3]])
         """
-        grid = as_sizes("grid", grid)
+        _check_tensor("noise", noise)
+        grid, num_masked = as_sizes("grid", grid), as_integer("num_masked", num_masked)
         num_tokens = count_tokens(grid)
         if noise.ndim != 2 or noise.shape[1] != num_tokens:
             raise ValueError(
@@ -116,10 +119,9 @@ class Mask:
             >>> Mask.from_visible_ids(torch.tensor([[3, 0]]), (2, 2)).visible_ids
             tensor([[0, 3]])
         """
+        _check_integers("ids", ids)
         grid = as_sizes("grid", grid)
         num_tokens = count_tokens(grid)
-        if ids.is_floating_point() or ids.dtype == torch.bool:
-            raise TypeError(f"ids must be integers; got {ids.dtype}")
         if ids.ndim != 2 or ids.shape[1] > num_tokens:
             raise ValueError(
                 f"ids must be [batch, visible] with at most {num_tokens} visible tokens for grid "
@@ -159,6 +161,7 @@ class Mask:
             num_masked: Masked tokens per sample, where they are known (see `from_bool`).
 
         Raises:
+            TypeError: Bounds that are not integers.
             ValueError: Bounds that do not fit the grid, or unequal counts among the samples.
 
         Example:
@@ -167,6 +170,7 @@ class Mask:
             tensor([[0, 1],
                     [2, 3]])
         """
+        _check_integers("boxes", boxes)
         grid = as_sizes("grid", grid)
         axes = len(grid)
         if boxes.ndim != 3 or boxes.shape[2] != 2 * axes:
@@ -367,6 +371,17 @@ class Mask:
             f"Mask(batch_size={self.batch_size}, grid={self.grid}, num_visible={self.num_visible}, "
             f"num_masked={self.num_masked}, device='{self.device}')"
         )
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {value!r}")
+
+
+def _check_integers(name: str, value: Tensor) -> None:
+    _check_tensor(name, value)
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers; got {value.dtype}")
 
 
 def _values_are_at_hand(tensor: Tensor) -> bool:

@@ -11,8 +11,8 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from mimkit._containers import container
-from mimkit._grids import as_sizes, count_tokens
-from mimkit.masking._counts import num_masked
+from mimkit._grids import as_integer, as_sizes, count_tokens
+from mimkit.masking._counts import check_interval, num_masked
 from mimkit.masking._key import Key
 from mimkit.masking._mask import Mask
 from mimkit.masking._philox import MAX_TOKENS, random_words
@@ -84,11 +84,9 @@ def multiblock(
     grid = as_sizes("grid", grid)
     if count_tokens(grid) > MAX_TOKENS:
         raise ValueError(f"grid {grid} has more than {MAX_TOKENS} tokens")
-    low, high = aspect
-    if not 0 < low <= high < math.inf:
-        raise ValueError(f"aspect must be two positive ratios, smallest first; got {aspect}")
-    if not 0 < context_scale[0] <= context_scale[1] <= 1:
-        raise ValueError(f"context_scale must be two fractions of (0, 1]; got {context_scale}")
+    check_interval("aspect", aspect)
+    check_interval("context_scale", context_scale, highest=1)
+    num_targets = as_integer("num_targets", num_targets)
     if num_targets < 1:
         raise ValueError(f"num_targets must be at least 1; got {num_targets}")
     depth, plane = (grid[0], grid[1:]) if len(grid) == 3 else (1, (1, *grid)[-2:])
@@ -101,7 +99,8 @@ def multiblock(
             f"{max(free, 0)} to the context, which needs {kept if num_context else 'at least 1'}; "
             "pass fewer or smaller targets"
         )
-    in_target = _draw_targets(key, plane, num_targets, area, math.log(low), math.log(high))
+    low, high = map(math.log, aspect)
+    in_target = _draw_targets(key, plane, num_targets, area, low, high)
     context = _draw_context(key, in_target.any(dim=1), kept, context_scale)
     repeated = [
         Mask._from_flat(flat.unsqueeze(1).expand(-1, depth, -1).flatten(1), grid, depth * count)

@@ -27,7 +27,7 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; R
 from jaxtyping import Int64
 from torch import Tensor
 
-from mimkit.masking._key import Key
+from mimkit.masking._key import Key, check_key
 from mimkit_kernels import philox4x32, sample_words
 
 __all__ = ["FORMAT_VERSION", "MAX_TOKENS", "philox4x32", "random_words", "stream_of"]
@@ -38,7 +38,12 @@ UNIFORM, SQUARE = 0, 1  # numbers of the samplers
 
 
 def stream_of(key: Key, sampler: int) -> int:
-    """Return the stream of a sampler for the view of `key`."""
+    """Return the stream of a sampler for the view of `key`.
+
+    Raises:
+        TypeError: What is no key.
+    """
+    check_key(key)
     return (sampler << 8) | key.view_index
 
 

@@ -8,7 +8,7 @@ import torch
 
 from mimkit._grids import as_sizes, count_tokens, divide, per_axis
 from mimkit.masking._counts import Rounding, resolve_count
-from mimkit.masking._key import Key
+from mimkit.masking._key import Key, check_key
 from mimkit.masking._mask import Mask
 from mimkit.masking._philox import MAX_TOKENS, SQUARE, UNIFORM, random_words, stream_of
 from mimkit_kernels import uniform_sample
@@ -55,6 +55,8 @@ def uniform(
     num_units, tokens_per_unit = count_tokens(units), count_tokens(grid) // count_tokens(units)
     if num_units > MAX_TOKENS:
         raise ValueError(f"grid {grid} has {num_units} units; at most {MAX_TOKENS} can be ranked")
+    if num_masked is not None:
+        num_masked = resolve_count(count_tokens(grid), None, num_masked, rounding)
     if num_masked is not None and num_masked % tokens_per_unit:
         raise ValueError(
             f"num_masked={num_masked} is not a multiple of the {tokens_per_unit} tokens in a unit"
@@ -83,6 +85,7 @@ def gridwise(key: Key, grid: Sequence[int], *, keep_every: int | Sequence[int] =
         >>> gridwise(masking.key([0], seed=0), (2, 4)).visible_ids
         tensor([[0, 2]])
     """
+    check_key(key)
     grid = as_sizes("grid", grid)
     steps = per_axis("keep_every", keep_every, len(grid))
     is_masked = torch.ones(1, *grid, dtype=torch.bool, device=key.device)
@@ -118,6 +121,7 @@ def square(
         >>> square(masking.key([0], seed=0), (4, 4), 2).masked_ids
         tensor([[ 5,  6,  9, 10]])
     """
+    check_key(key)
     grid = as_sizes("grid", grid)
     sides = per_axis("side", side, len(grid))
     room = [size - length for size, length in zip(grid, sides, strict=True)]

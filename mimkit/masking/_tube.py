@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from fractions import Fraction
 
-from mimkit._grids import as_sizes
+from mimkit._grids import as_integer, as_sizes
 from mimkit.masking._counts import Rounding
 from mimkit.masking._key import Key
 from mimkit.masking._mask import Mask
@@ -49,6 +49,7 @@ def tube(
     """
     grid = as_sizes("grid", grid)
     axes = list(shared_axes) if isinstance(shared_axes, Sequence) else [shared_axes]
+    axes = [as_integer("shared_axes", axis) for axis in axes]
     shared = {axis % len(grid) for axis in axes if -len(grid) <= axis < len(grid)}
     if len(shared) != len(axes):
         raise ValueError(f"shared_axes must be different axes of grid {grid}; got {shared_axes}")

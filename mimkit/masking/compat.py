@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mimkit._grids import as_sizes, count_tokens
-from mimkit.masking._counts import Rounding, resolve_count
-from mimkit.masking._key import Key
+from mimkit._grids import as_integer, as_sizes, count_tokens
+from mimkit.masking._counts import Rounding, check_interval, resolve_count
+from mimkit.masking._key import Key, check_key
 
 __all__ = ["beit", "cae", "ijepa", "ijepa_targets", "mmpretrain"]
 
@@ -223,6 +223,12 @@ def _draw_ijepa(
 ) -> tuple[Bool[Tensor, "batch *grid"], Bool[Tensor, "batch targets *grid"]]:
     """Return context and targets, True = inside."""
     height, width = _two_axes(grid)
+    check_key(key)
+    check_interval("aspect", aspect)
+    for name, scale in (("target_scale", target_scale), ("context_scale", context_scale)):
+        check_interval(name, scale, highest=1)
+    if as_integer("num_targets", num_targets) < 1:
+        raise ValueError(f"num_targets must be at least 1; got {num_targets}")
     if min(height, width) < 2:
         raise ValueError(f"published blocks need two rows and columns or more; got grid {grid}")
     state = (*key.seed_and_epoch.tolist(), key.view_index)
@@ -307,8 +313,9 @@ def draw_blocks(
         skip_last: Whether the last row and column are out of reach, as in mmpretrain.
 
     Raises:
-        ValueError: The loop would never end.
+        ValueError: The loop would never end, or aspect ratios that are out of order or range.
     """
+    check_interval("aspect", aspect)
     (height, width), (min_block, max_block) = grid, limits
     is_masked = np.zeros(grid, dtype=bool)
     masked, fruitless = 0, 0
@@ -344,6 +351,7 @@ def _per_sample(
     key: Key, grid: Sequence[int], draw: Callable[[random.Random, tuple[int, int]], np.ndarray]
 ) -> Bool[Tensor, "batch *grid"]:
     """Draw a mask for every sample, from a generator that its key seeds."""
+    check_key(key)
     height, width = _two_axes(grid)
     seed_and_epoch = key.seed_and_epoch.tolist()
     masks = [

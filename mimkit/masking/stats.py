@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int32
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from mimkit._grids import as_sizes, count_tokens, per_axis
@@ -112,20 +112,20 @@ def _masked_distances(
     # Squares, exact in integers. All pixels of a visible patch are visible, so the nearest one of a
     # patch is found axis by axis, and so is the nearest patch.
     sizes = [tokens * pixels for tokens, pixels in zip(is_masked.shape, patch, strict=True)]
-    squares = is_masked.int() * sum(size**2 for size in sizes)
+    squares = is_masked.long() * sum(size**2 for size in sizes)
     for axis, pixels in enumerate(patch):
         squares = _nearest_along(squares, axis, pixels)
     return squares.sqrt()
 
 
 def _nearest_along(
-    squares: Int32[Tensor, "*sizes"], axis: int, pixels: int
-) -> Int32[Tensor, "*larger_sizes"]:
+    squares: Int64[Tensor, "*sizes"], axis: int, pixels: int
+) -> Int64[Tensor, "*larger_sizes"]:
     """Expand one axis from tokens to pixels: the least square over its tokens."""
     tokens = squares.movedim(axis, 0)
-    position = torch.arange(len(tokens) * pixels, dtype=torch.int32, device=squares.device)
+    position = torch.arange(len(tokens) * pixels, device=squares.device)
     position = position.view(-1, *[1] * (tokens.ndim - 1))
-    nearest = torch.full_like(tokens, torch.iinfo(torch.int32).max).repeat_interleave(pixels, 0)
+    nearest = torch.full_like(tokens, torch.iinfo(torch.int64).max).repeat_interleave(pixels, 0)
     for token, square in enumerate(tokens):
         outside = torch.maximum(token * pixels - position, position - (token + 1) * pixels + 1)
         nearest = torch.minimum(nearest, square + outside.clamp(min=0).square())

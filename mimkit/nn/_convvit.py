@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int32
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._grids import Grid, divide, per_axis
+from mimkit._grids import Grid, divide, per_axis, sides_of
 from mimkit.conv import packed_depthwise_conv2d
 from mimkit.conv._depthwise import reach_of
 from mimkit.masking import Mask
@@ -29,11 +29,11 @@ from mimkit.nn._layers import (
     Mlp,
     TransformerBlock,
     drop_path_rates,
+    mean_of_tokens,
     xavier_linear,
 )
-from mimkit.nn._vit import image_axes
 from mimkit.patches import gather_visible, neighbors, pack_cells, sincos_positions
-from mimkit.patches._patchify import check_even, check_mask
+from mimkit.patches._patchify import as_floats, check_even, check_mask, check_stacked
 
 STAGES = 3
 CONV_NORM_EPS = 1e-5  # of the convolution stages and all embeddings; the authors' oversight
@@ -293,7 +293,7 @@ class ConvViT(nn.Module):
             raise ValueError(f"kernel_size must be odd, so that it has a center; got {kernel_size}")
         shape = {"patch_sizes": patch_sizes, "dim": dim, "depth": depth, "mlp_ratio": mlp_ratio}
         check_stages(**shape)
-        self.image_size = image_axes(image_size)
+        self.image_size = sides_of("image_size", image_size)
         if len(self.image_size) != 2:
             raise ValueError(f"image_size must have height and width; got {image_size!r}")
         strides = [per_axis("patch_sizes", size, 2) for size in patch_sizes]
@@ -370,7 +370,7 @@ class ConvViT(nn.Module):
 
     def pool(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch dim"]:
         """Summarise encoded tokens in one vector per sample, as `pool` of the constructor says."""
-        pooled = tokens[:, 0] if self._pool == "token" else tokens.mean(dim=1)
+        pooled = tokens[:, 0] if self._pool == "token" else mean_of_tokens(tokens)
         summary: Tensor = self.fc_norm(pooled)
         return summary
 
@@ -379,7 +379,8 @@ class ConvViT(nn.Module):
     ) -> tuple[Float[Tensor, "batch tokens dim"], list[Float[Tensor, "batch tokens dim"]]]:
         """Run the convolution stages; return tokens without positions, and what is added later."""
         if mask is None:
-            cells, cell = rearrange(images, "b c h w -> b 1 (h w) c"), self.image_size
+            cells = rearrange(as_floats(images), "b c h w -> b 1 (h w) c")
+            cell = self.image_size
         else:
             cells, cell = pack_cells(images, mask), self.patch_size
         fused = []
@@ -397,6 +398,7 @@ class ConvViT(nn.Module):
         return rearrange(partial.is_masked, pattern, p=height, q=width).all(dim=-1)
 
     def _check(self, images: Tensor, mask: Mask | None, partial: Mask | None = None) -> None:
+        check_stacked(images)
         if tuple(images.shape[2:]) != self.image_size or images.shape[1] != self.in_channels:
             raise ValueError(
                 f"this encoder takes images of {self.in_channels} channels and size "

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._grids import Grid, as_sizes, count_tokens
+from mimkit._grids import Grid, as_sizes, count_tokens, sides_of
 from mimkit.masking import Mask, RaggedMask
 from mimkit.nn._layers import NORM_EPS, CrossAttention, Mlp, TransformerBlock, xavier_linear
 from mimkit.nn._packing import alike_together, pack, positions_at, reorder, undo, weave
@@ -272,7 +272,7 @@ class PixelHead(nn.Linear):
 
     Args:
         dim: Width of a token.
-        patch_size: Pixels per patch, per spatial axis.
+        patch_size: Pixels per patch: an integer means a square patch, a tuple one side per axis.
         in_channels: Channels of the images.
 
     Example:
@@ -280,7 +280,7 @@ class PixelHead(nn.Linear):
         torch.Size([1, 5, 192])
     """
 
-    def __init__(self, *, dim: int, patch_size: Sequence[int], in_channels: int) -> None:
-        super().__init__(dim, in_channels * count_tokens(as_sizes("patch_size", patch_size)))
+    def __init__(self, *, dim: int, patch_size: int | Sequence[int], in_channels: int) -> None:
+        super().__init__(dim, in_channels * count_tokens(sides_of("patch_size", patch_size)))
         nn.init.xavier_uniform_(self.weight)
         nn.init.zeros_(self.bias)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mimkit._containers import container
 from mimkit._grids import divide
+from mimkit.patches._patchify import as_floats
 
 _EPS = 0.1  # how far pixels are kept from 0 and 1, where the logit is infinite
 
@@ -248,7 +249,7 @@ class DiscreteVAE(nn.Module):
         """Return the most likely code of each position.
 
         Args:
-            images: Pixels in [0, 1].
+            images: Pixels in [0, 1], or uint8.
 
         Raises:
             ValueError: Images of another number of channels, or a size that the stride does not
@@ -322,5 +323,5 @@ class DiscreteVAE(nn.Module):
                 f"got {tuple(images.shape)}"
             )
         divide("image size", images.shape[2:], self.stride, "the tokenizer's stride")
-        logits: Tensor = self.encoder(map_pixels(images))
+        logits: Tensor = self.encoder(map_pixels(as_floats(images)))
         return logits

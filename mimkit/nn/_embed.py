@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._grids import Grid, as_sizes, count_tokens
+from mimkit._grids import Grid, count_tokens, sides_of
 from mimkit.masking import Mask, RaggedMask
 from mimkit.patches import gather_patches, patchify
-from mimkit.patches._patchify import Order, check_stacked
+from mimkit.patches._patchify import Order, as_floats, check_stacked
 
 Images: TypeAlias = (
     Float[Tensor, "batch channels *spatial"] | Sequence[Float[Tensor, "channels ..."]]
@@ -48,7 +48,7 @@ class PatchEmbed(nn.Module):
     """Embed patches: all of them, or under a mask the visible ones and nothing else.
 
     Args:
-        patch_size: Pixels per patch, per spatial axis.
+        patch_size: Pixels per patch: an integer means a square patch, a tuple one side per axis.
         in_channels: Channels of the images.
         dim: Width of a token.
         order: Order in which the values of a patch are loaded and summed (see `patches.patchify`).
@@ -68,14 +68,14 @@ class PatchEmbed(nn.Module):
     def __init__(
         self,
         *,
-        patch_size: Sequence[int],
+        patch_size: int | Sequence[int],
         in_channels: int,
         dim: int,
         order: Order = "c p1 p2",
     ) -> None:
         super().__init__()
         self.order: Order = order
-        self.patch_size = as_sizes("patch_size", patch_size)
+        self.patch_size = sides_of("patch_size", patch_size)
         self.in_channels = in_channels
         self.proj = PatchProjection(in_channels=in_channels, patch=self.patch_size, dim=dim)
 
@@ -91,13 +91,15 @@ class PatchEmbed(nn.Module):
         return self._embed(images, mask, self.patch_size)
 
     def _embed(self, images: Images, mask: Mask | RaggedMask | None, patch: Grid) -> Tensor:
+        if not isinstance(mask, RaggedMask):
+            check_stacked(images)
         for batch in [images] if isinstance(images, Tensor) else [i.unsqueeze(0) for i in images]:
             if batch.shape[1] != self.in_channels:
                 raise ValueError(
                     f"images must have {self.in_channels} channels; got shape {tuple(batch.shape)}"
                 )
         if mask is None:
-            patches = patchify(check_stacked(images), patch, order=self.order)
+            patches = patchify(as_floats(check_stacked(images)), patch, order=self.order)
         else:
             patches = gather_patches(images, mask, patch, order=self.order)
         tokens: Tensor = self.proj(patches, self.order)

@@ -15,7 +15,7 @@ from mimkit.nn._packing import Packing
 
 NORM_EPS = 1e-6  # of every LayerNorm in MAE's models (PyTorch's default is 1e-5)
 
-QKVBias = Literal[True, "qv"]
+QKVBias = bool | Literal["qv"]
 
 
 def xavier_linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
@@ -148,15 +148,25 @@ class Attention(nn.Module):
     Args:
         dim: Width of a token.
         heads: Attention heads; divides `dim`.
-        qkv_bias: What has a bias: `True` for queries, keys and values (timm's `qkv.bias`), "qv" for
-            all but the keys (BEiT's `q_bias` and `v_bias`), whose bias softmax would not see.
+        qkv_bias: What has a bias: `True` for queries, keys and values (timm's `qkv.bias`), `False`
+            for none, "qv" for all but the keys (BEiT's `q_bias` and `v_bias`), whose bias softmax
+            would not see.
+
+    Raises:
+        ValueError: Another `qkv_bias`, or a width that the heads do not divide.
     """
 
     def __init__(self, *, dim: int, heads: int, qkv_bias: QKVBias = True) -> None:
         super().__init__()
         check_heads(dim, heads)
+        if qkv_bias not in (True, False, "qv"):
+            raise ValueError(f'qkv_bias must be True, False or "qv"; got {qkv_bias!r}')
         self.heads = heads
-        self.qkv = _QKVProjection(dim) if qkv_bias == "qv" else xavier_linear(dim, 3 * dim)
+        self.qkv = (
+            _QKVProjection(dim)
+            if qkv_bias == "qv"
+            else xavier_linear(dim, 3 * dim, bias=qkv_bias is True)
+        )
         self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias == "qv" else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias == "qv" else None
         self.proj = xavier_linear(dim, dim)
@@ -285,7 +295,8 @@ class TransformerBlock(nn.Module):
         norm_eps: Epsilon of both LayerNorms.
         layer_scale: What the learned factors of both residual branches (`gamma_1`, `gamma_2`) are
             at first; `None` for no factors.
-        qkv_bias: `True` for biases of queries, keys and values; "qv" for all but the keys.
+        qkv_bias: `True` for biases of queries, keys and values, `False` for none; "qv" for all but
+            the keys.
 
     Source:
         Dosovitskiy et al., arXiv:2010.11929, section 3.1; timm 0.3.2 `Block`, which MAE uses with
@@ -356,6 +367,23 @@ def scale(
     return branch if gamma is None else gamma * branch
 
 
+def mean_of_tokens(tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch dim"]:
+    """Average the tokens of each sample.
+
+    Raises:
+        ValueError: There are none.
+    """
+    if tokens.shape[1] == 0:
+        raise ValueError("no patch token is left to pool: the mask hides them all")
+    return tokens.mean(dim=1)
+
+
 def drop_path_rates(drop_path: float, depth: int) -> list[float]:
-    """Return the rate of each block, rising linearly from 0 to `drop_path`."""
+    """Return the rate of each block, rising linearly from 0 to `drop_path`.
+
+    Raises:
+        ValueError: A negative depth.
+    """
+    if depth < 0:
+        raise ValueError(f"depth must not be negative; got {depth}")
     return [drop_path * i / max(depth - 1, 1) for i in range(depth)]

@@ -4,17 +4,17 @@ Axes: batch; tokens (of the encoder's grid, or some of them); cells (what a head
 for); dim; out.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mimkit._grids import Grid
 from mimkit.masking import Mask
 from mimkit.nn._swin import PatchSplitting, SwinStage, initialize_swin
-from mimkit.patches import gather_masked
+from mimkit.patches import gather_masked, patchify, unpatchify
 
 HeadName = Literal["linear", "mlp", "inverse_swin_t", "inverse_swin_b"]
 
@@ -140,7 +140,7 @@ class SimMIMHead(nn.Module):
         if name not in get_args(HeadName):
             raise ValueError(f"head must be one of {get_args(HeadName)}; got {name!r}")
         self.predict: nn.Module
-        cell, points = token, values * token[0] * token[1]
+        cell, points = token, values * math.prod(token)
         if name == "linear":
             self.predict = nn.Linear(dim, points)
         elif name == "mlp":
@@ -174,6 +174,8 @@ def _invert_swin(
 ) -> tuple[InverseSwin, Grid]:
     """Make an inverse Swin of as many stages as tokens can be split; and its cells' points."""
     widths, depth, heads = _INVERSE[name]
+    if len(grid) != 2:
+        raise ValueError(f"head {name!r} takes tokens on two axes; got grid {grid}")
     cell, splits = token, 0
     while splits < len(depth) - 1 and _splits_evenly(cell, finest):
         cell, splits = (cell[0] // 2, cell[1] // 2), splits + 1
@@ -211,5 +213,5 @@ def points_of_patches(
     """
     if cell == patch:
         return cells
-    maps = rearrange(cells, "b (y x) (c p q) -> b c (y p) (x q)", y=grid[0], p=cell[0], q=cell[1])
-    return rearrange(maps, "b c (y p) (x q) -> b (y x) (c p q)", p=patch[0], q=patch[1])
+    maps = unpatchify(cells, grid, cell, order="c p1 p2")
+    return patchify(maps, patch, order="c p1 p2")

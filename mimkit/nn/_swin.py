@@ -12,12 +12,12 @@ from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from mimkit._grids import Grid, count_tokens, divide, per_axis
+from mimkit._grids import Grid, as_integer, count_tokens, divide, per_axis, sides_of
 from mimkit.masking import Mask, RaggedMask
 from mimkit.nn._embed import Images, PatchEmbed
 from mimkit.nn._layers import DropPath, Mlp, attend, check_heads, drop_path_rates
 from mimkit.nn._relative import RelativePositionBias
-from mimkit.nn._vit import fill_in, image_axes
+from mimkit.nn._vit import fill_in
 from mimkit.patches._patchify import check_even
 
 _NORM_EPS = 1e-5
@@ -78,11 +78,13 @@ class SwinTransformer(nn.Module):
         num_classes: int = 0,
     ) -> None:
         super().__init__()
-        if len(depth) != len(heads) or not depth:
+        stages = [value if isinstance(value, Sequence) else () for value in (depth, heads)]
+        if len(stages[0]) != len(stages[1]) or not stages[0]:
             raise ValueError(
                 f"depth and heads must have one number per stage; got {depth} and {heads}"
             )
-        self.image_size = image_axes(image_size)
+        window = as_integer("window", window)
+        self.image_size = sides_of("image_size", image_size)
         if len(self.image_size) != 2:
             raise ValueError(f"Swin takes images of two axes; got image_size={image_size}")
         patch = per_axis("patch_size", patch_size, 2)
@@ -342,8 +344,9 @@ class WindowAttention(nn.Module):
         query, key, value = rearrange(
             self.qkv(tokens), pattern, three=3, h=self.heads, n=self.tokens_inside
         ).unbind(0)
+        windows = tokens.shape[1] // self.tokens_inside
         mixed = attend(query, key, value, bias).view(
-            len(tokens), -1, self.heads, self.tokens_inside, query.shape[-1]
+            len(tokens), windows, self.heads, self.tokens_inside, query.shape[-1]
         )
         out: Tensor = self.proj(rearrange(mixed, "b w h n d -> b (w n) (h d)"))
         return out

@@ -13,11 +13,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._grids import Grid, as_sizes, divide, per_axis
+from mimkit._grids import Grid, divide, per_axis, sides_of
 from mimkit.masking import Mask, RaggedMask
 from mimkit.nn._embed import Images, PatchEmbed
 from mimkit.nn._hybrid import HybridEmbed
-from mimkit.nn._layers import NORM_EPS, QKVBias, TransformerBlock, drop_path_rates, xavier_linear
+from mimkit.nn._layers import (
+    NORM_EPS,
+    QKVBias,
+    TransformerBlock,
+    drop_path_rates,
+    mean_of_tokens,
+    xavier_linear,
+)
 from mimkit.nn._packing import alike_together, pack, positions_at, reorder, undo, weave
 from mimkit.nn._relative import RelativePositionBias
 from mimkit.patches import interpolate_positions, restore, sincos_positions
@@ -117,7 +124,7 @@ class ViT(nn.Module):
             raise ValueError(
                 f'relative_positions must be "shared", "block" or None; got {relative_positions!r}'
             )
-        self.image_size = image_axes(image_size)
+        self.image_size = sides_of("image_size", image_size)
         patch = per_axis("patch_size", patch_size, len(self.image_size))
         self.patch_embed = (
             PatchEmbed(patch_size=patch, in_channels=in_channels, dim=dim)
@@ -269,7 +276,7 @@ class ViT(nn.Module):
         if self._pool == "token":
             pooled = tokens[:, 0]
         else:
-            pooled = tokens[:, self.num_prefix_tokens :].mean(dim=1)
+            pooled = mean_of_tokens(tokens[:, self.num_prefix_tokens :])
         summary: Tensor = self.fc_norm(pooled)
         return summary
 
@@ -288,9 +295,3 @@ def fill_in(
         raise ValueError("a mask_token stands for masked patches: pass a mask with it")
     is_single = mask_token.numel() == mask_token.shape[-1]
     return restore(tokens, mask, mask_token.view(-1) if is_single else mask_token)
-
-
-def image_axes(image_size: int | Sequence[int]) -> tuple[int, ...]:
-    """Read an image size: an integer is the side of a square image."""
-    sizes = as_sizes("image_size", image_size)
-    return sizes if isinstance(image_size, Sequence) else sizes * 2

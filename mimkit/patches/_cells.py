@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mimkit._grids import Grid, divide, per_axis
+from mimkit._settings import Settings
 from mimkit.masking import Mask
 from mimkit.patches._patchify import check_batch, check_even, gather_patches, unpatchify
 from mimkit.patches._tokens import restore
@@ -93,6 +94,8 @@ def neighbors(mask: Mask, *, reach: int = 1) -> Int32[Tensor, "batch visible win
                  [-1, -1, -1,  0,  1, -1, -1, -1, -1]]], dtype=torch.int32)
     """
     _axes(mask)
+    if Settings.check:
+        mask.validate()
     if reach < 0:
         raise ValueError(f"reach must not be negative; got {reach}")
     height, width = mask.grid

@@ -155,8 +155,7 @@ def gather_patches(
         samples = each_sample(images, mask)
         return torch.cat([gather_patches(*one, patch_size, **options)[0] for one in samples])
     images = check_stacked(images)
-    if not (images.is_floating_point() or images.dtype == torch.uint8):
-        raise TypeError(f"images must be floats or uint8; got {images.dtype}")
+    check_pixels(images)
     grid = grid_of(images, patch_size)
     check_mask(mask, grid, images)
     patch = per_axis("patch_size", patch_size, len(grid))
@@ -171,13 +170,17 @@ def gather_patches(
 
 
 def check_even(mask: object) -> None:
-    """Check that all samples have one grid and one count.
+    """Check that this is a mask, and that all its samples have one grid and one count.
 
     Raises:
-        TypeError: A `RaggedMask`.
+        TypeError: A `RaggedMask`, or what is no mask at all.
     """
     if isinstance(mask, RaggedMask):
         raise TypeError(f"this needs a Mask, of one grid and one count for all samples; got {mask}")
+    if not isinstance(mask, Mask):
+        raise TypeError(
+            f"mask must be a Mask, as Mask.from_bool and the samplers make it; got {describe(mask)}"
+        )
 
 
 def check_mask(mask: Mask, grid: Sequence[int], samples: Shaped[Tensor, "batch ..."]) -> None:
@@ -212,8 +215,11 @@ def check_device(mask: Mask | RaggedMask, samples: Shaped[Tensor, "..."]) -> Non
     """Check that a mask is where its samples are.
 
     Raises:
+        TypeError: Samples that are no tensor.
         ValueError: Another device; with `mimkit.use(check=True)` also wrong ids.
     """
+    if not isinstance(samples, Tensor):
+        raise TypeError(f"the input must be a tensor; got {describe(samples)}")
     if mask.device != samples.device:
         raise ValueError(
             f"the mask is on {mask.device}, but the input on {samples.device}: "
@@ -229,11 +235,40 @@ def check_stacked(
     """Check that images come in one tensor.
 
     Raises:
-        TypeError: A list of them.
+        TypeError: A list of them, or something else.
     """
-    if not isinstance(images, Tensor):
+    if isinstance(images, list | tuple):
         raise TypeError("a list of images needs a RaggedMask; stack images of one size for a Mask")
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a tensor; got {describe(images)}")
     return images
+
+
+def check_pixels(images: Shaped[Tensor, "..."]) -> None:
+    """Check that pixels are of a type whose range is known.
+
+    Raises:
+        TypeError: Neither floats nor uint8.
+    """
+    if not (images.is_floating_point() or images.dtype == torch.uint8):
+        raise TypeError(f"images must be floats or uint8; got {images.dtype}")
+
+
+def as_floats(images: Shaped[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Return floats as they are, and uint8 as float32 fractions of 255.
+
+    Raises:
+        TypeError: Another type.
+    """
+    check_pixels(images)
+    return images / 255 if images.dtype == torch.uint8 else images
+
+
+def describe(value: object) -> str:
+    """Say in a few words what was passed."""
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {' '.join(repr(value).split()):.60}"
 
 
 def check_number(images: Shaped[Tensor, "batch ..."] | Sequence[Tensor], mask: RaggedMask) -> None:

@@ -1,5 +1,6 @@
 """Fixed position embeddings, and tables of them on other grids."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -36,7 +37,8 @@ def sincos_positions(
         One row per token, row-major, computed in float64 and rounded once.
 
     Raises:
-        ValueError: A width that the axes do not share evenly, or an unknown first axis.
+        ValueError: A width that the axes do not share evenly, an unknown first axis, or a
+            temperature that is not positive.
 
     Source:
         MAE, facebookresearch/mae `get_2d_sincos_pos_embed`; CAE, Atten4Vis/CAE
@@ -53,6 +55,8 @@ def sincos_positions(
         raise ValueError(f"dim must be a multiple of {2 * len(grid)} on grid {grid}; got {dim}")
     if first_axis not in ("column", "row"):
         raise ValueError(f'first_axis must be "column" or "row"; got {first_axis!r}')
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive; got {temperature}")
     num_waves = dim // (2 * len(grid))
     waves = temperature ** (-torch.arange(num_waves, dtype=torch.float64) / num_waves)
     tables = []

@@ -40,6 +40,7 @@ def gather_visible(
     """
     if isinstance(mask, RaggedMask):
         return _gather_rows(tokens, mask, num_prefix)
+    check_batch(mask, tokens)
     return _gather(tokens, mask, mask.visible_ids, num_prefix)
 
 
@@ -68,6 +69,7 @@ def gather_masked(
     """
     if isinstance(mask, RaggedMask):
         return _gather_rows(tokens, mask.complement(), num_prefix)
+    check_batch(mask, tokens)
     return _gather(tokens, mask, mask.masked_ids, num_prefix)
 
 
@@ -109,13 +111,14 @@ def restore(
     """
     if isinstance(mask, RaggedMask):
         return _restore_rows(visible, mask, fill, positions, num_prefix)
-    batch, length, dim = visible.shape
     check_batch(mask, visible)
-    if length != num_prefix + mask.num_visible:
+    _check_prefix(num_prefix)
+    if visible.ndim != 3 or visible.shape[1] != num_prefix + mask.num_visible:
         raise ValueError(
-            f"visible must hold {num_prefix} prefix and {mask.num_visible} visible tokens; "
-            f"got {length}"
+            f"visible must be [batch, tokens, dim], of {num_prefix} prefix and {mask.num_visible} "
+            f"visible tokens; got {tuple(visible.shape)}"
         )
+    batch, _, dim = visible.shape
     if fill.shape not in ((dim,), (batch, mask.num_masked, dim)):
         raise ValueError(
             f"fill must be [{dim}] or [{batch}, {mask.num_masked}, {dim}]; got {tuple(fill.shape)}"
@@ -141,13 +144,18 @@ def take_rows(
 
 
 def _gather(tokens: Tensor, mask: Mask, ids: Tensor, num_prefix: int) -> Tensor:
-    check_batch(mask, tokens)
+    _check_prefix(num_prefix)
     if tokens.ndim != 3 or tokens.shape[1] != num_prefix + mask.num_tokens:
         raise ValueError(
             f"tokens must be [batch, {num_prefix + mask.num_tokens}, dim] for grid {mask.grid} "
             f"behind {num_prefix} prefix tokens; got {tuple(tokens.shape)}"
         )
     return kernels.gather_tokens(tokens, ids, num_prefix)
+
+
+def _check_prefix(num_prefix: int) -> None:
+    if num_prefix < 0:
+        raise ValueError(f"num_prefix must not be negative; got {num_prefix}")
 
 
 def _gather_rows(tokens: Tensor, mask: RaggedMask, num_prefix: int) -> Tensor:

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from mimkit.masking import Mask
+from mimkit.patches._patchify import as_floats
 from mimkit.targets._pixels import Pixels
 
 _POINTS_AT_ONCE = 1 << 16
@@ -71,8 +72,7 @@ class ColorClusters:
         Raises:
             ValueError: Fewer pixels than clusters, or initial centers of another shape.
         """
-        points = images.movedim(1, -1).flatten(0, -2)
-        points = points / 255 if images.dtype == torch.uint8 else points.float()
+        points = as_floats(images).float().movedim(1, -1).flatten(0, -2)
         if len(points) < self.num_clusters:
             raise ValueError(f"{len(points)} pixels do not make {self.num_clusters} clusters")
         if initial is None:
@@ -112,9 +112,14 @@ class ColorClusters:
 
         Raises:
             RuntimeError: Before `fit`.
+            ValueError: Images of another number of channels than those fitted on.
         """
         patches = Pixels(self.patch_size)(images, mask)
         centers = self._fitted(patches.device)
+        if images.shape[1] != centers.shape[1]:
+            raise ValueError(
+                f"these colors have {centers.shape[1]} channels; got images {tuple(images.shape)}"
+            )
         nearest, _ = _nearest(patches.reshape(-1, centers.shape[1]), centers)
         return nearest.view(*patches.shape[:2], patches.shape[2] // centers.shape[1])
 
@@ -175,7 +180,7 @@ class ChannelBins:
         """Return the bins of the masked patches, in the order "p1 p2 c"."""
         patches = Pixels(self.patch_size)(images, mask)
         position = (patches - self.low) * (self.num_bins / (self.high - self.low))
-        return position.floor().long().clamp(0, self.num_bins - 1)
+        return position.floor().clamp(0, self.num_bins - 1).long()  # in floats: no overflow
 
     def invert(
         self,

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from mimkit._grids import divide, per_axis
 from mimkit.masking import Mask
-from mimkit.patches import gather_masked
+from mimkit.patches import gather_masked, grid_of
+from mimkit.patches._patchify import as_floats, check_mask
 
 _EPS = 1e-5
 
@@ -61,14 +62,16 @@ class HOG:
         """Return the histograms of the masked patches: cells row-major, then channels, then bins.
 
         Raises:
-            ValueError: Cells that do not fill the patches, or images of other than two axes.
+            ValueError: Cells that do not fill the patches, images of other than two axes, or a
+                mask that does not fit them.
         """
         if images.ndim != 4:
             raise ValueError(f"images must have two axes; got shape {tuple(images.shape)}")
         patch = per_axis("patch_size", self.patch_size, 2)
         cell = per_axis("cell", self.cell, 2)
         inside = divide("patch size", patch, cell, "cell")
-        histograms = self._histograms(images, cell[0], cell[1])
+        check_mask(mask, grid_of(images, patch), images)
+        histograms = self._histograms(as_floats(images), cell[0], cell[1])
         norm = (histograms.square().sum(dim=2, keepdim=True) + _EPS**2).sqrt()
         values = rearrange(
             histograms / norm,

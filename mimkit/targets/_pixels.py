@@ -15,7 +15,7 @@ from torch import Tensor
 import mimkit_kernels as kernels
 from mimkit.masking import Mask
 from mimkit.patches import gather_patches, patchify
-from mimkit.patches._patchify import Order, check_even
+from mimkit.patches._patchify import Order, as_floats, check_even
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,18 @@ class NormalizedPixels:
         images: Shaped[Tensor, "batch channels *spatial"],
         mask: Mask,
     ) -> Float[Tensor, "batch masked patch"]:
-        """Return patches in units of the images, with the true patches' mean and deviation."""
-        mean, std = patch_statistics(self._pixels(images, mask))
+        """Return patches in units of the images, with the true patches' mean and deviation.
+
+        Raises:
+            ValueError: Values of another shape than the masked patches.
+        """
+        pixels = self._pixels(images, mask)
+        if values.shape != pixels.shape:
+            raise ValueError(
+                f"values must be {tuple(pixels.shape)}, one patch per masked token; "
+                f"got {tuple(values.shape)}"
+            )
+        mean, std = patch_statistics(pixels)
         return self._pixels.invert(values * std + mean, images, mask)
 
     @property
@@ -185,11 +195,12 @@ class PCATarget:
         """Find the components of all patches of `images`.
 
         Raises:
-            ValueError: More components than values in a patch.
+            ValueError: More components than values in a patch, or a single patch.
         """
-        patches = patchify(images, self.patch_size, order=self.order).flatten(0, 1).double()
-        if images.dtype == torch.uint8:
-            patches = patches / 255
+        patches = patchify(as_floats(images), self.patch_size, order=self.order)
+        patches = patches.flatten(0, 1).double()
+        if len(patches) < 2:
+            raise ValueError(f"{len(patches)} patches have no components: fit on more")
         if self.num_components > patches.shape[1]:
             raise ValueError(
                 f"{self.num_components} components do not fit patches of {patches.shape[1]} values"

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from mimkit._grids import Grid, divide, per_axis
 from mimkit.masking import Mask
 from mimkit.patches import gather_masked, patchify, restore, unpatchify
-from mimkit.patches._patchify import Order, check_even
+from mimkit.patches._patchify import Order, as_floats, check_even
 from mimkit.targets._pixels import Pixels
 
 _NORMALIZATION_EPS = 1e-6  # inside the root
@@ -135,6 +135,7 @@ class WindowNormalizedPixels:
         self, images: Float[Tensor, "batch channels *spatial"], mask: Mask
     ) -> Float[Tensor, "batch masked patch"]:
         """Return the normalised pixels of the masked patches."""
+        images = as_floats(images).float()
         mean, std = self._statistics(images)
         return Pixels(self.patch_size, self.order)((images - mean) / std, mask)
 
@@ -147,12 +148,11 @@ class WindowNormalizedPixels:
         """Return patches in units of the images, with the true windows' mean and deviation."""
         mean, std = (
             Pixels(self.patch_size, self.order)(statistic, mask)
-            for statistic in self._statistics(images)
+            for statistic in self._statistics(as_floats(images).float())
         )
         return values * std + mean
 
     def _statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        images = images.float()
         mean, mean_square, count = images, images.square(), torch.ones(())
         for axis, size in enumerate(images.shape[2:], 2):
             mean, mean_square = self._pool(mean, axis), self._pool(mean_square, axis)

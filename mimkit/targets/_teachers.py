@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from mimkit.masking import Mask
 from mimkit.patches import gather_masked, patchify
+from mimkit.patches._patchify import check_even
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,14 +72,16 @@ class TokenTarget:
         return gather_masked(patchify(decoded, self.patch_size), mask)
 
     def _codes(self, images: Tensor, mask: Mask) -> Tensor:
+        check_even(mask)
         with torch.no_grad():
-            codes = self.encode(images).flatten(1)
-        if codes.shape != (mask.batch_size, mask.num_tokens):
+            codes = self.encode(images)
+        is_other_grid = codes.ndim > 2 and tuple(codes.shape[1:]) != mask.grid
+        if is_other_grid or codes.flatten(1).shape != (mask.batch_size, mask.num_tokens):
             raise ValueError(
                 f"the tokenizer gave codes {tuple(codes.shape)} where the mask is for "
-                f"{mask.batch_size} samples of {mask.num_tokens} tokens"
+                f"{mask.batch_size} samples of grid {mask.grid}"
             )
-        return codes
+        return codes.flatten(1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -72,10 +72,14 @@ def _run(function: Function, inputs: Sequence[Any]) -> list[tuple[str, Tensor]]:
     if leaves:
         generator = torch.Generator().manual_seed(0)
         upstream = torch.randn(value.shape, generator=generator).to(value)
-        grads = torch.autograd.grad(value, [leaf for _, leaf in leaves], upstream)
-        results += [
-            (f"the gradient of input {i}", g) for (i, _), g in zip(leaves, grads, strict=True)
-        ]
+        if not value.requires_grad:
+            raise AssertionError("the value has no gradient, though an input requires one")
+        tensors = [leaf for _, leaf in leaves]
+        grads = torch.autograd.grad(value, tensors, upstream, allow_unused=True)
+        for (i, leaf), grad in zip(leaves, grads, strict=True):
+            # What a function does not use has a gradient of zero.
+            grad = torch.zeros_like(leaf) if grad is None else grad
+            results.append((f"the gradient of input {i}", grad))
     return results
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from mimkit import masking
 from mimkit.masking import Key, Mask
 from mimkit.patches._patchify import check_even
+from recipes.engine.choices import check_choices
 
 # Several masks an image, one after the other for the whole batch, as the models take them.
 Masks: TypeAlias = Mask | Sequence[Mask]
@@ -35,6 +36,7 @@ class Masking:
     views: int = 1
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_ratio(self.mask_ratio)
         if self.views < 1:
             raise ValueError(f"--views {self.views} is too small: give 1 or more")
@@ -85,12 +87,14 @@ def join(masks: Masks, images: Tensor) -> tuple[Mask, Tensor]:
     """Make one mask of several of the same images, and repeat these: mask by mask.
 
     Raises:
-        TypeError: A `RaggedMask`.
+        TypeError: A `RaggedMask`, or what is no mask at all.
     """
+    if isinstance(masks, Sequence):
+        for mask in masks:
+            check_even(mask)
+        return Mask.cat(masks), images.repeat(len(masks), *[1] * (images.ndim - 1))
     check_even(masks)
-    if isinstance(masks, Mask):
-        return masks, images
-    return Mask.cat(masks), images.repeat(len(masks), *[1] * (images.ndim - 1))
+    return masks, images
 
 
 def first(masks: Masks) -> Mask:

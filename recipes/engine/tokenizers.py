@@ -12,11 +12,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._grids import per_axis
+from mimkit._grids import per_axis, sides_of
 from mimkit.interop import from_official, load_checkpoint
 from mimkit.masking import Mask
 from mimkit.nn import DiscreteVAE, PatchTokenizer
-from mimkit.nn._vit import image_axes
 from mimkit.targets import TokenTarget
 from recipes.engine.errors import UserError
 from recipes.engine.folder import NORMALIZE
@@ -134,7 +133,7 @@ def make_tokenizer(
     if name != "patches":
         return load_tokenizer(Path(name), image_size, patch_size, in_channels)
     return PatchTokenizer(
-        patch_size=per_axis("patch_size", patch_size, len(image_axes(image_size))),
+        patch_size=per_axis("patch_size", patch_size, len(sides_of("image_size", image_size))),
         in_channels=in_channels,
         vocabulary_size=vocabulary_size,
     )
@@ -203,7 +202,7 @@ def load_tokenizer(
         raise UserError(
             f"--tokenizer {path} takes images of {vae.in_channels} channels, not {in_channels}"
         )
-    sizes = image_axes(image_size)
+    sizes = sides_of("image_size", image_size)
     try:
         return ImageTokenizer(vae, sizes, per_axis("patch_size", patch_size, len(sizes)))
     except ValueError as error:

@@ -107,6 +107,17 @@ def test_the_official_names_load_into_the_model_and_nothing_is_left():
     assert to_official("mae", model.state_dict()).keys() == OFFICIAL["mae"].keys()
 
 
+def test_what_is_left_out_has_the_name_that_it_came_with():
+    table = "encoder.rel_pos_bias.relative_position_bias_table"
+    alone = from_official("simmim_vit_finetune", {table: torch.zeros(9, 2)})
+    assert (dict(alone), alone.dropped) == ({}, (table,))
+    names = ["encoder.mask_token", "encoder.norm.weight", "decoder.0.bias"]
+    for method in ("simmim_vit_finetune", "simmim_swin_finetune", "cae_vit"):
+        converted = from_official(method, {name: torch.zeros(2) for name in names})
+        assert list(converted) == ["norm.weight"]
+        assert converted.dropped == ("encoder.mask_token", "decoder.0.bias")
+
+
 def test_a_pre_training_checkpoint_gives_its_encoder():
     converted = from_official("mae_vit", OFFICIAL["mae"])
     encoder = ViT(image_size=64, patch_size=8, dim=48, depth=2, heads=3)

@@ -35,6 +35,12 @@ def test_the_average_distance_is_that_of_all_pairs(mask, data):
     assert float(distance) == pytest.approx(by_hand(mask, patch), rel=1e-6)
 
 
+def test_distances_along_a_long_signal_do_not_overflow():
+    mask = Mask.from_visible_ids(torch.tensor([[0]]), (3000,))
+    # 3000 * 16 samples, the first 16 of which are visible: the mean of 1 to 47984 over the others.
+    assert float(stats.average_distance(mask, 16)) == pytest.approx(23992.5)
+
+
 def test_without_masked_pixels_the_distance_is_zero():
     mask = masking.uniform(masking.key([0], seed=0), (3, 3), num_masked=0)
     assert stats.average_distance(mask, 4) == 0

@@ -138,7 +138,7 @@ def test_k_means_ends_where_each_code_is_the_mean_of_its_patches():
             lambda: TokenHead(dim=4, vocabulary_size=7)(
                 torch.zeros(1, 2, 4), torch.tensor([[0, 7]])
             ),
-            r"\[0, 7\), the vocabulary; got 0 to 7",
+            r"\[0, 7\); got 0 to 7",
         ),
         (
             lambda: TokenHead(dim=4, vocabulary_size=7)(

@@ -1,5 +1,7 @@
 """`SwinTransformer` and relative positions: windows, shapes, masks."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -288,6 +290,11 @@ def test_heads_that_do_not_exist_or_have_nothing_to_split_are_refused():
         SimMIMHead("conv", **shape)
     with pytest.raises(ValueError, match="4x4 predicted points"):
         SimMIMHead("inverse_swin_t", **shape)
+
+
+def test_an_empty_batch_gives_no_tokens():
+    encoder = swin()
+    assert encoder(torch.zeros(0, 2, 16, 32)).shape == (0, math.prod(encoder.out_grid), 16)
 
 
 def test_merging_takes_the_authors_order():

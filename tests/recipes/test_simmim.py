@@ -105,6 +105,16 @@ def test_predictions_are_put_where_they_belong(encoder):
     assert torch.equal(image, places * hidden.unsqueeze(1))
 
 
+@pytest.mark.parametrize(("image", "patch"), [((40,), (8,)), ((4, 8, 8), (2, 4, 4))])
+@pytest.mark.parametrize("target", ["pixels", "pixels_2x", "bins_8"])
+def test_signals_and_volumes_are_trained_on_too(image, patch, target):
+    model = build("vit", image_size=image, patch_size=patch, target=target)
+    mask = masking.uniform(masking.key([0, 1], seed=0), model.encoder.grid, 0.5)
+    output = model(torch.randn(2, 2, *image), mask)
+    output.loss.backward()
+    assert output.prediction.shape[:2] == mask.masked_ids.shape
+
+
 @pytest.mark.parametrize("encoder", sorted(ENCODERS))
 def test_a_list_of_masks_gives_mask_major_outputs(encoder):
     model = build(encoder).eval()
@@ -231,7 +241,7 @@ def test_what_does_not_fit_is_told_in_one_sentence(encoder, changes, complaint):
 
 @pytest.mark.untyped
 def test_an_unknown_encoder_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"\['swin', 'vit'\]; got 'resnet'"):
+    with pytest.raises(ValueError, match=r"\('vit', 'swin'\); got 'resnet'"):
         SimMIMConfig(image_size=32, encoder="resnet")
 
 
@@ -285,7 +295,7 @@ def test_converters_are_each_others_adjoint(method):
 
 def test_a_checkpoint_gives_the_vit_that_is_fine_tuned():
     converted = from_official("simmim_vit_finetune", {"model": METHODS["simmim_vit"]})
-    assert set(converted.dropped) == {"mask_token", "decoder.0.weight", "decoder.0.bias"}
+    assert set(converted.dropped) == {"encoder.mask_token", "decoder.0.weight", "decoder.0.bias"}
     shape = {"image_size": 64, "dim": 32, "depth": 2, "heads": 2, "layer_scale": 0.1}
     encoder = ViT(**shape, absolute_positions=False, relative_positions="block", qkv_bias="qv")
     encoder.load_state_dict(converted)

@@ -258,7 +258,12 @@ def test_codes_are_decoded_among_those_of_visible_patches(batch):
 def test_codes_of_another_grid_are_refused():
     mask = Mask.from_visible_ids(torch.tensor([[0]]), (2, 2))
     with pytest.raises(ValueError, match=r"codes \(1, 9\)"):
-        targets.TokenTarget(lambda x: x[:, 0].long())(torch.rand(1, 1, 3, 3), mask)
+        targets.TokenTarget(lambda x: x[:, 0].long().flatten(1))(torch.rand(1, 1, 3, 3), mask)
+    # As many codes, in other rows.
+    with pytest.raises(ValueError, match=r"codes \(1, 1, 4\).*grid \(2, 2\)"):
+        targets.TokenTarget(lambda x: x[:, 0].long())(torch.rand(1, 1, 1, 4), mask)
+    with pytest.raises(ValueError, match=r"grid \(2, 2\).*grid \(1, 4\)"):
+        targets.HOG(4, 4)(torch.rand(1, 3, 4, 16), mask)
 
 
 @given(masked_images(), st.booleans())

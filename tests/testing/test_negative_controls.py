@@ -446,6 +446,15 @@ def test_pooling_that_darkens_borders_is_caught() -> None:
         )
 
 
+@pytest.mark.untyped
+def test_an_operator_without_a_gradient_is_caught() -> None:
+    x, y = (torch.randn(3, requires_grad=True) for _ in range(2))
+    with pytest.raises(AssertionError, match="the value has no gradient"):
+        assert_op_correct(lambda x: x.detach() * 2, lambda x: x + x, [x])
+    with pytest.raises(AssertionError, match="the gradient of input 1 is off"):
+        assert_op_correct(lambda x, y: x * y.detach(), torch.mul, [x, y])
+
+
 def mean_over_what_is_masked(prediction: Tensor, target: Tensor, mask: Mask) -> Tensor:
     """D8: nothing masked is nothing divided by nothing."""
     return ((prediction - target) ** 2).mean()
