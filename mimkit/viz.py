@@ -142,7 +142,7 @@ def panel(rows: Sequence[Sequence[Tensor]], captions: Sequence[str], *, note: st
         rows: Images [channels, height, width] in [0, 1], with one or three channels; values outside
             are clipped.
         captions: One per column.
-        note: A line under the panel, for what a viewer must know.
+        note: Lines under the panel, for what a viewer must know; long ones are broken.
 
     Raises:
         ValueError: Rows whose length is not the number of captions, or images of other shapes.
@@ -161,11 +161,12 @@ def panel(rows: Sequence[Sequence[Tensor]], captions: Sequence[str], *, note: st
     pictures = [[_to_picture(image) for image in row] for row in rows]
     widths = [max(row[column].width for row in pictures) for column in range(len(captions))]
     heights = [max(picture.height for picture in row) for row in pictures]
-    note_lines = note.splitlines()
+    width = sum(widths) + _GAP * (len(widths) + 1)
+    note_lines = _broken(note, width - 2 * _GAP)
     canvas = Image.new(
         "RGB",
         (
-            sum(widths) + _GAP * (len(widths) + 1),
+            width,
             _CAPTION_HEIGHT * (1 + len(note_lines)) + sum(heights) + _GAP * (len(heights) + 1),
         ),
         _BACKGROUND,
@@ -210,6 +211,24 @@ def curves(steps: Sequence[float], series: Mapping[str, Sequence[float]], *, tit
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return Image.open(buffer)
+
+
+def _broken(text: str, width: int) -> list[str]:
+    """Break lines between words, so that none is longer than `width` pixels if it can be helped."""
+    from PIL import Image, ImageDraw
+
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    lines = []
+    for line in text.splitlines():
+        fitting = ""
+        for word in line.split():
+            longer = f"{fitting} {word}".strip()
+            if fitting and draw.textlength(longer) > width:
+                lines.append(fitting)
+                longer = word
+            fitting = longer
+        lines.append(fitting)
+    return lines
 
 
 def _to_picture(image: Float[Tensor, "channels height width"]) -> Image:

@@ -9,8 +9,8 @@ decoder turns them into the codes of a tokenizer. The full presets are the autho
 (AdamW 1.5e-3 at batch 2048, betas .9 and .999, weight decay .05, gradient norm at most 3, drop path
 .1, block-wise masks of 98 of 196 patches, DALL-E's tokenizer). Published for 1600 epochs on
 ImageNet-1K, top-1 after fine-tuning, linear and attentive probing: ViT-B 83.9 / 70.3 / 77.2,
-ViT-L 86.2 / 77.8 / 81.2. Here crops are the engine's (scale .2-1, theirs .08-1), and the tokenizer
-sees the crop resized, where theirs has a crop of its own.
+ViT-L 86.2 / 77.8 / 81.2. The tokenizer sees the model's input resized, where theirs resizes the
+same crop anew.
 
 CAE v2 (arXiv:2211.09799) predicts a teacher's features by their cosine, without alignment and with
 a decoder of no depth. `--target features --teacher FILE --no-alignment --no-decoder` does so at the
@@ -69,7 +69,7 @@ from mimkit.nn import (
     ViT,
 )
 from mimkit.patches import sincos_positions, unpatchify
-from recipes.engine import Options, Preset, Recipe, Training, run
+from recipes.engine import Options, Preset, Recipe, Training, notes, run
 from recipes.engine.checkpoint import load_last_weights
 from recipes.engine.choices import check_choices
 from recipes.engine.errors import UserError
@@ -135,6 +135,8 @@ class CAEConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if not 0 <= self.alignment_weight < math.inf:
+            raise ValueError(f"alignment_weight must not be negative; got {self.alignment_weight}")
 
 
 @container
@@ -496,6 +498,10 @@ def check_beside(config: PretrainConfig) -> None:
             raise UserError(
                 f"--beside {config.beside} has {name} {theirs} where this run has {ours}"
             )
+    try:
+        PretrainCAE(dataclasses.replace(other, beside=None))
+    except UserError as error:
+        raise UserError(f"--beside {config.beside}, whose {error}") from error
 
 
 @functools.lru_cache(maxsize=1)
@@ -557,6 +563,16 @@ def reconstruct(
         codes = output.prediction.argmax(dim=2)
         patches = decode_masked(model.tokenizer, codes, images, mask, model.cae.patch_size)
     return viz.fill_masked(images, mask, patches, model.cae.patch_size)
+
+
+def describe_pictures(model: PretrainCAE) -> str:
+    """Say how predictions became the pixels of the pictures."""
+    if model.cae.config.target == "features":
+        return "The brighter a patch, the nearer its features to the teacher's."
+    if model.cae.config.target == "rgb":
+        return notes.of_pixels(normalized=True)
+    is_of_patches = isinstance(model.tokenizer, PatchTokenizer)
+    return notes.WITH_TRUE_CONTRAST if is_of_patches else notes.AS_DECODED
 
 
 def decode_full(
@@ -685,6 +701,7 @@ PAPER = Training(
     betas=(0.9, 0.999),
     min_lr=1e-5,
     clip_grad=3.0,
+    crop_area=(0.08, 1.0),
 )
 LARGE = PretrainConfig(
     image_size=224,
@@ -736,8 +753,7 @@ RECIPE = Recipe(
     build=PretrainCAE,
     baselines=baselines,
     reconstruct=reconstruct,
-    note="Predicted codes stand for normalised patches; here they have the true patches' contrast."
-    "\nOf features, the brighter a patch, the nearer the teacher's.",
+    note=describe_pictures,
     options=CAEOptions,
     fit=fit,
     pictures={"decode_full": decode_full},

@@ -35,7 +35,7 @@ from mimkit import container, losses, masking, targets, viz
 from mimkit.masking import Key, Mask
 from mimkit.nn import ConvViT, MAEDecoder, PixelHead
 from mimkit.patches import gather_patches, unpatchify
-from recipes.engine import Options, Preset, Recipe, Training, run
+from recipes.engine import Options, Preset, Recipe, Training, notes, run
 from recipes.engine.choices import check_choices
 from recipes.engine.masks import Masks, check_ratio, join
 
@@ -332,7 +332,7 @@ RECIPE = Recipe(
     baselines=baselines,
     reconstruct=reconstruct,
     options=ConvMAEOptions,
-    note="Predicted patches are normalised; here they have the ground truth's patch statistics.",
+    note=lambda model: notes.of_pixels(normalized=model.config.normalize_pixels),
 )
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from mimkit import container, losses, targets, viz
 from mimkit.masking import Mask, RaggedMask
 from mimkit.nn import CrossDecoder, MAEDecoder, PixelHead, ViT
 from mimkit.patches import gather_masked
-from recipes.engine import Masking, Options, Preset, Recipe, Training, run
+from recipes.engine import Masking, Options, Preset, Recipe, Training, notes, run
 from recipes.engine.choices import check_choices
 from recipes.engine.masks import Sampler, join
 
@@ -367,7 +367,9 @@ RECIPE = Recipe(
     reconstruct=reconstruct,
     options=MAEOptions,
     fit=MAE.fit,
-    note="Predicted patches are normalised; here they have the ground truth's patch statistics.",
+    note=lambda model: notes.of_pixels(
+        normalized=model.config.normalize_pixels and model.config.target == "pixels"
+    ),
 )
 
 if __name__ == "__main__":

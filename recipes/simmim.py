@@ -35,7 +35,7 @@ from mimkit import container, losses, masking, targets, viz
 from mimkit._grids import Grid
 from mimkit.masking import Key, Mask
 from mimkit.nn import PatchTokenizer, SimMIMHead, SwinTransformer, ViT
-from recipes.engine import Options, Preset, Recipe, Training, run
+from recipes.engine import Options, Preset, Recipe, Training, notes, run
 from recipes.engine.choices import check_choices
 from recipes.engine.masks import check_ratio, join
 from recipes.engine.teachers import load_teacher
@@ -107,6 +107,8 @@ class SimMIMConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.teacher is not None and self.target != "features":
+            raise ValueError(f'a teacher is for target "features"; got target {self.target!r}')
         if self.loss not in (None, *self._fitting_losses):
             raise ValueError(
                 f"loss {self.loss!r} does not fit target {self.target!r}: choose of "
@@ -258,7 +260,14 @@ class SimMIM(nn.Module):
         Raises:
             ValueError: They do not.
         """
-        self._scored(mask)
+        try:
+            self._scored(mask)
+        except ValueError as error:
+            unit = max(-(-p // q) for p, q in zip(self.point, self.patch_size, strict=True))
+            raise ValueError(
+                f"--target {self.config.target} predicts squares of several patches, which must be "
+                f"masked as a whole: give --unit {unit} or a multiple of it"
+            ) from error
 
     @property
     def target(self) -> Any:
@@ -416,13 +425,14 @@ def describe_way_back(model: SimMIM) -> str:
     """Say how predictions became the pixels of the picture."""
     name = model.config.target
     if name == "pixels":
-        return "Masked patches are as predicted."
+        return notes.AS_PREDICTED
     if name == "window_normalized":
         return "Predictions are normalised; here they have the ground truth's window statistics."
     if name in _NO_WAY_BACK:
         return f"{name} has no way back to pixels: masked patches stay gray."
     if name == "tokens":
-        return "Predicted codes of normalised patches have the true patches' contrast."
+        is_of_patches = isinstance(model.tokenizer, PatchTokenizer)
+        return notes.WITH_TRUE_CONTRAST if is_of_patches else notes.AS_DECODED
     if model.config.predicts_classes:
         return "Each masked pixel has the color of its most likely class."
     return f"Each square of {_factor(name)} x {_factor(name)} px has the mean predicted for it."
@@ -472,8 +482,13 @@ class UnitMasking:
         """Draw the masks of a batch.
 
         Raises:
-            ValueError: Nothing is left to see.
+            ValueError: Units that do not divide the grid, or nothing that is left to see.
         """
+        if any(size % self.unit for size in grid):
+            raise ValueError(
+                f"--unit {self.unit} does not divide the {'x'.join(map(str, grid))} patches of an "
+                f"image: give a divisor of {math.gcd(*grid)}"
+            )
         mask = masking.uniform(key, grid, self.mask_ratio, unit=self.unit, rounding="simmim")
         if mask.num_visible == 0:
             raise ValueError(
@@ -521,6 +536,8 @@ EPOCHS_100 = Training(
     cosine_from_start=True,
     betas=(0.9, 0.999),
     clip_grad=5.0,
+    crop_area=(0.67, 1.0),
+    interpolation="bilinear",
 )
 EPOCHS_800 = Training(
     epochs=800,
@@ -531,6 +548,8 @@ EPOCHS_800 = Training(
     milestones=(700,),
     betas=(0.9, 0.999),
     clip_grad=5.0,
+    crop_area=(0.67, 1.0),
+    interpolation="bilinear",
 )
 UNITS_OF_8 = UnitMasking(mask_ratio=0.6, unit=8)  # 32 pixels of patches of 4
 SWIN_BASE = SimMIMConfig(image_size=192, encoder="swin")

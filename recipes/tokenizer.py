@@ -32,15 +32,22 @@ from torch import Tensor
 
 from mimkit import viz
 from mimkit.nn import DiscreteVAE
-from recipes.engine.checkpoint import Checkpoints
-from recipes.engine.cli import CommonOptions, check_options, choose_preset, run_command
+from recipes.engine.checkpoint import Checkpoints, start_from
+from recipes.engine.cli import (
+    CommonOptions,
+    check_options,
+    check_positive,
+    choose_preset,
+    run_command,
+)
 from recipes.engine.config import RunConfig, Training, override, scaled_lr
 from recipes.engine.data import DataSet, load_data
 from recipes.engine.distributed import World, world_size_from_environment
+from recipes.engine.dry_run import count_parameters
 from recipes.engine.errors import UserError
 from recipes.engine.loader import SINGLE, make_loader
 from recipes.engine.optim import warmup_cosine
-from recipes.engine.report import tiled_pictures
+from recipes.engine.report import print_unreadable, tiled_pictures
 from recipes.engine.run_folder import RunFolder, default_path
 from recipes.engine.tokenizers import to_inputs, to_pixels
 from recipes.engine.train import autocast, count_steps
@@ -128,12 +135,26 @@ PRESETS = {
             vocabulary_size=128,
             stem_dim=32,
         ),
-        Training(epochs=1, batch_size=32, base_lr=2.4e-2, warmup_epochs=0.1, betas=(0.9, 0.999)),
+        Training(
+            epochs=1,
+            batch_size=32,
+            base_lr=2.4e-2,
+            warmup_epochs=0.1,
+            weight_decay=0.0,
+            betas=(0.9, 0.999),
+        ),
     ),
     # OpenAI's shape, at the resolution at which CAE reads it.
     "base": TokenizerPreset(
         VAEConfig(image_size=112),
-        Training(epochs=20, batch_size=512, base_lr=5e-5, warmup_epochs=1, betas=(0.9, 0.999)),
+        Training(
+            epochs=20,
+            batch_size=512,
+            base_lr=5e-5,
+            warmup_epochs=1,
+            weight_decay=0.0,
+            betas=(0.9, 0.999),
+        ),
     ),
 }
 
@@ -163,11 +184,9 @@ def train(
     model: DiscreteVAE = config.model.build().to(config.device).train()
     optimizer = torch.optim.Adam(model.parameters(), betas=config.training.betas)
     checkpoints = Checkpoints(folder.path / "checkpoints", World(), keep_every=options.keep_every)
-    first_step = checkpoints.steps()[-1] if checkpoints.steps() else 0
-    if first_step:
-        checkpoints.load(first_step, model, optimizer)
-    folder.start_metrics(first_step=first_step)
     steps_per_epoch, num_steps = count_steps(config, data)
+    first_step = start_from(options.resume, checkpoints, model, optimizer, num_steps)
+    folder.start_metrics(first_step=first_step)
     loader = make_loader(
         data.train,
         world=SINGLE,
@@ -182,13 +201,17 @@ def train(
     for done, batch in enumerate(loader, first_step + 1):
         # The codes are drawn at random: the same ones in a run that was interrupted.
         torch.manual_seed((config.seed << 32) + done)
-        row = train_step(model, optimizer, config, batch.images, (done - 1) / steps_per_epoch)
-        if done % every == 0 or done == num_steps:
+        folder.note_unreadable(batch.unreadable_ids)
+        row = None
+        if len(batch.images):
+            row = train_step(model, optimizer, config, batch.images, (done - 1) / steps_per_epoch)
+        if row is not None and (done % every == 0 or done == num_steps):
             folder.append_metrics({"step": done, **row})
             numbers = "  ".join(f"{name} {value:.3f}" for name, value in row.items())
             print(f"step {done}/{num_steps}  {numbers}", file=sys.stderr)
         if done % (options.checkpoint_every or steps_per_epoch) == 0 or done == num_steps:
             checkpoints.save(done, model, optimizer)
+    checkpoints.finish()
     return model.eval()
 
 
@@ -274,6 +297,8 @@ def run(options: TokenizerOptions) -> None:
     count_steps(config, data)
     if options.dry_run:
         print(yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip())
+        with torch.device("meta"):
+            print(f"---\nparameters    {count_parameters(config.model.build()):,}")
         return
     with RunFolder(options.out or default_path(config), config) as folder:
         summary = folder.read_summary()
@@ -284,6 +309,7 @@ def run(options: TokenizerOptions) -> None:
             f"codes in use      {summary['codes_used']:.0%} of {config.model.vocabulary_size}, "
             f"perplexity {summary['perplexity']:.1f}"
         )
+        print_unreadable(summary["unreadable_images"])
         print(f"python recipes/cae.py --tokenizer {folder.path / 'tokenizer.safetensors'}")
 
 
@@ -304,6 +330,7 @@ def finish(
         "final_loss": sum(row["reconstruction_loss"] for row in last) / len(last),
         "codes_used": used,
         "perplexity": perplexity,
+        "unreadable_images": [data.train.describe(image) for image in folder.read_unreadable()],
     }
     folder.write_summary(summary)
     return summary
@@ -320,6 +347,12 @@ def resolve(options: TokenizerOptions) -> RunConfig:
     model = override(preset.model, options)
     lr = options.lr if options.lr is not None else scaled_lr(training)
     device = check_options(options, epochs=training.epochs, batch_size=training.batch_size, lr=lr)
+    check_positive("groups", model.groups)
+    check_positive("vocabulary-size", model.vocabulary_size)
+    if not 0 <= model.divergence_weight < math.inf:
+        raise UserError(
+            f"--divergence-weight {model.divergence_weight} is no weight: give 0 or more"
+        )
     stride = 1 << (model.groups - 1)
     if any(size % stride for size in _image_size(model)):
         raise UserError(

@@ -138,7 +138,9 @@ def _weight_gradient(cells: Tensor, grad: Tensor, halo: Tensor, cell: Sequence[i
     rows = _rows(cells).t().to(dtype).contiguous()
     seen = rows.index_select(1, halo.flatten()).view(channels, *halo.flatten(1).shape)
     used = grad.reshape(-1, height * width, channels).permute(2, 0, 1).to(dtype).contiguous()
-    with torch.autocast(cells.device.type, enabled=False):
+    # Meta tensors know no autocast of their own.
+    device = "cpu" if cells.device.type == "meta" else cells.device.type
+    with torch.autocast(device, enabled=False):
         pairs = seen.transpose(1, 2) @ used
     pairs = pairs.view(channels, *halo.shape[1:], height, width)
     taps = [

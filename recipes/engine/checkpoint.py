@@ -151,6 +151,54 @@ class Checkpoints:
                 shutil.rmtree(self.path(step))
 
 
+def start_from(
+    resume: str, checkpoints: Checkpoints, model: nn.Module, optimizer: Optimizer, num_steps: int
+) -> int:
+    """Load the checkpoint that `--resume` asks for, and return its step; 0 without one.
+
+    Raises:
+        UserError: There is none, or one that must not be overwritten.
+    """
+    # The main process chooses: another one might still see a folder that is being renamed.
+    steps = checkpoints.world.agree(checkpoints.steps())
+    if resume == "never" and steps:
+        raise UserError(
+            f"--resume never, but {checkpoints.folder} holds the checkpoint of step {steps[-1]}: "
+            "choose another --out"
+        )
+    if steps:
+        checkpoints.load(steps[-1], model, optimizer)
+        return steps[-1]
+    origin = find_origin(resume, checkpoints.world, num_steps)
+    if origin is None:
+        return 0
+    others, step = origin
+    others.load(step, model, optimizer)
+    return step
+
+
+def find_origin(resume: str, world: World, num_steps: int) -> tuple[Checkpoints, int] | None:
+    """Return the checkpoint of another run that `--resume` names; `None` if it names none.
+
+    Raises:
+        UserError: It names something that is no complete checkpoint, or one behind the last step
+            of this run.
+    """
+    if resume in ("auto", "never"):
+        return None
+    path = Path(resume)
+    others = Checkpoints(path.parent, world)
+    found = next((step for step in others.steps() if others.path(step) == path), None)
+    if found is None:
+        raise UserError(f"--resume {resume} is no complete checkpoint: give auto, never or one")
+    if found >= num_steps:
+        raise UserError(
+            f"--resume {resume} is of step {found}, and this run ends at step {num_steps}: nothing "
+            "is left to train; give more --epochs or --max-steps"
+        )
+    return others, found
+
+
 def load_last_weights(folder: Path, model: nn.Module) -> None:
     """Load the weights of a run's last checkpoint, and nothing else of it.
 

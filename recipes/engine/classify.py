@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recipes.engine.checkpoint import Checkpoints
+from recipes.engine.checkpoint import Checkpoints, start_from
 from recipes.engine.cli import CommonOptions
 from recipes.engine.config import RunConfig
 from recipes.engine.distributed import World, distribute
@@ -48,16 +48,12 @@ def fit(
     data: LabelledData,
     folder: RunFolder,
     options: CommonOptions,
-) -> list[int]:
-    """Train a classifier from its last checkpoint on, and log its metrics.
-
-    Returns:
-        The ids of images that could not be read.
-    """
+) -> None:
+    """Train a classifier from its last checkpoint on, and log its metrics."""
     model, world = classifier.model.train(), folder.world
     steps_per_epoch, num_steps = count_steps(config, data.images)
     checkpoints = Checkpoints(folder.path / "checkpoints", world, keep_every=options.keep_every)
-    first_step = resume(options, checkpoints, classifier)
+    first_step = start_from(options.resume, checkpoints, model, classifier.optimizer, num_steps)
     spread = dataclasses.replace(classifier, model=distribute(model, world, shard=False))
     folder.start_metrics(first_step=first_step)
     loader = make_loader(
@@ -72,10 +68,9 @@ def fit(
     )
     checkpoint_every = options.checkpoint_every or max(steps_per_epoch, _STEPS_BETWEEN_CHECKPOINTS)
     log_every = max(num_steps // _LOGS_PER_RUN, 1)
-    unreadable: set[int] = set()
     start = time.perf_counter()
     for done, batch in enumerate(loader, first_step + 1):
-        unreadable.update(batch.unreadable_ids)
+        folder.note_unreadable(batch.unreadable_ids)
         num_images = int(world.total(torch.tensor(len(batch.images), device=config.device)))
         if num_images:
             lr = set_lr(classifier.optimizer, config, (done - 1) / steps_per_epoch)
@@ -94,25 +89,6 @@ def fit(
             checkpoints.save(done, model, classifier.optimizer)
     checkpoints.finish()
     model.eval()
-    return sorted(unreadable)
-
-
-def resume(options: CommonOptions, checkpoints: Checkpoints, classifier: Classifier) -> int:
-    """Load the last checkpoint, and return its step; 0 without one.
-
-    Raises:
-        UserError: There is one, but a new start was asked for.
-    """
-    steps = checkpoints.world.agree(checkpoints.steps())
-    if not steps:
-        return 0
-    if options.resume == "never":
-        raise UserError(
-            f"--resume never, but {checkpoints.folder} holds the checkpoint of step {steps[-1]}: "
-            "choose another --out"
-        )
-    checkpoints.load(steps[-1], classifier.model, classifier.optimizer)
-    return steps[-1]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, config: RunConfig, epoch: float) -> float:

@@ -191,7 +191,7 @@ def _yaml_arguments(path: Path | None, options_type: type[Any]) -> list[str]:
         content = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold `option: value` lines; got {content!r}")
@@ -204,6 +204,8 @@ def _yaml_arguments(path: Path | None, options_type: type[Any]) -> list[str]:
             choices = ", ".join(sorted(known))
             raise UserError(f"--config {path} has an unknown key {name!r}: choose from {choices}")
         flag = option.replace("_", "-")
+        if known[option] is bool and not isinstance(value, bool):
+            raise UserError(f"--config {path}: {name} must be true or false; got {value!r}")
         if known[option] is bool:
             arguments.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:

@@ -17,6 +17,7 @@ from recipes.engine.cli import (
     check_positive,
     choose_preset,
 )
+from recipes.engine.data import Interpolation
 from recipes.engine.errors import UserError
 
 
@@ -37,6 +38,8 @@ class Training:
             instead of after the warm-up.
         milestones: Epochs at which the rate is divided by 10, instead of falling along a cosine.
         clip_grad: Largest norm of the gradient; None for no limit.
+        crop_area: Of an image of a folder: least and largest share in a random crop.
+        interpolation: How crops are resized.
         precision: "fp32", or "bf16" for bfloat16 autocast.
     """
 
@@ -51,6 +54,8 @@ class Training:
     cosine_from_start: bool = False
     milestones: tuple[float, ...] = ()
     clip_grad: float | None = None
+    crop_area: tuple[float, float] = (0.2, 1.0)
+    interpolation: Interpolation = "bicubic"
     precision: Precision = "fp32"
 
 
@@ -77,6 +82,7 @@ class Options(CommonOptions):
     Attributes:
         image_size: Side of the images in pixels.
         mask_ratio: Fraction of patches to mask, in (0, 1).
+        warmup_epochs: Epochs in which the learning rate rises.
         compile: Run the model through torch.compile.
         accumulate: Parts in which a batch goes through the model, to save memory.
         shard: Spread weights over the processes of torchrun (FSDP2) instead of copying them (DDP).
@@ -87,6 +93,7 @@ class Options(CommonOptions):
 
     image_size: int | None = None
     mask_ratio: float | None = None
+    warmup_epochs: float | None = None
     compile: bool = False
     accumulate: int = 1
     shard: bool = False

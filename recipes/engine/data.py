@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from recipes.engine.errors import UserError
 IMAGES_PER_EPOCH = 12_800
 # A picture is a mosaic of tiles of `image_size`, about this many pixels on its shorter side.
 PICTURE_SIZE = 192
+
+Interpolation = Literal["bicubic", "bilinear"]
 
 # A model input, None where the image cannot be read, and its sample id.
 Item = tuple[Tensor | None, int]
@@ -136,7 +138,14 @@ class DrawnImages(TrainSet):
         return self.source.draw(int(rng.integers(self.source.num_classes)), rng)
 
 
-def load_data(name: str, *, image_size: tuple[int, int], seed: int) -> DataSet:
+def load_data(
+    name: str,
+    *,
+    image_size: tuple[int, int],
+    seed: int,
+    crop_area: tuple[float, float] = (0.2, 1.0),
+    interpolation: Interpolation = "bicubic",
+) -> DataSet:
     """Load a data set by its name.
 
     Args:
@@ -144,6 +153,8 @@ def load_data(name: str, *, image_size: tuple[int, int], seed: int) -> DataSet:
             data set is reached as "./photos".
         image_size: Height and width of a model input in pixels.
         seed: Seed of everything that is drawn, not negative.
+        crop_area: Of an image of a folder: least and largest share in a random crop.
+        interpolation: How crops of a folder's images are resized.
 
     Returns:
         The data set.
@@ -166,9 +177,10 @@ def load_data(name: str, *, image_size: tuple[int, int], seed: int) -> DataSet:
 
         return load_digits(image_size=image_size, seed=seed)
     if Path(name).is_dir():
-        from recipes.engine.folder import load_folder
+        from recipes.engine.folder import RandomCrops, load_folder
 
-        return load_folder(name, image_size=image_size, seed=seed)
+        crops = RandomCrops(crop_area, interpolation)
+        return load_folder(name, image_size=image_size, seed=seed, crops=crops)
     raise UserError(f"no data set {name!r}: choose photos, digits or an existing folder of images")
 
 

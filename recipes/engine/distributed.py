@@ -112,6 +112,19 @@ def check_shares(batch_size: int, world: World, *, accumulate: int = 1) -> None:
         )
 
 
+def check_shard(shard: bool) -> None:
+    """Check that there are processes to spread weights over.
+
+    Raises:
+        UserError: There is only one.
+    """
+    if shard and world_size_from_environment() == 1:
+        raise UserError(
+            "--shard spreads weights over processes, and this is the only one: start with "
+            "torchrun --nproc-per-node 2 or more"
+        )
+
+
 def distribute(model: nn.Module, world: World, *, shard: bool) -> nn.Module:
     """Copy the model to every process (DDP), or spread its weights over them (FSDP2)."""
     if shard:

@@ -27,7 +27,8 @@ def describe(recipe: Recipe, config: PretrainConfig, data: DataSet) -> str:
     _, num_steps = count_steps(config, data)
     num_parameters = count_parameters(model)
     batch_size = config.training.batch_size
-    memory = num_parameters * _BYTES_PER_PARAMETER + activations * batch_size
+    images_at_once = batch_size // config.accumulate
+    memory = num_parameters * _BYTES_PER_PARAMETER + activations * images_at_once
     return "\n".join(
         [
             yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip(),

@@ -17,7 +17,7 @@ from mimkit.interop import load_checkpoint
 from mimkit.interop._convert import unwrap
 from recipes.engine.cli import CommonOptions
 from recipes.engine.encoder_kinds import KINDS, Encoder, EncoderShape
-from recipes.engine.errors import UserError
+from recipes.engine.errors import UserError, reason_of
 
 _UNREADABLE = (
     OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError,
@@ -91,8 +91,7 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
     except _UNREADABLE as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise UserError(f"--encoder {path} cannot be read: {reason}") from error
+        raise UserError(f"--encoder {path} cannot be read: {reason_of(error)}") from error
     tensors = unwrap(checkpoint) if isinstance(checkpoint, Mapping) else {}
     kind = next((kind for kind in KINDS if kind.holds(set(tensors))), None)
     if kind is None:

@@ -16,3 +16,11 @@ class UserError(Exception):
 
 class LostProcessError(UserError):
     """Another process of the job died: every one that is left says so."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why a file of weights cannot be read, in a few words."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    # PyTorch's own message is a page, and advises to switch a safety off.
+    return "it is neither a safetensors file nor a checkpoint of PyTorch, or it is damaged"

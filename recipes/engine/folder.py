@@ -26,6 +26,7 @@ from torch import Tensor
 from recipes.engine.data import (
     PICTURE_SIZE,
     DataSet,
+    Interpolation,
     Item,
     NormalizeByConstants,
     ProbeData,
@@ -52,7 +53,6 @@ MAX_UNREADABLE_SHARE = 0.01
 
 # ImageNet's statistics and the papers' augmentation.
 NORMALIZE = NormalizeByConstants(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-CROP_AREA = (0.2, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 # Evaluation resizes to 256 pixels to cut out 224.
 CENTER_MARGIN = 256 / 224
@@ -91,6 +91,33 @@ class ImageFiles:
         return ImageFiles(self.root, self.paths[chosen], self.labels[chosen])
 
 
+@dataclass(frozen=True)
+class RandomCrops:
+    """How random crops are taken.
+
+    Attributes:
+        area: Least and largest share of an image in a crop.
+        interpolation: How crops are resized.
+
+    Source:
+        torchvision `RandomResizedCrop` as the papers use it: ratio 3/4-4/3, ten attempts and then
+        the largest central box; its draws come from another generator. MAE and ConvMAE take areas
+        of 20-100 % and resize bicubically, SimMIM 67-100 %, bilinearly, CAE 8-100 %.
+    """
+
+    area: tuple[float, float] = (0.2, 1.0)
+    interpolation: Interpolation = "bicubic"
+
+    def __call__(
+        self, image: Image.Image, size: tuple[int, int], rng: np.random.Generator
+    ) -> Image.Image:
+        """Cut a box out of an image and resize it to height and width in pixels."""
+        box = random_box(image.width, image.height, rng, area=self.area)
+        height, width = size
+        resampling = Image.Resampling[self.interpolation.upper()]
+        return image.crop(box).resize((width, height), resampling)
+
+
 @dataclass(frozen=True, eq=False)
 class FolderImages(TrainSet):
     """Random crops of the images of a folder.
@@ -99,11 +126,13 @@ class FolderImages(TrainSet):
         files: The images; a sample id counts them.
         image_size: Height and width of a crop in pixels.
         seed: Seed of the run.
+        crops: How they are taken.
     """
 
     files: ImageFiles
     image_size: tuple[int, int]
     seed: int
+    crops: RandomCrops = RandomCrops()
     _unreadable: set[int] = field(default_factory=set, init=False, repr=False)
 
     def __len__(self) -> int:
@@ -118,7 +147,7 @@ class FolderImages(TrainSet):
             check_readable(self.files, self._unreadable)
             return None, sample_id
         rng = sample_rng(self.seed, epoch, sample_id)
-        crop = random_resized_crop(image, self.image_size, rng)
+        crop = self.crops(image, self.image_size, rng)
         if rng.integers(2):
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return model_input(crop), sample_id
@@ -128,7 +157,9 @@ class FolderImages(TrainSet):
         return str(self.files.path(sample_id))
 
 
-def load_folder(name: str, *, image_size: tuple[int, int], seed: int) -> DataSet:
+def load_folder(
+    name: str, *, image_size: tuple[int, int], seed: int, crops: RandomCrops
+) -> DataSet:
     """Load a folder of images.
 
     Without `val/`, the last tenth of each class is held out, or without labels the last 4 images.
@@ -138,6 +169,7 @@ def load_folder(name: str, *, image_size: tuple[int, int], seed: int) -> DataSet
         name: Path of the folder.
         image_size: Height and width of a model input in pixels.
         seed: Seed of the crops.
+        crops: How random crops are taken.
 
     Returns:
         The data set.
@@ -166,7 +198,7 @@ def load_folder(name: str, *, image_size: tuple[int, int], seed: int) -> DataSet
         name=name,
         in_channels=3,
         class_names=class_names,
-        train=FolderImages(train, image_size, seed),
+        train=FolderImages(train, image_size, seed, crops),
         pictures=pictures,
         normalize=NORMALIZE,
         load_probe=partial(load_probe, train, held_out, len(class_names), image_size, seed)
@@ -351,34 +383,14 @@ def first_readable(files: ImageFiles, order: Iterable[int], number: int) -> Iter
         yield image
 
 
-def random_resized_crop(
-    image: Image.Image, size: tuple[int, int], rng: np.random.Generator
-) -> Image.Image:
-    """Cut a box of random area and aspect ratio and resize it.
-
-    Args:
-        image: The image.
-        size: Height and width of the result in pixels.
-        rng: Source of randomness.
-
-    Returns:
-        The crop.
-
-    Source:
-        torchvision `RandomResizedCrop` as the papers use it: area 20-100 %, ratio 3/4-4/3, ten
-        attempts and then the largest central box; its draws come from another generator.
-    """
-    box = random_box(image.width, image.height, rng)
-    height, width = size
-    return image.crop(box).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+def random_box(
+    width: int, height: int, rng: np.random.Generator, *, area: tuple[float, float]
+) -> tuple[int, int, int, int]:
     """Draw left, top, right and bottom of a box inside an image, in pixels."""
     for _ in range(10):
-        area = width * height * rng.uniform(*CROP_AREA)
+        pixels = width * height * rng.uniform(*area)
         ratio = math.exp(rng.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
-        box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        box_width, box_height = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
         if 0 < box_width <= width and 0 < box_height <= height:
             left = int(rng.integers(width - box_width + 1))
             top = int(rng.integers(height - box_height + 1))

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from mimkit import masking
+from recipes.engine.checkpoint import find_origin
 from recipes.engine.cli import run_command
 from recipes.engine.config import Options, PretrainConfig, Recipe, resolve
 from recipes.engine.data import DataSet, load_data
-from recipes.engine.distributed import check_shares, join
+from recipes.engine.distributed import World, check_shard, check_shares, join
 from recipes.engine.dry_run import describe
 from recipes.engine.errors import UserError
 from recipes.engine.report import print_summary, write_report
@@ -19,8 +20,8 @@ from recipes.engine.run_folder import RunFolder, default_path
 from recipes.engine.train import (
     build_model,
     count_steps,
-    find_origin,
     train,
+    warn_of_short_schedule,
     warn_of_slow_precision,
 )
 
@@ -47,11 +48,20 @@ def run(recipe: Recipe, description: str, arguments: Sequence[str] | None = None
 
 def _run(recipe: Recipe, options: Options) -> None:
     config = resolve(options, recipe)
-    data = load_data(config.data, image_size=_image_size(config), seed=config.seed)
+    data = load_data(
+        config.data,
+        image_size=_image_size(config),
+        seed=config.seed,
+        crop_area=config.training.crop_area,
+        interpolation=config.training.interpolation,
+    )
     config = _with_channels(config, data)
-    count_steps(config, data)
-    warn_of_slow_precision(config)
+    _, num_steps = count_steps(config, data)
     _check_fit(recipe, config)  # before a folder is made
+    check_shard(options.shard)
+    check_shares(config.training.batch_size, World(), accumulate=config.accumulate)
+    warn_of_slow_precision(config)
+    warn_of_short_schedule(config)
     if options.dry_run:
         print(describe(recipe, config, data))
         return
@@ -59,15 +69,15 @@ def _run(recipe: Recipe, options: Options) -> None:
         check_shares(config.training.batch_size, world, accumulate=config.accumulate)
         path = options.out or default_path(config)
         if not path.exists():
-            find_origin(options.resume, world)  # so that a mistake leaves no folder
+            find_origin(options.resume, world, num_steps)  # so that a mistake leaves no folder
         with RunFolder(path, config, world) as folder:
             summary = folder.read_summary()
             if summary is None:
-                weights, unreadable = train(recipe, config, data, folder, options, world)
+                weights = train(recipe, config, data, folder, options, world)
                 if world.is_main:
                     model = build_model(recipe, config).eval()
                     model.load_state_dict(weights)
-                    names = [data.train.describe(sample_id) for sample_id in unreadable]
+                    names = [data.train.describe(image) for image in folder.read_unreadable()]
                     summary = write_report(recipe, config, data, folder, model, unreadable=names)
             if world.is_main and summary is not None:
                 print_summary(summary, folder)

@@ -1,6 +1,6 @@
 """What a finished run shows: loss beside trivial predictors, probes, pictures, weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mimkit import masking, viz
 from recipes.engine.config import PretrainConfig, Recipe
 from recipes.engine.data import DataSet, ProbeData
+from recipes.engine.errors import UserError
 from recipes.engine.masks import first
 from recipes.engine.probes import Features, evaluate, raw_pixels
 from recipes.engine.run_folder import RunFolder
@@ -31,6 +32,8 @@ def write_report(
 ) -> dict[str, Any]:
     """Evaluate a trained model, write what it shows, and return the summary."""
     encoder: Any = model.encoder
+    if not folder.read_metrics():
+        raise UserError(f"{folder.path / 'metrics.jsonl'} holds no step: choose another --out")
     folder.write_weights("encoder.safetensors", encoder)
     draw_curves(folder)
     draw_reconstructions(recipe, config, data, folder, model)
@@ -232,13 +235,17 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
             print(
                 f"{name:<22}{row['trained']:>10.1f}{row['untrained']:>11.1f}{row['pixels']:>12.1f}"
             )
-    unreadable = summary["unreadable_images"]
-    if unreadable:
-        print(f"{len(unreadable)} images could not be read and were left out:")
-        print("\n".join(f"  {name}" for name in unreadable))
+    print_unreadable(summary["unreadable_images"])
     print(f"pictures, curves, weights and numbers: {folder.path}")
 
 
 def _batches(images: Tensor, config: PretrainConfig) -> Iterator[tuple[int, Tensor]]:
     for start in range(0, len(images), _BATCH):
         yield start, images[start : start + _BATCH].to(config.device)
+
+
+def print_unreadable(names: Sequence[str]) -> None:
+    """Name the images that were left out, if any."""
+    if names:
+        print(f"{len(names)} images could not be read and were left out:")
+        print("\n".join(f"  {name}" for name in names))

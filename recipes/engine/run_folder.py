@@ -97,7 +97,7 @@ class RunFolder:
         file = self.path / "config.yaml"
         wanted = config.as_dict()
         if file.exists():
-            different = _differences(yaml.safe_load(file.read_text()), wanted)
+            different = _differences(_read_config(file), wanted)
             if different:
                 raise UserError(
                     f"the output folder {self.path} holds a run with other values of "
@@ -142,6 +142,20 @@ class RunFolder:
         if self.world.is_main:
             write_atomically(self.path / "skipped_steps.json", json.dumps(steps) + "\n")
 
+    def note_unreadable(self, sample_ids: list[int]) -> None:
+        """Remember images that could not be read: each process in a file of its own."""
+        if not sample_ids:
+            return
+        file = self.path / f"unreadable.{self.world.rank}.json"
+        known = set(read_json(file) or [])
+        if not known.issuperset(sample_ids):
+            write_atomically(file, json.dumps(sorted(known | set(sample_ids))) + "\n")
+
+    def read_unreadable(self) -> list[int]:
+        """Return the ids of the images that no process of the run could read, now or before."""
+        files = self.path.glob("unreadable.*.json")
+        return sorted({sample_id for file in files for sample_id in read_json(file)})
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write `summary.json`, which marks the run as finished."""
         if self.world.is_main:
@@ -176,8 +190,22 @@ def write_atomically(file: Path, content: str | bytes) -> None:
 
 
 def read_json(file: Path) -> Any:
-    """Read a JSON file; None without one."""
-    return json.loads(file.read_text()) if file.exists() else None
+    """Read a JSON file; None without one.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    try:
+        return json.loads(file.read_text()) if file.exists() else None
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: {error}; remove it or choose another --out") from error
+
+
+def _read_config(file: Path) -> Any:
+    try:
+        return yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is damaged: {error}; choose another --out") from error
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:

@@ -17,7 +17,7 @@ from mimkit.interop import from_official, load_checkpoint
 from mimkit.masking import Mask
 from mimkit.nn import DiscreteVAE, PatchTokenizer
 from mimkit.targets import TokenTarget
-from recipes.engine.errors import UserError
+from recipes.engine.errors import UserError, reason_of
 from recipes.engine.folder import NORMALIZE
 
 _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError)
@@ -189,8 +189,7 @@ def load_tokenizer(
     try:
         weights = load_checkpoint(path)
     except _UNREADABLE as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise UserError(f"--tokenizer {path} cannot be read: {reason}") from error
+        raise UserError(f"--tokenizer {path} cannot be read: {reason_of(error)}") from error
     ours = "encoder.blocks.input.weight" in weights
     vae = build_vae(path, weights if ours else from_official("dalle", weights))
     if vae.decoder is None:

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mimkit import masking
-from recipes.engine.checkpoint import Checkpoints
+from recipes.engine.checkpoint import Checkpoints, start_from
 from recipes.engine.config import Options, PretrainConfig, Recipe, RunConfig
 from recipes.engine.data import Batch, DataSet
 from recipes.engine.distributed import World, distribute, gradient_sync, whole, whole_weights
@@ -68,6 +67,22 @@ def warn_of_slow_precision(config: RunConfig) -> None:
         )
 
 
+def warn_of_short_schedule(config: RunConfig) -> None:
+    """Tell the user when a run is too short for the schedule of its preset."""
+    training = config.training
+    late = [epoch for epoch in training.milestones if epoch >= training.epochs]
+    if training.warmup_epochs >= training.epochs:
+        told = f"end within the {training.warmup_epochs:g} epochs in which the rate rises"
+    elif late:
+        told = f"end before the rate falls, at epoch {late[0]:g}"
+    else:
+        return
+    print(
+        f"warning: {training.epochs} epochs {told}: preset {config.preset} is made for longer runs",
+        file=sys.stderr,
+    )
+
+
 def autocast(config: RunConfig) -> contextlib.AbstractContextManager[Any]:
     """Return the context in which the model runs."""
     return torch.autocast(
@@ -98,21 +113,19 @@ def train(
     folder: RunFolder,
     options: Options,
     world: World,
-) -> tuple[dict[str, Tensor], list[int]]:
-    """Train a model from its last checkpoint on, and log its metrics.
-
-    Returns:
-        The trained weights, and the ids of images that this process could not read.
-    """
+) -> dict[str, Tensor]:
+    """Train a model from its last checkpoint on, log its metrics, and return its weights."""
     trainer = Trainer(recipe, config, data, world, shard=options.shard)
     checkpoints = Checkpoints(folder.path / "checkpoints", world, keep_every=options.keep_every)
-    first_step = start_from(options.resume, checkpoints, trainer)
-    unreadable: set[int] = set()
+    _, num_steps = count_steps(config, data)
+    first_step = start_from(
+        options.resume, checkpoints, trainer.model, trainer.optimizer, num_steps
+    )
     tracker = make_tracker(options.tracker if world.is_main else "none", config, folder)
     while True:
         try:
             for batch, row in _train_from(first_step, trainer, data, folder, checkpoints, options):
-                unreadable.update(batch.unreadable_ids)
+                folder.note_unreadable(batch.unreadable_ids)
                 if row is not None:
                     tracker.log(row)
             checkpoints.finish()
@@ -121,7 +134,7 @@ def train(
             first_step = _rewind(error, trainer, folder, checkpoints, options)
         else:
             tracker.close()
-            return whole_weights(trainer.model), sorted(unreadable)
+            return whole_weights(trainer.model)
 
 
 def _train_from(
@@ -264,7 +277,8 @@ class Trainer:
         self.bare_model = model
         self.model = distribute(model, world, shard=shard)
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, weight_decay=config.training.weight_decay),
+            # Of the model itself: DDP's wrapper has other names, and no `not_decayed`.
+            parameter_groups(model, weight_decay=config.training.weight_decay),
             betas=config.training.betas,
             fused=True,
         )
@@ -360,46 +374,6 @@ def scalars(output: Any) -> dict[str, Tensor]:
 def stream_seed(seed: int, *key: int) -> int:
     """Mix integers into a seed for PyTorch, whose CPU generator looks at 32 bits of it only."""
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1)[0])
-
-
-def start_from(resume: str, checkpoints: Checkpoints, trainer: Trainer) -> int:
-    """Load the checkpoint that `--resume` asks for, and return its step; 0 without one.
-
-    Raises:
-        UserError: There is none, or one that must not be overwritten.
-    """
-    # The main process chooses: another one might still see a folder that is being renamed.
-    steps = trainer.world.agree(checkpoints.steps())
-    if resume == "never" and steps:
-        raise UserError(
-            f"--resume never, but {checkpoints.folder} holds the checkpoint of step {steps[-1]}: "
-            "choose another --out"
-        )
-    if steps:
-        checkpoints.load(steps[-1], trainer.model, trainer.optimizer)
-        return steps[-1]
-    origin = find_origin(resume, trainer.world)
-    if origin is None:
-        return 0
-    others, step = origin
-    others.load(step, trainer.model, trainer.optimizer)
-    return step
-
-
-def find_origin(resume: str, world: World) -> tuple[Checkpoints, int] | None:
-    """Return the checkpoint of another run that `--resume` names; `None` if it names none.
-
-    Raises:
-        UserError: It names something that is no complete checkpoint.
-    """
-    if resume in ("auto", "never"):
-        return None
-    path = Path(resume)
-    others = Checkpoints(path.parent, world)
-    found = next((step for step in others.steps() if others.path(step) == path), None)
-    if found is None:
-        raise UserError(f"--resume {resume} is no complete checkpoint: give auto, never or one")
-    return others, found
 
 
 @dataclass

@@ -199,7 +199,7 @@ def test_features_that_do_not_fit_are_repeated_in_the_error(features):
     [
         ({"ids": None}, r"each of the 24 patches of 3 images, \(3, 24\); got None"),
         ({"ids": torch.zeros(3, 20, dtype=torch.int64)}, r"got \(3, 20\)"),
-        ({"ids": torch.full((3, 24), 16)}, r"\[0, 16\), the vocabulary; got 16 to 16"),
+        ({"ids": torch.full((3, 24), 16)}, r"\[0, 16\); got 16 to 16"),
         ({"images": torch.zeros(3, 3, 16, 20)}, r"size \(16, 24\); got \(3, 3, 16, 20\)"),
         ({"mask": masking.uniform(masking.key(range(3), seed=0), (4, 4), 0.5)}, r"\(4, 4\)"),
     ],

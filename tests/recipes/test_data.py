@@ -363,13 +363,18 @@ def test_images_of_any_shape_give_items_and_pictures(shape, tmp_path):
     assert data.pictures[0].shape == (3, 192, 192)
 
 
-@given(width=st.integers(1, 2000), height=st.integers(1, 2000), seed=st.integers(0, 2**32))
-def test_a_random_box_lies_inside_and_keeps_to_its_area_and_ratio(width, height, seed):
-    left, top, right, bottom = random_box(width, height, np.random.default_rng(seed))
+@given(
+    width=st.integers(1, 2000),
+    height=st.integers(1, 2000),
+    seed=st.integers(0, 2**32),
+    area=st.sampled_from([(0.2, 1.0), (0.67, 1.0), (0.08, 1.0)]),
+)
+def test_a_random_box_lies_inside_and_keeps_to_its_area_and_ratio(width, height, seed, area):
+    left, top, right, bottom = random_box(width, height, np.random.default_rng(seed), area=area)
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
     if min(width, height) > 100 and 0.5 < width / height < 2:
-        assert 0.18 < (right - left) * (bottom - top) / (width * height) <= 1
+        assert 0.9 * area[0] < (right - left) * (bottom - top) / (width * height) <= 1
         assert 0.7 < (right - left) / (bottom - top) < 1.4
 
 

@@ -284,6 +284,39 @@ def test_an_unreadable_image_is_left_out_and_named_at_the_end(
     assert summary["unreadable_images"] == [str(folder / "05.png")]
 
 
+def test_an_unreadable_image_is_named_after_a_new_start_too(
+    pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "pictures", tmp_path / "run"
+    shutil.copytree(pictures, folder)
+    (folder / "05.png").write_bytes(b"cut off")
+    assert run(RECIPE, "", options(folder, out)) == 0
+    # As if it had been killed after its last checkpoint.
+    (out / "summary.json").unlink()
+    assert run(RECIPE, "", options(folder, out)) == 0
+    assert "05.png" in capfd.readouterr().out.rpartition("could not be read")[2]
+
+
+def test_a_checkpoint_of_the_last_step_leaves_nothing_to_train(
+    pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(RECIPE, "", options(pictures, tmp_path / "run")) == 0
+    last = tmp_path / f"run/checkpoints/step-{STEPS:08d}"
+    assert run(RECIPE, "", options(pictures, tmp_path / "new", "--resume", str(last))) == 2
+    assert f"this run ends at step {STEPS}" in capfd.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "summary.json"])
+def test_a_damaged_file_of_a_run_is_named(
+    name: str, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(RECIPE, "", options(pictures, tmp_path / "run")) == 0
+    (tmp_path / "run" / name).write_text("{ cut off")
+    assert run(RECIPE, "", options(pictures, tmp_path / "run")) == 2
+    assert f"{name} is damaged" in capfd.readouterr().err
+
+
 def spoiled_recipe(spoiled: set[int]) -> Recipe:
     """MAE whose loss is nan at its n-th forward passes."""
     calls = itertools.count()

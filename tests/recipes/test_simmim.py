@@ -1,5 +1,6 @@
 """SimMIM's targets, heads, rates and names, and what does not fit."""
 
+import dataclasses
 import math
 
 import pytest
@@ -9,8 +10,10 @@ from mimkit import masking
 from mimkit.interop import from_official, from_timm, to_official, to_timm
 from mimkit.nn import SwinTransformer, ViT
 from mimkit.patches import patchify, unpatchify
-from recipes.engine import run
+from recipes.engine import run, train
 from recipes.engine.config import resolve, scaled_lr
+from recipes.engine.data import load_data
+from recipes.engine.distributed import World
 from recipes.engine.optim import parameter_groups
 from recipes.engine.train import scheduled_lr
 from recipes.simmim import (
@@ -205,6 +208,24 @@ def test_what_the_authors_spare_is_not_decayed(encoder, spared):
     assert any("table" in names[id(p)] for p in decayed["params"])
 
 
+def test_a_wrapped_model_is_decayed_as_it_is_without(monkeypatch):
+    """`DistributedDataParallel` has other names for the parameters, and no `not_decayed`."""
+    monkeypatch.setattr(train, "distribute", lambda model, *_, **__: torch.nn.Sequential(model))
+    config = resolve(SimMIMOptions(data="digits", device="cpu"), RECIPE)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, in_channels=1))
+    data = load_data("digits", image_size=(32, 32), seed=0)
+    trainer = train.Trainer(RECIPE, config, data, World(), shard=False)
+    spared = {id(p) for p in trainer.optimizer.param_groups[1]["params"]}
+    assert id(trainer.bare_model.mask_token) in spared
+
+
+def test_crops_are_the_authors():
+    for name, preset in PRESETS.items():
+        if name != "tiny":
+            assert preset.training.crop_area == (0.67, 1.0)
+            assert preset.training.interpolation == "bilinear"
+
+
 @pytest.mark.parametrize(
     ("target", "loss"),
     [("pixels", "l1"), ("hog", "l1"), ("features", "cosine"), ("tokens", "cross_entropy")],
@@ -246,7 +267,7 @@ def test_an_unknown_encoder_is_named_with_the_known_ones():
 
 
 def test_units_must_divide_the_grid():
-    with pytest.raises(ValueError, match="not divisible by unit"):
+    with pytest.raises(ValueError, match="--unit 3 does not divide the 8x8 patches"):
         UnitMasking(0.6, unit=3).draw(masking.key([0], seed=0), (8, 8))
     with pytest.raises(ValueError, match="--unit 0 is too small"):
         UnitMasking(0.6, unit=0)
@@ -324,7 +345,7 @@ def test_a_checkpoint_gives_the_swin_that_is_fine_tuned_and_timms():
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--unit", "3"], "not divisible by unit"),
+        (["--unit", "3"], "--unit 3 does not divide"),
         (["--unit", "0"], "--unit 0 is too small"),
         (["--unit", "two"], "two"),
         (["--window", "3"], "windows of 3x3 do not fill the 8x8 tokens"),
@@ -339,7 +360,7 @@ def test_a_checkpoint_gives_the_swin_that_is_fine_tuned_and_timms():
         (["--head", "transformer"], "transformer"),
         (["--target", "bins_8", "--loss", "l1"], "loss 'l1' does not fit target 'bins_8'"),
         (["--loss", "cross_entropy"], "loss 'cross_entropy' does not fit target 'pixels'"),
-        (["--unit", "1", "--target", "pixels_8x"], "partly masked"),
+        (["--unit", "1", "--target", "pixels_8x"], "give --unit 2 or a multiple of it"),
         (["--mask-ratio", "0"], "--mask-ratio 0.0"),
         (["--mask-ratio", "1"], "--mask-ratio 1.0"),
         (["--mask-ratio", "nan"], "--mask-ratio nan"),

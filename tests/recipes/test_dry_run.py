@@ -1,0 +1,119 @@
+"""What a run would cost, told of every preset; and what is seen before a run begins."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from recipes import cae, convmae, mae, simmim, tokenizer, vit_mpp
+from recipes.engine import Recipe, run
+
+RECIPES = {recipe.RECIPE.name: recipe.RECIPE for recipe in (cae, convmae, mae, simmim, vit_mpp)}
+PRESETS = [(name, preset) for name, recipe in RECIPES.items() for preset in recipe.presets]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:02d}.png")
+    return folder
+
+
+def arguments(recipe: Recipe, pictures: Path, *more: str) -> list[str]:
+    # CAE's large presets name a file of OpenAI's.
+    target = ["--target", "rgb"] if recipe.name == "cae" else []
+    return ["--data", str(pictures), "--batch-size", "4", *target, *more]
+
+
+@pytest.mark.parametrize(("name", "preset"), PRESETS)
+def test_the_cost_of_every_preset_is_told(name, preset, pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = arguments(RECIPES[name], pictures, "--preset", preset, "--dry-run")
+    assert run(RECIPES[name], "", options) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("parameters", "FLOPs", "memory"))
+    assert not list(tmp_path.iterdir())
+
+
+def memory(printed: str) -> float:
+    line = next(line for line in printed.splitlines() if line.startswith("memory"))
+    return float(line.split("about ")[1].split()[0].replace(",", ""))
+
+
+def test_a_batch_in_parts_takes_less_memory(pictures, capsys):
+    told = []
+    for parts in ("1", "4"):
+        options = ["--preset", "vit_base", "--accumulate", parts, "--dry-run"]
+        assert run(mae.RECIPE, "", arguments(mae.RECIPE, pictures, *options)) == 0
+        told.append(memory(capsys.readouterr().out))
+    assert told[1] < told[0]
+
+
+@pytest.mark.parametrize(
+    ("preset", "epochs", "says"),
+    [
+        ("swin_base", "100", "100 epochs end before the rate falls, at epoch 700"),
+        ("swin_base", "5", "5 epochs end within the 10 epochs in which the rate rises"),
+        ("swin_base", "800", None),
+    ],
+)
+def test_a_run_that_is_too_short_for_its_schedule_is_told_so(
+    preset, epochs, says, pictures, capsys
+):
+    options = ["--preset", preset, "--epochs", epochs, "--dry-run"]
+    assert run(simmim.RECIPE, "", arguments(simmim.RECIPE, pictures, *options)) == 0
+    error = capsys.readouterr().err
+    assert (says in error) if says else ("epochs" not in error)
+
+
+MISTAKES = [
+    ("mae", ["--shard"], "torchrun --nproc-per-node"),
+    ("mae", ["--accumulate", "3"], "multiple of 3"),
+    ("simmim", ["--unit", "1", "--target", "pixels_8x"], "give --unit 2 or a multiple"),
+    ("simmim", ["--unit", "16"], "--unit 16 does not divide the 8x8 patches"),
+    ("simmim", ["--teacher", "none.pt"], "a teacher is for target"),
+    ("cae", ["--alignment-weight", "-1"], "must not be negative; got -1.0"),
+    ("cae", ["--decoder-depth", "-1"], "depth must not be negative; got -1"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "says"), MISTAKES)
+def test_what_does_not_fit_is_told_in_one_line(name, options, says, pictures, capsys):
+    assert run(RECIPES[name], "", arguments(RECIPES[name], pictures, *options, "--dry-run")) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert says in error[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--groups", "0"], "--groups 0 is too small"),
+        (["--vocabulary-size", "0"], "--vocabulary-size 0 is too small"),
+        (["--divergence-weight", "nan"], "--divergence-weight nan is no weight"),
+        (["--resume", "elsewhere"], "--resume elsewhere is no complete checkpoint"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_is_told_in_one_line(options, says, pictures, tmp_path, capsys):
+    common = ["--data", str(pictures), "--batch-size", "4", "--out", str(tmp_path / "run")]
+    assert tokenizer.main([*common, *options]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"compile: maybe\n", "compile must be true or false; got 'maybe'"),
+        (b"\xff\xfe", "is not YAML"),
+    ],
+)
+def test_a_file_of_options_is_checked_too(content, says, pictures, tmp_path, capsys):
+    file = tmp_path / "options.yaml"
+    file.write_bytes(content)
+    options = arguments(mae.RECIPE, pictures, "--config", str(file), "--dry-run")
+    assert run(mae.RECIPE, "", options) == 2
+    assert says in capsys.readouterr().err
