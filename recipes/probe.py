@@ -368,6 +368,8 @@ def resolve(
         UserError: A number out of range, or a device that is not there.
     """
     training = _given(preset, "linear", options)
+    if options.protocol == "paper" and training.batch_size == 1:
+        raise UserError("--batch-size 1: these probes normalise over a batch, give 2 or more")
     lr = _lr(options, training)
     device = check_options(options, epochs=training.epochs, batch_size=training.batch_size, lr=lr)
     return ProbeConfig(

@@ -187,6 +187,11 @@ def fill_encoder(encoder: Encoder, file: EncoderFile) -> None:
     }
     advice = "give the --preset of this encoder, or the config.yaml of its run beside it"
     odd = sorted(wanted ^ weights.keys())
+    if set(odd) == {"norm.weight", "norm.bias"} and "fc_norm.weight" in file.weights:
+        raise UserError(
+            f"--encoder {file.path} is a fine-tuned classifier, whose last norm is behind pooling: "
+            "give the encoder.safetensors of its pre-training"
+        )
     if odd:
         verb = "lacks" if odd[0] in wanted else "has a part that this shape lacks:"
         raise UserError(f"--encoder {file.path} {verb} {odd[0]}: {advice}")

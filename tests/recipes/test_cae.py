@@ -226,17 +226,6 @@ def test_an_image_size_that_patches_do_not_divide_is_refused():
 # The recipe
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of unlabelled noise, so that a run trains and does not probe."""
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for index in range(24):
-        pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index:02d}.png")
-    return folder
-
-
 def options(pictures: Path, out: Path, *more: str) -> list[str]:
     return [
         "--data", str(pictures), "--out", str(out), "--batch-size", "8", "--epochs", "1", *more,

@@ -2,25 +2,13 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from recipes import cae, convmae, mae, simmim, tokenizer, vit_mpp
 from recipes.engine import Recipe, run
 
 RECIPES = {recipe.RECIPE.name: recipe.RECIPE for recipe in (cae, convmae, mae, simmim, vit_mpp)}
 PRESETS = [(name, preset) for name, recipe in RECIPES.items() for preset in recipe.presets]
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for index in range(12):
-        pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index:02d}.png")
-    return folder
 
 
 def arguments(recipe: Recipe, pictures: Path, *more: str) -> list[str]:

@@ -297,6 +297,22 @@ def test_a_probe_trains_its_head_alone():
 # What a user can get wrong
 
 
+def test_a_fine_tuned_classifier_is_no_encoder_to_probe(encoder, images, tmp_path, capfd):
+    weights = load_file(encoder)
+    weights |= {f"fc_{name}": weights.pop(name) for name in ("norm.weight", "norm.bias")}
+    save_file(weights, tmp_path / "model.safetensors")
+    shutil.copy(encoder.with_name("config.yaml"), tmp_path)
+    arguments = ["--encoder", str(tmp_path / "model.safetensors"), "--data", str(images)]
+    assert probe.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert "is a fine-tuned classifier" in capfd.readouterr().err
+
+
+def test_a_probe_that_normalises_needs_a_batch(encoder, images, tmp_path, capfd):
+    arguments = ["--encoder", str(encoder), "--data", str(images), "--protocol", "paper"]
+    assert probe.main([*arguments, "--batch-size", "1", "--out", str(tmp_path / "out")]) == 2
+    assert "--batch-size 1: these probes normalise over a batch" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

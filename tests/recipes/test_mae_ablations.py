@@ -3,11 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 
 from mimkit import losses, masking
 from mimkit.masking import Mask
@@ -134,14 +132,11 @@ def test_options_that_do_not_fit_together_are_refused(
     ],
     ids=" ".join,
 )
-def test_the_command_line_reaches_every_ablation(arguments: list[str], tmp_path: Path) -> None:
-    (tmp_path / "pictures").mkdir()
-    rng = np.random.default_rng(0)
-    for index in range(8):
-        pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"pictures/{index}.png")
+def test_the_command_line_reaches_every_ablation(
+    arguments: list[str], pictures: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
-    common = ["--data", str(tmp_path / "pictures"), "--batch-size", "4", "--max-steps", "2"]
+    common = ["--data", str(pictures), "--batch-size", "4", "--max-steps", "2"]
     assert run(RECIPE, "", [*common, "--out", str(out), *arguments]) == 0
     config = yaml.safe_load((out / "config.yaml").read_text())
     parts = {**config["model"], **config["masking"]}

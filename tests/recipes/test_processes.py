@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.recipes.pictures import write_noise
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
 
@@ -49,14 +51,8 @@ def losses(out: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Unlabelled noise, and a run of one process on it."""
-    from PIL import Image
-
     folder = tmp_path_factory.mktemp("processes")
-    (folder / "pictures").mkdir()
-    rng = np.random.default_rng(0)
-    for index in range(36):
-        pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "pictures" / f"{index:02d}.png")
+    write_noise(folder / "pictures", 36)
     train(folder / "one", 1)
     return folder
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from mimkit.masking import Mask
@@ -27,17 +26,6 @@ from recipes.mae import MAE, RECIPE, MAEOutput
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of unlabelled noise, so that a run trains and does not probe."""
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for index in range(24):
-        pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index:02d}.png")
-    return folder
 
 
 def options(pictures: Path, out: Path, *more: str) -> list[str]:
