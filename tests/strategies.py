@@ -18,14 +18,16 @@ sample_ids = st.integers(-(1 << 63), (1 << 63) - 1)
 orders = st.sampled_from(["p1 p2 c", "c p1 p2"])
 
 
-def grids(*, max_axes: int = 3, min_tokens: int = 1, max_tokens: int = 200) -> st.SearchStrategy:
-    """Tokens per axis, of one to `max_axes` axes, rarely square."""
+def grids(
+    *, min_axes: int = 1, max_axes: int = 3, min_tokens: int = 1, max_tokens: int = 200
+) -> st.SearchStrategy:
+    """Tokens per axis, of `min_axes` to `max_axes` axes, rarely square."""
 
     def of_axes(axes: int) -> st.SearchStrategy:
         side = st.integers(1, min(max_tokens, int(2 * max_tokens ** (1 / axes))))
         return st.tuples(*[side] * axes)
 
-    fits = st.integers(1, max_axes).flatmap(of_axes)
+    fits = st.integers(min_axes, max_axes).flatmap(of_axes)
     return fits.filter(lambda grid: min_tokens <= math.prod(grid) <= max_tokens)
 
 
@@ -57,7 +59,7 @@ def ragged_masks(
 ) -> RaggedMask:
     """Masks of samples with grids and counts of their own."""
     drawn_axes = draw(st.integers(1, 3)) if axes is None else axes
-    of_axes = grids(max_tokens=max_tokens).filter(lambda grid: len(grid) == drawn_axes)
+    of_axes = grids(min_axes=drawn_axes, max_axes=drawn_axes, max_tokens=max_tokens)
     few = st.lists(of_axes, min_size=1, max_size=3)
     shared = draw(few)  # so that some samples have one grid
     samples = draw(st.lists(st.sampled_from(shared), min_size=1, max_size=4))
