@@ -265,10 +265,10 @@ class OnePassCAE(CAE):
         """Return the loss."""
         both = self.encoder(images.repeat(2, 1, 1, 1), Mask.cat([mask, mask.complement()]))
         visible, target = both[:, 1:].chunk(2)
-        positions = self._positions(mask.masked_ids)
-        queries = self.mask_token.expand(len(images), mask.num_masked, -1)
-        predicted = self.regressor(queries, visible, positions, self._positions(mask.visible_ids))
-        main = self.head(self.decoder(predicted, positions), token_ids.gather(1, mask.masked_ids))
+        positions = self.pos_embed[0, 1:]
+        predicted = self.regressor.from_mask_token(self.mask_token[0, 0], visible, positions, mask)
+        tokens = self.decoder(predicted, positions[mask.masked_ids])
+        main = self.head(tokens, token_ids.gather(1, mask.masked_ids))
         return main + self.config.alignment_weight * F.mse_loss(predicted, target.detach())
 
 

@@ -270,16 +270,15 @@ class CAE(nn.Module):
         mask, images = join(mask, images)
         latent = self.encoder(images, mask)
         visible = self.project(latent[:, self.encoder.num_prefix_tokens :])
-        positions = self._positions(mask.masked_ids)
-        queries = self.mask_token.expand(len(images), mask.num_masked, -1)
-        predicted = self.regressor(queries, visible, positions, self._positions(mask.visible_ids))
+        positions = self.pos_embed[0, self.encoder.num_prefix_tokens :]
+        predicted = self.regressor.from_mask_token(self.mask_token[0, 0], visible, positions, mask)
         wanted = self._alignment_target(images, mask)
         alignment = (
             torch.zeros((), device=images.device)
             if wanted is None
             else losses.alignment_mse(predicted, wanted)
         )
-        tokens = self.decoder(predicted, positions)
+        tokens = self.decoder(predicted, positions[mask.masked_ids])
         if self.config.target == "rgb":
             prediction, accuracy = self.head(tokens), None
             main = losses.masked_pixel_loss(prediction, images, mask, self.patch_size)
@@ -321,9 +320,6 @@ class CAE(nn.Module):
         self.encoder.train(training)
         target: Tensor = self.project(latent)
         return target
-
-    def _positions(self, ids: Int64[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens dim"]:
-        return F.embedding(ids, self.pos_embed[0, self.encoder.num_prefix_tokens :])
 
     def _masked_ids(self, token_ids: Tensor | None, mask: Mask) -> Int64[Tensor, "batch masked"]:
         shape = (mask.batch_size, mask.num_tokens)

@@ -239,10 +239,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, accuracy, *gradients = output
     ctx.rows, ctx.bias_dtype = max(len(target), 1), None if bias is None else bias.dtype
     ctx.mark_non_differentiable(accuracy, *gradients)
+    ctx.set_materialize_grads(False)  # else autograd makes zeros as large as the weight
     ctx.save_for_backward(x, weight, *gradients)
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 7
     scale = grad_loss / ctx.rows
     grad_x, grad_weight, grad_bias = linear_cross_entropy_backward_op(scale, *ctx.saved_tensors)
     grad_bias = None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype)

@@ -222,8 +222,16 @@ class CrossAttention(nn.Module):
         value: Float[Tensor, "batch tokens dim"],
     ) -> Float[Tensor, "batch queries dim"]:
         """Answer each query by a mix of the values whose keys fit it."""
-        projected = self.q(query), self.k(key), self.v(value)
-        mixed = attend(*(split_heads(tokens, self.heads) for tokens in projected))
+        return self.answer(self.q(query), self.k(key), self.v(value))
+
+    def answer(
+        self,
+        query: Float[Tensor, "batch queries dim"],
+        key: Float[Tensor, "batch tokens dim"],
+        value: Float[Tensor, "batch tokens dim"],
+    ) -> Float[Tensor, "batch queries dim"]:
+        """As `forward`, of what `q`, `k` and `v` made already."""
+        mixed = attend(*(split_heads(tokens, self.heads) for tokens in (query, key, value)))
         answer: Tensor = self.proj(merge_heads(mixed))
         return answer
 

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from mimkit import masking
 from mimkit.nn import CAEDecoder, ContextRegressor, PatchTokenizer, TokenHead
-from tests.strategies import generators
+from tests.strategies import generators, masks
 
 WIDTH = 12
 
@@ -40,6 +41,27 @@ def test_the_regressor_is_the_formula_of_the_paper(generator, batch, masked, vis
         expected = block.norm2(expected + block.gamma_1 * mixed)
         expected = expected + block.gamma_2 * block.mlp(expected)
     torch.testing.assert_close(regressor(q, latents, p_q, p_v), regressor.norm(expected))
+
+
+@given(masks(), st.integers(0, 3), generators())
+def test_a_mask_token_brought_on_is_a_query_for_each_masked_position(mask, depth, generator):
+    regressor = randomized(ContextRegressor(dim=WIDTH, depth=depth, heads=3), generator)
+    token, positions = draw_tokens(generator, 1, 1, mask.num_tokens)
+    token, positions = token[0, 0], positions[0]
+    [visible] = draw_tokens(generator, mask.batch_size, mask.num_visible)
+    leaves = [
+        leaf.requires_grad_() for leaf in (token, positions, visible, *regressor.parameters())
+    ]
+    queries = token.expand(mask.batch_size, mask.num_masked, -1)
+    expected = regressor(queries, visible, positions[mask.masked_ids], positions[mask.visible_ids])
+    predicted = regressor.from_mask_token(token, visible, positions, mask)
+    torch.testing.assert_close(predicted, expected)
+    upstream = torch.randn(expected.shape, generator=generator).double()
+    ours, theirs = (
+        torch.autograd.grad(out, leaves, upstream, allow_unused=True, materialize_grads=True)
+        for out in (predicted, expected)
+    )
+    torch.testing.assert_close(ours, theirs)
 
 
 @given(generators(), st.integers(1, 4), st.integers(1, 4), st.data())
@@ -133,6 +155,15 @@ def test_k_means_ends_where_each_code_is_the_mean_of_its_patches():
                 *(torch.zeros(1, n, WIDTH) for n in (2, 3, 3, 3))
             ),
             r"query positions .*\(1, 2, 12\); got \(1, 3, 12\)",
+        ),
+        (
+            lambda: ContextRegressor(dim=WIDTH, depth=1, heads=3).from_mask_token(
+                torch.zeros(WIDTH),
+                torch.zeros(1, 3, WIDTH),
+                torch.zeros(4, WIDTH),
+                masking.uniform(masking.key([0], seed=0), (2, 2), 0.5),
+            ),
+            r"visible positions .*\(1, 3, 12\); got \(1, 2, 12\)",
         ),
         (
             lambda: TokenHead(dim=4, vocabulary_size=7)(

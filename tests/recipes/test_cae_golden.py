@@ -109,7 +109,6 @@ def test_every_intermediate_array_is_the_authors(model, inputs):
         "encoder_out": model.encoder,
         "cross_attn": block.cross_attn,
         "norm2": block.norm2,
-        "regressor": model.regressor,
         "block0": block,
         "block1": model.regressor.blocks[1],
         "decoder": decoder_block,
@@ -119,6 +118,15 @@ def test_every_intermediate_array_is_the_authors(model, inputs):
         contexts = {name: recorded(module) for name, module in watched.items()}
         entered = {name: context.__enter__() for name, context in contexts.items()}
         output = model(*inputs, return_logits=True)
+        visible, positions = output.latent[:, 1:], model.pos_embed[0, 1:]
+        # The model itself brings one mask token on for all.
+        predicted = model.regressor(
+            model.mask_token.expand(len(mask.masked_ids), mask.num_masked, -1),
+            visible,
+            positions[mask.masked_ids],
+            positions[mask.visible_ids],
+        )
+        torch.testing.assert_close(predicted, output.latent_prediction)
         for name, context in contexts.items():
             calls[name] = list(entered[name])
             context.__exit__(None, None, None)
