@@ -105,7 +105,7 @@ def _forward(
         for shape, needed in (((words, width), needs_gradient), ((words,), has_bias))
     )
     losses, hits = (torch.empty((rows,), dtype=accumulate, device=x.device) for _ in range(2))
-    softmax_gradient: Callable[..., None] = _launch if fused else softmax_gradient_reference
+    softmax_gradient: Callable[..., Tensor] = _launch if fused else softmax_gradient_reference
     columns, offsets = weight.to(dtype), None if bias is None else bias.to(dtype)
     # Of like sizes: products of few rows are slow.
     num_chunks = max(math.ceil(rows * words / _CHUNK_VALUES.get(x.device.type, 1 << 21)), 1)
@@ -114,12 +114,12 @@ def _forward(
         part = slice(start, start + chunk)
         inputs = x[part].to(dtype)
         logits = F.linear(inputs, columns, offsets)
-        softmax_gradient(logits, target[part], losses[part], hits[part])
+        grad_logits = softmax_gradient(logits, target[part], losses[part], hits[part])
         if needs_gradient:
-            grad_x[part] = logits @ columns
-            _accumulate_product(grad_weight, logits.T, inputs)
+            grad_x[part] = grad_logits @ columns
+            _accumulate_product(grad_weight, grad_logits.T, inputs)
         if has_bias:
-            grad_bias += logits.sum(dim=0, dtype=accumulate)
+            grad_bias += grad_logits.sum(dim=0, dtype=accumulate)
     rows = max(rows, 1)
     gradients = (grad_x, grad_weight.to(weight.dtype), grad_bias)
     return losses.sum() / rows, hits.sum().float() / rows, *gradients
@@ -135,8 +135,8 @@ def _accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def softmax_gradient_reference(
     logits: Tensor, target: Tensor, losses: Tensor, hits: Tensor
-) -> None:
-    """Write loss and hit of each row, and softmax minus one-hot over the logits."""
+) -> Tensor:
+    """Write loss and hit of each row, and return softmax minus one-hot."""
     # `argmax` takes four times as long in bfloat16 on a CPU.
     hits.copy_(logits.max(dim=1).indices == target)
     word = target.unsqueeze(1)
@@ -144,7 +144,7 @@ def softmax_gradient_reference(
     losses.copy_(-log_softmax.gather(1, word).squeeze(1))
     softmax = log_softmax.exp_()
     softmax.scatter_add_(1, word, softmax.new_full(word.shape, -1.0))
-    logits.copy_(softmax)
+    return softmax.to(logits.dtype)
 
 
 # Kernel
@@ -194,7 +194,8 @@ def _softmax_gradient_kernel(
 _MAX_BLOCK = 4096
 
 
-def _launch(logits: Tensor, target: Tensor, losses: Tensor, hits: Tensor) -> None:
+def _launch(logits: Tensor, target: Tensor, losses: Tensor, hits: Tensor) -> Tensor:
+    """As `softmax_gradient_reference`, in place of the logits."""
     rows, words = logits.shape
     block = min(power_of_2_from(words), _MAX_BLOCK)
     with on_device(logits):
@@ -208,6 +209,7 @@ def _launch(logits: Tensor, target: Tensor, losses: Tensor, hits: Tensor) -> Non
             num_warps=min(max(block // 512, 1), 8),
             enable_fp_fusion=True,
         )
+    return logits
 
 
 # Registration
