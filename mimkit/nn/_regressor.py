@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mimkit.masking import Mask
+from mimkit.nn._decoders import check_latent
 from mimkit.nn._layers import (
     NORM_EPS,
     CrossAttention,
@@ -21,6 +22,7 @@ from mimkit.nn._layers import (
     scale,
 )
 from mimkit.patches import gather_masked, gather_visible
+from mimkit.patches._patchify import check_even
 from mimkit_kernels import regressor_inputs
 
 
@@ -177,8 +179,15 @@ class ContextRegressor(nn.Module):
         Raises:
             ValueError: Positions of other shapes than their tokens.
         """
-        _check_positions("query", queries, query_positions)
-        _check_positions("visible", visible, visible_positions)
+        for name, tokens, table in (
+            ("query", queries, query_positions),
+            ("visible", visible, visible_positions),
+        ):
+            if tokens.shape != table.shape:
+                raise ValueError(
+                    f"{name} positions must have the shape of their tokens, {tuple(tokens.shape)}; "
+                    f"got {tuple(table.shape)}"
+                )
         for block in self.blocks:
             queries = block(queries, visible, query_positions, visible_positions)
         predicted: Tensor = self.norm(queries)
@@ -205,6 +214,7 @@ class ContextRegressor(nn.Module):
             One latent per masked position, after the last norm.
 
         Raises:
+            TypeError: A `RaggedMask`.
             ValueError: Visible latents or positions that do not fit the mask.
 
         Example:
@@ -216,9 +226,10 @@ class ContextRegressor(nn.Module):
             >>> regressor.from_mask_token(torch.zeros(32), visible, positions, mask).shape
             torch.Size([2, 6, 32])
         """
+        check_even(mask)
+        check_latent(visible, mask, mask.grid, num_prefix=0)
         table = positions.expand(len(visible), -1, -1)
         query_positions, visible_positions = gather_masked(table, mask), gather_visible(table, mask)
-        _check_positions("visible", visible, visible_positions)
         queries = mask_token.expand_as(query_positions)
         for block in self.blocks[:1]:
             queries = cast(RegressorBlock, block).from_mask_token(
@@ -228,14 +239,6 @@ class ContextRegressor(nn.Module):
             queries = block(queries, visible, query_positions, visible_positions)
         predicted: Tensor = self.norm(queries)
         return predicted
-
-
-def _check_positions(name: str, tokens: Tensor, positions: Tensor) -> None:
-    if tokens.shape != positions.shape:
-        raise ValueError(
-            f"{name} positions must have the shape of their tokens, {tuple(tokens.shape)}; "
-            f"got {tuple(positions.shape)}"
-        )
 
 
 class CAEDecoder(nn.Module):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import mimkit
 import mimkit_kernels as kernels
+from mimkit import masking
 from mimkit.nn import ContextRegressor
 from mimkit.testing import assert_op_correct
 from mimkit_kernels.regressor_inputs import (
@@ -152,12 +153,17 @@ def test_the_three_inputs_keep_what_training_needs(dtype):
 
 
 @launches
-def test_a_regressor_is_the_same_with_the_kernel():
+@pytest.mark.parametrize("starts_from_a_token", [False, True])
+def test_a_regressor_is_the_same_with_the_kernel(starts_from_a_token):
     regressor = ContextRegressor(dim=24, depth=2, heads=3).to(DEVICE)
     weights = list(regressor.parameters())
     tokens = [torch.randn(2, n, 24, device=DEVICE) for n in (3, 4, 3, 4)]
+    token, positions = torch.randn(8, 24, device=DEVICE).tensor_split([1])
+    mask = masking.uniform(masking.key([0, 1], seed=0), (7,), num_masked=4).to(DEVICE)
 
     def regress(*weights: Tensor) -> Tensor:
+        if starts_from_a_token:
+            return regressor.from_mask_token(token[0], tokens[0], positions, mask)
         return regressor(*tokens)
 
     with mimkit.use("triton"):

@@ -105,6 +105,10 @@ def test_regressor_and_decoder_trace_into_one_graph():
     q, latents, p_q, p_v = (torch.randn(2, n, WIDTH) for n in (3, 4, 3, 4))
     compiled = torch.compile(regressor, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, latents, p_q, p_v), regressor(q, latents, p_q, p_v))
+    mask = masking.uniform(masking.key([0, 1], seed=0), (7,), num_masked=3)
+    inputs = q[0, 0], latents, torch.randn(7, WIDTH), mask
+    from_token = torch.compile(regressor.from_mask_token, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(from_token(*inputs), regressor.from_mask_token(*inputs))
 
 
 @given(generators(), st.integers(1, 3), st.integers(1, 5))
@@ -147,6 +151,15 @@ def test_k_means_ends_where_each_code_is_the_mean_of_its_patches():
 
 
 @pytest.mark.untyped
+def test_a_regressor_takes_no_ragged_mask():
+    regressor = ContextRegressor(dim=WIDTH, depth=1, heads=3)
+    ragged = masking.ragged(masking.uniform, masking.key([0], seed=0), [(2, 2)], 0.5)
+    token, visible, positions = (torch.zeros(*shape, WIDTH) for shape in ((), (1, 2), (4,)))
+    with pytest.raises(TypeError, match="RaggedMask"):
+        regressor.from_mask_token(token, visible, positions, ragged)
+
+
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -163,7 +176,7 @@ def test_k_means_ends_where_each_code_is_the_mean_of_its_patches():
                 torch.zeros(4, WIDTH),
                 masking.uniform(masking.key([0], seed=0), (2, 2), 0.5),
             ),
-            r"visible positions .*\(1, 3, 12\); got \(1, 2, 12\)",
+            r"0 prefix and 2 visible tokens; got \(1, 3, 12\)",
         ),
         (
             lambda: TokenHead(dim=4, vocabulary_size=7)(
