@@ -1,10 +1,12 @@
 """What a run is made of: presets, options, and the configuration that they resolve to."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
@@ -160,11 +162,17 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
-    """All that decides the result of pre-training."""
+    """All that decides the result of pre-training.
+
+    Attributes:
+        contents: Digests of the files that the model's configuration names (a tokenizer, a
+            teacher); None without any.
+    """
 
     masking: Any
     compile: bool
     accumulate: int
+    contents: Mapping[str, str] | None
 
 
 def resolve(options: Options, recipe: Recipe) -> PretrainConfig:
@@ -178,11 +186,12 @@ def resolve(options: Options, recipe: Recipe) -> PretrainConfig:
     lr = options.lr if options.lr is not None else scaled_lr(training)
     device = check_options(options, epochs=training.epochs, batch_size=training.batch_size, lr=lr)
     check_positive("accumulate", options.accumulate)
+    model = override(preset.model, options)
     return PretrainConfig(
         recipe=recipe.name,
         preset=preset_name,
         data=options.data,
-        model=override(preset.model, options),
+        model=model,
         training=training,
         masking=override(preset.masking, options),
         lr=lr,
@@ -191,7 +200,24 @@ def resolve(options: Options, recipe: Recipe) -> PretrainConfig:
         device=device,
         compile=options.compile,
         accumulate=options.accumulate,
+        contents=_contents(model) or None,
     )
+
+
+def _contents(model: Any) -> dict[str, str]:
+    digests = {}
+    for name in ("tokenizer", "teacher"):
+        file = Path(getattr(model, name, None) or "")
+        with contextlib.suppress(OSError):  # whoever reads the file says what is wrong with it
+            if file.is_file():
+                digests[name] = digest_of(file)
+    return digests
+
+
+def digest_of(file: Path) -> str:
+    """Return eight characters that name the content of a file."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:8]
 
 
 def scaled_lr(training: Training) -> float:

@@ -1,7 +1,6 @@
 """Pre-trained encoders: reading them from files, and checking that they fit."""
 
 import dataclasses
-import hashlib
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 from mimkit.interop import load_checkpoint
 from mimkit.interop._convert import unwrap
 from recipes.engine.cli import CommonOptions
+from recipes.engine.config import digest_of
 from recipes.engine.encoder_kinds import KINDS, Encoder, EncoderShape
 from recipes.engine.errors import UserError, reason_of
 
@@ -88,8 +88,7 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
         raise UserError(f"--encoder {path} is no file: give an encoder.safetensors or a checkpoint")
     try:
         checkpoint = load_checkpoint(path)
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
+        digest = digest_of(path)
     except _UNREADABLE as error:
         raise UserError(f"--encoder {path} cannot be read: {reason_of(error)}") from error
     tensors = unwrap(checkpoint) if isinstance(checkpoint, Mapping) else {}

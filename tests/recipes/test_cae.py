@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -348,6 +349,20 @@ def test_a_run_takes_a_trained_tokenizer(pictures, trained_tokenizer, tmp_path):
     vae = PretrainCAE(dataclasses.replace(model, tokenizer=str(trained_tokenizer))).tokenizer
     assert vae.vocabulary_size == 32
     assert vae.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 8, 8)
+
+
+def test_a_run_is_not_finished_for_another_tokenizer_under_the_same_name(
+    pictures, trained_tokenizer, tmp_path, capfd
+):
+    file, out = tmp_path / "tokenizer.safetensors", tmp_path / "run"
+    shutil.copyfile(trained_tokenizer, file)
+    more = ["--tokenizer", str(file)]
+    assert run(RECIPE, "", options(pictures, out, *more)) == 0
+    weights = load_file(file)
+    save_file({name: 2 * weight for name, weight in weights.items()}, file)
+    capfd.readouterr()
+    assert run(RECIPE, "", options(pictures, out, *more)) == 2
+    assert "other values of contents.tokenizer: choose another --out" in capfd.readouterr().err
 
 
 def test_openais_names_are_read_and_make_the_same_tokens(tmp_path):
