@@ -3,7 +3,7 @@
 Axes: batch; queries (masked positions); visible; tokens (all positions of the grid); dim.
 """
 
-from typing import cast
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -59,58 +59,57 @@ class RegressorBlock(nn.Module):
 
     def forward(
         self,
-        queries: Float[Tensor, "batch queries dim"],
+        queries: Float[Tensor, "batch queries dim"] | Float[Tensor, " dim"],
         visible: Float[Tensor, "batch visible dim"],
-        query_positions: Float[Tensor, "batch queries dim"],
+        query_positions: Float[Tensor, "batch queries dim"] | Float[Tensor, "tokens dim"],
         visible_positions: Float[Tensor, "batch visible dim"],
+        mask: Mask | None = None,
     ) -> Float[Tensor, "batch queries dim"]:
         """Bring the queries one step on.
 
         Args:
-            queries: One token per masked position.
+            queries: One token per masked position; with `mask`, one for all.
             visible: Latents of the visible positions.
-            query_positions: Position embeddings of the queries.
+            query_positions: Position embeddings of the queries; with `mask`, of the whole grid.
             visible_positions: Position embeddings of the visible tokens.
+            mask: Which positions are masked, where one query stands for all of them.
         """
+        attend = self._attend if mask is None else partial(self._attend_from_one, mask)
+        mixed = attend(queries, visible, query_positions, visible_positions)
+        queries = queries + self.drop_path(scale(mixed, self.gamma_1))
+        queries = self.norm2(queries)  # published so: the norm is part of the residual stream
+        out: Tensor = queries + self.drop_path(scale(self.mlp(queries), self.gamma_2))
+        return out
+
+    def _attend(
+        self, queries: Tensor, visible: Tensor, query_positions: Tensor, visible_positions: Tensor
+    ) -> Tensor:
         norms = (self.norm_q, self.norm_k, self.norm_v)
         parameters = [parameter for norm in norms for parameter in (norm.weight, norm.bias)]
         # Positions say where to look, not what is found there: values have none.
         query, key, value = regressor_inputs(
             visible, queries, visible_positions, query_positions, parameters, NORM_EPS
         )
-        return self._bring_on(queries, self.cross_attn(query, key, value))
+        mixed: Tensor = self.cross_attn(query, key, value)
+        return mixed
 
-    def from_mask_token(
-        self,
-        mask_token: Float[Tensor, " dim"],
-        visible: Float[Tensor, "batch visible dim"],
-        positions: Float[Tensor, "tokens dim"],
-        visible_positions: Float[Tensor, "batch visible dim"],
-        mask: Mask,
-    ) -> Float[Tensor, "batch queries dim"]:
-        """As `forward` where every query is the mask token, in fewer products.
+    def _attend_from_one(
+        self, mask: Mask, token: Tensor, visible: Tensor, positions: Tensor, seen: Tensor
+    ) -> Tensor:
+        """As `_attend` where all queries are one token, in fewer products.
 
-        A mask token's query and key depend on its position alone, and are made once for all images;
-        its value does not even depend on that, and is made once.
+        Its query and key depend on its position alone, and are made once for all images; its value
+        does not even depend on that, and is made once.
         """
-        attention, batch = self.cross_attn, len(visible)
-        moved = mask_token + positions
+        attention, placed = self.cross_attn, token + positions
         query, key = (
-            gather_masked(of_position.expand(batch, -1, -1), mask)
-            for of_position in (attention.q(self.norm_q(moved)), attention.k(self.norm_k(moved)))
+            gather_masked(of_position.expand(len(visible), -1, -1), mask)
+            for of_position in (attention.q(self.norm_q(placed)), attention.k(self.norm_k(placed)))
         )
-        value = attention.v(self.norm_v(mask_token)).expand_as(query)
-        seen = attention.k(self.norm_k(visible + visible_positions))
-        key = torch.cat([seen, key], dim=1)
+        value = attention.v(self.norm_v(token)).expand_as(query)
+        key = torch.cat([attention.k(self.norm_k(visible + seen)), key], dim=1)
         value = torch.cat([attention.v(self.norm_v(visible)), value], dim=1)
-        return self._bring_on(mask_token, attention.answer(query, key, value))
-
-    def _bring_on(self, queries: Tensor, mixed: Tensor) -> Tensor:
-        """Add both residual branches: what attention mixed, and the MLP's."""
-        queries = queries + self.drop_path(scale(mixed, self.gamma_1))
-        queries = self.norm2(queries)  # published so: the norm is part of the residual stream
-        out: Tensor = queries + self.drop_path(scale(self.mlp(queries), self.gamma_2))
-        return out
+        return attention.answer(query, key, value)
 
 
 class ContextRegressor(nn.Module):
@@ -232,9 +231,7 @@ class ContextRegressor(nn.Module):
         query_positions, visible_positions = gather_masked(table, mask), gather_visible(table, mask)
         queries = mask_token.expand_as(query_positions)
         for block in self.blocks[:1]:
-            queries = cast(RegressorBlock, block).from_mask_token(
-                mask_token, visible, positions, visible_positions, mask
-            )
+            queries = block(mask_token, visible, positions, visible_positions, mask)
         for block in self.blocks[1:]:
             queries = block(queries, visible, query_positions, visible_positions)
         predicted: Tensor = self.norm(queries)

@@ -130,7 +130,7 @@ def test_every_intermediate_array_is_the_authors(model, inputs):
         for name, context in contexts.items():
             calls[name] = list(entered[name])
             context.__exit__(None, None, None)
-    (queries, visible, query_positions, visible_positions), _ = calls["block0"][0]
+    (queries, visible, query_positions, visible_positions), _ = calls["block0"][-1]
     ours = {
         "encoder_in": calls["encoder_in"][0][0][0],
         "encoder_out": output.latent,
@@ -141,7 +141,7 @@ def test_every_intermediate_array_is_the_authors(model, inputs):
         "regressor_kv_in": torch.cat([visible, queries], dim=1),
         "regressor_pos_q": query_positions,
         "regressor_pos_k": torch.cat([visible_positions, query_positions], dim=1),
-        "regressor_block0": calls["block0"][0][1],
+        "regressor_block0": calls["block0"][-1][1],
         "regressor_block1": calls["block1"][0][1],
         "decoder_block0": calls["decoder"][0][1],
         "decoder_in": calls["decoder"][0][0][0],
