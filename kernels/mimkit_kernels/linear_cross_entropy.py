@@ -249,7 +249,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
-        return (None,) * 7
+        return (None,) * 7  # a gradient that was cut off behind the loss
     scale = grad_loss / ctx.rows
     grad_x, grad_weight, grad_bias = linear_cross_entropy_backward_op(scale, *ctx.saved_tensors)
     grad_bias = None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype)

@@ -201,7 +201,9 @@ class ContextRegressor(nn.Module):
     ) -> Float[Tensor, "batch queries dim"]:
         """Predict all masked latents from one mask token, as CAE does, in fewer products.
 
-        The same as `forward` with a copy of the mask token for every query, but for rounding.
+        The same as `forward` with a copy of the mask token for every query, but for rounding. Hooks
+        on the blocks see it, those on the regressor do not: where FSDP2 spreads the regressor by
+        itself, tell it by `register_fsdp_forward_method`.
 
         Args:
             mask_token: What stands for a masked position at first.

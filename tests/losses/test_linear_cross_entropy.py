@@ -50,6 +50,24 @@ def test_loss_and_gradients_are_those_of_the_whole(has_bias):
     check()
 
 
+class Cut(torch.autograd.Function):
+    """Lets a value through, and no gradient back."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_a_loss_whose_gradient_is_cut_off_gives_none():
+    x, weight, bias, target = inputs(3, 2, 5, torch.Generator().manual_seed(0))
+    Cut.apply(linear_cross_entropy(x, weight, bias, target)).backward()
+    assert all(leaf.grad is None for leaf in (x, weight, bias))
+
+
 @given(sizes, generators())
 def test_accuracy_is_the_share_of_rows_that_are_right(size, generator):
     x, weight, bias, target = inputs(*size, generator)
