@@ -34,6 +34,7 @@ MAX_ATTEMPTS = 1 << 16  # blocks of four words that a stream has for one sample
 ASPECT_BINS = 256
 _UNCUT = 1 << 20  # longer than any side
 _ROUND = 16  # attempts of the reference between two looks at who is finished
+_COLUMNS = 16  # tokens of a row that the reference keeps as the bits of one number
 
 
 def blockwise_sample(
@@ -122,8 +123,12 @@ def blockwise_sample_reference(
     log_high: float,
     patience: int,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `blockwise_sample` in plain PyTorch, all samples at once."""
-    is_masked = sample_ids.new_zeros((len(sample_ids), height, width), dtype=torch.bool)
+    """Compute `blockwise_sample` in plain PyTorch, all samples at once.
+
+    Tokens are bits, so that the tensors of an attempt are too small for PyTorch to share among
+    threads: a second one gains nothing here, and all would wait for it while its core is busy.
+    """
+    bits = sample_ids.new_zeros((len(sample_ids), height, -(-width // _COLUMNS)))
     left = torch.full_like(sample_ids, num_masked)
     rejected = torch.zeros_like(sample_ids)
     tables = root_tables(max(min_block, max_block), log_low, log_high, sample_ids.device)
@@ -133,14 +138,14 @@ def blockwise_sample_reference(
         rows = ((left > 0) & (rejected < patience)).nonzero().squeeze(1)
         if len(rows) == 0:
             break
-        state = is_masked[rows], left[rows], rejected[rows]
+        state = bits[rows], left[rows], rejected[rows]
         words = sample_words(
             sample_ids[rows], seed_and_epoch, stream, 4 * _ROUND, first_block=first
         )
         for attempt in words.unflatten(1, (_ROUND, 4)).unbind(1):
             state = _attempt(shapes, patience, attempt, *state)
-        is_masked[rows], left[rows], rejected[rows] = state
-    is_masked = is_masked.flatten(1)
+        bits[rows], left[rows], rejected[rows] = state
+    is_masked = _unpack(bits, width).flatten(1)
     rows = left.nonzero().squeeze(1)
     if len(rows):
         token = torch.arange(height * width, device=sample_ids.device)
@@ -182,7 +187,7 @@ def _attempt(
     shapes: BlockShapes,
     patience: int,
     words: Tensor,
-    is_masked: Tensor,
+    bits: Tensor,
     left: Tensor,
     rejected: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,7 +197,7 @@ def _attempt(
         shapes: The possible blocks.
         patience: Rejected attempts after which a sample draws no more.
         words: Random words for area, aspect ratio, top and left: [batch, 4].
-        is_masked: What is masked so far: [batch, height, width].
+        bits: What is masked so far: [batch, height, numbers of `_COLUMNS` bits].
         left: Tokens still to mask: [batch].
         rejected: Attempts rejected in a row: [batch].
 
@@ -211,20 +216,43 @@ def _attempt(
     fits = (block_height <= max(height - 1, 1)) & (block_width <= max(width - 1, 1))
     top = top_word * (height - block_height + 1).clamp(min=1) >> 32
     start = left_word * (width - block_width + 1).clamp(min=1) >> 32
-    rows, columns = _between(top, block_height, height), _between(start, block_width, width)
-    inside = rows.unsqueeze(2) & columns.unsqueeze(1)
-    new = (inside & ~is_masked).flatten(1).sum(dim=1)
+    rows, columns = _between(top, block_height, height), _span(start, block_width, bits.shape[2])
+    inside = rows.unsqueeze(2) * columns.unsqueeze(1)
+    new = bit_counts(bits.device)[inside & ~bits].sum(dim=(1, 2))
     accepted = fits & (new > 0) & (new <= most) & (rejected < patience)
-    is_masked = is_masked | (inside & accepted.view(-1, 1, 1))
+    bits = bits | (inside * accepted.view(-1, 1, 1))
     left = left - new * accepted
     waiting = (left > 0) & ~accepted
-    return is_masked, left, torch.where(accepted, 0, rejected + waiting)
+    return bits, left, torch.where(accepted, 0, rejected + waiting)
 
 
 def _between(start: Tensor, length: Tensor, size: int) -> Tensor:
     position = torch.arange(size, device=start.device)
     offset = position - start.unsqueeze(1)
     return (offset >= 0) & (offset < length.unsqueeze(1))
+
+
+def _span(start: Tensor, length: Tensor, numbers: int) -> Tensor:
+    """As `_between`, as bits."""
+    first = start.unsqueeze(1) - torch.arange(numbers, device=start.device) * _COLUMNS
+    last = first + length.unsqueeze(1)
+    return (1 << last.clamp(0, _COLUMNS)) - (1 << first.clamp(0, _COLUMNS))
+
+
+def _unpack(bits: Tensor, width: int) -> Tensor:
+    """Return bits as booleans: [batch, height, width]."""
+    column = torch.arange(_COLUMNS, device=bits.device)
+    is_set = (bits.unsqueeze(3) >> column) & 1
+    return is_set.flatten(2)[:, :, :width].bool()
+
+
+@lru_cache(maxsize=16)
+def bit_counts(device: torch.device) -> Tensor:
+    """Return how many bits are set in each number of `_COLUMNS` bits."""
+    counts = torch.zeros(1, dtype=torch.uint8, device=device)
+    for _ in range(_COLUMNS):
+        counts = torch.cat([counts, counts + 1])
+    return counts
 
 
 # Kernel
