@@ -259,7 +259,7 @@ class CAE(nn.Module):
                 only.
             features: What a teacher makes of the masked patches (`targets.FeatureTarget`); read
                 with target "features" only.
-            return_logits: Whether to keep the logits, which otherwise never exist as a whole.
+            return_logits: Whether to keep the logits, which are else made chunk by chunk and gone.
 
         Raises:
             ValueError: Token ids or features that are missing or of another shape, or (on a CPU)

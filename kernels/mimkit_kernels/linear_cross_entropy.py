@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear layer's outputs, chunk by chunk: no tensor of all logits exists.
+"""Cross-entropy of a linear layer's outputs, chunk by chunk: no more logits exist at a time.
 
     z        = x @ weight.T + bias
     loss     = mean over n of (logsumexp over w of z[n, w] - z[n, target[n]])
