@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -221,17 +222,14 @@ class AllLogits(TokenHead):
         return loss, (logits.argmax(dim=1) == target.flatten()).float().mean()
 
 
-class EveryQuery(ContextRegressor):
-    """Makes a query, a key and a value for every masked patch of every image."""
-
-    def from_mask_token(
-        self, mask_token: Tensor, visible: Tensor, positions: Tensor, mask: Mask
-    ) -> Tensor:
-        """Predict the latents of the masked patches."""
-        queries = mask_token.expand(len(visible), mask.num_masked, -1)
-        at_queries, at_visible = positions[mask.masked_ids], positions[mask.visible_ids]
-        predicted: Tensor = self(queries, visible, at_queries, at_visible)
-        return predicted
+def from_every_query(
+    regressor: ContextRegressor, mask_token: Tensor, visible: Tensor, positions: Tensor, mask: Mask
+) -> Tensor:
+    """Predict latents from a query, a key and a value for every masked patch of every image."""
+    queries = mask_token.expand(len(visible), mask.num_masked, -1)
+    at_queries, at_visible = positions[mask.masked_ids], positions[mask.visible_ids]
+    predicted: Tensor = regressor(queries, visible, at_queries, at_visible)
+    return predicted
 
 
 class SecondEncoder(CAE):
@@ -267,13 +265,8 @@ def with_all_logits(config: CAEConfig) -> CAE:
 def with_every_query(config: CAEConfig) -> CAE:
     """Make a CAE whose regressor starts from as many queries as there are masked patches."""
     model = CAE(config)
-    model.regressor = EveryQuery(
-        dim=config.decoder_dim,
-        depth=config.regressor_depth,
-        heads=config.decoder_heads,
-        mlp_ratio=config.mlp_ratio,
-        layer_scale=config.decoder_layer_scale,
-    )
+    regressor = model.regressor
+    regressor.from_mask_token = partial(from_every_query, regressor)  # type: ignore[method-assign]
     return model
 
 

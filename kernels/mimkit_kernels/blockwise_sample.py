@@ -125,8 +125,9 @@ def blockwise_sample_reference(
 ) -> tuple[Tensor, Tensor]:
     """Compute `blockwise_sample` in plain PyTorch, all samples at once.
 
-    Tokens are bits, so that the tensors of an attempt are too small for PyTorch to share among
-    threads: a second one gains nothing here, and all would wait for it while its core is busy.
+    Tokens are bits, so that of some hundred samples the tensors of an attempt are too small for
+    PyTorch to share among threads: a second one gains nothing here, and all would wait for it while
+    its core is busy.
     """
     bits = sample_ids.new_zeros((len(sample_ids), height, -(-width // _COLUMNS)))
     left = torch.full_like(sample_ids, num_masked)
