@@ -53,11 +53,13 @@ def train(rank: int, folder: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
     )
-    model = DistributedDataParallel(new_model(), static_graph=True)
     share = BATCH // RANKS
     rows = slice(rank * share, (rank + 1) * share)
-    torch.save(gradients(model, rows), f"{folder}/{rank}.pt")
+    # The wrapper must go before the group: as its last owner it would hold the GIL while it waits
+    # for the group's threads, one of which may be waiting for the GIL.
+    steps = gradients(DistributedDataParallel(new_model(), static_graph=True), rows)
     torch.distributed.destroy_process_group()
+    torch.save(steps, f"{folder}/{rank}.pt")
 
 
 def test_two_processes_find_the_gradients_of_the_whole_batch(tmp_path: Path):
