@@ -70,12 +70,17 @@ from mimkit.nn import (
 )
 from mimkit.patches import sincos_positions, unpatchify
 from recipes.engine import Options, Preset, Recipe, Training, notes, run
-from recipes.engine.checkpoint import load_last_weights
-from recipes.engine.choices import check_choices
 from recipes.engine.errors import UserError
+from recipes.engine.fields import check_choices
 from recipes.engine.masks import check_ratio, join
-from recipes.engine.teachers import load_teacher
-from recipes.engine.tokenizers import Tokenizer, decode_codes, decode_masked, make_tokenizer
+from recipes.engine.pretrained.teachers import load_teacher
+from recipes.engine.pretrained.tokenizers import (
+    Tokenizer,
+    decode_codes,
+    decode_masked,
+    make_tokenizer,
+)
+from recipes.engine.run.checkpoint import load_last_weights
 
 Target = Literal["tokens", "rgb", "features"]
 

@@ -36,7 +36,7 @@ from mimkit.masking import Key, Mask
 from mimkit.nn import ConvViT, MAEDecoder, PixelHead
 from mimkit.patches import gather_patches, unpatchify
 from recipes.engine import Options, Preset, Recipe, Training, notes, run
-from recipes.engine.choices import check_choices
+from recipes.engine.fields import check_choices
 from recipes.engine.masks import Masks, check_ratio, join
 
 Conv = Literal["masked", "plain"]

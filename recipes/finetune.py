@@ -34,20 +34,32 @@ import yaml
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from recipes.engine import Training, encoders
-from recipes.engine.augment import Augmentation, rand_augment
+from recipes.engine import Training
 from recipes.engine.classify import Classifier, fit, score
-from recipes.engine.cli import check_options, choose_preset, run_command
-from recipes.engine.config import RunConfig, override, replace_given, scaled_lr
-from recipes.engine.distributed import World, check_shares, join
-from recipes.engine.encoder_kinds import ConvViTShape, Encoder, EncoderShape, SwinShape, ViTShape
-from recipes.engine.encoders import EncoderFile, EncoderOptions, fill_encoder, open_encoder
+from recipes.engine.data.augment import Augmentation, rand_augment
+from recipes.engine.data.labelled import LabelledData, load_labelled
+from recipes.engine.data.mixing import Mixing
 from recipes.engine.errors import UserError
-from recipes.engine.labelled import LabelledData, load_labelled
-from recipes.engine.layer_decay import layer_decay_groups
-from recipes.engine.mixing import Mixing
+from recipes.engine.optim import layer_decay_groups
+from recipes.engine.pretrained import encoders
+from recipes.engine.pretrained.encoders import (
+    EncoderFile,
+    EncoderOptions,
+    fill_encoder,
+    open_encoder,
+)
+from recipes.engine.pretrained.shapes import (
+    ConvViTShape,
+    Encoder,
+    EncoderShape,
+    SwinShape,
+    ViTShape,
+)
 from recipes.engine.report import print_unreadable
-from recipes.engine.run_folder import RunFolder, default_path
+from recipes.engine.run.cli import check_options, choose_preset, run_command
+from recipes.engine.run.config import RunConfig, override, replace_given, scaled_lr
+from recipes.engine.run.folder import RunFolder, default_path
+from recipes.engine.run.world import World, check_shares, join
 from recipes.engine.train import count_steps, warn_of_slow_precision
 
 Augment = Literal["crop", "randaugment"]

@@ -33,7 +33,7 @@ from mimkit.masking import Mask, RaggedMask
 from mimkit.nn import CrossDecoder, MAEDecoder, PixelHead, ViT
 from mimkit.patches import gather_masked
 from recipes.engine import Masking, Options, Preset, Recipe, Training, notes, run
-from recipes.engine.choices import check_choices
+from recipes.engine.fields import check_choices
 from recipes.engine.masks import Sampler, join
 
 Target = Literal["pixels", "pca"]

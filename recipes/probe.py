@@ -36,24 +36,28 @@ from torch import Tensor, nn
 from mimkit import viz
 from mimkit.nn import AttentiveProbe
 from recipes.engine import Training
-from recipes.engine.augment import Augmentation
 from recipes.engine.classify import Classifier, fit, score
-from recipes.engine.cli import check_options, choose_preset, run_command
-from recipes.engine.config import RunConfig, replace_given, scaled_lr
-from recipes.engine.data import DataSet, ProbeData, load_data
-from recipes.engine.distributed import World, check_shares, join
-from recipes.engine.encoder_kinds import ConvViTShape, Encoder, EncoderShape, SwinShape, ViTShape
-from recipes.engine.encoders import (
+from recipes.engine.data.augment import Augmentation
+from recipes.engine.data.labelled import LabelledData, load_labelled
+from recipes.engine.data.load import load_data
+from recipes.engine.data.mixing import Mixing
+from recipes.engine.data.sets import DataSet, ProbeData
+from recipes.engine.errors import UserError
+from recipes.engine.optim import LARS
+from recipes.engine.pretrained.encoders import (
     EncoderFile,
     EncoderOptions,
     build_encoder,
     fill_encoder,
     open_encoder,
 )
-from recipes.engine.errors import UserError
-from recipes.engine.labelled import LabelledData, load_labelled
-from recipes.engine.lars import LARS
-from recipes.engine.mixing import Mixing
+from recipes.engine.pretrained.shapes import (
+    ConvViTShape,
+    Encoder,
+    EncoderShape,
+    SwinShape,
+    ViTShape,
+)
 from recipes.engine.probes import (
     Features,
     compute_features,
@@ -64,7 +68,10 @@ from recipes.engine.probes import (
     standardize,
 )
 from recipes.engine.report import pixels_per_token
-from recipes.engine.run_folder import RunFolder, default_path
+from recipes.engine.run.cli import check_options, choose_preset, run_command
+from recipes.engine.run.config import RunConfig, replace_given, scaled_lr
+from recipes.engine.run.folder import RunFolder, default_path
+from recipes.engine.run.world import World, check_shares, join
 from recipes.engine.train import autocast, count_steps, warn_of_slow_precision
 
 Pool = Literal["token", "mean"]

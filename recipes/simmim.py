@@ -36,10 +36,10 @@ from mimkit._grids import Grid
 from mimkit.masking import Key, Mask
 from mimkit.nn import PatchTokenizer, SimMIMHead, SwinTransformer, ViT
 from recipes.engine import Options, Preset, Recipe, Training, notes, run
-from recipes.engine.choices import check_choices
+from recipes.engine.fields import check_choices
 from recipes.engine.masks import check_ratio, join
-from recipes.engine.teachers import load_teacher
-from recipes.engine.tokenizers import Tokenizer, decode_masked, make_tokenizer
+from recipes.engine.pretrained.teachers import load_teacher
+from recipes.engine.pretrained.tokenizers import Tokenizer, decode_masked, make_tokenizer
 
 TargetName = Literal[
     "pixels", "pixels_2x", "pixels_4x", "pixels_8x", "pixels_16x", "pixels_32x",

@@ -32,24 +32,25 @@ from torch import Tensor
 
 from mimkit import viz
 from mimkit.nn import DiscreteVAE
-from recipes.engine.checkpoint import Checkpoints, start_from
-from recipes.engine.cli import (
+from recipes.engine.data.load import load_data
+from recipes.engine.data.sets import DataSet
+from recipes.engine.dry_run import count_parameters
+from recipes.engine.errors import UserError
+from recipes.engine.optim import warmup_cosine
+from recipes.engine.pretrained.tokenizers import to_inputs, to_pixels
+from recipes.engine.report import print_unreadable, tiled_pictures
+from recipes.engine.run.checkpoint import Checkpoints, start_from
+from recipes.engine.run.cli import (
     CommonOptions,
     check_options,
     check_positive,
     choose_preset,
     run_command,
 )
-from recipes.engine.config import RunConfig, Training, override, scaled_lr
-from recipes.engine.data import DataSet, load_data
-from recipes.engine.distributed import World, world_size_from_environment
-from recipes.engine.dry_run import count_parameters
-from recipes.engine.errors import UserError
-from recipes.engine.loader import SINGLE, make_loader
-from recipes.engine.optim import warmup_cosine
-from recipes.engine.report import print_unreadable, tiled_pictures
-from recipes.engine.run_folder import RunFolder, default_path
-from recipes.engine.tokenizers import to_inputs, to_pixels
+from recipes.engine.run.config import RunConfig, Training, override, scaled_lr
+from recipes.engine.run.folder import RunFolder, default_path
+from recipes.engine.run.loader import SINGLE, make_loader
+from recipes.engine.run.world import World, world_size_from_environment
 from recipes.engine.train import autocast, count_steps
 
 _LOGS_PER_RUN = 50

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recipes.engine.checkpoint import Checkpoints, start_from
-from recipes.engine.cli import CommonOptions
-from recipes.engine.config import RunConfig
-from recipes.engine.distributed import World, distribute
+from recipes.engine.data.labelled import LabelledData
+from recipes.engine.data.mixing import Mixing
 from recipes.engine.errors import UserError
-from recipes.engine.labelled import LabelledData, held_out_batches
-from recipes.engine.loader import make_loader
-from recipes.engine.mixing import Mixing, step_generator
-from recipes.engine.run_folder import RunFolder
-from recipes.engine.train import autocast, count_steps, scheduled_lr, stream_seed
+from recipes.engine.optim import scheduled_lr
+from recipes.engine.run.checkpoint import Checkpoints, start_from
+from recipes.engine.run.cli import CommonOptions
+from recipes.engine.run.config import RunConfig
+from recipes.engine.run.folder import RunFolder
+from recipes.engine.run.loader import held_out_batches, make_loader
+from recipes.engine.run.world import World, distribute
+from recipes.engine.seeds import step_generator, stream_seed
+from recipes.engine.train import autocast, count_steps
 
 _LOGS_PER_RUN = 20
 _STEPS_BETWEEN_CHECKPOINTS = 100

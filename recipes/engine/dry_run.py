@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mimkit import masking
 from mimkit.masking import Mask
-from recipes.engine.config import PretrainConfig, Recipe
-from recipes.engine.data import DataSet
+from recipes.engine.data.sets import DataSet
+from recipes.engine.run.config import PretrainConfig, Recipe
 from recipes.engine.train import autocast, count_steps
 
 _GIB = 2**30

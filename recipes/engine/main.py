@@ -8,15 +8,16 @@ from typing import Any
 import torch
 
 from mimkit import masking
-from recipes.engine.checkpoint import find_origin
-from recipes.engine.cli import run_command
-from recipes.engine.config import Options, PretrainConfig, Recipe, resolve
-from recipes.engine.data import DataSet, load_data
-from recipes.engine.distributed import World, check_shard, check_shares, join
+from recipes.engine.data.load import load_data
+from recipes.engine.data.sets import DataSet
 from recipes.engine.dry_run import describe
 from recipes.engine.errors import UserError
 from recipes.engine.report import print_summary, write_report
-from recipes.engine.run_folder import RunFolder, default_path
+from recipes.engine.run.checkpoint import find_origin
+from recipes.engine.run.cli import run_command
+from recipes.engine.run.config import Options, PretrainConfig, Recipe, resolve
+from recipes.engine.run.folder import RunFolder, default_path
+from recipes.engine.run.world import World, check_shard, check_shares, join
 from recipes.engine.train import (
     build_model,
     count_steps,

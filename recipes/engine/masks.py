@@ -9,7 +9,7 @@ from torch import Tensor
 from mimkit import masking
 from mimkit.masking import Key, Mask
 from mimkit.patches._patchify import check_even
-from recipes.engine.choices import check_choices
+from recipes.engine.fields import check_choices
 
 # Several masks an image, one after the other for the whole batch, as the models take them.
 Masks: TypeAlias = Mask | Sequence[Mask]

@@ -1,9 +1,15 @@
-"""Optimizer groups and learning-rate schedules, as the authors have them."""
+"""Optimizers, their parameter groups and learning-rate schedules, as the authors have them."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from recipes.engine.pretrained.shapes import Encoder, EncoderShape
+from recipes.engine.run.config import RunConfig
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, object]]:
@@ -30,6 +36,61 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
         {"params": decayed, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
+
+
+def layer_decay_groups(
+    encoder: Encoder, shape: EncoderShape, *, weight_decay: float, layer_decay: float
+) -> list[dict[str, object]]:
+    """Group the trained parameters by layer, and by whether their weights decay.
+
+    Args:
+        encoder: The encoder, with its head.
+        shape: Its shape, which tells the layer of a parameter.
+        weight_decay: Of parameters with more than one axis, but for those that `shape` names.
+        layer_decay: Factor from each layer's learning rate to that of the layer before it.
+
+    Returns:
+        Parameter groups for an optimizer. Each has an `lr_scale`, by which the schedule's rate must
+        be multiplied at every step.
+
+    Source:
+        BEiT, arXiv:2106.08254; facebookresearch/mae `lr_decay.py`; microsoft/SimMIM `optimizer.py`.
+
+    Example:
+        >>> from recipes.engine.pretrained.shapes import ViTShape
+        >>> shape = ViTShape(image_size=32, patch_size=8, dim=16, depth=1, heads=2)
+        >>> encoder = shape.build_classifier(num_classes=3, drop_path=0.0)
+        >>> groups = layer_decay_groups(encoder, shape, weight_decay=0.05, layer_decay=0.5)
+        >>> sorted({(group["lr_scale"], group["weight_decay"]) for group in groups})
+        [(0.25, 0.0), (0.25, 0.05), (0.5, 0.0), (0.5, 0.05), (1.0, 0.0), (1.0, 0.05)]
+    """
+    last = shape.num_blocks + 1
+    members: dict[tuple[int, float], list[object]] = {}
+    for name, parameter in encoder.named_parameters():
+        if parameter.requires_grad:
+            is_decayed = parameter.ndim > 1 and not name.endswith(shape.not_decayed)
+            key = shape.layer_id(name), weight_decay if is_decayed else 0.0
+            members.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_scale": layer_decay ** (last - layer)}
+        for (layer, decay), parameters in members.items()
+    ]
+
+
+def scheduled_lr(epoch: float, config: RunConfig) -> float:
+    """Return the learning rate: falling in steps if there are milestones, else along a cosine."""
+    training = config.training
+    rise = {"warmup_epochs": training.warmup_epochs, "warmup_lr": training.warmup_lr}
+    if training.milestones:
+        return warmup_steps(epoch, lr=config.lr, milestones=training.milestones, **rise)
+    return warmup_cosine(
+        epoch,
+        lr=config.lr,
+        epochs=training.epochs,
+        min_lr=training.min_lr,
+        from_start=training.cosine_from_start,
+        **rise,
+    )
 
 
 def warmup_cosine(
@@ -103,3 +164,75 @@ def warmup_steps(
 def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """List the gradients that exist."""
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+class LARS(Optimizer):
+    """Stochastic gradient descent whose steps are proportional to the size of the weights.
+
+    Parameters with one axis (biases, norms) have neither the proportion nor weight decay.
+
+    Args:
+        params: Parameters or groups of them.
+        lr: Learning rate.
+        weight_decay: Factor of the weights in their gradient.
+        momentum: Factor of the last step in the next one.
+        trust_coefficient: Step at learning rate 1, as a fraction of the weights' norm.
+
+    Source:
+        You et al., arXiv:1708.03888; facebookresearch/mae `lars.py` (the learning rate multiplies
+        the momentum buffer, not what goes into it).
+
+    Example:
+        >>> weight = nn.Parameter(torch.tensor([[3.0, 4.0]]))
+        >>> weight.grad = torch.tensor([[0.0, 10.0]])
+        >>> LARS([weight], lr=100.0).step()
+        >>> weight.data
+        tensor([[3.0000, 3.5000]])
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float,
+        *,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        trust_coefficient: float = 0.001,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "trust_coefficient": trust_coefficient,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: Must be `None`: the gradients are those of the last backward pass.
+        """
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                update = parameter.grad
+                if parameter.ndim > 1:
+                    update = _scaled_update(parameter, update, group)
+                state = self.state[parameter]
+                if "mu" not in state:
+                    state["mu"] = torch.zeros_like(parameter)
+                momentum = state["mu"].mul_(group["momentum"]).add_(update)
+                parameter.add_(momentum, alpha=-group["lr"])
+
+
+def _scaled_update(parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+    """Add weight decay, and give the update a fixed proportion to the weights."""
+    update = gradient.add(parameter, alpha=group["weight_decay"])
+    weight_norm, update_norm = parameter.norm(), update.norm()
+    # Where one of them is 0 the proportion has no meaning. No branch: it would wait for the device.
+    ratio = group["trust_coefficient"] * weight_norm / update_norm
+    is_defined = (weight_norm > 0) & (update_norm > 0)
+    return update * torch.where(is_defined, ratio, torch.ones_like(ratio))

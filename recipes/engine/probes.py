@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mimkit.nn import AttentiveProbe
-from recipes.engine.data import ProbeData
+from recipes.engine.data.sets import ProbeData
 
 # Images [B, C, H, W] -> pooled features [B, width] and tokens [B, tokens, width of a token].
 Features = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -9,12 +9,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mimkit import masking, viz
-from recipes.engine.config import PretrainConfig, Recipe
-from recipes.engine.data import DataSet, ProbeData
+from recipes.engine.data.sets import DataSet, ProbeData
 from recipes.engine.errors import UserError
 from recipes.engine.masks import first
 from recipes.engine.probes import Features, evaluate, raw_pixels
-from recipes.engine.run_folder import RunFolder
+from recipes.engine.run.config import PretrainConfig, Recipe
+from recipes.engine.run.folder import RunFolder
 from recipes.engine.train import autocast, build_model, scalars
 
 _PROBE_NAMES = {"knn": "k-NN", "linear": "linear", "attentive": "attentive"}

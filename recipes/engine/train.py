@@ -8,42 +8,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from mimkit import masking
-from recipes.engine.checkpoint import Checkpoints, start_from
-from recipes.engine.config import Options, PretrainConfig, Recipe, RunConfig
-from recipes.engine.data import Batch, DataSet
-from recipes.engine.distributed import World, distribute, gradient_sync, whole, whole_weights
+from recipes.engine.data.sets import Batch, DataSet
 from recipes.engine.errors import UserError
-from recipes.engine.loader import make_loader
 from recipes.engine.masks import Masks, first, take_rows
-from recipes.engine.optim import gradients, parameter_groups, warmup_cosine, warmup_steps
-from recipes.engine.run_folder import RunFolder
-from recipes.engine.tracker import make_tracker
+from recipes.engine.optim import gradients, parameter_groups, scheduled_lr
+from recipes.engine.run.checkpoint import Checkpoints, start_from
+from recipes.engine.run.config import Options, PretrainConfig, Recipe, RunConfig
+from recipes.engine.run.folder import RunFolder
+from recipes.engine.run.loader import make_loader
+from recipes.engine.run.tracker import make_tracker
+from recipes.engine.run.world import World, distribute, gradient_sync, whole, whole_weights
+from recipes.engine.seeds import stream_seed
 
 _LOGS_PER_RUN = 50
 _MAX_SKIPPED = 10
 _FITTING_IMAGES = 256
-
-
-def scheduled_lr(epoch: float, config: RunConfig) -> float:
-    """Return the learning rate: falling in steps if there are milestones, else along a cosine."""
-    training = config.training
-    rise = {"warmup_epochs": training.warmup_epochs, "warmup_lr": training.warmup_lr}
-    if training.milestones:
-        return warmup_steps(epoch, lr=config.lr, milestones=training.milestones, **rise)
-    return warmup_cosine(
-        epoch,
-        lr=config.lr,
-        epochs=training.epochs,
-        min_lr=training.min_lr,
-        from_start=training.cosine_from_start,
-        **rise,
-    )
 
 
 def build_model(recipe: Recipe, config: PretrainConfig) -> nn.Module:
@@ -369,11 +353,6 @@ def scalars(output: Any) -> dict[str, Tensor]:
         for name, value in values.items()
         if isinstance(value, Tensor) and value.ndim == 0
     }
-
-
-def stream_seed(seed: int, *key: int) -> int:
-    """Mix integers into a seed for PyTorch, whose CPU generator looks at 32 bits of it only."""
-    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1)[0])
 
 
 @dataclass

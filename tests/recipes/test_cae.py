@@ -32,9 +32,9 @@ from recipes.cae import (
     load_run,
 )
 from recipes.engine import run
-from recipes.engine.encoder_kinds import ViTShape
-from recipes.engine.encoders import load_encoder
-from recipes.engine.tokenizers import ImageTokenizer, to_inputs, to_pixels
+from recipes.engine.pretrained.encoders import load_encoder
+from recipes.engine.pretrained.shapes import ViTShape
+from recipes.engine.pretrained.tokenizers import ImageTokenizer, to_inputs, to_pixels
 from tests.strategies import keys
 
 SHAPE = CAEConfig(

@@ -12,10 +12,15 @@ from mimkit.nn import ConvViT
 from mimkit.patches import interpolate_positions
 from recipes import finetune
 from recipes.convmae import ConvMAE, ConvMAEConfig
-from recipes.engine.encoder_kinds import ConvViTShape, ViTShape
-from recipes.engine.encoders import build_classifier, build_encoder, fill_encoder, load_encoder
 from recipes.engine.errors import UserError
-from recipes.engine.layer_decay import layer_decay_groups
+from recipes.engine.optim import layer_decay_groups
+from recipes.engine.pretrained.encoders import (
+    build_classifier,
+    build_encoder,
+    fill_encoder,
+    load_encoder,
+)
+from recipes.engine.pretrained.shapes import ConvViTShape, ViTShape
 from tests.nn import plain
 
 SIZES = {

@@ -14,19 +14,19 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from recipes.engine import folder as folder_module
-from recipes.engine.data import DataSet, collate, load_data, normalize_by_image
-from recipes.engine.errors import UserError
-from recipes.engine.folder import (
+from recipes.engine.data import files as files_module
+from recipes.engine.data.files import (
     MAX_UNREADABLE,
-    NORMALIZE,
     UNREADABLE,
     ImageFiles,
     find_images,
-    random_box,
     read_image,
 )
-from recipes.engine.photos import CROP_SCALES, FILES, MIN_GRAY_STD, gray_std, read_photo, split
+from recipes.engine.data.images import NORMALIZE, normalize_by_image, random_box
+from recipes.engine.data.load import load_data
+from recipes.engine.data.photos import CROP_SCALES, FILES, MIN_GRAY_STD, gray_std, read_photo, split
+from recipes.engine.data.sets import DataSet, collate
+from recipes.engine.errors import UserError
 
 SIZE = (32, 32)
 DRAWN = ["photos", "digits"]
@@ -343,7 +343,7 @@ def test_simplejpeg_and_pillow_read_the_same_image(tmp_path, monkeypatch):
     path = tmp_path / "image.jpg"
     Image.linear_gradient("L").convert("RGB").save(path, quality=95)
     fast = np.asarray(read_image(path), dtype=int)
-    monkeypatch.setattr(folder_module, "simplejpeg", None)
+    monkeypatch.setattr(files_module, "simplejpeg", None)
     assert np.abs(fast - np.asarray(read_image(path), dtype=int)).max() <= 2
 
 
@@ -429,9 +429,9 @@ def test_too_many_unreadable_images_stop_the_run_in_one_line(workers, tmp_path):
 
 def test_one_percent_of_a_large_set_may_be_unreadable(tmp_path):
     files = ImageFiles(tmp_path, np.array([b"missing.png"] * 2_000), np.zeros(2_000, np.int64))
-    folder_module.check_readable(files, range(20))
+    files_module.check_readable(files, range(20))
     with pytest.raises(UserError, match="21 of 2000"):
-        folder_module.check_readable(files, range(21))
+        files_module.check_readable(files, range(21))
 
 
 @given(

@@ -26,12 +26,13 @@ from mimkit.interop import to_official
 from mimkit.nn import ViT
 from mimkit.patches import interpolate_positions
 from recipes import finetune, probe
-from recipes.engine.augment import Augmentation, rand_augment, random_box, random_erase
-from recipes.engine.distributed import World
-from recipes.engine.encoder_kinds import ViTShape
-from recipes.engine.encoders import build_encoder, fill_encoder, load_encoder
+from recipes.engine.data.augment import Augmentation, rand_augment, random_box, random_erase
+from recipes.engine.data.labelled import StoredImages, load_labelled
 from recipes.engine.errors import UserError
-from recipes.engine.labelled import StoredImages, held_out_batches, load_labelled
+from recipes.engine.pretrained.encoders import build_encoder, fill_encoder, load_encoder
+from recipes.engine.pretrained.shapes import ViTShape
+from recipes.engine.run.loader import held_out_batches
+from recipes.engine.run.world import World
 from recipes.mae import MAE, MAEConfig
 
 ROOT = Path(__file__).resolve().parents[2]

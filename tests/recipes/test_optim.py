@@ -9,11 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipes.engine.encoder_kinds import Encoder, SwinShape, ViTShape
-from recipes.engine.lars import LARS
-from recipes.engine.layer_decay import layer_decay_groups
-from recipes.engine.mixing import Mixing, draw_beta, draw_box, smooth_targets, step_generator
-from recipes.engine.optim import warmup_cosine, warmup_steps
+from recipes.engine.data.mixing import Mixing, draw_beta, draw_box, smooth_targets
+from recipes.engine.optim import LARS, layer_decay_groups, warmup_cosine, warmup_steps
+from recipes.engine.pretrained.shapes import Encoder, SwinShape, ViTShape
+from recipes.engine.seeds import step_generator
 from tests.golden_files import golden
 
 GOLDEN = golden("optim_schedules")

@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from recipes.engine import probes
-from recipes.engine.data import ProbeData
+from recipes.engine.data.sets import ProbeData
 from recipes.engine.probes import (
     attentive,
     evaluate,

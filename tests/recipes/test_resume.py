@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from mimkit.masking import Mask
 from recipes.engine import Recipe, run
-from recipes.engine.checkpoint import Checkpoints
-from recipes.engine.distributed import World
+from recipes.engine.run.checkpoint import Checkpoints
+from recipes.engine.run.world import World
 from recipes.mae import MAE, RECIPE, MAEOutput
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,11 +11,10 @@ from mimkit.interop import from_official, from_timm, to_official, to_timm
 from mimkit.nn import SwinTransformer, ViT
 from mimkit.patches import patchify, unpatchify
 from recipes.engine import run, train
-from recipes.engine.config import resolve, scaled_lr
-from recipes.engine.data import load_data
-from recipes.engine.distributed import World
-from recipes.engine.optim import parameter_groups
-from recipes.engine.train import scheduled_lr
+from recipes.engine.data.load import load_data
+from recipes.engine.optim import parameter_groups, scheduled_lr
+from recipes.engine.run.config import resolve, scaled_lr
+from recipes.engine.run.world import World
 from recipes.simmim import (
     PRESETS,
     RECIPE,

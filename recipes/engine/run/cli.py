@@ -15,8 +15,8 @@ import torch
 import tyro
 import yaml
 
-from recipes.engine.distributed import rank_from_environment
 from recipes.engine.errors import LostProcessError, UserError
+from recipes.engine.run.world import rank_from_environment
 
 Precision = Literal["fp32", "bf16"]
 

@@ -17,8 +17,8 @@ from mimkit.interop import from_official, load_checkpoint
 from mimkit.masking import Mask
 from mimkit.nn import DiscreteVAE, PatchTokenizer
 from mimkit.targets import TokenTarget
+from recipes.engine.data.images import NORMALIZE
 from recipes.engine.errors import UserError, reason_of
-from recipes.engine.folder import NORMALIZE
 
 _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError)
 

@@ -17,9 +17,9 @@ import torch
 import yaml
 from torch import nn
 
-from recipes.engine.config import RunConfig
-from recipes.engine.distributed import World
 from recipes.engine.errors import UserError
+from recipes.engine.run.config import RunConfig
+from recipes.engine.run.world import World
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 

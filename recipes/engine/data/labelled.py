@@ -1,39 +1,27 @@
 """Labelled images to train a classifier on, and to score it."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from recipes.engine.augment import Augmentation
-from recipes.engine.data import (
-    Batch,
-    DataSet,
-    Item,
-    ProbeData,
-    TrainSet,
-    collate,
-    load_data,
-    sample_rng,
-)
-from recipes.engine.distributed import World
-from recipes.engine.errors import UserError
-from recipes.engine.folder import (
-    NORMALIZE,
+from recipes.engine.data.augment import Augmentation
+from recipes.engine.data.files import (
     UNREADABLE,
     ImageFiles,
-    center_crop_to,
     check_readable,
     hold_out,
     list_images,
-    model_input,
     read_image,
     relabel,
 )
+from recipes.engine.data.images import NORMALIZE, center_crop_to, model_input
+from recipes.engine.data.load import load_data
+from recipes.engine.data.sets import DataSet, Item, ProbeData, TrainSet
+from recipes.engine.errors import UserError
+from recipes.engine.seeds import sample_rng
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,20 +170,4 @@ def _load_folder(
 def _with_train(data: DataSet, train: TrainSet) -> DataSet:
     return DataSet(
         data.name, data.in_channels, data.class_names, train, [], data.normalize, data.load_probe
-    )
-
-
-def held_out_batches(
-    data: LabelledData, world: World, *, batch_size: int, workers: int
-) -> Iterator[Batch]:
-    """Load this process's share of the images to score on."""
-    indices = [(0, sample_id) for sample_id in range(world.rank, len(data.test), world.size)]
-    return iter(
-        DataLoader(
-            data.test,
-            sampler=indices,
-            batch_size=batch_size,
-            num_workers=workers,
-            collate_fn=collate,
-        )
     )

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from mimkit.interop import load_checkpoint
 from mimkit.interop._convert import unwrap
-from recipes.engine.cli import CommonOptions
-from recipes.engine.config import digest_of
-from recipes.engine.encoder_kinds import KINDS, Encoder, EncoderShape
 from recipes.engine.errors import UserError, reason_of
+from recipes.engine.pretrained.shapes import KINDS, Encoder, EncoderShape
+from recipes.engine.run.cli import CommonOptions
+from recipes.engine.run.config import digest_of
 
 _UNREADABLE = (
     OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError,

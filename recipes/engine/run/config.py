@@ -12,15 +12,15 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor, nn
 
 from mimkit.masking import Mask
-from recipes.engine.cli import (
+from recipes.engine.data.images import Interpolation
+from recipes.engine.errors import UserError
+from recipes.engine.run.cli import (
     CommonOptions,
     Precision,
     check_options,
     check_positive,
     choose_preset,
 )
-from recipes.engine.data import Interpolation
-from recipes.engine.errors import UserError
 
 
 @dataclass(frozen=True)

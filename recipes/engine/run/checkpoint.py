@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 from torch.optim import Optimizer
 
-from recipes.engine.distributed import World
 from recipes.engine.errors import UserError
+from recipes.engine.run.world import World
 
 _MARKER = "COMPLETE"
 _NAME = re.compile(r"step-(\d+)")

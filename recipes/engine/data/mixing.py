@@ -76,13 +76,6 @@ class Mixing:
         return mixed, 1 - (bottom - top) * (right - left) / (height * width)
 
 
-def step_generator(*, seed: int, step: int) -> torch.Generator:
-    """Make the random generator of a step, on the CPU: a run that goes on needs no other state."""
-    # PyTorch's CPU generator looks at the low 32 bits of its seed alone: they must hold both.
-    mixed = np.random.SeedSequence(seed, spawn_key=(step,)).generate_state(1)
-    return torch.Generator().manual_seed(int(mixed[0]))
-
-
 def smooth_targets(
     labels: Int64[Tensor, " batch"], num_classes: int, *, smoothing: float
 ) -> Float[Tensor, "batch classes"]:

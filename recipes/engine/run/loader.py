@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from recipes.engine.data import Batch, TrainSet, collate, sample_rng
-from recipes.engine.distributed import World
+from recipes.engine.data.labelled import LabelledData
+from recipes.engine.data.sets import Batch, TrainSet, collate
+from recipes.engine.run.world import World
+from recipes.engine.seeds import sample_rng
 
 SINGLE = World()
 
@@ -95,4 +97,20 @@ def make_loader(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin_memory,
+    )
+
+
+def held_out_batches(
+    data: LabelledData, world: World, *, batch_size: int, workers: int
+) -> Iterator[Batch]:
+    """Load this process's share of the images to score on."""
+    indices = [(0, sample_id) for sample_id in range(world.rank, len(data.test), world.size)]
+    return iter(
+        DataLoader(
+            data.test,
+            sampler=indices,
+            batch_size=batch_size,
+            num_workers=workers,
+            collate_fn=collate,
+        )
     )

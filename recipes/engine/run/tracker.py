@@ -4,9 +4,9 @@ import importlib
 from types import ModuleType
 from typing import Any, Protocol
 
-from recipes.engine.config import RunConfig
 from recipes.engine.errors import UserError
-from recipes.engine.run_folder import RunFolder
+from recipes.engine.run.config import RunConfig
+from recipes.engine.run.folder import RunFolder
 
 
 class Tracker(Protocol):

@@ -17,17 +17,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from recipes.engine.data import (
+from recipes.engine.data.images import (
     PICTURE_SIZE,
-    DataSet,
-    DrawnImages,
     center_crop,
     covering_scale,
-    draw_probe,
     normalize_by_image,
     to_bytes,
     to_unit,
 )
+from recipes.engine.data.sets import DataSet, DrawnImages, draw_probe
 from recipes.engine.errors import UserError
 
 # Left out: drawings, tiny or nearly empty images, and the second view of the motorcycle.

@@ -17,17 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from recipes.engine.data import (
-    PICTURE_SIZE,
-    DataSet,
-    DrawnImages,
-    NormalizeByConstants,
-    draw_probe,
-    sample_rng,
-    to_bytes,
-    to_unit,
-)
+from recipes.engine.data.images import PICTURE_SIZE, NormalizeByConstants, to_bytes, to_unit
+from recipes.engine.data.sets import DataSet, DrawnImages, draw_probe
 from recipes.engine.errors import UserError
+from recipes.engine.seeds import sample_rng
 
 NUM_TEST_DIGITS = 360
 # Pixels around a digit that let its edge fade into the canvas instead of ending in a step.

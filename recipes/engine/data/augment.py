@@ -11,8 +11,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from recipes.engine.data.images import CROP_RATIO, NORMALIZE, model_input
 from recipes.engine.errors import UserError
-from recipes.engine.folder import CROP_RATIO, NORMALIZE, model_input
 
 # Of timm and of BYOL's linear probe; pre-training's crops have .2 and more.
 CROP_AREA = (0.08, 1.0)

@@ -8,9 +8,9 @@ import torch
 
 from mimkit._grids import per_axis
 from mimkit.nn import ViT
-from recipes.engine.encoder_kinds import ViTShape
-from recipes.engine.encoders import fill_encoder, load_encoder
 from recipes.engine.errors import UserError
+from recipes.engine.pretrained.encoders import fill_encoder, load_encoder
+from recipes.engine.pretrained.shapes import ViTShape
 
 
 def load_teacher(

@@ -1,0 +1,1 @@
+"""Images and labels: sets, files, crops and augmentation."""

@@ -1,0 +1,169 @@
+"""From image files to model inputs: crops, conversions and normalization.
+
+Axes: batch images, channels, height and width in pixels. Sizes are (height, width).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+Interpolation = Literal["bicubic", "bilinear"]
+
+Normalize = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+# A picture is a mosaic of tiles of `image_size`, about this many pixels on its shorter side.
+PICTURE_SIZE = 192
+CROP_RATIO = (3 / 4, 4 / 3)
+
+# Evaluation resizes to 256 pixels to cut out 224.
+CENTER_MARGIN = 256 / 224
+
+
+@dataclass(frozen=True)
+class NormalizeByConstants:
+    """Normalize each channel by the mean and standard deviation of the data set.
+
+    Attributes:
+        mean: Mean of each channel, for images in [0, 1].
+        std: Standard deviation of each channel.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(
+        self, images: Float[Tensor, "batch channels height width"]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Give inputs, mean [1, C, 1, 1] and standard deviation [1, C, 1, 1]."""
+        mean = images.new_tensor(self.mean).view(1, -1, 1, 1)
+        std = images.new_tensor(self.std).view(1, -1, 1, 1)
+        return (images - mean) / std, mean, std
+
+
+# ImageNet's statistics and the papers' augmentation.
+NORMALIZE = NormalizeByConstants(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+def normalize_by_image(
+    images: Float[Tensor, "batch channels height width"],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalize each channel of each image by its own mean and standard deviation.
+
+    Color texture stays; the mean color and the brightness, which would name the photo, go.
+
+    Args:
+        images: Images in [0, 1].
+
+    Returns:
+        Inputs, mean [B, C, 1, 1] and standard deviation [B, C, 1, 1]; .02 is added to the latter
+        so that noise in a flat channel stays small.
+    """
+    mean = images.mean(dim=(2, 3), keepdim=True)
+    centered = images - mean
+    # Several times faster on a CPU than `torch.std`.
+    std = centered.square().mean(dim=(2, 3), keepdim=True).sqrt() + 0.02
+    return centered / std, mean, std
+
+
+def center_crop(image: Image.Image, size: tuple[int, int], *, scale: float) -> Image.Image:
+    """Resize an image and cut out its center.
+
+    Args:
+        image: The image.
+        size: Height and width of the result in pixels.
+        scale: Factor of the resizing.
+
+    Returns:
+        The center.
+    """
+    height, width = size
+    left = max(0.0, (image.width - width / scale) / 2)
+    top = max(0.0, (image.height - height / scale) / 2)
+    # Resizing the box alone keeps a 1 x 10,000 image from becoming 256 x 2,560,000 on the way.
+    box = (left, top, image.width - left, image.height - top)
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+
+
+def covering_scale(image: Image.Image, size: tuple[int, int]) -> float:
+    """Find the factor by which an image must be resized to just cover a size in pixels."""
+    return max(size[0] / image.height, size[1] / image.width)
+
+
+def to_bytes(image: Image.Image) -> UInt8[Tensor, "channels height width"]:
+    """Convert an 8-bit image to a tensor."""
+    pixels = np.array(image).reshape(image.height, image.width, -1)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def to_unit(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Convert bytes to numbers in [0, 1]."""
+    return images.float() / 255
+
+
+@dataclass(frozen=True)
+class RandomCrops:
+    """How random crops are taken.
+
+    Attributes:
+        area: Least and largest share of an image in a crop.
+        interpolation: How crops are resized.
+
+    Source:
+        torchvision `RandomResizedCrop` as the papers use it: ratio 3/4-4/3, ten attempts and then
+        the largest central box; its draws come from another generator. MAE and ConvMAE take areas
+        of 20-100 % and resize bicubically, SimMIM 67-100 %, bilinearly, CAE 8-100 %.
+    """
+
+    area: tuple[float, float] = (0.2, 1.0)
+    interpolation: Interpolation = "bicubic"
+
+    def __call__(
+        self, image: Image.Image, size: tuple[int, int], rng: np.random.Generator
+    ) -> Image.Image:
+        """Cut a box out of an image and resize it to height and width in pixels."""
+        box = random_box(image.width, image.height, rng, area=self.area)
+        height, width = size
+        resampling = Image.Resampling[self.interpolation.upper()]
+        return image.crop(box).resize((width, height), resampling)
+
+
+def random_box(
+    width: int, height: int, rng: np.random.Generator, *, area: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Draw left, top, right and bottom of a box inside an image, in pixels."""
+    for _ in range(10):
+        pixels = width * height * rng.uniform(*area)
+        ratio = math.exp(rng.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
+        box_width, box_height = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            left = int(rng.integers(width - box_width + 1))
+            top = int(rng.integers(height - box_height + 1))
+            return left, top, left + box_width, top + box_height
+    box_width = min(width, round(height * CROP_RATIO[1]))
+    box_height = min(height, round(width / CROP_RATIO[0]))
+    left, top = (width - box_width) // 2, (height - box_height) // 2
+    return left, top, left + box_width, top + box_height
+
+
+def center_crop_to(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Cut out the center as evaluation does: 224 of 256 pixels of the shorter side."""
+    return center_crop(image, size, scale=covering_scale(image, size) * CENTER_MARGIN)
+
+
+def model_input(image: Image.Image) -> Float[Tensor, "3 height width"]:
+    """Normalize a crop."""
+    inputs, _, _ = NORMALIZE(to_unit(to_bytes(image))[None])
+    return inputs[0]
+
+
+def picture_size(image_size: tuple[int, int]) -> tuple[int, int]:
+    """Size a picture of whole tiles: as many as fit 192 pixels, at least one, on each side."""
+    height, width = (side * max(1, PICTURE_SIZE // side) for side in image_size)
+    return height, width

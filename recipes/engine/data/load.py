@@ -1,0 +1,54 @@
+"""The data set that `--data` names."""
+
+from pathlib import Path
+
+from recipes.engine.data.images import Interpolation
+from recipes.engine.data.sets import DataSet
+from recipes.engine.errors import UserError
+
+
+def load_data(
+    name: str,
+    *,
+    image_size: tuple[int, int],
+    seed: int,
+    crop_area: tuple[float, float] = (0.2, 1.0),
+    interpolation: Interpolation = "bicubic",
+) -> DataSet:
+    """Load a data set by its name.
+
+    Args:
+        name: "photos", "digits" or the path of a folder of images; a folder of the same name as a
+            data set is reached as "./photos".
+        image_size: Height and width of a model input in pixels.
+        seed: Seed of everything that is drawn, not negative.
+        crop_area: Of an image of a folder: least and largest share in a random crop.
+        interpolation: How crops of a folder's images are resized.
+
+    Returns:
+        The data set.
+
+    Raises:
+        UserError: There is no such data set, or it has nothing of this size to offer.
+    """
+    if min(image_size) < 1:
+        raise UserError(f"image_size {image_size} has an empty side; give at least 1 pixel each")
+    if seed < 0:
+        raise UserError(f"seed {seed} is negative; give 0 or more")
+
+    # Imported here: each of the three brings packages that the other two do not need.
+    if name == "photos":
+        from recipes.engine.data.photos import load_photos
+
+        return load_photos(image_size=image_size, seed=seed)
+    if name == "digits":
+        from recipes.engine.data.digits import load_digits
+
+        return load_digits(image_size=image_size, seed=seed)
+    if Path(name).is_dir():
+        from recipes.engine.data.folder import load_folder
+        from recipes.engine.data.images import RandomCrops
+
+        crops = RandomCrops(crop_area, interpolation)
+        return load_folder(name, image_size=image_size, seed=seed, crops=crops)
+    raise UserError(f"no data set {name!r}: choose photos, digits or an existing folder of images")

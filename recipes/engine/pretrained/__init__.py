@@ -1,0 +1,1 @@
+"""Encoders, tokenizers and teachers that are read from files."""

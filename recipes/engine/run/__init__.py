@@ -1,0 +1,1 @@
+"""A run: its command line, configuration, folder, checkpoints and processes."""
