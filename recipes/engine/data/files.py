@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from recipes.engine.data.digits import NUM_PICTURES
 from recipes.engine.errors import UserError
 
 try:
@@ -32,6 +31,8 @@ MAX_UNREADABLE = 10
 MAX_UNREADABLE_SHARE = 0.01
 
 HELD_OUT_SHARE = 0.1
+# Held-out pictures of a folder whose reconstructions are shown.
+NUM_PICTURES = 4
 
 
 @dataclass(frozen=True, eq=False)

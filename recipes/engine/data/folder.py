@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from recipes.engine.data.files import (
+    NUM_PICTURES,
     UNREADABLE,
     ImageFiles,
     check_readable,
@@ -39,7 +40,6 @@ from recipes.engine.data.sets import DataSet, Item, ProbeData, TrainSet
 from recipes.engine.errors import UserError
 from recipes.engine.seeds import sample_rng
 
-NUM_PICTURES = 4
 PROBE_PER_CLASS = 50
 # At 224 pixels this many inputs take 1.5 GB; with many classes each has fewer than 50.
 MAX_PROBE = 2_500
