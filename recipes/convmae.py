@@ -15,27 +15,22 @@ epochs.
 """
 
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 if __name__ == "__main__":
-    # Threads that spin for long while they wait bring a busy machine to a crawl.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch loads
-    if not __package__:  # a script: the same as `python -m recipes.convmae` from the root
-        sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __import__("recipes.script" if __package__ else "script")  # import path, threads
 
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from mimkit import container, losses, masking, targets, viz
+from mimkit import container, masking
 from mimkit.masking import Key, Mask
 from mimkit.nn import ConvViT, MAEDecoder, PixelHead
 from mimkit.patches import gather_patches, unpatchify
-from recipes.engine import Options, Preset, Recipe, Training, notes, run
+from recipes.engine import Options, Preset, Recipe, Training, run, targets
 from recipes.engine.fields import check_choices
 from recipes.engine.masks import Masks, check_ratio, join
 
@@ -85,11 +80,6 @@ class ConvMAEConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-
-    @property
-    def normalize(self) -> Literal["patch"] | None:
-        """What `masked_pixel_loss` calls the target."""
-        return "patch" if self.normalize_pixels else None
 
 
 @container
@@ -152,6 +142,9 @@ class ConvMAE(nn.Module):
         self.head = PixelHead(
             dim=config.decoder_dim, patch_size=self.patch_size, in_channels=config.in_channels
         )
+        self.target = targets.PixelTarget(
+            self.patch_size, config.in_channels, normalize=config.normalize_pixels
+        )
 
     def forward(
         self, images: Float[Tensor, "images channels height width"], mask: Mask | Sequence[Mask]
@@ -163,10 +156,7 @@ class ConvMAE(nn.Module):
             prediction = self.head(self.decoder(latent, mask))
         else:
             prediction = self._predict_parts(latent, mask)
-        loss = losses.masked_pixel_loss(
-            prediction, images, mask, self.patch_of(mask), normalize=self.config.normalize
-        )
-        return ConvMAEOutput(loss, prediction, latent)
+        return ConvMAEOutput(self.target.loss(prediction, images, mask), prediction, latent)
 
     def _predict_parts(self, latent: Tensor, mask: Mask) -> Tensor:
         """Predict whole patches from all tokens, and take the parts that the first stage hides."""
@@ -174,31 +164,8 @@ class ConvMAE(nn.Module):
         nothing = Mask.from_noise(latent.new_zeros(latent.shape[:2]), grid, num_masked=0)
         patches = self.head(self.decoder(latent, nothing, nothing.visible_ids))
         image = unpatchify(patches, grid, self.patch_size)
-        return gather_patches(image, mask.complement(), self.patch_of(mask))
-
-    def patch_of(self, mask: Mask) -> tuple[int, ...]:
-        """Return the pixels per axis that a position of `mask` stands for."""
-        sizes = zip(self.encoder.image_size, mask.grid, strict=True)
-        return tuple(pixels // positions for pixels, positions in sizes)
-
-
-def reconstruct(
-    model: ConvMAE, images: Float[Tensor, "batch channels height width"], mask: Mask
-) -> Float[Tensor, "batch channels height width"]:
-    """Fill in the masked patches; normalised ones with the true patches' statistics."""
-    target_type = targets.NormalizedPixels if model.config.normalize_pixels else targets.Pixels
-    prediction = model(images, mask).prediction.float()
-    patch_size = model.patch_of(mask)
-    patches = target_type(patch_size).invert(prediction, images, mask)
-    return viz.fill_masked(images, mask, patches, patch_size)
-
-
-def baselines(
-    model: ConvMAE, images: Float[Tensor, "batch channels height width"], mask: Mask
-) -> dict[str, Float32[Tensor, ""]]:
-    """Score trivial predictors under the model's loss."""
-    patch_size = model.patch_of(mask)
-    return losses.baselines(images, mask, patch_size, normalize=model.config.normalize)
+        part = [size // n for size, n in zip(self.encoder.image_size, mask.grid, strict=True)]
+        return gather_patches(image, mask.complement(), part)
 
 
 @dataclass(frozen=True)
@@ -329,10 +296,7 @@ RECIPE = Recipe(
     name="convmae",
     presets=PRESETS,
     build=ConvMAE,
-    baselines=baselines,
-    reconstruct=reconstruct,
     options=ConvMAEOptions,
-    note=lambda model: notes.of_pixels(normalized=model.config.normalize_pixels),
 )
 
 if __name__ == "__main__":

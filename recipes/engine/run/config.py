@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mimkit.masking import Mask
 from recipes.engine.data.images import Interpolation
 from recipes.engine.errors import UserError
+from recipes.engine.run import defaults
 from recipes.engine.run.cli import (
     CommonOptions,
     Precision,
@@ -107,6 +108,9 @@ class Options(CommonOptions):
 class Recipe:
     """What the engine needs to know of a method.
 
+    Where a field from `baselines` to `fit` is left out, the model's `target` does the work (see
+    `recipes.engine.targets`).
+
     Attributes:
         name: Name of the recipe, as in the default output folder.
         presets: Name -> preset; the first one is the default.
@@ -125,14 +129,14 @@ class Recipe:
     name: str
     presets: Mapping[str, Preset]
     build: Callable[[Any], nn.Module]
-    baselines: Callable[[Any, Tensor, Mask], dict[str, Tensor]]
-    reconstruct: Callable[[Any, Tensor, Mask], Tensor]
-    note: str | Callable[[Any], str]
+    baselines: Callable[[Any, Tensor, Mask], dict[str, Tensor]] = defaults.baselines
+    reconstruct: Callable[[Any, Tensor, Mask], Tensor] = defaults.reconstruct
+    note: str | Callable[[Any], str] = defaults.note
     options: type[Options] = Options
     pictures: Mapping[str, Callable[[Any, Tensor], Mapping[str, Tensor]]] = field(
         default_factory=dict
     )
-    fit: Callable[[Any, Tensor], None] | None = None
+    fit: Callable[[Any, Tensor], None] | None = defaults.fit
 
 
 @dataclass(frozen=True, kw_only=True)
