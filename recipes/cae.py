@@ -69,9 +69,9 @@ from mimkit.nn import (
     ViT,
 )
 from mimkit.patches import sincos_positions, unpatchify
-from recipes.engine import Options, Preset, Recipe, Training, notes, run
+from recipes.engine import Preset, Recipe, Training, notes, run
 from recipes.engine.errors import UserError
-from recipes.engine.fields import check_choices
+from recipes.engine.fields import check_fields
 from recipes.engine.masks import check_ratio, join
 from recipes.engine.pretrained.teachers import load_teacher
 from recipes.engine.pretrained.tokenizers import (
@@ -139,7 +139,7 @@ class CAEConfig:
     alignment_drop_path: bool = True
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
         if not 0 <= self.alignment_weight < math.inf:
             raise ValueError(f"alignment_weight must not be negative; got {self.alignment_weight}")
 
@@ -650,7 +650,7 @@ class BlockMasking:
     min_block: int = 16
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
         check_ratio(self.mask_ratio)
 
     def draw(self, key: Key, grid: tuple[int, ...]) -> Mask:
@@ -658,40 +658,6 @@ class BlockMasking:
         if self.sampler == "uniform":
             return masking.uniform(key, grid, self.mask_ratio)
         return masking.blockwise(key, grid, self.mask_ratio, min_block=self.min_block)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CAEOptions(Options):
-    """Pre-training of CAE, with the ablations of its paper.
-
-    Attributes:
-        tokenizer: "patches", or a file: `tokenizer.safetensors` of recipes/tokenizer.py, or the
-            weights of DALL-E's encoder.
-        target: What is predicted: "tokens", "rgb", or "features" of a teacher.
-        teacher: With target "features", the encoder that makes them: an encoder.safetensors with
-            its config.yaml, or a checkpoint of the authors' MAE or CAE.
-        beside: Folder of a finished run, of `--no-alignment` say, whose picture is put beside this
-            one's in decode_full.png.
-        alignment_weight: Weight of the alignment loss.
-        no_alignment: Train without alignment.
-        no_decoder: Predict from the regressor's output directly.
-        regressor_depth: Blocks of the regressor.
-        decoder_depth: Blocks of the decoder.
-        sampler: How masks are drawn: "blockwise" or "uniform".
-        min_block: Smallest block of a mask, in patches.
-    """
-
-    tokenizer: str | None = None
-    target: Target | None = None
-    teacher: str | None = None
-    beside: str | None = None
-    alignment_weight: float | None = None
-    no_alignment: bool = False
-    no_decoder: bool = False
-    regressor_depth: int | None = None
-    decoder_depth: int | None = None
-    sampler: Literal["blockwise", "uniform"] | None = None
-    min_block: int | None = None
 
 
 PAPER = Training(
@@ -755,7 +721,18 @@ RECIPE = Recipe(
     baselines=baselines,
     reconstruct=reconstruct,
     note=describe_pictures,
-    options=CAEOptions,
+    flags=(
+        "tokenizer",
+        "target",
+        "teacher",
+        "alignment_weight",
+        "no_alignment",
+        "no_decoder",
+        "regressor_depth",
+        "decoder_depth",
+        "sampler",
+        "min_block",
+    ),
     fit=fit,
     pictures={"decode_full": decode_full},
 )

@@ -35,8 +35,8 @@ from mimkit import container, losses, masking, targets, viz
 from mimkit.masking import Key, Mask
 from mimkit.nn import ConvViT, MAEDecoder, PixelHead
 from mimkit.patches import gather_patches, unpatchify
-from recipes.engine import Options, Preset, Recipe, Training, notes, run
-from recipes.engine.fields import check_choices
+from recipes.engine import Preset, Recipe, Training, notes, run
+from recipes.engine.fields import check_fields
 from recipes.engine.masks import Masks, check_ratio, join
 
 Conv = Literal["masked", "plain"]
@@ -84,7 +84,7 @@ class ConvMAEConfig:
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
 
     @property
     def normalize(self) -> Literal["patch"] | None:
@@ -217,7 +217,7 @@ class ConvMAEMasking:
     mask: Stage = "blockwise"
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
         check_ratio(self.mask_ratio)
         if self.parts < 1:
             raise ValueError(f"--parts {self.parts} is too small: give 1 or more")
@@ -239,36 +239,6 @@ class ConvMAEMasking:
                 )
             return masking.complementary(key, grid, self.parts)
         return masking.uniform(key, grid, self.mask_ratio)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvMAEOptions(Options):
-    """Pre-training of ConvMAE, with the paper's ablations.
-
-    Attributes:
-        parts: Complementary masks an image (FastConvMAE), each of which shows 1/parts of it, so
-            that the mask ratio follows; 1 for a single mask.
-        mask: "blockwise", drawn at the last stage and refined, or "per-stage", drawn at the first.
-        conv: "masked", or "plain" for convolutions that see what the mask hides.
-        decoder: "multi-scale", or "single-scale" for one that gets the last stage's output alone.
-        normalize_pixels: Whether each target patch is normalised.
-        decoder_dim: Width of the decoder.
-        decoder_depth: Blocks of the decoder.
-        decoder_heads: Attention heads of the decoder.
-    """
-
-    parts: int | None = None
-    mask: Stage | None = None
-    conv: Conv | None = None
-    decoder: Decoder | None = None
-    normalize_pixels: bool | None = None
-    decoder_dim: int | None = None
-    decoder_depth: int | None = None
-    decoder_heads: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.mask_ratio is None and self.parts is not None and self.parts > 1:
-            object.__setattr__(self, "mask_ratio", 1 - 1 / self.parts)
 
 
 PAPER = Training(epochs=1600, batch_size=3072, base_lr=1.5e-4, warmup_epochs=40)
@@ -331,7 +301,16 @@ RECIPE = Recipe(
     build=ConvMAE,
     baselines=baselines,
     reconstruct=reconstruct,
-    options=ConvMAEOptions,
+    flags=(
+        "parts",
+        "mask",
+        "conv",
+        "decoder",
+        "normalize_pixels",
+        "decoder_dim",
+        "decoder_depth",
+        "decoder_heads",
+    ),
     note=lambda model: notes.of_pixels(normalized=model.config.normalize_pixels),
 )
 

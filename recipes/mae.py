@@ -32,9 +32,9 @@ from mimkit import container, losses, targets, viz
 from mimkit.masking import Mask, RaggedMask
 from mimkit.nn import CrossDecoder, MAEDecoder, PixelHead, ViT
 from mimkit.patches import gather_masked
-from recipes.engine import Masking, Options, Preset, Recipe, Training, notes, run
-from recipes.engine.fields import check_choices
-from recipes.engine.masks import Sampler, join
+from recipes.engine import Masking, Preset, Recipe, Training, notes, run
+from recipes.engine.fields import check_fields
+from recipes.engine.masks import join
 
 Target = Literal["pixels", "pca"]
 LossOn = Literal["masked", "all"]
@@ -90,7 +90,7 @@ class MAEConfig:
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
         if not 0 < self.decode_fraction <= 1:
             raise ValueError(f"decode_fraction must be in (0, 1]; got {self.decode_fraction}")
         if self.decode_fraction < 1 and (self.decoder, self.loss_on) != ("cross", "masked"):
@@ -292,39 +292,6 @@ def baselines(
     return losses.baselines(images, mask, model.patch_size, normalize=model.config.normalize)
 
 
-@dataclass(frozen=True, kw_only=True)
-class MAEOptions(Options):
-    """Pre-training of MAE, with the ablations of its table 1 and section 3.
-
-    Attributes:
-        sampler: How masks are drawn (table 1f): "uniform", "blockwise" or "gridwise" (ratio 0.75).
-        views: Masks an image.
-        target: What is predicted (table 1d): "pixels", or "pca" components of the patches.
-        pca_components: How many components.
-        normalize_pixels: Whether each target patch is normalised (table 1d).
-        loss_on: The "masked" patches, or "all".
-        mask_tokens: Where mask tokens come in (table 1c): "decoder" or "encoder".
-        decoder: "self", or "cross" for CrossMAE's.
-        decode_fraction: Fraction of the masked patches to predict in a step ("cross" only).
-        decoder_dim: Width of the decoder (table 1b).
-        decoder_depth: Blocks of the decoder (table 1a).
-        decoder_heads: Attention heads of the decoder.
-    """
-
-    sampler: Sampler | None = None
-    views: int | None = None
-    target: Target | None = None
-    pca_components: int | None = None
-    normalize_pixels: bool | None = None
-    loss_on: LossOn | None = None
-    mask_tokens: MaskTokens | None = None
-    decoder: Decoder | None = None
-    decode_fraction: float | None = None
-    decoder_dim: int | None = None
-    decoder_depth: int | None = None
-    decoder_heads: int | None = None
-
-
 PAPER = Training(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40)
 MASKING = Masking(mask_ratio=0.75)
 
@@ -365,7 +332,20 @@ RECIPE = Recipe(
     build=MAE,
     baselines=baselines,
     reconstruct=reconstruct,
-    options=MAEOptions,
+    flags=(
+        "sampler",
+        "views",
+        "target",
+        "pca_components",
+        "normalize_pixels",
+        "loss_on",
+        "mask_tokens",
+        "decoder",
+        "decode_fraction",
+        "decoder_dim",
+        "decoder_depth",
+        "decoder_heads",
+    ),
     fit=MAE.fit,
     note=lambda model: notes.of_pixels(
         normalized=model.config.normalize_pixels and model.config.target == "pixels"

@@ -35,8 +35,8 @@ from mimkit import container, losses, masking, targets, viz
 from mimkit._grids import Grid
 from mimkit.masking import Key, Mask
 from mimkit.nn import PatchTokenizer, SimMIMHead, SwinTransformer, ViT
-from recipes.engine import Options, Preset, Recipe, Training, notes, run
-from recipes.engine.fields import check_choices
+from recipes.engine import Preset, Recipe, Training, notes, run
+from recipes.engine.fields import check_fields
 from recipes.engine.masks import check_ratio, join
 from recipes.engine.pretrained.teachers import load_teacher
 from recipes.engine.pretrained.tokenizers import Tokenizer, decode_masked, make_tokenizer
@@ -106,7 +106,7 @@ class SimMIMConfig:
     teacher: str | None = None
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
         if self.teacher is not None and self.target != "features":
             raise ValueError(f'a teacher is for target "features"; got target {self.target!r}')
         if self.loss not in (None, *self._fitting_losses):
@@ -498,33 +498,6 @@ class UnitMasking:
         return mask
 
 
-@dataclass(frozen=True, kw_only=True)
-class SimMIMOptions(Options):
-    """Pre-training of SimMIM, with the ablations of its section 4.1.
-
-    Attributes:
-        unit: Patches per axis that are masked together (table 1).
-        window: Tokens per axis of a Swin's windows.
-        head: The prediction head (table 2).
-        target: What is predicted (figure 4, table 5); of squares larger than a patch, `--unit` must
-            cover them.
-        loss: "l1", "l2" or "smooth_l1"; of features also "cosine"; of classes, "cross_entropy"
-            (table 5).
-        tokenizer: With target "tokens", "patches", or a file: `tokenizer.safetensors` of
-            recipes/tokenizer.py, or the weights of DALL-E's encoder.
-        teacher: With target "features", the encoder that makes them: an encoder.safetensors with
-            its config.yaml, or a checkpoint of the authors' MAE or CAE.
-    """
-
-    unit: int | None = None
-    window: int | None = None
-    head: HeadName | None = None
-    target: TargetName | None = None
-    loss: LossName | None = None
-    tokenizer: str | None = None
-    teacher: str | None = None
-
-
 # Rates per 512 images there; 2048 images a step.
 EPOCHS_100 = Training(
     epochs=100,
@@ -603,7 +576,7 @@ RECIPE = Recipe(
     baselines=baselines,
     reconstruct=reconstruct,
     note=describe_way_back,
-    options=SimMIMOptions,
+    flags=("unit", "window", "head", "target", "loss", "tokenizer", "teacher"),
     fit=SimMIM.fit,
 )
 

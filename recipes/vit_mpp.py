@@ -30,7 +30,7 @@ from mimkit import container, losses, targets, viz
 from mimkit.masking import Mask
 from mimkit.nn import ConvStem, ViT
 from mimkit.patches import gather_masked
-from recipes.engine import Masking, Options, Preset, Recipe, Training, run
+from recipes.engine import Masking, Preset, Recipe, Training, run
 from recipes.engine.masks import join
 
 _BITS = 3  # a channel
@@ -212,7 +212,6 @@ RECIPE = Recipe(
     baselines=baselines,
     reconstruct=reconstruct,
     note="Each masked patch has the one color that is predicted for it, of 8 levels a channel.",
-    options=Options,
 )
 
 if __name__ == "__main__":

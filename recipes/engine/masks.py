@@ -9,7 +9,7 @@ from torch import Tensor
 from mimkit import masking
 from mimkit.masking import Key, Mask
 from mimkit.patches._patchify import check_even
-from recipes.engine.fields import check_choices
+from recipes.engine.fields import check_fields
 
 # Several masks an image, one after the other for the whole batch, as the models take them.
 Masks: TypeAlias = Mask | Sequence[Mask]
@@ -36,7 +36,7 @@ class Masking:
     views: int = 1
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
         check_ratio(self.mask_ratio)
         if self.views < 1:
             raise ValueError(f"--views {self.views} is too small: give 1 or more")

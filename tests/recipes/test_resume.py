@@ -31,7 +31,7 @@ STEPS = 24
 def options(pictures: Path, out: Path, *more: str) -> list[str]:
     return [
         "--data", str(pictures), "--out", str(out), "--batch-size", "4", "--epochs", "8",
-        "--max-steps", str(STEPS), "--checkpoint-every", "2", *more,
+        "--max-steps", str(STEPS), "--checkpoint-every", "2", "--log-every", "1", *more,
     ]  # fmt: skip
 
 

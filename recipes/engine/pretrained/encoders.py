@@ -16,7 +16,7 @@ from mimkit.interop import load_checkpoint
 from mimkit.interop._convert import unwrap
 from recipes.engine.errors import UserError, reason_of
 from recipes.engine.pretrained.shapes import KINDS, Encoder, EncoderShape
-from recipes.engine.run.cli import CommonOptions
+from recipes.engine.run.cli import Options
 from recipes.engine.run.config import digest_of
 
 _UNREADABLE = (
@@ -28,7 +28,7 @@ _CLASSIFIER = ("fc_norm.", "head.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderOptions(CommonOptions):
+class EncoderOptions(Options):
     """Options of what is done to a finished encoder.
 
     Attributes:

@@ -97,7 +97,14 @@ class RunFolder:
         file = self.path / "config.yaml"
         wanted = config.as_dict()
         if file.exists():
-            different = _differences(_read_config(file), wanted)
+            found = _read_config(file)
+            if not isinstance(found, dict) or found.get("format") != wanted["format"]:
+                raise UserError(
+                    f"the output folder {self.path} holds a run of another version of mimkit "
+                    f"(format {wanted['format']} is wanted in its config.yaml), which cannot be "
+                    "resumed: choose another --out"
+                )
+            different = _differences(found, wanted)
             if different:
                 raise UserError(
                     f"the output folder {self.path} holds a run with other values of "
@@ -176,8 +183,10 @@ class RunFolder:
             write_atomically(self.path / name, save(weights))
 
 
-def default_path(config: RunConfig) -> Path:
-    """Name a folder after a configuration."""
+def output_folder(out: str | None, config: RunConfig) -> Path:
+    """Return the folder that `--out` names, or one named after the configuration."""
+    if out is not None:
+        return Path(out)
     data = Path(config.data).name or "folder"
     return Path("runs") / f"{config.recipe}-{config.preset}-{data}-{config.digest()}"
 
