@@ -223,8 +223,7 @@ def run(options: Options) -> None:
     Raises:
         UserError: Something that was asked for does not fit.
     """
-    config = resolve(options, "tokenizer", PRESETS, config_type=RunConfig)
-    check_stride(config.model)
+    config = resolve_tokenizer(options)
     data = load_data(config.data, image_size=config.image_size, seed=config.seed)
     shape = dataclasses.replace(config.model, in_channels=data.in_channels)
     config = dataclasses.replace(config, model=shape)
@@ -251,12 +250,14 @@ def run(options: Options) -> None:
                 print_summary(summary, config, folder)
 
 
-def check_stride(model: VAEConfig) -> None:
-    """Check that codes tile an image.
+def resolve_tokenizer(options: Options) -> RunConfig:
+    """Fill in the preset's values.
 
     Raises:
-        UserError: They do not.
+        UserError: A value that does not fit, or a size that the stride of a code does not divide.
     """
+    config = resolve(options, "tokenizer", PRESETS, config_type=RunConfig)
+    model: VAEConfig = config.model
     stride = 1 << (model.groups - 1)
     sizes = (model.image_size,) if isinstance(model.image_size, int) else model.image_size
     if any(size % stride for size in sizes):
@@ -264,6 +265,7 @@ def check_stride(model: VAEConfig) -> None:
             f"--image-size {model.image_size} is no multiple of the {stride} pixels that a code "
             f"stands for with --groups {model.groups}"
         )
+    return config
 
 
 def finish(
@@ -299,17 +301,15 @@ def print_summary(summary: dict[str, Any], config: RunConfig, folder: RunFolder)
     print(f"python recipes/cae.py --tokenizer {folder.path / 'tokenizer.safetensors'}")
 
 
-def options_type() -> type[Options]:
-    """Derive the command line."""
-    flags = (*FLAGS, "vocabulary_size", "groups", "divergence_weight")
-    return options_of(PRESETS["tiny"].parts, flags, Options)
+# The command line.
+OPTIONS = options_of(
+    PRESETS["tiny"].parts, (*FLAGS, "vocabulary_size", "groups", "divergence_weight"), Options
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the script, and return its exit code."""
-    return run_command(
-        run, options_type(), name="tokenizer", description=__doc__, arguments=arguments
-    )
+    return run_command(run, OPTIONS, name="tokenizer", description=__doc__, arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ a step is not finite. What is trained (an autoencoder, a classifier, a tokenizer
 """
 
 import contextlib
+import math
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -213,7 +214,7 @@ class Task(ABC):
         numbers = dict(zip(["num_images", "grad_norm", *totals], fetched, strict=True))
         if not numbers["num_images"]:
             return None
-        if not torch.tensor([numbers["loss"], numbers["grad_norm"]]).isfinite().all():
+        if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
             raise NonFiniteError(at, numbers["loss"], numbers["grad_norm"])
         self.optimizer.step()
         count = int(numbers.pop("num_images"))

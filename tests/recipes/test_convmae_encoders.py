@@ -14,7 +14,12 @@ from recipes import finetune
 from recipes.convmae import ConvMAE, ConvMAEConfig
 from recipes.engine.errors import UserError
 from recipes.engine.optim import layer_decay_groups
-from recipes.engine.pretrained.encoders import build_classifier, build_encoder, fill_encoder, load_encoder
+from recipes.engine.pretrained.encoders import (
+    build_classifier,
+    build_encoder,
+    fill_encoder,
+    load_encoder,
+)
 from recipes.engine.pretrained.shapes import ConvViTShape, ViTShape
 from tests.nn import plain
 

@@ -15,7 +15,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from recipes.engine.data import files as files_module
-from recipes.engine.data.files import ImageFiles, MAX_UNREADABLE, UNREADABLE, find_images, read_image
+from recipes.engine.data.files import (
+    MAX_UNREADABLE,
+    UNREADABLE,
+    ImageFiles,
+    find_images,
+    read_image,
+)
 from recipes.engine.data.images import NORMALIZE, normalize_by_image, random_box
 from recipes.engine.data.load import load_data
 from recipes.engine.data.photos import CROP_SCALES, FILES, MIN_GRAY_STD, gray_std, read_photo, split

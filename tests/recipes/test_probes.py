@@ -12,7 +12,17 @@ from torch import Tensor
 
 from recipes.engine import probes
 from recipes.engine.data.sets import ProbeData
-from recipes.engine.probes import attentive, evaluate, fit_logistic, knn, linear, raw_pixels, rotate_to_span, shuffled_batches, standardize
+from recipes.engine.probes import (
+    attentive,
+    evaluate,
+    fit_logistic,
+    knn,
+    linear,
+    raw_pixels,
+    rotate_to_span,
+    shuffled_batches,
+    standardize,
+)
 
 
 @pytest.fixture(autouse=True)

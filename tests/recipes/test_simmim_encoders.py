@@ -19,7 +19,12 @@ from mimkit.interop import to_official
 from mimkit.patches import gather_masked, interpolate_relative_positions, patchify
 from recipes import finetune, probe
 from recipes.engine.errors import UserError
-from recipes.engine.pretrained.encoders import build_classifier, build_encoder, fill_encoder, load_encoder
+from recipes.engine.pretrained.encoders import (
+    build_classifier,
+    build_encoder,
+    fill_encoder,
+    load_encoder,
+)
 from recipes.engine.pretrained.shapes import SwinShape, ViTShape
 from recipes.simmim import SimMIM, SimMIMConfig, baselines, reconstruct
 from tests.nn import plain

@@ -95,7 +95,8 @@ class Preset:
     @property
     def parts(self) -> tuple[object, ...]:
         """Return the configurations whose fields can be options."""
-        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return tuple(value for value in values if value is not None)
 
 
 @dataclass(frozen=True)
