@@ -70,7 +70,6 @@ from recipes.engine.run.folder import RunFolder, output_folder
 from recipes.engine.run.world import World, check_shard, check_shares, join, whole_weights
 
 Augment = Literal["crop", "randaugment"]
-_FLAGS = ("window", "layer_decay", "drop_path", "mixup", "cutmix", "smoothing", "augment")
 
 
 @dataclass(frozen=True)
@@ -414,16 +413,17 @@ def run(options: FineTuneOptions) -> None:
             print_summary(summary, path)
 
 
+# The command line. A Swin has windows, which the first preset has not.
+OPTIONS = options_of(
+    (*PRESETS["tiny"].parts, SwinShape()),
+    (*FLAGS, "window", "layer_decay", "drop_path", "mixup", "cutmix", "smoothing", "augment"),
+    FineTuneOptions,
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the script, and return its exit code."""
-    parts = (*PRESETS["tiny"].parts, SwinShape())
-    return run_command(
-        run,
-        options_of(parts, (*FLAGS, *_FLAGS), FineTuneOptions),
-        name="finetune",
-        description=__doc__,
-        arguments=arguments,
-    )
+    return run_command(run, OPTIONS, name="finetune", description=__doc__, arguments=arguments)
 
 
 if __name__ == "__main__":

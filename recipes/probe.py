@@ -86,7 +86,6 @@ Protocol = Literal["small", "paper"]
 
 _NAMES = {"knn": "k-NN", "linear": "linear", "attentive": "attentive"}
 _ATTENTIVE_HEADS = 12
-_FLAGS = ("epochs", "batch_size", "precision")
 _ATTENTION_ROWS = 8  # images in the picture of attention
 _ENLARGED = 4
 
@@ -502,15 +501,13 @@ def check_data(config: ProbeConfig, file: EncoderFile, data: DataSet) -> None:
         )
 
 
+# The command line.
+OPTIONS = options_of(PRESETS["tiny"].parts, ("epochs", "batch_size", "precision"), ProbeOptions)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the script, and return its exit code."""
-    return run_command(
-        run,
-        options_of(PRESETS["tiny"].parts, _FLAGS, ProbeOptions),
-        name="probe",
-        description=__doc__,
-        arguments=arguments,
-    )
+    return run_command(run, OPTIONS, name="probe", description=__doc__, arguments=arguments)
 
 
 if __name__ == "__main__":

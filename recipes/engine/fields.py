@@ -68,10 +68,10 @@ class FieldError(ValueError):
     """
 
     def __init__(self, name: str, value: object, fits: str, fault: str = "out of range") -> None:
-        super().__init__(f"{name} must be {fits}; got {_shown(value)}")
+        super().__init__(f"{name} must be {fits}; got {shown(value)}")
         self.fits = fits
         self.fault = fault
-        self.flag = f"--{name.replace('_', '-')} {_shown(value)}"
+        self.flag = f"--{name.replace('_', '-')} {shown(value)}"
 
 
 def check_fields(config: Any) -> None:
@@ -184,7 +184,7 @@ def _describe(kind: Any, value: object) -> Iterator[str]:
         yield _PLAIN[kind]
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """Show a value, cut where it is too long for a line."""
     try:
         text = repr(value)

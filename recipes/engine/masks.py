@@ -9,7 +9,7 @@ from torch import Tensor
 from mimkit import masking
 from mimkit.masking import Key, Mask
 from mimkit.patches._patchify import check_even
-from recipes.engine.fields import check_fields
+from recipes.engine.fields import OpenFraction, PositiveInt, check_fields
 
 # Several masks an image, one after the other for the whole batch, as the models take them.
 Masks: TypeAlias = Mask | Sequence[Mask]
@@ -31,15 +31,12 @@ class Masking:
         MAE, arXiv:2111.06377, table 1f.
     """
 
-    mask_ratio: float
+    mask_ratio: OpenFraction
     sampler: Sampler = "uniform"
-    views: int = 1
+    views: PositiveInt = 1
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_ratio(self.mask_ratio)
-        if self.views < 1:
-            raise ValueError(f"--views {self.views} is too small: give 1 or more")
         if self.sampler == "gridwise" and self.mask_ratio != 0.75:
             raise ValueError(
                 f"--sampler gridwise masks three patches in four: --mask-ratio {self.mask_ratio} "

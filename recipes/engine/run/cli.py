@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import docstring_parser
 import tyro
-import yaml
 
 from recipes.engine.errors import LostProcessError, UserError
 from recipes.engine.fields import (
@@ -22,7 +21,9 @@ from recipes.engine.fields import (
     Seed,
     Workers,
     check_fields,
+    shown,
 )
+from recipes.engine.reading import UnreadableError, read_yaml
 from recipes.engine.run.world import rank_from_environment
 
 
@@ -249,13 +250,11 @@ def _yaml_arguments(path: Path | None, options_type: type[Any]) -> list[str]:
     if path is None:
         return []
     try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not YAML: {error}") from error
+        content = read_yaml(path) or {}
+    except UnreadableError as error:
+        raise UserError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"--config {path} must hold `option: value` lines; got {content!r}")
+        raise UserError(f"--config {path} must hold `option: value` lines; got {shown(content)}")
     known = {field.name: field.type for field in dataclasses.fields(options_type)}
     del known["config"]
     arguments: list[str] = []
@@ -266,7 +265,7 @@ def _yaml_arguments(path: Path | None, options_type: type[Any]) -> list[str]:
             raise UserError(f"--config {path} has an unknown key {name!r}: choose from {choices}")
         flag = option.replace("_", "-")
         if known[option] is bool and not isinstance(value, bool):
-            raise UserError(f"--config {path}: {name} must be true or false; got {value!r}")
+            raise UserError(f"--config {path}: {name} must be true or false; got {shown(value)}")
         if known[option] is bool:
             arguments.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
@@ -279,4 +278,5 @@ def _one_line(message: str) -> str:
     message = message.replace("{None}|", "")  # options may be left out; None need not be written
     lines = (re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in message.splitlines())
     sentences = [line for line in lines if line and not re.match(r"[╭╰─+]|-+$", line)]
-    return " ".join(sentences) if sentences else "the command line cannot be read"
+    text = " ".join(sentences) if sentences else "the command line cannot be read"
+    return text if len(text) <= 700 else f"{text[:697]}..."
