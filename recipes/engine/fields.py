@@ -100,9 +100,16 @@ def check_fields(config: Any) -> None:
     kinds = get_type_hints(type(config), include_extras=True)
     for field in fields(config):
         value = getattr(config, field.name)
+        kinds[field.name] = _bare(kinds[field.name])
         if not _admits(kinds[field.name], value):
             kind = kinds[field.name]
             raise FieldError(field.name, value, _fits(kind, value), _fault(kind, value))
+
+
+def _bare(kind: Any) -> Any:
+    """Take off annotations that are no range, such as an option's help text."""
+    is_range = any(isinstance(part, Within) for part in get_args(kind)[1:])
+    return get_args(kind)[0] if get_origin(kind) is Annotated and not is_range else kind
 
 
 def _admits(kind: Any, value: object) -> bool:

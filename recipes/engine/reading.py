@@ -14,11 +14,11 @@ class UnreadableError(Exception):
     """A file that cannot be read; the message says why, without the file's name."""
 
 
-def read_text(file: Path) -> str:
+def read_bytes(file: Path) -> bytes:
     """Read a file of at most a megabyte.
 
     Raises:
-        UnreadableError: It is no regular file, cannot be opened, is larger, or is no UTF-8.
+        UnreadableError: It is no regular file, cannot be opened, or is larger.
     """
     try:
         if not file.is_file():  # a pipe or a device may never end
@@ -27,11 +27,9 @@ def read_text(file: Path) -> str:
             data = content.read(_MOST_BYTES + 1)
         if len(data) > _MOST_BYTES:
             raise UnreadableError(f"it has more than {_MOST_BYTES:,} bytes")
-        return data.decode()
+        return data
     except OSError as error:
         raise UnreadableError(error.strerror or str(error)) from error
-    except UnicodeDecodeError as error:
-        raise UnreadableError("it is no UTF-8 text") from error
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -49,11 +47,11 @@ def read_yaml(file: Path) -> Any:
     """Read a YAML file of plain values.
 
     Raises:
-        UnreadableError: As in `read_text`, or what it holds is not YAML.
+        UnreadableError: As in `read_bytes`, or what it holds is not YAML.
     """
-    text = read_text(file)
+    content = read_bytes(file)
     try:
-        return yaml.load(text, _UniqueKeys)  # noqa: S506 -- a SafeLoader
+        return yaml.load(content.decode(), _UniqueKeys)  # noqa: S506 -- a SafeLoader
     except RecursionError as error:
         raise UnreadableError("it is not YAML: nested too deeply") from error
     except (yaml.YAMLError, ValueError, TypeError) as error:
@@ -64,11 +62,11 @@ def read_json(file: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UnreadableError: As in `read_text`, or what it holds is not JSON.
+        UnreadableError: As in `read_bytes`, or what it holds is not JSON.
     """
-    text = read_text(file)
+    content = read_bytes(file)
     try:
-        return json.loads(text)
+        return json.loads(content)
     except RecursionError as error:
         raise UnreadableError("it is not JSON: nested too deeply") from error
     except ValueError as error:
