@@ -2,14 +2,23 @@
 
 Quick (the default): 25 examples a property, the same on every run. Long (`-m full`): 200 random
 examples of every property, and the tests that carry the marker.
+
+A worker of `pytest -n` computes with one thread, and so do the processes that its tests start.
 """
 
+import os
+
 import pytest
+import torch
 from hypothesis import is_hypothesis_test, settings
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, database=None)
 settings.register_profile("full", deadline=None, max_examples=200, print_blob=True)
 settings.load_profile("ci")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 def is_long(config: pytest.Config) -> bool:

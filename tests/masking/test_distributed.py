@@ -1,5 +1,6 @@
 """Masks into and containers out of `DistributedDataParallel` with a static graph."""
 
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -51,7 +52,11 @@ def new_model() -> MAE:
 def train(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=RANKS,
+        timeout=timedelta(minutes=5),
     )
     share = BATCH // RANKS
     rows = slice(rank * share, (rank + 1) * share)
