@@ -34,12 +34,12 @@ def wait_until(
 
 
 def end_of(process: subprocess.Popen[Any], *, seconds: float = SECONDS) -> tuple[int, Any]:
-    """Wait for a process to end: its exit code, and what it wrote to `stderr`, if that is a pipe."""
+    """Wait for the end of a process: its exit code, and its errors if `stderr` is a pipe."""
     try:
         _, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         stop(process)
-        pytest.fail(f"the process still ran after {seconds:g} s and was stopped: {process.args}")
+        pytest.fail(f"the process still ran after {seconds:g} s and was stopped: {process.args!r}")
     return process.returncode, errors
 
 
