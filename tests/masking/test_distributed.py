@@ -3,6 +3,7 @@
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed
 from torch import Tensor
@@ -67,6 +68,7 @@ def train(rank: int, folder: str) -> None:
     torch.save(steps, f"{folder}/{rank}.pt")
 
 
+@pytest.mark.full
 def test_two_processes_find_the_gradients_of_the_whole_batch(tmp_path: Path):
     spawn(train, args=(str(tmp_path),), nprocs=RANKS)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))

@@ -188,6 +188,7 @@ def test_plain_convolutions_leak_as_the_paper_warns():
 
 
 @pytest.mark.untyped
+@pytest.mark.full
 def test_it_is_traced_into_one_graph():
     encoder = make_encoder(depth=(1, 0, 1), kernel_size=3)
     images, mask = make_images(encoder), make_mask(encoder)
