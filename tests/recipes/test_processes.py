@@ -97,8 +97,11 @@ def test_a_job_ends_clearly_when_a_process_dies_and_goes_on_when_started_again(
     out = folder / "bereaved"
     # Steps enough to be killed in.
     long = ["--epochs", "8", "--batch-size", "4"]
+    start = command(out, 2, *long, steps=60)
+    # `torchrun` ends the other process as soon as it looks: not before that has seen for itself.
+    start.insert(start.index("--standalone"), "--monitor-interval=5")
     job = subprocess.Popen(
-        command(out, 2, *long, steps=60),
+        start,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
