@@ -3,6 +3,7 @@
 On small grids whole laws are compared, mask by mask; at the published sizes what they are known by.
 """
 
+import functools
 import math
 import random
 
@@ -225,6 +226,7 @@ def simmim_as_published(rng: np.random.RandomState) -> np.ndarray:
     return mask.reshape(2, 3).repeat(2, axis=0).repeat(2, axis=1)
 
 
+@functools.cache
 def draw_small(name: str) -> tuple[Tensor, Tensor]:
     """Draw masks on a small grid: ours, and as published."""
     key, rng, generator = (

@@ -1,7 +1,9 @@
 """Masks into and containers out of `DistributedDataParallel` with a static graph."""
 
+from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed
 from torch import Tensor
@@ -51,7 +53,11 @@ def new_model() -> MAE:
 def train(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=RANKS,
+        timeout=timedelta(minutes=5),
     )
     share = BATCH // RANKS
     rows = slice(rank * share, (rank + 1) * share)
@@ -62,6 +68,7 @@ def train(rank: int, folder: str) -> None:
     torch.save(steps, f"{folder}/{rank}.pt")
 
 
+@pytest.mark.full
 def test_two_processes_find_the_gradients_of_the_whole_batch(tmp_path: Path):
     spawn(train, args=(str(tmp_path),), nprocs=RANKS)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))

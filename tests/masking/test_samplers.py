@@ -354,10 +354,13 @@ def assert_conforms_on(name, grid, ratio):
     assert_sampler_conforms(CONFORMING[name], grid, ratio, num_masked=count, least=least)
 
 
+# On given grids they are quick: test_blockwise.py, test_inverse_block.py, test_multiblock.py.
+LONG = {"blockwise", "context", "inverse_block", "target"}
+
+
 @pytest.mark.untyped
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.full] * (n == "blockwise")) for n in CONFORMING],
+    "name", [pytest.param(n, marks=[pytest.mark.full] * (n in LONG)) for n in CONFORMING]
 )
 @given(grid=grids(min_tokens=3, max_tokens=40), ratio=st.fractions(1, 9).map(lambda n: n / 10))
 def test_samplers_keep_their_promises_on_drawn_grids(name, grid, ratio):

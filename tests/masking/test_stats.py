@@ -100,7 +100,9 @@ def error_of_12(found: np.ndarray) -> float:
     return found.std(ddof=1) / found.mean() / 12**0.5
 
 
-@pytest.mark.parametrize("unit", [4, 8, 16, 32])
+@pytest.mark.parametrize(
+    "unit", [4, 8, *(pytest.param(n, marks=pytest.mark.full) for n in (16, 32))]
+)
 def test_random_units_are_as_far_as_the_table_says(unit):
     key = masking.key(range(NUM_MASKS[unit]), seed=0)
     for tenths, printed in enumerate(RANDOM[unit], 1):

@@ -188,6 +188,7 @@ def test_plain_convolutions_leak_as_the_paper_warns():
 
 
 @pytest.mark.untyped
+@pytest.mark.full
 def test_it_is_traced_into_one_graph():
     encoder = make_encoder(depth=(1, 0, 1), kernel_size=3)
     images, mask = make_images(encoder), make_mask(encoder)
@@ -315,6 +316,8 @@ def test_windows_do_not_see_each_other_and_global_layers_see_all():
 ENCODER = make_encoder()
 IMAGES = make_images(ENCODER)
 
+NARROW = {"dim": (4, 6, 8), "heads": 2}
+
 
 @pytest.mark.untyped
 @pytest.mark.parametrize(
@@ -337,10 +340,13 @@ IMAGES = make_images(ENCODER)
         (lambda: ConvViT(heads=7), "dim=768.*heads=7"),
         (lambda: ConvViT(pool="max"), "'max'"),
         (
-            lambda: ConvViTDetector(image_size=256, window=5, depth=(0, 0, 11)),
+            lambda: ConvViTDetector(**NARROW, image_size=256, window=5, depth=(0, 0, 11)),
             r"\(16, 16\).*window \(5, 5\)",
         ),
-        (lambda: ConvViTDetector(image_size=64, depth=(1, 1, 2)), r"\[0, 2\).*\(0, 3, 6, 10\)"),
+        (
+            lambda: ConvViTDetector(**NARROW, image_size=64, depth=(1, 1, 2)),
+            r"\[0, 2\).*\(0, 3, 6, 10\)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_repeated_in_the_error(call, message):
