@@ -7,6 +7,9 @@ from typing import Any
 
 Grid = tuple[int, ...]
 MAX_AXES = 3
+# Rows that a class token adds to a table of relative positions: class to patch, patch to class,
+# class to class.
+NUM_CLASS_ROWS = 3
 
 
 def as_sizes(name: str, value: int | Sequence[int]) -> Grid:
@@ -98,6 +101,16 @@ def as_integer(name: str, value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer; got {value!r}")
     return operator.index(value)
+
+
+def reach_of(radius: Sequence[int], cell: Sequence[int]) -> int:
+    """Return how many cells away a filter reads: its radius in cells, rounded up.
+
+    Example:
+        >>> reach_of((2, 2), (4, 4)), reach_of((3, 3), (2, 2))
+        (1, 2)
+    """
+    return max(-(-r // size) for r, size in zip(radius, cell, strict=True))
 
 
 def count_tokens(grid: Sequence[int]) -> int:

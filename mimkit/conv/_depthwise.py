@@ -15,9 +15,9 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimkit._grids import Grid, per_axis
+from mimkit._checks import cell_of
+from mimkit._grids import Grid, per_axis, reach_of
 from mimkit.masking import Mask
-from mimkit.patches._cells import cell_of
 from mimkit_kernels import packed_depthwise_conv
 
 
@@ -98,11 +98,6 @@ def packed_depthwise_conv2d(
         )
     cells, weight, bias = _autocast(cells, weight, bias)
     return packed_depthwise_conv(cells, weight, bias, neighbors, size)
-
-
-def reach_of(radius: Sequence[int], cell: Sequence[int]) -> int:
-    """Return how many cells away the outputs of a cell look."""
-    return max(-(-r // size) for r, size in zip(radius, cell, strict=True))
 
 
 def _radius(weight: Tensor, bias: Tensor | None, channels: int) -> Grid:

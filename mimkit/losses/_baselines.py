@@ -9,12 +9,12 @@ from jaxtyping import Float, Float32, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+import mimkit_kernels as kernels
+from mimkit._checks import Order
 from mimkit._grids import Grid, per_axis
 from mimkit.losses._masked import Kind, masked_pixel_loss
 from mimkit.masking import Mask
 from mimkit.patches import gather_patches, grid_of, unpatchify
-from mimkit.patches._patchify import Order
-from mimkit.patches._tokens import take_rows
 from mimkit.targets import NormalizedPixels, Pixels
 
 
@@ -64,7 +64,7 @@ def baselines(
     predictions = {
         "zero": torch.zeros_like(hidden),
         "mean_color": _mean_color(seen, images.shape[1], order).expand_as(hidden),
-        "nearest": take_rows(seen, _nearest_visible(mask)),
+        "nearest": kernels.gather_tokens(seen, _nearest_visible(mask), 0),
         "interpolated": smooth * scale,
     }
     return {

@@ -14,14 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mimkit_kernels as kernels
-from mimkit._grids import count_tokens, per_axis
-from mimkit.losses._classes import check_classes
-from mimkit.masking import Mask, RaggedMask
-from mimkit.patches import gather_masked, grid_of
-from mimkit.patches._patchify import (
+from mimkit._checks import (
     Order,
     channel_statistic,
     check_batch,
+    check_can_normalize,
     check_device,
     check_mask,
     check_pixels,
@@ -29,7 +26,10 @@ from mimkit.patches._patchify import (
     each_sample,
     is_channels_last,
 )
-from mimkit.targets._pixels import check_can_normalize
+from mimkit._grids import count_tokens, per_axis
+from mimkit.losses._classes import check_classes
+from mimkit.masking import Mask, RaggedMask
+from mimkit.patches import gather_masked, grid_of
 from mimkit_kernels import elementwise_error
 
 Reduction = Literal["mean", "sample", "none"]

@@ -370,20 +370,6 @@ def ragged(
     return RaggedMask.cat([masks[row] for row in range(key.batch_size)])
 
 
-def behind_prefix(mask: RaggedMask, num_prefix: int) -> RaggedMask:
-    """Count `num_prefix` tokens in front of each sample's as visible, on grids of one axis."""
-    if num_prefix == 0:
-        return mask
-    prefix = torch.arange(num_prefix, device=mask.device)
-    visible = mask.split_visible(mask.visible_ids + num_prefix)
-    return RaggedMask._pack(
-        torch.cat([ids for sample in visible for ids in (prefix, sample)]),
-        mask.masked_ids + num_prefix,
-        [(num_prefix + count,) for count in mask.num_tokens],
-        [num_prefix + count for count in mask.num_visible],
-    )
-
-
 def _per_sample(name: str, value: Any, key: Key, *, one: bool) -> Sequence[Any]:
     """Spread one value over all samples, or check that there is one for each."""
     if one:

@@ -9,14 +9,15 @@ from collections.abc import Sequence
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int32, Shaped
+from jaxtyping import Float, Int32
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimkit._grids import Grid, divide, per_axis
+from mimkit._checks import cell_of, check_even
+from mimkit._grids import per_axis
 from mimkit._settings import Settings
 from mimkit.masking import Mask
-from mimkit.patches._patchify import check_batch, check_even, gather_patches, unpatchify
+from mimkit.patches._patchify import gather_patches, unpatchify
 from mimkit.patches._tokens import restore
 
 
@@ -111,16 +112,6 @@ def neighbors(mask: Mask, *, reach: int = 1) -> Int32[Tensor, "batch visible win
     places = rearrange(first.unsqueeze(2) + window, "b v w -> b (v w)")
     found = framed.flatten(1).gather(1, places)
     return found.view(*ids.shape, len(window)).int()
-
-
-def cell_of(feature_map: Shaped[Tensor, "batch channels *spatial"], mask: Mask) -> Grid:
-    """Return the positions of a feature map per axis and token of the mask.
-
-    Raises:
-        ValueError: A mask of other axes, or a feature map that does not fit it.
-    """
-    check_batch(mask, feature_map)
-    return divide("feature map", feature_map.shape[2:], mask.grid, "the grid of the mask")
 
 
 def _axes(mask: Mask) -> int:

@@ -6,13 +6,12 @@ other, each behind its prefix).
 """
 
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 import mimkit_kernels as kernels
+from mimkit._checks import check_batch, check_rows
 from mimkit.masking import Mask, RaggedMask
-from mimkit.masking._ragged import behind_prefix
-from mimkit.patches._patchify import check_batch, check_device
 
 
 def gather_visible(
@@ -136,13 +135,6 @@ def restore(
     )
 
 
-def take_rows(
-    tokens: Shaped[Tensor, "batch tokens dim"], ids: Int64[Tensor, "batch taken"]
-) -> Shaped[Tensor, "batch taken dim"]:
-    """Take the rows `ids` of each sample."""
-    return kernels.gather_tokens(tokens, ids, 0)
-
-
 def _gather(tokens: Tensor, mask: Mask, ids: Tensor, num_prefix: int) -> Tensor:
     _check_prefix(num_prefix)
     if tokens.ndim != 3 or tokens.shape[1] != num_prefix + mask.num_tokens:
@@ -159,15 +151,31 @@ def _check_prefix(num_prefix: int) -> None:
 
 
 def _gather_rows(tokens: Tensor, mask: RaggedMask, num_prefix: int) -> Tensor:
-    whole = behind_prefix(mask, num_prefix)
+    whole = _with_prefix(mask, num_prefix)
     check_rows("tokens", tokens, whole, sum(whole.num_tokens))
     return tokens.index_select(0, whole.visible_rows)
+
+
+def _with_prefix(mask: RaggedMask, num_prefix: int) -> RaggedMask:
+    """Add `num_prefix` visible tokens in front of each sample's tokens, on grids of one axis."""
+    if num_prefix == 0:
+        return mask
+    prefix = torch.arange(num_prefix, device=mask.device)
+    visible = mask.split_visible(mask.visible_ids + num_prefix)
+    return RaggedMask(
+        torch.cat([ids for sample in visible for ids in (prefix, sample)]),
+        mask.masked_ids + num_prefix,
+        mask.cu_visible + num_prefix * torch.arange(mask.batch_size + 1, device=mask.device),
+        mask.cu_masked,
+        tuple((num_prefix + count,) for count in mask.num_tokens),
+        tuple(num_prefix + count for count in mask.num_visible),
+    )
 
 
 def _restore_rows(
     visible: Tensor, mask: RaggedMask, fill: Tensor, positions: Tensor | None, num_prefix: int
 ) -> Tensor:
-    whole, dim = behind_prefix(mask, num_prefix), visible.shape[-1]
+    whole, dim = _with_prefix(mask, num_prefix), visible.shape[-1]
     check_rows("visible", visible, whole, len(whole.visible_ids))
     if fill.ndim == 1:
         fill = fill.expand(len(whole.masked_ids), -1)
@@ -180,23 +188,3 @@ def _restore_rows(
         return tokens
     check_rows("positions", positions, whole, len(order), dim)
     return tokens + positions
-
-
-def check_rows(
-    name: str,
-    rows: Shaped[Tensor, "rows ..."],
-    mask: RaggedMask,
-    expected: int,
-    dim: int | None = None,
-) -> None:
-    """Check the number of packed rows, their device, and their width if `dim` is given.
-
-    Raises:
-        ValueError: Others; with `mimkit.use(check=True)` also a wrong mask.
-    """
-    if rows.ndim < 2 or len(rows) != expected or dim not in (None, rows.shape[1]):
-        width = "..." if dim is None else dim
-        raise ValueError(
-            f"{name} must be [{expected}, {width}] for {mask}; got {tuple(rows.shape)}"
-        )
-    check_device(mask, rows)

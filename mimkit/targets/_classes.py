@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
+from mimkit._checks import as_floats
 from mimkit.masking import Mask
-from mimkit.patches._patchify import as_floats
 from mimkit.targets._pixels import Pixels
 
 _POINTS_AT_ONCE = 1 << 16

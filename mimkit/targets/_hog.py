@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimkit._checks import as_floats, check_mask
 from mimkit._grids import divide, per_axis
 from mimkit.masking import Mask
 from mimkit.patches import gather_masked, grid_of
-from mimkit.patches._patchify import as_floats, check_mask
 
 _EPS = 1e-5
 

@@ -12,10 +12,9 @@ from einops import rearrange
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-import mimkit_kernels as kernels
+from mimkit._checks import Order, as_floats, check_even, patch_statistics
 from mimkit.masking import Mask
 from mimkit.patches import gather_patches, patchify
-from mimkit.patches._patchify import Order, as_floats, check_even
 
 
 @dataclass(frozen=True)
@@ -238,25 +237,3 @@ class PCATarget:
         if self.center is None or self.components is None:
             raise RuntimeError("this PCATarget has no components yet: call fit(images) first")
         return self.center.to(device), self.components.to(device)
-
-
-def patch_statistics(
-    patches: Float[Tensor, "batch masked patch"],
-) -> tuple[Float[Tensor, "batch masked 1"], Float[Tensor, "batch masked 1"]]:
-    """Return mean and standard deviation of each patch, as MAE normalises by them.
-
-    Raises:
-        ValueError: Patches of a single value, whose unbiased variance does not exist.
-    """
-    check_can_normalize(patches)
-    return kernels.patch_statistics(patches)
-
-
-def check_can_normalize(patches: Float[Tensor, "batch masked patch"]) -> None:
-    """Check that patches have a variance.
-
-    Raises:
-        ValueError: Patches of a single value.
-    """
-    if patches.shape[-1] < 2:
-        raise ValueError("a patch of a single value cannot be normalised: its variance is 0 / 0")

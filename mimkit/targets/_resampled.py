@@ -14,10 +14,10 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimkit._checks import Order, as_floats, check_even
 from mimkit._grids import Grid, divide, per_axis
 from mimkit.masking import Mask
 from mimkit.patches import gather_masked, patchify, restore, unpatchify
-from mimkit.patches._patchify import Order, as_floats, check_even
 from mimkit.targets._pixels import Pixels
 
 _NORMALIZATION_EPS = 1e-6  # inside the root

@@ -12,9 +12,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimkit._checks import check_even
 from mimkit.masking import Mask
 from mimkit.patches import gather_masked, patchify
-from mimkit.patches._patchify import check_even
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mimkit._checks import unwrap
 from mimkit.interop import load_checkpoint
-from mimkit.interop._convert import unwrap
 from recipes.engine.cli import CommonOptions
 from recipes.engine.config import digest_of
 from recipes.engine.encoder_kinds import KINDS, Encoder, EncoderShape
