@@ -29,14 +29,14 @@ from mimkit.masking import Mask, RaggedMask
 def grid_of(
     images: Shaped[Tensor, "batch channels *spatial"], patch_size: int | Sequence[int]
 ) -> Grid:
-    """Return the tokens per axis of `images` cut into patches.
+    """Return the number of patches of `images` per axis.
 
     Args:
         images: Images, or any signal of one to three spatial axes.
         patch_size: Pixels per patch; one integer, or one per spatial axis.
 
     Raises:
-        ValueError: A size that the patch does not divide, or no spatial axis.
+        ValueError: A size that the patch does not divide, or not one to three spatial axes.
 
     Example:
         >>> grid_of(torch.zeros(1, 3, 224, 192), 16)
@@ -61,9 +61,9 @@ def patchify(
     Args:
         images: Any number of channels, one to three spatial axes, any dtype.
         patch_size: Pixels per patch; one integer, or one per spatial axis.
-        order: Order of the values inside a patch: "p1 p2 c" is MAE's, channels fastest;
-            "c p1 p2" is that of convolution weights, and the faster one to load. On one or three
-            axes, "p1 p2" stands for all of them.
+        order: Order of the values inside a patch. In "p1 p2 c", MAE's order, channels vary
+            fastest. "c p1 p2" is the order of convolution weights, and faster to load. "p1 p2"
+            stands for all spatial axes, also where there are one or three.
 
     Raises:
         ValueError: A size that the patch does not divide, or an unknown order.
@@ -94,10 +94,10 @@ def unpatchify(
         patches: One vector per token of `grid`.
         grid: Tokens per axis.
         patch_size: Pixels per patch; one integer, or one per spatial axis.
-        order: The order that the patches were cut in.
+        order: The order that was passed to `patchify`.
 
     Raises:
-        ValueError: Patches that do not fill the grid, or whose length is no multiple of the patch.
+        ValueError: Patches that do not fit the grid or the patch size.
 
     Example:
         >>> images = torch.randn(2, 3, 8, 12)
@@ -130,24 +130,24 @@ def gather_patches(
     std: Sequence[float] | Tensor | None = None,
     order: Order = "p1 p2 c",
 ) -> Float[Tensor, "batch visible patch"] | Float[Tensor, "rows patch"]:
-    """Cut out the visible patches only; of contiguous images, no other pixel is read.
+    """Cut out the visible patches only; no other pixel of contiguous images is read.
 
     For the masked patches pass `~mask` (`mask.complement()` under `torch.compile`).
 
     Args:
-        images: Floats, or uint8 in [0, 255], which become float32 fractions in [0, 1] first. Under
-            a `RaggedMask` also a list, of images [channels, *spatial] of any sizes.
-        mask: Which patches to take; its grid is that of the images. Those of a `RaggedMask` come
-            packed, one sample behind the other.
+        images: Floats, or uint8 in [0, 255], which is converted to float32 in [0, 1] first. With a
+            `RaggedMask`, also a list of images [channels, *spatial] of any sizes.
+        mask: Which patches to take; its grid is that of the images. With a `RaggedMask`, the result
+            is packed: the patches of all samples, concatenated.
         patch_size: Pixels per patch; one integer, or one per spatial axis.
-        mean: One value per channel to subtract, in units of the (scaled) images.
-        std: One value per channel to divide by afterwards. Statistics are applied in float32 (or
-            float64, if the images are).
+        mean: One value per channel to subtract, for uint8 images in the range [0, 1].
+        std: One value per channel to divide by afterwards. Both are applied in float32 (in float64
+            if the images are).
         order: Order of the values inside a patch (see `patchify`).
 
     Raises:
         TypeError: Images that are neither floats nor uint8.
-        ValueError: A mask of another grid or batch size, or a wrong number of channel statistics.
+        ValueError: A mask that does not fit the images, or a wrong number of channel statistics.
 
     Example:
         >>> from mimkit.masking import Mask, RaggedMask

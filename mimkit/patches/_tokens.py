@@ -1,8 +1,8 @@
-"""Moving tokens: out of the whole sequence by a mask, and back.
+"""Gather the visible or masked tokens of a sequence, and restore the sequence.
 
-Axes: batch; prefix (class tokens and the like, which no mask touches); tokens (of the grid);
-visible; masked; dim. Under a `RaggedMask`: rows (tokens of all samples, one sample behind the
-other, each behind its prefix).
+Axes: batch; prefix (class tokens and the like, which are never masked); tokens (of the grid);
+visible; masked; dim. With a `RaggedMask`: rows (the tokens of all samples, concatenated; those of
+each sample come after its prefix tokens).
 """
 
 import torch
@@ -20,12 +20,12 @@ def gather_visible(
     *,
     num_prefix: int = 0,
 ) -> Shaped[Tensor, "batch prefix_and_visible dim"] | Shaped[Tensor, "rows_of_visible dim"]:
-    """Take the prefix tokens and the visible tokens, in ascending order of position.
+    """Gather the prefix tokens and the visible tokens, in ascending order of position.
 
     Args:
-        tokens: The whole sequence; packed rows under a `RaggedMask`, as is the result then.
+        tokens: The whole sequence. With a `RaggedMask`, tokens and result are packed rows.
         mask: Which tokens are visible.
-        num_prefix: Tokens in front of the grid's.
+        num_prefix: Prefix tokens in front of the grid's tokens.
 
     Raises:
         ValueError: A sequence whose length or batch size does not fit the mask.
@@ -49,12 +49,12 @@ def gather_masked(
     *,
     num_prefix: int = 0,
 ) -> Shaped[Tensor, "batch prefix_and_masked dim"] | Shaped[Tensor, "rows_of_masked dim"]:
-    """Take the prefix tokens and the masked tokens, in ascending order of position.
+    """Gather the prefix tokens and the masked tokens, in ascending order of position.
 
     Args:
-        tokens: The whole sequence; packed rows under a `RaggedMask`, as is the result then.
+        tokens: The whole sequence. With a `RaggedMask`, tokens and result are packed rows.
         mask: Which tokens are masked.
-        num_prefix: Tokens in front of the grid's.
+        num_prefix: Prefix tokens in front of the grid's tokens.
 
     Raises:
         ValueError: A sequence whose length or batch size does not fit the mask.
@@ -86,11 +86,11 @@ def restore(
 
     Args:
         visible: Prefix tokens, then visible tokens, as `gather_visible` returns them.
-        mask: The mask that they were taken by.
-        fill: One vector for every masked position (a mask token), or one token for each.
-        positions: Position embeddings to add to all tokens; under a `RaggedMask`, one for each row
-            of the result.
-        num_prefix: Tokens in front of the grid's.
+        mask: The mask that they were gathered with.
+        fill: One vector for all masked positions (a mask token), or one vector per position.
+        positions: Position embeddings to add to all tokens; with a `RaggedMask`, one per row of the
+            result.
+        num_prefix: Prefix tokens in front of the grid's tokens.
 
     Returns:
         The whole sequence, in the promoted dtype of the inputs.
@@ -112,10 +112,11 @@ def restore(
         return _restore_rows(visible, mask, fill, positions, num_prefix)
     check_batch(mask, visible)
     _check_prefix(num_prefix)
-    if visible.ndim != 3 or visible.shape[1] != num_prefix + mask.num_visible:
+    length = num_prefix + mask.num_visible
+    if visible.ndim != 3 or visible.shape[1] != length:
         raise ValueError(
-            f"visible must be [batch, tokens, dim], of {num_prefix} prefix and {mask.num_visible} "
-            f"visible tokens; got {tuple(visible.shape)}"
+            f"visible must be [batch, {length}, dim] for {num_prefix} prefix and "
+            f"{mask.num_visible} visible tokens; got {tuple(visible.shape)}"
         )
     batch, _, dim = visible.shape
     if fill.shape not in ((dim,), (batch, mask.num_masked, dim)):
@@ -129,7 +130,7 @@ def restore(
         )
     for name, tensor in (("fill", fill), ("positions", positions)):
         if tensor is not None and tensor.device != visible.device:
-            raise ValueError(f"{name} is on {tensor.device}, but visible on {visible.device}")
+            raise ValueError(f"{name} is on {tensor.device}, but visible is on {visible.device}")
     return kernels.restore_tokens(
         visible, fill, mask.visible_ids, mask.masked_ids, positions, num_prefix
     )
@@ -140,7 +141,7 @@ def _gather(tokens: Tensor, mask: Mask, ids: Tensor, num_prefix: int) -> Tensor:
     if tokens.ndim != 3 or tokens.shape[1] != num_prefix + mask.num_tokens:
         raise ValueError(
             f"tokens must be [batch, {num_prefix + mask.num_tokens}, dim] for grid {mask.grid} "
-            f"behind {num_prefix} prefix tokens; got {tuple(tokens.shape)}"
+            f"after {num_prefix} prefix tokens; got {tuple(tokens.shape)}"
         )
     return kernels.gather_tokens(tokens, ids, num_prefix)
 
