@@ -1,4 +1,4 @@
-"""What predictors that learn nothing would score: the yardstick beside every loss."""
+"""Losses of trivial predictors, to compare a model's loss with."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -31,16 +31,16 @@ def baselines(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> dict[str, Float32[Tensor, ""]]:
-    """Score trivial predictors under the very loss of `masked_pixel_loss`.
+    """Compute the `masked_pixel_loss` of trivial predictors.
 
-    Arguments are those of `masked_pixel_loss`. The predictors see visible patches only, but for one
-    favour: "interpolated" is multiplied by the factor that suits the hidden target best.
+    Arguments are those of `masked_pixel_loss`. The predictors use visible patches only, with one
+    exception: "interpolated" is multiplied by the factor that fits the masked target best.
 
     Returns:
         "zero": the loss of predicting 0 everywhere.
-        "mean_color": of each image's mean visible color.
-        "nearest": of a copy of the nearest visible patch.
-        "interpolated": of a smooth (Gaussian) interpolation of the visible pixels.
+        "mean_color": the loss of predicting each image's mean visible color.
+        "nearest": the loss of predicting a copy of the nearest visible patch.
+        "interpolated": the loss of a Gaussian interpolation of the visible pixels.
 
     Raises:
         ValueError: A mask without visible or without masked patches, or what `masked_pixel_loss`
@@ -94,10 +94,10 @@ def _mean_color(
 
 
 def _nearest_visible(mask: Mask) -> Tensor:
-    """Return the slot of the visible token that is nearest to each masked one."""
+    """Return, for each masked token, the index of the nearest visible one in `visible_ids`."""
     axes = [torch.arange(size, device=mask.device, dtype=torch.float32) for size in mask.grid]
-    place = torch.cartesian_prod(*axes).view(mask.num_tokens, -1)
-    return torch.cdist(place[mask.masked_ids], place[mask.visible_ids]).argmin(dim=2)
+    position = torch.cartesian_prod(*axes).view(mask.num_tokens, -1)
+    return torch.cdist(position[mask.masked_ids], position[mask.visible_ids]).argmin(dim=2)
 
 
 def _interpolate(
@@ -108,7 +108,7 @@ def _interpolate(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> Float[Tensor, "batch channels *spatial"]:
-    """Fill hidden pixels with a Gaussian-weighted mean of the visible ones."""
+    """Fill masked pixels with a Gaussian-weighted mean of the visible ones."""
     grid = grid_of(images, patch_size)
     patch = per_axis("patch_size", patch_size, len(grid))
     seen = gather_patches(images, mask, patch, mean=mean, std=std, order="c p1 p2").float()
@@ -116,7 +116,7 @@ def _interpolate(
     ids = mask.visible_ids.unsqueeze(2)
     values = unpatchify(patches.scatter(1, ids.expand_as(seen), seen), grid, patch, order="c p1 p2")
     weights = unpatchify(patches.scatter(1, ids.expand_as(seen), 1.0), grid, patch, order="c p1 p2")
-    # A trace of the mean color stands in where no visible pixel is near.
+    # Far from visible pixels, where both sums vanish, the result is the mean color.
     color = values.flatten(2).mean(dim=2) / weights.flatten(2).mean(dim=2)
     color = color.view(*color.shape, *[1] * len(grid))
     floor = 1e-6
@@ -125,7 +125,7 @@ def _interpolate(
 
 
 def _blur(images: Tensor, sigmas: Grid) -> Tensor:
-    """Convolve every axis with a Gaussian of half a patch."""
+    """Blur every axis with a Gaussian of half a patch as its standard deviation."""
     for axis, sigma in enumerate(sigmas, 2):
         offsets = torch.arange(-2 * sigma, 2 * sigma + 1, device=images.device)
         kernel = torch.exp(-0.5 * (offsets / (0.5 * sigma)).square())

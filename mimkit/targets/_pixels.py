@@ -25,8 +25,8 @@ class Pixels:
         patch_size: Pixels per patch; one integer, or one per spatial axis.
         order: Order of the values inside a patch (see `patches.patchify`).
         mean: One value per channel to subtract (see `patches.gather_patches`).
-        std: One value per channel to divide by.
-        uses_ground_truth: Whether `invert` looks at hidden pixels: it does not.
+        std: One value per channel to divide by afterwards.
+        uses_ground_truth: Whether `invert` reads masked pixels: False.
 
     Example:
         >>> from mimkit import masking
@@ -62,7 +62,7 @@ class Pixels:
         images: Shaped[Tensor, "batch channels *spatial"],
         mask: Mask,
     ) -> Float[Tensor, "batch masked patch"]:
-        """Return `values` as patches in units of the (scaled) images."""
+        """Undo `mean` and `std`: return patches in the range of the images (uint8: [0, 1])."""
         channels = images.shape[1]
         pixels = values.shape[2] // channels
         for statistic, apply in ((self.std, torch.mul), (self.mean, torch.add)):
@@ -79,15 +79,15 @@ class Pixels:
 
 @dataclass(frozen=True)
 class NormalizedPixels:
-    """The masked pixels, each patch brought to zero mean and unit variance ("norm-pix").
+    """The masked pixels, with each patch normalised to zero mean and unit variance ("norm-pix").
 
     Attributes:
         patch_size: Pixels per patch; one integer, or one per spatial axis.
         order: Order of the values inside a patch (see `patches.patchify`).
-        mean: One value per channel to subtract before (see `patches.gather_patches`).
-        std: One value per channel to divide by before.
-        uses_ground_truth: Whether `invert` looks at hidden pixels: it needs each masked patch's
-            own mean and standard deviation, so a picture made with it is not a pure prediction.
+        mean: One value per channel to subtract first (see `patches.gather_patches`).
+        std: One value per channel to divide by, before the patches are normalised.
+        uses_ground_truth: Whether `invert` reads masked pixels: True. It needs the mean and
+            standard deviation of each masked patch, so its result is not a pure prediction.
 
     Source:
         MAE, arXiv:2111.06377, section 3 "Reconstruction target"; facebookresearch/mae
@@ -114,7 +114,7 @@ class NormalizedPixels:
             >>> NormalizedPixels((1, 2))(images, mask)
             tensor([[[-0.7071,  0.7071]]])
         """
-        # Statistics first, in the order that pixels lie in memory; the asked-for order after.
+        # Statistics are computed in the order of memory; values are reordered afterwards.
         patches = Pixels(self.patch_size, "c p1 p2", self.mean, self.std)(images, mask)
         mean, std = patch_statistics(patches)
         normalized = (patches - mean) / std
@@ -128,10 +128,10 @@ class NormalizedPixels:
         images: Shaped[Tensor, "batch channels *spatial"],
         mask: Mask,
     ) -> Float[Tensor, "batch masked patch"]:
-        """Return patches in units of the images, with the true patches' mean and deviation.
+        """Undo the normalisation with the mean and standard deviation of the true patches.
 
         Raises:
-            ValueError: Values of another shape than the masked patches.
+            ValueError: Values whose shape is not that of the masked patches.
         """
         pixels = self._pixels(images, mask)
         if values.shape != pixels.shape:
@@ -148,17 +148,17 @@ class NormalizedPixels:
 
 
 class PCATarget:
-    """The largest principal components of the masked patches.
+    """Coefficients of the masked patches on their first principal components.
 
     Args:
         patch_size: Pixels per patch; one integer, or one per spatial axis.
-        num_components: How many components are kept.
+        num_components: Number of components.
         order: Order of the values inside a patch (see `patches.patchify`).
 
     Attributes:
-        center: Mean patch, once fitted.
-        components: Orthonormal rows, largest variance first, once fitted.
-        uses_ground_truth: Whether `invert` looks at hidden pixels: it does not.
+        center: Mean patch; `None` before `fit`.
+        components: Orthonormal rows, largest variance first; `None` before `fit`.
+        uses_ground_truth: Whether `invert` reads masked pixels: False.
 
     Source:
         MAE, arXiv:2111.06377, table 1d "PCA" (96 components); not in the released code.
@@ -191,7 +191,7 @@ class PCATarget:
         self.components: Float[Tensor, "components patch"] | None = None
 
     def fit(self, images: Shaped[Tensor, "batch channels *spatial"]) -> "PCATarget":
-        """Find the components of all patches of `images`.
+        """Compute the principal components of all patches of `images`.
 
         Raises:
             ValueError: More components than values in a patch, or a single patch.
@@ -199,7 +199,7 @@ class PCATarget:
         patches = patchify(as_floats(images), self.patch_size, order=self.order)
         patches = patches.flatten(0, 1).double()
         if len(patches) < 2:
-            raise ValueError(f"{len(patches)} patches have no components: fit on more")
+            raise ValueError(f"fit needs at least 2 patches; got {len(patches)}")
         if self.num_components > patches.shape[1]:
             raise ValueError(
                 f"{self.num_components} components do not fit patches of {patches.shape[1]} values"
@@ -217,7 +217,7 @@ class PCATarget:
         """Return the coefficients of the masked patches.
 
         Raises:
-            RuntimeError: Before `fit`.
+            RuntimeError: If called before `fit`.
         """
         patches = Pixels(self.patch_size, self.order)(images, mask)
         center, components = self._fitted(patches.device)
@@ -229,7 +229,7 @@ class PCATarget:
         images: Shaped[Tensor, "batch channels *spatial"],
         mask: Mask,
     ) -> Float[Tensor, "batch masked patch"]:
-        """Return the patches that the coefficients stand for."""
+        """Return the patches that have these coefficients."""
         center, components = self._fitted(values.device)
         return values @ components + center
 
