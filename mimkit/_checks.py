@@ -40,7 +40,7 @@ def check_even(mask: object) -> None:
         raise TypeError(f"this needs a Mask, of one grid and one count for all samples; got {mask}")
     if not isinstance(mask, Mask):
         raise TypeError(
-            f"mask must be a Mask, as Mask.from_bool and the samplers make it; got {describe(mask)}"
+            f"mask must be a Mask, from a sampler or Mask.from_bool; got {describe(mask)}"
         )
 
 

@@ -16,8 +16,8 @@ class Settings:
 class use:
     """Set options: permanently when called, for one block in a `with` statement.
 
-    Shapes, dtypes and devices are always checked. Values (are ids in range, ascending, a partition
-    of the grid?) are checked where a mask is made on a CPU; `check=True` checks them in every
+    Shapes, dtypes and devices are always checked. Values (ids in range, ascending, a partition of
+    the grid) are checked where a mask is made on a CPU; `check=True` checks them in every
     operation too, which synchronises a GPU.
 
     Args:

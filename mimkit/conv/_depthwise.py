@@ -118,7 +118,7 @@ def _radius(weight: Tensor, bias: Tensor | None, channels: int) -> Grid:
 def _autocast(
     cells: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cast as autocast does for a convolution; it does not know this operator."""
+    """Cast the inputs as autocast casts those of a convolution."""
     device = cells.device.type
     can_autocast = cells.dtype != torch.float64 and device != "meta"
     if not can_autocast or not torch.is_autocast_enabled(device):

@@ -56,15 +56,15 @@ def baselines(
         raise ValueError(f"baselines need visible and masked patches; got {mask}")
     make_target = NormalizedPixels if normalize == "patch" else Pixels
     target = make_target(patch_size, order, mean, std)
-    hidden, seen = target(images, mask), target(images, mask.complement())
+    masked, visible = target(images, mask), target(images, mask.complement())
     smooth = make_target(patch_size, order)(
         _interpolate(images, mask, patch_size, mean=mean, std=std), mask
     )
-    scale = (smooth * hidden).sum() / smooth.square().sum().clamp(min=1e-12)
+    scale = (smooth * masked).sum() / smooth.square().sum().clamp(min=1e-12)
     predictions = {
-        "zero": torch.zeros_like(hidden),
-        "mean_color": _mean_color(seen, images.shape[1], order).expand_as(hidden),
-        "nearest": kernels.gather_tokens(seen, _nearest_visible(mask), 0),
+        "zero": torch.zeros_like(masked),
+        "mean_color": _mean_color(visible, images.shape[1], order).expand_as(masked),
+        "nearest": kernels.gather_tokens(visible, _nearest_visible(mask), 0),
         "interpolated": smooth * scale,
     }
     return {
@@ -85,12 +85,12 @@ def baselines(
 
 
 def _mean_color(
-    seen: Float[Tensor, "batch visible patch"], channels: int, order: Order
+    visible: Float[Tensor, "batch visible patch"], channels: int, order: Order
 ) -> Float[Tensor, "batch 1 patch"]:
     """Average visible patches over tokens and pixels, channel by channel."""
     values = "(p c)" if order == "p1 p2 c" else "(c p)"
-    color = reduce(seen, f"b v {values} -> b c", "mean", c=channels)
-    return repeat(color, f"b c -> b 1 {values}", p=seen.shape[2] // channels)
+    color = reduce(visible, f"b v {values} -> b c", "mean", c=channels)
+    return repeat(color, f"b c -> b 1 {values}", p=visible.shape[2] // channels)
 
 
 def _nearest_visible(mask: Mask) -> Tensor:
@@ -111,11 +111,15 @@ def _interpolate(
     """Fill masked pixels with a Gaussian-weighted mean of the visible ones."""
     grid = grid_of(images, patch_size)
     patch = per_axis("patch_size", patch_size, len(grid))
-    seen = gather_patches(images, mask, patch, mean=mean, std=std, order="c p1 p2").float()
-    patches = seen.new_zeros(images.shape[0], mask.num_tokens, seen.shape[2])
+    visible = gather_patches(images, mask, patch, mean=mean, std=std, order="c p1 p2").float()
+    patches = visible.new_zeros(images.shape[0], mask.num_tokens, visible.shape[2])
     ids = mask.visible_ids.unsqueeze(2)
-    values = unpatchify(patches.scatter(1, ids.expand_as(seen), seen), grid, patch, order="c p1 p2")
-    weights = unpatchify(patches.scatter(1, ids.expand_as(seen), 1.0), grid, patch, order="c p1 p2")
+    values = unpatchify(
+        patches.scatter(1, ids.expand_as(visible), visible), grid, patch, order="c p1 p2"
+    )
+    weights = unpatchify(
+        patches.scatter(1, ids.expand_as(visible), 1.0), grid, patch, order="c p1 p2"
+    )
     # Far from visible pixels, where both sums vanish, the result is the mean color.
     color = values.flatten(2).mean(dim=2) / weights.flatten(2).mean(dim=2)
     color = color.view(*color.shape, *[1] * len(grid))

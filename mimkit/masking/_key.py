@@ -42,8 +42,8 @@ class Key:
     def view(self, n: int) -> "Key":
         """Return the key of the `n`-th independent mask of the same samples.
 
-        Views do not add up: `key.view(2).view(1)` is `key.view(1)`. `key.view(0)` is the key that
-        `masking.key` returns.
+        Views are not cumulative: `key.view(2).view(1)` is `key.view(1)`. `key.view(0)` is the key
+        that `masking.key` returns.
 
         Raises:
             TypeError: `n` that is not an integer.
@@ -137,6 +137,4 @@ def check_key(key: object) -> None:
         TypeError: Anything else, such as the sample ids themselves.
     """
     if not isinstance(key, Key):
-        raise TypeError(
-            f"samplers take a Key, as masking.key(ids, seed=...) returns it; got {key!r}"
-        )
+        raise TypeError(f"samplers take a Key, such as masking.key(ids, seed=0); got {key!r}")

@@ -103,7 +103,7 @@ class Mask:
         if not 0 <= num_masked <= num_tokens:
             raise ValueError(f"num_masked must be in [0, {num_tokens}]; got {num_masked}")
         if _can_read_values(noise) and bool(noise.isnan().any()):
-            raise ValueError("noise must not hold NaN, which cannot be sorted")
+            raise ValueError("noise must not contain NaN, which cannot be sorted")
         lowest = noise.argsort(dim=1, stable=True)[:, : num_tokens - num_masked]
         is_masked = torch.ones_like(noise, dtype=torch.bool).scatter(1, lowest, False)
         return cls._from_flat(is_masked, grid, num_masked)

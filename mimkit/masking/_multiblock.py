@@ -48,9 +48,9 @@ def multiblock(
 
     All counts depend on the grid and the options only, not on the batch. A target is the smallest
     rectangle of its aspect ratio that has enough tokens; surplus tokens are dropped from one end of
-    an outer column. The number of context tokens is the largest one that is free of targets in
-    every draw. Where more tokens are free, those outside of the context block are dropped first,
-    then others uniformly at random. On a grid of three axes, blocks are constant along the first.
+    an outer column. The context has as many tokens as are free of targets in every draw. Where more
+    tokens are free, those outside of the context block are dropped first, then others uniformly at
+    random. On a grid of three axes, blocks are constant along the first axis.
 
     Args:
         key: Seed, epoch and sample ids (see `masking.key`).

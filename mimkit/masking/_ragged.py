@@ -193,7 +193,7 @@ class RaggedMask:
         return _spread(starts, cumulative.diff(), len(ids))
 
     def split_visible(self, packed: Tensor, *, num_prefix: int = 0) -> tuple[Tensor, ...]:
-        """Split packed rows, `num_prefix` prefix and the visible tokens of each, into samples.
+        """Split packed rows into samples: `num_prefix` rows and the visible tokens of each.
 
         Raises:
             ValueError: A wrong number of rows.

@@ -46,7 +46,8 @@ def weighted(
 
     Raises:
         ValueError: Both or neither of `ratio` and `num_masked`, a count that does not fit, too many
-            tokens, weights of another shape or (on a CPU) negative or not finite ones.
+            tokens, weights of the wrong shape, or (on a CPU) weights that are negative or not
+            finite.
 
     Source:
         Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006.

@@ -166,7 +166,7 @@ def ijepa(
         aspect: Smallest and largest ratio of a target's height to its width. One random number
             determines both area and ratio.
         context_scale: Smallest and largest area of the context block, as fractions of the grid.
-        min_keep: A block must have more tokens than this. If the context has not, it ignores the
+        min_keep: A block must have more tokens than this. If the context has fewer, it ignores the
             targets one by one.
 
     Returns:
@@ -277,7 +277,7 @@ def _place_block(
     taken: Sequence[np.ndarray],
     min_keep: int,
 ) -> np.ndarray:
-    """Draw places until more than `min_keep` tokens are free; ignore a block per 20 failures."""
+    """Draw positions until more than `min_keep` tokens are free; ignore a block per 20 failures."""
     (height, width), (h, w) = grid, size
     for miss in range(_PATIENCE):
         top, left = rng.randrange(height - h), rng.randrange(width - w)

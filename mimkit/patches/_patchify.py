@@ -140,7 +140,7 @@ def gather_patches(
         mask: Which patches to take; its grid is that of the images. With a `RaggedMask`, the result
             is packed: the patches of all samples, concatenated.
         patch_size: Pixels per patch; one integer, or one per spatial axis.
-        mean: One value per channel to subtract, for uint8 images in the range [0, 1].
+        mean: One value per channel to subtract; from uint8 images, after the conversion.
         std: One value per channel to divide by afterwards. Both are applied in float32 (in float64
             if the images are).
         order: Order of the values inside a patch (see `patchify`).

@@ -12,7 +12,7 @@ from torch import Tensor
 from mimkit._grids import as_sizes, count_tokens
 
 _LOWEST_GROWTH, _HIGHEST_GROWTH = 1.01, 1.5
-_SEARCH_STEPS = 20  # bisection steps; they give the growth to 1e-6, as in the authors' code
+_SEARCH_STEPS = 20  # bisection steps: growth to within 1e-6, as in the authors' code
 
 
 def interpolate_relative_positions(

@@ -84,7 +84,7 @@ class HOG:
     def invert(
         self, values: Tensor, images: Tensor, mask: Mask
     ) -> Float[Tensor, "batch masked patch"]:
-        """Raise: pixels cannot be computed from gradients.
+        """Not possible: pixels cannot be computed from gradients.
 
         Raises:
             NotImplementedError: Always.

@@ -91,7 +91,7 @@ class NormalizedPixels:
 
     Source:
         MAE, arXiv:2111.06377, section 3 "Reconstruction target"; facebookresearch/mae
-        `forward_loss`: variance divided by n - 1, epsilon 1e-6 inside the root.
+        `forward_loss`: variance divided by n - 1, epsilon 1e-6 inside the square root.
     """
 
     patch_size: int | Sequence[int]
@@ -194,7 +194,7 @@ class PCATarget:
         """Compute the principal components of all patches of `images`.
 
         Raises:
-            ValueError: More components than values in a patch, or a single patch.
+            ValueError: More components than values in a patch, or fewer than two patches.
         """
         patches = patchify(as_floats(images), self.patch_size, order=self.order)
         patches = patches.flatten(0, 1).double()

@@ -116,7 +116,7 @@ class FeatureTarget:
         """Return the features of the masked tokens.
 
         Raises:
-            ValueError: Tokens whose grid is not that of the mask.
+            ValueError: A number of tokens that does not fit the mask.
         """
         with torch.no_grad():
             tokens = self.teacher(images)[:, self.num_prefix :]
@@ -126,7 +126,7 @@ class FeatureTarget:
     def invert(
         self, values: Tensor, images: Tensor, mask: Mask
     ) -> Float[Tensor, "batch masked patch"]:
-        """Raise: pixels cannot be computed from features.
+        """Not possible: pixels cannot be computed from features.
 
         Raises:
             NotImplementedError: Always.

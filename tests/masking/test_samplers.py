@@ -206,7 +206,7 @@ def test_of_equal_noise_the_lower_index_stays_visible(noise, data):
 
 
 @given(key=keys(), mask=masks())
-def test_views_do_not_add_up(key, mask):
+def test_views_are_not_cumulative(key, mask):
     assert key.view(7).view(3).view_index == 3
     draw = masking.uniform(key.view(5).view(0), mask.grid, num_masked=mask.num_masked)
     assert draw.equal(masking.uniform(key.view(0), mask.grid, num_masked=mask.num_masked))
