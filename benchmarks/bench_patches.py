@@ -9,9 +9,9 @@ from torch import Tensor
 
 from benchmarks.harness import Bench, Variant, nbytes, with_compiled
 from mimkit import masking
+from mimkit._checks import Order
 from mimkit.masking import Mask
 from mimkit.patches import gather_patches, patchify
-from mimkit.patches._patchify import Order
 
 PATCH, SIZE, CHANNELS = 16, 224, 3
 GRID = (SIZE // PATCH, SIZE // PATCH)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -20,7 +21,6 @@ from benchmarks.harness import Bench, Variant
 from mimkit import losses, masking
 from mimkit.masking import RaggedMask
 from mimkit.nn import TransformerBlock
-from mimkit.nn._layers import merge_heads, split_heads
 from mimkit.patches import sincos_positions
 from recipes.mae import MAE, MAEConfig
 
@@ -50,8 +50,10 @@ def run_block(
 ) -> Tensor:
     """Run a block on padded samples."""
     parts = block.attn.qkv(block.norm1(tokens)).chunk(3, dim=-1)
-    query, key, value = (split_heads(part, block.attn.heads) for part in parts)
-    mixed = merge_heads(attention(query, key, value, is_padding))
+    query, key, value = (
+        rearrange(part, "b n (h d) -> b h n d", h=block.attn.heads) for part in parts
+    )
+    mixed = rearrange(attention(query, key, value, is_padding), "b h n d -> b n (h d)")
     tokens = tokens + block.attn.proj(mixed)
     transformed: Tensor = tokens + block.mlp(block.norm2(tokens))
     return transformed

@@ -19,7 +19,6 @@ from mimkit import masking
 from mimkit.interop import from_official
 from mimkit.masking import Mask
 from mimkit.nn._layers import attend
-from mimkit.nn._relative import relative_index
 from recipes.simmim import SimMIM, SimMIMConfig
 
 BUDGET = 20  # times `--seconds`, shared by all variants
@@ -93,8 +92,7 @@ class RelativeTable(nn.Module):
         offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1)
         table = 0.02 * torch.randn(offsets + 3, heads)
         self.relative_position_bias_table = nn.Parameter(table)
-        index = F.pad(relative_index(grid), (1, 0, 1, 0), value=offsets)
-        index[1:, 0], index[0, 0] = offsets + 1, offsets + 2
+        index = RelativePositionBias(grid=grid, heads=heads, class_token=True).index
         self.register_buffer("index", index, persistent=False)
 
     def forward(self) -> Tensor:
@@ -143,7 +141,8 @@ class SwinAttention(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         table = 0.02 * torch.randn((2 * window - 1) ** 2, heads)
         self.relative_position_bias_table = nn.Parameter(table)
-        self.register_buffer("index", relative_index((window, window)), persistent=False)
+        index = RelativePositionBias(grid=(window, window), heads=heads).index
+        self.register_buffer("index", index, persistent=False)
 
     def forward(self, windows: Tensor, mask: Tensor | None) -> Tensor:
         """Mix the tokens of each window."""

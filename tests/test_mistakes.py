@@ -105,7 +105,11 @@ MISTAKES = {
         ValueError,
         "3 channels; got images (2, 6, 8, 8)",
     ),
-    "one patch": (lambda: targets.PCATarget(8, 1).fit(IMAGES[:1]), ValueError, "1 patches"),
+    "one patch": (
+        lambda: targets.PCATarget(8, 1).fit(IMAGES[:1]),
+        ValueError,
+        "needs at least 2 patches; got 1",
+    ),
     "cold": (lambda: patches.sincos_positions(8, (2, 2), temperature=0), ValueError, "got 0"),
     # Modules.
     "bias": (lambda: nn.TransformerBlock(dim=8, heads=2, qkv_bias="no"), ValueError, "got 'no'"),

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
+from mimkit._checks import unwrap
 from mimkit.interop import _cae, _convmae, _mae, _simmim
 from mimkit.interop._rules import Converted, Translation
 
@@ -76,21 +75,6 @@ def to_official(
         raise ValueError(f'duplicates=True is for method "cae"; got {method!r}')
     official = _translation(method).to_theirs(unwrap(state_dict))
     return _cae.duplicate_encoder(official) if duplicates else official
-
-
-def unwrap(state_dict: Any) -> Mapping[str, Tensor]:
-    """Take the tensors out of a checkpoint of the form `{"model": ...}`.
-
-    Raises:
-        TypeError: What is no dictionary.
-    """
-    if not isinstance(state_dict, Mapping):
-        kind = type(state_dict).__name__
-        raise TypeError(f"a state dict maps names to tensors; got {kind} {state_dict!r:.60}")
-    tensors: Mapping[str, Any] = state_dict
-    while isinstance(tensors.get("model"), Mapping):
-        tensors = tensors["model"]
-    return tensors
 
 
 def _translation(method: str) -> Translation:

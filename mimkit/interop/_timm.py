@@ -7,11 +7,11 @@ from typing import Any, Literal, cast, get_args
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mimkit.interop._convert import from_official, to_official, unwrap
+from mimkit._checks import check_mask, unwrap
+from mimkit.interop._convert import from_official, to_official
 from mimkit.interop._rules import Converted
 from mimkit.masking import Mask
 from mimkit.patches import gather_visible, grid_of
-from mimkit.patches._patchify import check_mask
 
 _BLOCK = re.compile(r"blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)")
 _CHANGES_THE_FUNCTION = ("blocks.", "norm_pre.", "reg_token")

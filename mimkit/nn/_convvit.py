@@ -19,9 +19,9 @@ from jaxtyping import Bool, Float, Int32
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._grids import Grid, divide, per_axis, sides_of
+from mimkit._checks import as_floats, check_even, check_mask, check_stacked
+from mimkit._grids import Grid, divide, per_axis, reach_of, sides_of
 from mimkit.conv import packed_depthwise_conv2d
-from mimkit.conv._depthwise import reach_of
 from mimkit.masking import Mask
 from mimkit.nn._layers import (
     NORM_EPS,
@@ -33,7 +33,6 @@ from mimkit.nn._layers import (
     xavier_linear,
 )
 from mimkit.patches import gather_visible, neighbors, pack_cells, sincos_positions
-from mimkit.patches._patchify import as_floats, check_even, check_mask, check_stacked
 
 STAGES = 3
 CONV_NORM_EPS = 1e-5  # of the convolution stages and all embeddings; the authors' oversight

@@ -12,13 +12,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import mimkit_kernels as kernels
+from mimkit._checks import check_mask, check_rows
 from mimkit._grids import Grid, as_sizes, count_tokens, sides_of
 from mimkit.masking import Mask, RaggedMask
 from mimkit.nn._layers import NORM_EPS, CrossAttention, Mlp, TransformerBlock, xavier_linear
 from mimkit.nn._packing import alike_together, pack, positions_at, reorder, undo, weave
 from mimkit.patches import sincos_positions
-from mimkit.patches._patchify import check_mask
-from mimkit.patches._tokens import check_rows, take_rows
 
 
 class MAEDecoder(nn.Module):
@@ -111,7 +111,8 @@ class MAEDecoder(nn.Module):
         if query_ids is None:
             tokens = tokens[:, tokens.shape[1] - mask.num_masked :]
         else:
-            tokens = take_rows(tokens, mask.restore_ids.gather(1, query_ids) + self.num_prefix)
+            places = mask.restore_ids.gather(1, query_ids) + self.num_prefix
+            tokens = kernels.gather_tokens(tokens, places, 0)
         decoded: Tensor = self.norm(tokens)
         return decoded
 

@@ -11,9 +11,9 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mimkit._checks import as_floats
 from mimkit._containers import container
 from mimkit._grids import divide
-from mimkit.patches._patchify import as_floats
 
 _EPS = 0.1  # how far pixels are kept from 0 and 1, where the logit is infinite
 

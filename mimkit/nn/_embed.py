@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mimkit._checks import Order, as_floats, check_stacked
 from mimkit._grids import Grid, count_tokens, sides_of
 from mimkit.masking import Mask, RaggedMask
 from mimkit.patches import gather_patches, patchify
-from mimkit.patches._patchify import Order, as_floats, check_stacked
 
 Images: TypeAlias = (
     Float[Tensor, "batch channels *spatial"] | Sequence[Float[Tensor, "channels ..."]]

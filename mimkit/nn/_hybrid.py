@@ -9,10 +9,10 @@ from einops import repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mimkit._checks import check_stacked
 from mimkit._grids import Grid, per_axis
 from mimkit.masking import Mask, RaggedMask
 from mimkit.nn._embed import Images, PatchEmbed
-from mimkit.patches._patchify import check_stacked
 
 
 class ConvStem(nn.Sequential):

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mimkit._checks import check_even
 from mimkit.masking import Mask
 from mimkit.nn._decoders import check_latent
 from mimkit.nn._layers import (
@@ -22,7 +23,6 @@ from mimkit.nn._layers import (
     scale,
 )
 from mimkit.patches import gather_masked, gather_visible
-from mimkit.patches._patchify import check_even
 from mimkit_kernels import regressor_inputs
 
 

@@ -10,11 +10,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._grids import as_sizes, count_tokens
+from mimkit._checks import check_mask
+from mimkit._grids import NUM_CLASS_ROWS, as_sizes, count_tokens
 from mimkit.masking import Mask
-from mimkit.patches._patchify import check_mask
-
-NUM_CLASS_ROWS = 3  # from class to patches, from patches to class, from class to itself
 
 
 class RelativePositionBias(nn.Module):

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from mimkit._checks import patch_statistics
 from mimkit._grids import as_sizes, count_tokens
 from mimkit.patches import grid_of, patchify, unpatchify
-from mimkit.targets._pixels import patch_statistics
 
 _CHUNK = 1 << 14  # patches whose distances to all codes are held at a time
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mimkit._checks import check_num_images, check_stacked
 from mimkit._grids import Grid, divide, per_axis, sides_of
 from mimkit.masking import Mask, RaggedMask
 from mimkit.nn._embed import Images, PatchEmbed
@@ -28,7 +29,6 @@ from mimkit.nn._layers import (
 from mimkit.nn._packing import alike_together, pack, positions_at, reorder, undo, weave
 from mimkit.nn._relative import RelativePositionBias
 from mimkit.patches import interpolate_positions, restore, sincos_positions
-from mimkit.patches._patchify import check_number, check_stacked
 
 
 class ViT(nn.Module):
@@ -221,7 +221,7 @@ class ViT(nn.Module):
         return encoded
 
     def _encode_packed(self, images: Images, mask: RaggedMask) -> Tensor:
-        check_number(images, mask)
+        check_num_images(images, mask)
         order = alike_together(mask)
         mask, images = mask[order], [images[sample] for sample in order]
         tokens = self.patch_embed(images, mask)

@@ -7,8 +7,8 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from mimkit import masking
+from mimkit._checks import check_even
 from mimkit.masking import Key, Mask
-from mimkit.patches._patchify import check_even
 from recipes.engine.fields import OpenFraction, PositiveInt, check_fields
 
 # Several masks an image, one after the other for the whole batch, as the models take them.

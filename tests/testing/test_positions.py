@@ -7,6 +7,7 @@ p to q. For each network here that set of q is worked out by hand, and compared 
 import math
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from torch.nn import functional as F
 from mimkit import masking
 from mimkit.masking import Key, Mask
 from mimkit.nn import ConvStem, ConvViT, ViT
-from mimkit.nn._convvit import Layout, hide
 from mimkit.testing import (
     assert_mask_equivariant,
     assert_no_leak,
@@ -216,8 +216,8 @@ class ForgetsItsMaskOnce(ConvViT):
         cells = stage.embed(cells, cell)
         for index, block in enumerate(stage.blocks):
             seen = None if index == self.forgetful else hidden
-            cells = block(cells, Layout((10, 14), None, seen))
-        tokens = hide(cells, hidden)[:, 0].view(len(images), 5, 2, 7, 2, -1)
+            cells = block(cells, SimpleNamespace(cell=(10, 14), around=None, hidden=seen))
+        tokens = cells.masked_fill(hidden, 0)[:, 0].view(len(images), 5, 2, 7, 2, -1)
         tokens = tokens.transpose(2, 3).reshape(len(images), 35, -1)
         return torch.take_along_dim(tokens, mask.visible_ids.unsqueeze(2), dim=1)
 

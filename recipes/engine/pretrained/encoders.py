@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mimkit._checks import unwrap
 from mimkit.interop import load_checkpoint
-from mimkit.interop._convert import unwrap
 from recipes.engine.errors import UserError, reason_of
 from recipes.engine.pretrained.shapes import KINDS, Encoder, EncoderShape
 from recipes.engine.reading import UnreadableError, read_yaml

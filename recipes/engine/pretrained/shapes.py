@@ -10,11 +10,9 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
-from mimkit._grids import per_axis
+from mimkit._grids import NUM_CLASS_ROWS, per_axis
 from mimkit.interop import from_official
 from mimkit.nn import ConvViT, SwinTransformer, ViT
-from mimkit.nn._layers import QKVBias
-from mimkit.nn._relative import NUM_CLASS_ROWS
 from mimkit.patches import interpolate_positions, interpolate_relative_positions
 from recipes.engine.fields import Depth, Pixels, PositiveFloat, PositiveInt, Width, check_fields
 
@@ -115,7 +113,7 @@ class ViTShape(EncoderShape):
     heads: PositiveInt = 12
     mlp_ratio: PositiveFloat = 4.0
     layer_scale: float | None = None
-    qkv_bias: QKVBias = True
+    qkv_bias: bool | Literal["qv"] = True
     absolute_positions: bool = True
     relative_positions: Literal["block"] | None = None
 
