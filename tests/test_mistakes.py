@@ -114,7 +114,7 @@ MISTAKES = {
     "hidden": (
         lambda: nn.ViT(**VIT).pool(torch.zeros(2, 1, 8)),
         ValueError,
-        "no patch token is left to pool",
+        "mean pooling needs a patch token: the mask hides all of them",
     ),
     "accuracy": (
         lambda: nn.TokenHead(dim=8, vocabulary_size=4)(torch.zeros(1, 2, 8), return_accuracy=True),

@@ -248,11 +248,11 @@ def test_a_target_on_the_command_line_brings_its_loss(target, loss):
         ("vit", {"loss": "cross_entropy"}, "loss 'cross_entropy' does not fit target 'pixels'"),
         ("vit", {"depth": (2, 2)}, "depth of a vit encoder must be one number"),
         ("swin", {"depth": 2}, "depth of a swin encoder must be one number a stage"),
-        ("swin", {"window": 3}, r"windows of 3x3 do not fill the 4x8"),
+        ("swin", {"window": 3}, r"4x8 tokens is not divisible into windows of 3x3"),
         ("vit", {"head": "inverse_swin_t", "target": "hog"}, "has nothing to split"),
         ("vit", {"target": "pixels_16x"}, "choose a finer target"),
         ("swin", {"patch_size": 5}, "not divisible by patch size"),
-        ("vit", {"heads": 3}, "cannot be cut into heads=3"),
+        ("vit", {"heads": 3}, "is not divisible by heads=3"),
     ],
 )
 def test_what_does_not_fit_is_told_in_one_sentence(encoder, changes, complaint):
