@@ -413,8 +413,8 @@ def fit_window(grid: Grid, window: int) -> tuple[int, int]:
     if any(tokens % side for tokens in grid):
         fitting = [n for n in range(1, min(grid) + 1) if not any(tokens % n for tokens in grid)]
         raise ValueError(
-            f"a grid of {'x'.join(map(str, grid))} tokens is not divisible into windows of "
-            f"{side}x{side}; a window of one of {fitting} would fit"
+            f"windows of {side}x{side} do not fill the {'x'.join(map(str, grid))} tokens of a "
+            f"stage; windows of {fitting} would fit"
         )
     return side, shift
 

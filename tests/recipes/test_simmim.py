@@ -248,7 +248,7 @@ def test_a_target_on_the_command_line_brings_its_loss(target, loss):
         ("vit", {"loss": "cross_entropy"}, "loss 'cross_entropy' does not fit target 'pixels'"),
         ("vit", {"depth": (2, 2)}, "depth of a vit encoder must be one number"),
         ("swin", {"depth": 2}, "depth of a swin encoder must be one number a stage"),
-        ("swin", {"window": 3}, r"4x8 tokens is not divisible into windows of 3x3"),
+        ("swin", {"window": 3}, r"windows of 3x3 do not fill the 4x8"),
         ("vit", {"head": "inverse_swin_t", "target": "hog"}, "has nothing to split"),
         ("vit", {"target": "pixels_16x"}, "choose a finer target"),
         ("swin", {"patch_size": 5}, "not divisible by patch size"),
