@@ -215,7 +215,7 @@ def other_table() -> str:
 TABLES = {"shares": share_table, "units": unit_table, "others": other_table}
 
 
-def fill_in(text: str, names: Sequence[str] = tuple(TABLES)) -> str:
+def update_tables(text: str, names: Sequence[str] = tuple(TABLES)) -> str:
     """Put fresh tables between their marks."""
     for name in names:
         before, start, rest = text.partition(f"<!-- table: {name} -->\n")
@@ -230,7 +230,7 @@ def main() -> None:
     for name in SAMPLERS:
         draw_sampler(name)
     draw_tube()
-    PAGE.write_text(fill_in(PAGE.read_text()))
+    PAGE.write_text(update_tables(PAGE.read_text()))
 
 
 if __name__ == "__main__":
