@@ -1,4 +1,4 @@
-"""Cutting out visible patches at MAE's shapes: kernel, plain PyTorch, torch.compile.
+"""`gather_patches` at MAE's shapes: kernel, plain PyTorch, torch.compile.
 
 Axes: batch; channels; height, width; visible; patch.
 """

@@ -1,4 +1,4 @@
-"""The masked pixel loss at MAE's shapes: kernel, plain PyTorch, torch.compile.
+"""`masked_pixel_loss` at MAE's shapes: kernel, plain PyTorch, torch.compile.
 
 Axes: batch; channels; height, width; masked; patch.
 """

@@ -1,4 +1,4 @@
-"""Frozen dataclasses that `torch.compile`, DDP and export see as pytrees of tensors."""
+"""Frozen dataclasses registered as pytrees, for `torch.compile`, DDP and export."""
 
 import dataclasses
 from typing import Any, TypeVar, dataclass_transform

@@ -16,12 +16,12 @@ def as_sizes(name: str, value: int | Sequence[int]) -> Grid:
     """Check that `value` is one to three positive integers, and return them as a tuple.
 
     Args:
-        name: What the sizes are, for the error message.
+        name: Name of the argument, for the error message.
         value: One integer (one axis) or one integer per axis.
 
     Raises:
-        TypeError: A size that is not an integer.
-        ValueError: No axis, more than three, or a size below 1.
+        TypeError: If a size is not an integer.
+        ValueError: If there are no axes or more than three, or a size is below 1.
 
     Example:
         >>> as_sizes("grid", [14, 14])
@@ -66,7 +66,7 @@ def per_axis(name: str, value: int | Sequence[int], num_axes: int) -> Grid:
 
 
 def divide(name: str, sizes: Sequence[int], by: int | Sequence[int], by_name: str) -> Grid:
-    """Divide sizes exactly, axis by axis.
+    """Divide sizes axis by axis, without remainder.
 
     Raises:
         ValueError: An axis that is not divisible; the message names the nearest sizes that are.

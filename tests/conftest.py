@@ -1,7 +1,7 @@
-"""The two tiers of the tests, and their hypothesis profiles.
+"""The two test tiers and their hypothesis profiles.
 
-Quick (the default): 25 examples a property, the same on every run. Long (`-m full`): 200 random
-examples of every property, and the tests that carry the marker.
+Quick tier (the default): 25 examples per property, the same in every run. Long tier (`-m full`):
+200 random examples per property, and the tests with the marker `full`.
 
 A worker of `pytest -n` computes with one thread, and so do the processes that its tests start.
 """
@@ -31,8 +31,8 @@ def is_long(config: pytest.Config) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        "untyped: cannot run with jaxtyping and beartype switched on, which forbid what it passes "
-        "on purpose or cannot be compiled; that run is `-m 'not full and not untyped'`",
+        "untyped: cannot run with jaxtyping and beartype enabled, because it passes wrong types on "
+        "purpose or compiles; run the typed tests with `-m 'not full and not untyped'`",
     )
     if is_long(config):
         settings.load_profile("full")
