@@ -166,6 +166,9 @@ def _softmax_gradient_kernel(
     word = tl.arange(0, BLOCK)
     line = logits + row * words
     right = tl.load(target + row)
+    # Loaded here, before the barriers of the first loop's reductions: the second loop overwrites
+    # the row, and no barrier keeps one warp's stores behind another warp's loads.
+    aim = tl.load(line + tl.minimum(tl.maximum(right, 0), words - 1)).to(tl.float32)
     largest = -float("inf")
     total = 0.0
     best = words
@@ -179,7 +182,6 @@ def _softmax_gradient_kernel(
         total = total * tl.exp(largest - above) + tl.sum(tl.exp(z - above), axis=0)
         largest = above
     log_total = largest + tl.log(total)
-    aim = tl.load(line + tl.minimum(tl.maximum(right, 0), words - 1)).to(tl.float32)
     # A target that is no word must not pass for one.
     exists = (right >= 0) & (right < words)
     tl.store(losses + row, tl.where(exists, log_total - aim, float("nan")))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mimkit
+from mimkit_kernels._dispatch import HAS_TRITON
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
@@ -22,6 +23,10 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 launches = pytest.mark.launches
 needs_gpu = pytest.mark.skipif(
     not ON_GPU, reason="needs a GPU: torch.cuda.is_available() is False, or the interpreter is on"
+)
+compiles = pytest.mark.skipif(
+    INTERPRETED or not HAS_TRITON,
+    reason="ahead-of-time compilation needs Triton, and no interpreter in the same process",
 )
 # Ten drawn cases a property in the quick tier: a program takes the interpreter 0.1 s.
 few = settings(max_examples=max(settings.default.max_examples * 2 // 5, 1))

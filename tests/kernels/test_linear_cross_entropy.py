@@ -17,11 +17,13 @@ from mimkit_kernels.linear_cross_entropy import (
     linear_cross_entropy_op,
     softmax_gradient_reference,
 )
+from tests.kernels.aot import memory_order, record
 from tests.kernels.harness import (
     DEVICE,
     FLOATS,
     assert_near,
     by_reference,
+    compiles,
     few,
     float_dtypes,
     laid_out,
@@ -102,6 +104,21 @@ def test_the_loss_keeps_what_training_needs(dtype, monkeypatch):
 
     with mimkit.use("triton"):
         assert_op_correct(loss, by_reference(loss), [x, weight, bias])
+
+
+@compiles
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_the_target_logit_is_loaded_before_the_row_is_overwritten(target):
+    """After the last barrier, only the row's own loads may follow: the row is overwritten there.
+
+    Those are wide, and every thread stores what it loaded. A narrow load of the target's logit
+    would race with the stores of other warps.
+    """
+    (launch,) = record(LAUNCHES["float32"])
+    order = memory_order(launch, target)
+    last_barrier = max(i for i, (kind, _) in enumerate(order) if kind == "barrier")
+    assert {bits for kind, bits in order[:last_barrier] if kind == "load"} >= {32, 128}
+    assert {bits for kind, bits in order[last_barrier:] if kind == "load"} == {128}
 
 
 @pytest.mark.parametrize("needs_gradient", [True, False])
