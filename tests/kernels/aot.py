@@ -114,18 +114,30 @@ def _compile(launch: Launch, target: str, *, aligned: bool = True) -> dict[str, 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    parameters = {parameter.name: parameter for parameter in launch.kernel.params}
-    signature, constants, attributes = {}, {}, {}
-    for i, (name, parameter) in enumerate(parameters.items()):
-        value, specialized = launch.arguments[name], not parameter.do_not_specialize
-        is_one = isinstance(value, int) and value == 1 and specialized
-        if parameter.is_constexpr or value is None or is_one:
-            signature[name], constants[name] = "constexpr", value
-            continue
-        signature[name] = _type_of(value)
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def describe(value: Any, path: tuple[int, ...], specialized: bool) -> Any:
+        """Return the type of an argument; note constants and divisibility by 16."""
+        if isinstance(value, tuple):
+            parts = [describe(part, (*path, i), specialized) for i, part in enumerate(value)]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        if value is None or (isinstance(value, int) and value == 1 and specialized):
+            constants[path] = value
+            return "constexpr"
         is_aligned = aligned if isinstance(value, Tensor) else _divides(16, value) and specialized
         if is_aligned:
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            attributes[path] = [["tt.divisibility", 16]]
+        return _type_of(value)
+
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+        else:
+            specialized = not parameter.do_not_specialize
+            signature[parameter.name] = describe(value, (i,), specialized)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     if target.startswith("sm_"):
         gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
