@@ -1,7 +1,7 @@
-"""Compile launches ahead of time for GPUs that are not there, and read what came out.
+"""Compile launches ahead of time, without a GPU, and read figures from the compiled code.
 
-`record` runs a launcher on meta tensors and keeps what it would have launched, with the very
-specialisation of the run time: alignment, divisibility by 16, arguments equal to 1, constants.
+`record` runs a launcher on meta tensors and keeps its launches. They are compiled with the same
+specialization as at run time: alignment, divisibility by 16, arguments equal to 1, constants.
 """
 
 import re
@@ -30,7 +30,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch that a launcher asked for."""
+    """A launch: kernel, arguments and compile options."""
 
     kernel: Any
     arguments: dict[str, Any]
@@ -38,19 +38,19 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """Name of the kernel's function, without what all have in common."""
+        """Name of the kernel's function, without underscore and `_kernel`."""
         return str(self.kernel.fn.__name__).strip("_").removesuffix("_kernel")
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What the compiler made of a launch.
+    """Static figures of a compiled launch.
 
     Attributes:
-        registers: Of a thread (vector registers on AMD).
-        local: Bytes of stack plus instructions that access local memory.
-        load_bits: Width of the widest load from global memory, per thread.
-        store_bits: Width of the widest store to it.
+        registers: Registers of a thread (vector registers on AMD).
+        local: Bytes of stack, plus the number of instructions that access local memory.
+        load_bits: Width of a thread's widest load from global memory.
+        store_bits: Width of a thread's widest store to global memory.
     """
 
     registers: int
@@ -109,7 +109,7 @@ def memory_order(launch: Launch, target: str) -> list[tuple[str, int]]:
 
 
 def _compile(launch: Launch, target: str, *, aligned: bool = True) -> dict[str, Any]:
-    """Compile one launch, and return the code of every stage of the compiler."""
+    """Compile one launch, and return its code after each stage of the compiler."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -119,7 +119,7 @@ def _compile(launch: Launch, target: str, *, aligned: bool = True) -> dict[str, 
     attributes: dict[tuple[int, ...], Any] = {}
 
     def describe(value: Any, path: tuple[int, ...], specialized: bool) -> Any:
-        """Return the type of an argument; note constants and divisibility by 16."""
+        """Return the type of an argument; record constants and divisibility by 16."""
         if isinstance(value, tuple):
             parts = [describe(part, (*path, i), specialized) for i, part in enumerate(value)]
             return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
@@ -163,7 +163,7 @@ def _type_of(value: Any) -> str:
 def _read_cubin(cubin: bytes) -> Figures:
     usage, sass = (_disassemble(cubin, flag) for flag in ("-res-usage", "-sass"))
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    # A spilling kernel may report few registers: count accesses to local memory too.
+    # A kernel that spills may report few registers, so accesses to local memory count too.
     local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     return Figures(
         registers,
