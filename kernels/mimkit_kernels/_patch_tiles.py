@@ -104,11 +104,12 @@ def pixel_offsets(
     layout: ImageLayout,
     SHAPE: tl.constexpr,
 ) -> tl.tensor:
-    """Return the offsets of a tile's values in the images."""
+    """Return the offsets of a tile's values in the images; `token` is int32."""
     t1 = token // (layout.g2 * layout.g3)
     t2 = token // layout.g3 % layout.g2
     t3 = token % layout.g3
-    # 64 bits for the patch's start, since batches are large; 32 bits inside, to save registers.
+    # 64 bits for the patch's start, since batches are large. 32 bits inside, to save registers, and
+    # for divisions, which take many more instructions in 64 bits.
     start = sample.to(tl.int64) * layout.sb
     start += t1.to(tl.int64) * SHAPE.P1 * layout.s1
     start += t2.to(tl.int64) * SHAPE.P2 * layout.s2
@@ -152,7 +153,7 @@ def load_patch(
     SHAPE: tl.constexpr,
 ) -> tl.tensor:
     """Load a tile of the patch `ids[slot]` as float32, normalized; bytes become fractions."""
-    token = tl.load(ids + slot)
+    token = tl.load(ids + slot).to(tl.int32)
     source = pixel_offsets(slot // taken, token, row, column, layout, SHAPE)
     pixels = tl.load(images + source, mask=inside, other=0)
     values = pixels.to(tl.float32)

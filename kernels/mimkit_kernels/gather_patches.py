@@ -112,10 +112,10 @@ def _gather_kernel(
     COLUMNS: tl.constexpr,
 ) -> None:
     """One program: one tile of one patch."""
-    slot = tl.program_id(0).to(tl.int64)
+    slot = tl.program_id(0)
     row, column, inside = tile_positions(tl.program_id(1), row_blocks, SHAPE, ROWS, COLUMNS)
     values = load_patch(images, ids, mean, std, slot, taken, row, column, inside, layout, SHAPE)
-    target = slot * SHAPE.VALUES + value_offsets(row, column, SHAPE, CHANNELS_LAST)
+    target = slot.to(tl.int64) * SHAPE.VALUES + value_offsets(row, column, SHAPE, CHANNELS_LAST)
     tl.store(patches + target, values.to(patches.dtype.element_ty), mask=inside)
 
 
@@ -135,11 +135,11 @@ def _scatter_kernel(
     COLUMNS: tl.constexpr,
 ) -> None:
     """One program: one tile of one patch of the grid, taken or not."""
-    place = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(0)
     row, column, inside = tile_positions(tl.program_id(1), row_blocks, SHAPE, ROWS, COLUMNS)
     sample, token = place // tokens, place % tokens
     slot = tl.load(slots + place)
-    source = (sample * taken + slot) * SHAPE.VALUES
+    source = (sample.to(tl.int64) * taken + slot) * SHAPE.VALUES
     source += value_offsets(row, column, SHAPE, CHANNELS_LAST)
     # If the patch was not taken, the mask is empty and the gradient is zero.
     is_taken = (row < tl.where(slot < taken, SHAPE.ROWS, 0))[:, None] & (column < SHAPE.P3)[None, :]
@@ -156,23 +156,21 @@ MAX_TILE = 1024
 MAX_COLUMNS = 128
 
 
-def _tiling(shape: PatchShape, channels_last: bool, tensor: Tensor) -> tuple[int, int, Any]:
+def _tiling(shape: PatchShape, channels_last: bool) -> tuple[int, int, Any]:
     """Return tiles per patch along the rows and in total, and the constants of a launch.
 
     Args:
         shape: Shape of a patch.
         channels_last: The order of values in a patch vector.
-        tensor: The images; each thread moves 16 bytes of them at a time.
     """
     rows, columns = shape.tile(MAX_TILE, MAX_COLUMNS)
     row_blocks, column_blocks = -(-shape.ROWS // rows), -(-shape.P3 // columns)
-    num_warps = min(max(rows * columns * tensor.element_size() // (32 * 16), 1), 4)
     constants = {
         "SHAPE": shape,
         "CHANNELS_LAST": channels_last,
         "ROWS": rows,
         "COLUMNS": columns,
-        "num_warps": num_warps,
+        "num_warps": 1,  # offsets are computed once per program: many values share them
         "enable_fp_fusion": True,
     }
     return row_blocks, row_blocks * column_blocks, constants
@@ -190,7 +188,7 @@ def _launch_gather(
     batch, taken = ids.shape
     dtype, device = _result_dtype(images, mean, std), images.device
     patches = torch.empty((batch, taken, shape.VALUES), dtype=dtype, device=device)
-    row_blocks, blocks, constants = _tiling(shape, channels_last, images)
+    row_blocks, blocks, constants = _tiling(shape, channels_last)
     if patches.numel():
         with on_device(images):
             _gather_kernel[batch * taken, blocks](
@@ -220,7 +218,7 @@ def _launch_scatter(
     layout, patch_shape = describe(grad_images, patch)
     batch, taken = ids.shape
     tokens = product(shape[2:]) // product(patch)
-    row_blocks, blocks, constants = _tiling(patch_shape, channels_last, grad_images)
+    row_blocks, blocks, constants = _tiling(patch_shape, channels_last)
     if grad_images.numel():
         with on_device(grad_patches):
             _scatter_kernel[batch * tokens, blocks](

@@ -169,7 +169,7 @@ def _load_pair(
         inputs.images, inputs.ids, inputs.mean, inputs.std,
         slot, inputs.masked, row, column, inside, inputs.layout, SHAPE,
     )  # fmt: skip
-    place = slot * SHAPE.VALUES + value_offsets(row, column, SHAPE, CHANNELS_LAST)
+    place = slot.to(tl.int64) * SHAPE.VALUES + value_offsets(row, column, SHAPE, CHANNELS_LAST)
     predicted = tl.load(inputs.prediction + place, mask=inside, other=0.0).to(tl.float32)
     return predicted, pixels, place, inside
 
@@ -190,7 +190,7 @@ def _forward_kernel(
 ) -> None:
     """One program: one patch."""
     VALUES: tl.constexpr = SHAPE.VALUES
-    slot = tl.program_id(0).to(tl.int64)
+    slot = tl.program_id(0)
     predicted, pixels, _, inside = _load_pair(inputs, slot, SHAPE, CHANNELS_LAST, ROWS, COLUMNS)
     target = tl.where(inside, pixels, 0.0)
     if NORMALIZE:
@@ -229,7 +229,7 @@ def _backward_kernel(
     COLUMNS: tl.constexpr,
 ) -> None:
     """One program: one patch."""
-    slot = tl.program_id(0).to(tl.int64)
+    slot = tl.program_id(0)
     predicted, target, place, inside = _load_pair(inputs, slot, SHAPE, CHANNELS_LAST, ROWS, COLUMNS)
     if NORMALIZE:
         target = (target - tl.load(patch_mean + slot)) * tl.load(patch_rstd + slot)
@@ -253,7 +253,8 @@ MAX_VALUES = 8192  # of a tile; larger patches use the reference
 
 
 def _num_warps(values: int) -> int:
-    return min(max(values // 256, 1), 8)
+    """Return one warp per 1024 values: the values of a thread share its offset computations."""
+    return min(max(values // 1024, 1), 8)
 
 
 def _prepare(
