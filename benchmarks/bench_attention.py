@@ -1,4 +1,4 @@
-"""Fused attention and plain matrix products: the rule in `mimkit.nn._layers.attend`.
+"""Fused attention against plain matrix products: the basis of the rule in `nn._layers.attend`.
 
 Axes: batch; heads; tokens; head_dim; windows.
 """
@@ -18,7 +18,7 @@ def fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None)
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Attend with two matrix products around a softmax."""
+    """Attend with plain matrix products and a softmax."""
     logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     if bias is not None:
         logits = logits + bias
@@ -44,7 +44,7 @@ def _compare(bench: Bench, case: str, leaves: tuple[Tensor, ...]) -> None:
 def _projected(
     bench: Bench, batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """Cut heads out of one fused projection, as in a block: strided views, not contiguous."""
+    """Make query, key and value as strided views of one fused projection, as in a block."""
     qkv = torch.randn(batch, tokens, 3, heads, head_dim, dtype=dtype, device=bench.device)
     return tuple(part.transpose(1, 2).requires_grad_() for part in qkv.unbind(2))
 

@@ -1,4 +1,4 @@
-"""A whole pre-training step of CAE ViT-B/16: forward and backward; no optimizer.
+"""A pre-training step of CAE ViT-B/16: forward and backward, without the optimizer.
 
 Axes: batch; tokens; visible; masked; dim.
 """
@@ -30,13 +30,13 @@ MIN_REPEATS = 3  # a step takes seconds on a small CPU
 
 
 def attend(attention: Attention, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """Attend with several heads."""
+    """Apply multi-head attention."""
     parts = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (query, key, value))
     return attention(*parts).transpose(1, 2).flatten(2)
 
 
 class AuthorsAttention(nn.Module):
-    """BEiT's attention: one projection, biases of queries and values."""
+    """BEiT's attention: one fused projection, biases of queries and values."""
 
     def __init__(self, dim: int, heads: int, attention: Attention) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class AuthorsAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mix tokens."""
+        """Apply self-attention."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         projected = F.linear(x, self.qkv.weight, bias).chunk(3, dim=2)
         out: Tensor = self.proj(attend(self.attention, *projected, self.heads))
@@ -54,7 +54,7 @@ class AuthorsAttention(nn.Module):
 
 
 class AuthorsCrossAttention(nn.Module):
-    """The regressor's attention: three projections."""
+    """The regressor's cross-attention: three projections."""
 
     def __init__(self, dim: int, heads: int, attention: Attention) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class AuthorsCrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Answer queries."""
+        """Apply cross-attention."""
         query = F.linear(query, self.q.weight, self.q_bias)
         value = F.linear(value, self.v.weight, self.v_bias)
         out: Tensor = self.proj(attend(self.attention, query, self.k(key), value, self.heads))
@@ -76,14 +76,14 @@ def norm(dim: int) -> nn.LayerNorm:
 
 
 class AuthorsMlp(nn.Module):
-    """Two layers around a GELU."""
+    """Two linear layers with a GELU between them."""
 
     def __init__(self, dim: int, ratio: float) -> None:
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, int(ratio * dim)), nn.Linear(int(ratio * dim), dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transform each token."""
+        """Apply the MLP to each token."""
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
 
@@ -98,7 +98,7 @@ class AuthorsBlock(nn.Module):
         self.gamma_1, self.gamma_2 = (nn.Parameter(torch.ones(dim)) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mix tokens, then transform each."""
+        """Apply the block: self-attention, then an MLP."""
         x = x + self.gamma_1 * self.attn(self.norm1(x))
         return x + self.gamma_2 * self.mlp(self.norm2(x))
 
@@ -115,14 +115,14 @@ class AuthorsRegressorBlock(nn.Module):
         self.gamma_1_cross, self.gamma_2_cross = (nn.Parameter(torch.ones(dim)) for _ in range(2))
 
     def forward(self, q: Tensor, kv: Tensor, pos_q: Tensor, pos_k: Tensor) -> Tensor:
-        """Bring the queries one step on."""
+        """Apply the block: cross-attention, then an MLP."""
         mixed = self.cross_attn(self.norm1_q(q + pos_q), self.norm1_k(kv + pos_k), self.norm1_v(kv))
         q = self.norm2_cross(q + self.gamma_1_cross * mixed)
         return q + self.gamma_2_cross * self.mlp_cross(q)
 
 
 class AuthorsEncoder(nn.Module):
-    """Embeds all patches, then takes the seen ones by a boolean mask."""
+    """Embeds all patches, then selects the visible ones by a boolean mask."""
 
     def __init__(self, config: CAEConfig, grid: tuple[int, ...], attention: Attention) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class AuthorsEncoder(nn.Module):
         self.norm = norm(dim)
 
     def forward(self, images: Tensor, is_masked: Tensor) -> Tensor:
-        """Encode what is not masked."""
+        """Encode the visible patches."""
         x = self.patch_embed.proj(images).flatten(2).transpose(1, 2)
         batch, _, dim = x.shape
         x = x[~is_masked].reshape(batch, -1, dim)
@@ -201,7 +201,7 @@ class AuthorsCAE(nn.Module):
 
 
 class AllPatches(PatchEmbed):
-    """Embeds all patches, then takes the visible ones by a boolean mask."""
+    """Embeds all patches, then selects the visible ones by a boolean mask."""
 
     def forward(self, images: Tensor, mask: Mask | None = None) -> Tensor:
         """Embed the visible patches."""
@@ -225,7 +225,7 @@ class AllLogits(TokenHead):
 def from_every_query(
     regressor: ContextRegressor, mask_token: Tensor, visible: Tensor, positions: Tensor, mask: Mask
 ) -> Tensor:
-    """Predict latents from a query, a key and a value for every masked patch of every image."""
+    """Predict latents with a query, a key and a value for every masked patch of every image."""
     queries = mask_token.expand(len(visible), mask.num_masked, -1)
     at_queries, at_visible = positions[mask.masked_ids], positions[mask.visible_ids]
     predicted: Tensor = regressor(queries, visible, at_queries, at_visible)
@@ -233,7 +233,7 @@ def from_every_query(
 
 
 class SecondEncoder(CAE):
-    """Makes the alignment's target by a copy of the encoder."""
+    """Computes the alignment target with a copy of the encoder."""
 
     def __init__(self, config: CAEConfig) -> None:
         super().__init__(config)
@@ -263,15 +263,15 @@ def with_all_logits(config: CAEConfig) -> CAE:
 
 
 def with_every_query(config: CAEConfig) -> CAE:
-    """Make a CAE whose regressor starts from as many queries as there are masked patches."""
+    """Make a CAE whose regressor starts from one query per masked patch."""
     model = CAE(config)
     regressor = model.regressor
     regressor.from_mask_token = partial(from_every_query, regressor)  # type: ignore[method-assign]
     return model
 
 
-# mimkit with one thing of the authors' put back: what taking it out gave.
-PUT_BACK = {
+# mimkit with one of its optimizations undone; the difference in time is what it saves.
+ABLATIONS = {
     "all patches embedded": with_all_patches,
     "all logits": with_all_logits,
     "every query": with_every_query,
@@ -280,7 +280,7 @@ PUT_BACK = {
 
 
 class OnePassCAE(CAE):
-    """One encoder pass over [visible] and [masked] batched together, where both are as many."""
+    """One encoder pass over visible and masked patches in one batch; needs equal counts of both."""
 
     def forward(self, images: Tensor, mask: Mask, token_ids: Tensor) -> Tensor:  # type: ignore[override]
         """Return the loss."""
@@ -294,7 +294,7 @@ class OnePassCAE(CAE):
 
 
 def case(device: torch.device, dtype: torch.dtype) -> tuple[str, CAEConfig, int]:
-    """Return name, model and batch: a small one where bfloat16 would take minutes a step."""
+    """Return name, model and batch size; a small case where a bfloat16 step would take minutes."""
     if dtype == torch.bfloat16 and not has_fast_bfloat16(device):
         small = CAEConfig(image_size=224, depth=2, regressor_depth=1, decoder_depth=1)
         return "width of CAE-B, depth 2 + 1 + 1, B=1", small, 1
@@ -305,7 +305,7 @@ def case(device: torch.device, dtype: torch.dtype) -> tuple[str, CAEConfig, int]
 def make_variants(
     config: CAEConfig, batch: int, device: torch.device, dtype: torch.dtype
 ) -> list[Variant]:
-    """Make all models with the same weights, and the inputs of one step."""
+    """Make the variants: all models with the same weights, and the inputs of a step."""
     torch.manual_seed(0)
     model = CAE(config).to(device)
     one_pass = OnePassCAE(config).to(device)
@@ -315,7 +315,7 @@ def make_variants(
     key = masking.key(torch.arange(batch, device=device), seed=0)
     mask = masking.blockwise(key, model.encoder.grid, 0.5)
     ids = torch.randint(config.vocabulary_size, (batch, mask.num_tokens), device=device)
-    # Softmax does not see the bias of the keys' norm: its gradient is rounding alone.
+    # Softmax cancels the bias of the keys' norm, so its gradient is rounding only.
     names = [
         name
         for name, weight in model.named_parameters()
@@ -338,8 +338,8 @@ def make_variants(
             is_baseline=True,
         )
 
-    # In bfloat16 on a CPU, gradients of query biases through PyTorch's fused operator are 5 % off
-    # those in float32 (through plain products 1 %), and it is the slower one (`bench_simmim_step`).
+    # In bfloat16 on a CPU, PyTorch's fused attention is slower than plain products and less exact:
+    # gradients of query biases are 5 % off float32, against 1 % (`bench_attention`).
     has_fused = dtype == torch.float32 or device.type != "cpu"
     forms = [plain_attention, fused_attention] if has_fused else [plain_attention]
     inputs = (images, mask, ids)
@@ -348,7 +348,7 @@ def make_variants(
         Variant("mimkit", loss_of(model), inputs, leaves(model)),
         Variant("mimkit, one encoder pass", one_pass, inputs, leaves(one_pass)),
     ]
-    for name, build in PUT_BACK.items():
+    for name, build in ABLATIONS.items():
         changed = build(config).to(device)
         state = model.state_dict()
         changed.load_state_dict(
@@ -359,7 +359,7 @@ def make_variants(
 
 
 def loss_of(model: CAE) -> Callable[[Tensor, Mask, Tensor], Tensor]:
-    """Return the loss alone."""
+    """Return a function that computes the model's loss."""
 
     def loss(images: Tensor, mask: Mask, ids: Tensor) -> Tensor:
         total: Tensor = model(images, mask, ids).loss
@@ -369,7 +369,7 @@ def loss_of(model: CAE) -> Callable[[Tensor, Mask, Tensor], Tensor]:
 
 
 def under_autocast(variant: Variant, dtype: torch.dtype, device: torch.device) -> Variant:
-    """Run a variant in another type."""
+    """Run a variant under autocast to `dtype`; float32 runs without autocast."""
 
     def function(*inputs: object) -> Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -382,9 +382,9 @@ def under_autocast(variant: Variant, dtype: torch.dtype, device: torch.device) -
 
 
 def peak_memory(kind: str, device: torch.device) -> float:
-    """Return the MB that a process of its own at most holds: one model and one float32 step."""
+    """Return the peak memory in MB of a new process that builds a model and runs a float32 step."""
     code = f"from benchmarks import bench_cae_step as b; b.print_peak({kind!r}, {device.type!r})"
-    # Tensors of over 128 KiB go back to the system: what malloc would keep varies by 100 MB.
+    # Return freed tensors above 128 KiB to the system: what malloc keeps varies by 100 MB.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
     run = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
@@ -393,7 +393,7 @@ def peak_memory(kind: str, device: torch.device) -> float:
 
 
 def print_peak(kind: str, device_type: str) -> None:
-    """Make a model and one step, and print the MB of this process."""
+    """Build a model, run a step, and print the peak memory of this process in MB."""
     device = torch.device(device_type)
     _, config, batch = case(device, torch.float32)
     grid = (14, 14)
@@ -406,11 +406,11 @@ def print_peak(kind: str, device_type: str) -> None:
             images, mask.is_masked.flatten(1), ids
         ).backward()
     else:
-        PUT_BACK.get(kind, CAE)(config).to(device)(images, mask, ids).loss.backward()
+        ABLATIONS.get(kind, CAE)(config).to(device)(images, mask, ids).loss.backward()
     if device.type == "cuda":
         print(torch.cuda.max_memory_allocated() / 1e6)
     else:
-        # Not getrusage: its maximum is that of the process which started this one, too.
+        # getrusage would include the peak of the parent process.
         status = Path("/proc/self/status").read_text()
         print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e6)  # type: ignore[index]
 
@@ -433,9 +433,11 @@ def bench_cae_step(bench: Bench, dtype: torch.dtype) -> None:
 
 
 def note_gains(bench: Bench, name: str) -> None:
-    """Print what each thing that mimkit does differently gives, in time and memory."""
+    """Print how much time and memory each optimization saves."""
     times = {row.variant: row.min_ms for row in bench.report.rows if row.case == name}
-    megabytes = {kind: peak_memory(kind, bench.device) for kind in ("authors", "mimkit", *PUT_BACK)}
+    megabytes = {
+        kind: peak_memory(kind, bench.device) for kind in ("authors", "mimkit", *ABLATIONS)
+    }
     ours, theirs = megabytes["mimkit"], megabytes["authors"]
     lines = [
         f"peak memory of a process, model and one step: authors {theirs:,.0f} MB, "
@@ -443,7 +445,7 @@ def note_gains(bench: Bench, name: str) -> None:
         *(
             f"without '{kind}', mimkit saves {times[f'mimkit, {kind}'] - times['mimkit']:,.0f} ms "
             f"and {megabytes[kind] - ours:,.0f} MB"
-            for kind in PUT_BACK
+            for kind in ABLATIONS
         ),
     ]
     bench.note(
@@ -452,5 +454,5 @@ def note_gains(bench: Bench, name: str) -> None:
         case=name,
         authors_mb=theirs,
         mimkit_mb=ours,
-        **{f"{kind.replace(' ', '_')}_mb": megabytes[kind] for kind in PUT_BACK},
+        **{f"{kind.replace(' ', '_')}_mb": megabytes[kind] for kind in ABLATIONS},
     )

@@ -1,4 +1,4 @@
-"""A whole pre-training step of ConvMAE-B: sampling, forward and backward; no optimizer.
+"""A pre-training step of ConvMAE-B: sampling, forward and backward, without the optimizer.
 
 Axes: batch; channels; height, width; tokens; visible; dim.
 """
@@ -41,7 +41,7 @@ class AuthorsEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embed a feature map."""
+        """Downsample a feature map."""
         return F.gelu(self.norm(self.proj(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
 
 
@@ -53,13 +53,13 @@ class AuthorsConvMlp(nn.Module):
         self.fc1, self.fc2 = nn.Conv2d(dim, 4 * dim, 1), nn.Conv2d(4 * dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transform every position."""
+        """Apply the MLP to each position."""
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
 
 
 class AuthorsConvBlock(nn.Module):
-    """The authors' `CBlock`: every position is computed, and the mask multiplied in."""
+    """The authors' `CBlock`: computes every position and multiplies by the mask."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class AuthorsConvBlock(nn.Module):
         self.mlp = AuthorsConvMlp(dim)
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
-        """Mix positions, then transform each."""
+        """Apply the block: masked depth-wise convolution, then an MLP."""
         y = self.conv1(self.norm1(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
         x = x + self.conv2(self.attn(visible * y))
         out: Tensor = x + self.mlp(self.norm2(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
@@ -77,7 +77,7 @@ class AuthorsConvBlock(nn.Module):
 
 
 class AuthorsConvMAE(nn.Module):
-    """The authors' model, for any size of image."""
+    """The authors' model, for any image size."""
 
     def __init__(self, config: ConvMAEConfig, attention: Attention) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class AuthorsConvMAE(nn.Module):
         return nn.Parameter(0.02 * torch.randn(1, self.side**2, dim), requires_grad=False)
 
     def forward(self, images: Tensor, is_masked: Tensor) -> Tensor:
-        """Return the loss; `is_masked` is added to the noise, so that the draw can be foretold."""
+        """Return the loss; adding `is_masked` to the noise fixes which patches are masked."""
         shuffle = (torch.rand_like(is_masked) + is_masked).argsort(dim=1)
         restore_ids = shuffle.argsort(dim=1)
         keep = int(self.side**2 * (1 - RATIO))
@@ -148,7 +148,7 @@ def _step(model: nn.Module, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Te
 
 
 class Packed(nn.Module):
-    """Ours, with its sampling in the step as in the authors'."""
+    """mimkit's model, with sampling in the step, as in the authors' code."""
 
     def __init__(self, model: ConvMAE, ratio: float) -> None:
         super().__init__()
@@ -166,12 +166,12 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _squeezed(output: Tensor, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Compare gradients whatever axes of size 1 they have."""
+    """Compare gradients without their axes of size 1."""
     return output, *(gradient.squeeze() for gradient in gradients)
 
 
 def _peak_bytes(variant: Variant, device: torch.device) -> int:
-    """Return the bytes that a step holds at its worst, beyond weights and inputs."""
+    """Return the peak memory of a step in bytes, without weights and inputs."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -188,9 +188,9 @@ def _peak_bytes(variant: Variant, device: torch.device) -> int:
 
 
 def _case(bench: Bench, dtype: torch.dtype) -> tuple[str, ConvMAEConfig, int]:
-    """Return name, model and batch: a small one where bfloat16 would take minutes a step."""
+    """Return name, model and batch size; a small case where a bfloat16 step would take minutes."""
     if dtype == torch.bfloat16 and not has_fast_bfloat16(bench.device):
-        bench.note(["bfloat16 has no fast matrix products on this CPU: a small model stands in"])
+        bench.note(["bfloat16 has no fast matrix products on this CPU: a small model is timed"])
         config = ConvMAEConfig(image_size=224, depth=(1, 1, 1), decoder_depth=1)
         return "widths of ConvMAE-B, depth 1, 1, 1 + 1, B=1", config, 1
     batch = 256 if bench.device.type == "cuda" else 8
@@ -262,7 +262,7 @@ SETTINGS = {"B=8, 224 px": (224, 8), "B=2, 448 px": (448, 2)}
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def bench_convmae_growth(bench: Bench, setting: str) -> None:
-    """How time and memory grow with the visible share, and with the size of images."""
+    """Measure time and memory of a step at several ratios and image sizes."""
     size, batch = SETTINGS[setting]
     batch = batch * 8 if bench.device.type == "cuda" else batch
     model = ConvMAE(ConvMAEConfig(image_size=size)).to(bench.device)

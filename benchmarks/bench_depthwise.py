@@ -1,4 +1,4 @@
-"""Depth-wise convolution of what is visible: dense times mask, against packed cells.
+"""Masked depth-wise convolution: the authors' dense form against packed cells.
 
 Axes: batch; channels; height, width; visible (cells); cell.
 """
@@ -22,12 +22,12 @@ STAGES = {"stage 1": (256, 4), "stage 2": (384, 2)}  # channels, positions per a
 
 
 def authors_convolution(x: Tensor, visible: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Multiply by the mask, and convolve everything."""
+    """Multiply by the mask, then convolve the whole map."""
     return F.conv2d(x * visible, weight, bias, padding=KERNEL // 2, groups=x.shape[1])
 
 
 def at_visible(mask: Mask) -> Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """Compare visible positions only, packed; the gradient of hidden ones is zero."""
+    """Compare visible positions only; the gradient of masked ones is zero."""
 
     def view(output: Tensor, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         grad, *others = gradients

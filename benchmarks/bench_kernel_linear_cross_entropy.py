@@ -1,6 +1,6 @@
-"""Cross-entropy over CAE's 8192 words: kernel, plain chunks, all logits at once.
+"""`linear_cross_entropy` over CAE's 8192 codes: kernel, plain PyTorch, torch.compile.
 
-Axes: rows (masked tokens of a batch); width; words.
+Axes: rows (masked tokens of a batch); width; words (codes).
 """
 
 import pytest
@@ -51,7 +51,7 @@ def bench_kernel_linear_cross_entropy(bench: Bench, dtype: torch.dtype) -> None:
 
 
 def _peak_bytes(forward: object, leaves: tuple[Tensor, ...]) -> int:
-    """Return the memory that forward and backward need on top of what is there before."""
+    """Return the peak memory of forward and backward beyond what was allocated before."""
     assert callable(forward)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

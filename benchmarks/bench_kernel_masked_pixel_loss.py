@@ -1,4 +1,4 @@
-"""The masked pixel loss at MAE's shapes: kernel, plain PyTorch, torch.compile.
+"""`masked_pixel_loss` at MAE's shapes: kernel, plain PyTorch, torch.compile.
 
 Axes: batch; channels; height, width; masked; patch.
 """
@@ -10,8 +10,8 @@ from torch import Tensor
 from benchmarks.bench_patches import CHANNELS, GRID, MEAN, PATCH, SIZE, STD
 from benchmarks.harness import Bench, kernel_variants
 from mimkit import masking
+from mimkit._checks import Order
 from mimkit.losses import masked_pixel_loss
-from mimkit.patches._patchify import Order
 
 
 @pytest.mark.parametrize("order", ["p1 p2 c", "c p1 p2"])

@@ -1,4 +1,4 @@
-"""Token movement at MAE's shapes: kernels, plain PyTorch, torch.compile.
+"""`gather_visible` and `restore` at MAE's shapes: kernels, plain PyTorch, torch.compile.
 
 Axes: batch; class token and tokens; dim.
 """
@@ -49,13 +49,13 @@ def bench_kernel_restore_tokens(bench: Bench, dtype: torch.dtype) -> None:
     fill = torch.randn(DECODER_DIM, dtype=dtype, device=bench.device, requires_grad=True)
     positions = torch.randn(1 + mask.num_tokens, DECODER_DIM, dtype=dtype, device=bench.device)
 
-    def put_back(visible: Tensor, fill: Tensor) -> Tensor:
+    def restore_tokens(visible: Tensor, fill: Tensor) -> Tensor:
         return restore(visible, mask, fill, positions=positions, num_prefix=1)
 
     restored = mask.batch_size * nbytes(positions)
     bench.compare(
         f"{shape} to {1 + mask.num_tokens} tokens",
-        kernel_variants(put_back, (visible, fill), (visible, fill), bench.device),
+        kernel_variants(restore_tokens, (visible, fill), (visible, fill), bench.device),
         dtype=dtype,
         tolerance=1e-5 if dtype == torch.float32 else 2e-2,
         passes=("forward", "backward"),

@@ -1,4 +1,4 @@
-"""The inputs of a block of CAE's regressor: kernel, plain PyTorch, torch.compile.
+"""`regressor_inputs` at CAE-B's shapes: kernel, plain PyTorch, torch.compile.
 
 Axes: batch; visible; queries; width.
 """

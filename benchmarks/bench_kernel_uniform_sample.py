@@ -1,4 +1,4 @@
-"""Drawing masks at MAE's shapes and at finer grids: kernel, plain PyTorch, torch.compile."""
+"""`masking.uniform` on MAE's grid and on finer grids: kernel, plain PyTorch, torch.compile."""
 
 import pytest
 import torch

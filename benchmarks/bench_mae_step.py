@@ -1,4 +1,4 @@
-"""A whole pre-training step of MAE ViT-B/16: sampling, forward and backward; no optimizer.
+"""A pre-training step of MAE ViT-B/16: sampling, forward and backward, without the optimizer.
 
 Axes: batch; tokens; visible; dim.
 """
@@ -41,7 +41,7 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend as the authors would today."""
+    """Attend with PyTorch's fused operator."""
     return F.scaled_dot_product_attention(query, key, value)
 
 
@@ -54,7 +54,7 @@ class AuthorsAttention(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Mix tokens."""
+        """Apply self-attention."""
         batch, length, dim = tokens.shape
         qkv = self.qkv(tokens).reshape(batch, length, 3, self.heads, dim // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -74,7 +74,7 @@ class AuthorsBlock(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(layers))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Mix tokens, then transform each."""
+        """Apply the block: self-attention, then an MLP."""
         tokens = tokens + self.attn(self.norm1(tokens))
         out: Tensor = tokens + self.mlp(self.norm2(tokens))
         return out
@@ -106,7 +106,7 @@ class AuthorsMAE(nn.Module):
         self.decoder_pred = nn.Linear(width, config.in_channels * PATCH**2)
 
     def forward(self, images: Tensor, is_masked: Tensor) -> Tensor:
-        """Return the loss; `is_masked` is added to the noise, so that the draw can be foretold."""
+        """Return the loss; adding `is_masked` to the noise fixes which patches are masked."""
         tokens = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
         keep = int(LENGTH * (1 - RATIO))
         shuffle = (torch.rand_like(is_masked) + is_masked).argsort(dim=1)
@@ -155,26 +155,26 @@ def _ours(
 
 
 def _profile(variant: Variant, device: torch.device) -> dict[str, float]:
-    """Return the milliseconds of each operator in one step, its callees excluded."""
+    """Return the self time of each operator in one step, in milliseconds."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:
         variant.backward(variant.forward())
         if on_gpu:
             torch.cuda.synchronize()
-    # Rows of the kernels themselves would count a second time what their operators were charged.
+    # The time of a GPU kernel is already in its operator, so rows of kernels are left out.
     events = [e for e in profiler.key_averages() if "CPU" in str(e.device_type)]
     micros = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in events}
     return {name: us / 1e3 for name, us in sorted(micros.items(), key=lambda item: -item[1]) if us}
 
 
 def count_flops(variant: Variant) -> int:
-    """Count what the matrix products and convolutions of a step ask for, by PyTorch's counter."""
+    """Count the FLOPs of a step's matrix products and convolutions, by PyTorch's counter."""
 
     def convolution_backward(
         grad: Sequence[int], images: Sequence[int], weight: Sequence[int], *rest: Any, **_: object
     ) -> int:
-        """Count one gradient as much as the output; PyTorch's own count forgets groups."""
+        """Count each gradient like the output; PyTorch's own formula ignores groups."""
         wanted = rest[-1]
         return 2 * math.prod(grad) * math.prod(weight[1:]) * sum(wanted[:2])
 
@@ -185,7 +185,7 @@ def count_flops(variant: Variant) -> int:
 
 
 def note_profile(bench: Bench, case: str, dtype: torch.dtype, variant: Variant) -> None:
-    """Print which operators a step spends its time in."""
+    """Print the operators with the largest self time in a step."""
     times = _profile(variant, bench.device)
     total = sum(times.values())
     gigaflop = count_flops(variant) / 1e9
@@ -211,9 +211,9 @@ def note_profile(bench: Bench, case: str, dtype: torch.dtype, variant: Variant) 
 
 
 def _case(bench: Bench, dtype: torch.dtype) -> tuple[str, MAEConfig, int]:
-    """Return name, model and batch: a small one where bfloat16 would take minutes a step."""
+    """Return name, model and batch size; a small case where a bfloat16 step would take minutes."""
     if dtype == torch.bfloat16 and not has_fast_bfloat16(bench.device):
-        bench.note(["bfloat16 has no fast matrix products on this CPU: a small model stands in"])
+        bench.note(["bfloat16 has no fast matrix products on this CPU: a small model is timed"])
         config = MAEConfig(image_size=224, depth=2, decoder_depth=1)
         return "width of ViT-B/16, depth 2 + 1, B=1", config, 1
     batch = 64 if bench.device.type == "cuda" else 8

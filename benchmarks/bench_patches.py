@@ -1,4 +1,4 @@
-"""Patches: all of them, and the visible ones only.
+"""`patchify` and `gather_patches` against the authors' way.
 
 Axes: batch; channels; height, width; tokens; patch.
 """
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from benchmarks.harness import Bench, Variant, nbytes, with_compiled
 from mimkit import masking
+from mimkit._checks import Order
 from mimkit.masking import Mask
 from mimkit.patches import gather_patches, patchify
-from mimkit.patches._patchify import Order
 
 PATCH, SIZE, CHANNELS = 16, 224, 3
 GRID = (SIZE // PATCH, SIZE // PATCH)
@@ -19,7 +19,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def authors_patchify(images: Tensor, order: Order = "p1 p2 c") -> Tensor:
-    """Cut images into patches by reshape and einsum; their order is "p1 p2 c"."""
+    """Patchify by reshape and einsum; the authors' order is "p1 p2 c"."""
     batch, channels, height, width = images.shape
     h, w = height // PATCH, width // PATCH
     axes = images.reshape(batch, channels, h, PATCH, w, PATCH)
@@ -28,20 +28,20 @@ def authors_patchify(images: Tensor, order: Order = "p1 p2 c") -> Tensor:
 
 
 def authors_gather(images: Tensor, ids: Tensor) -> Tensor:
-    """Cut everything, then take what is visible."""
+    """Patchify all, then gather the visible patches."""
     patches = authors_patchify(images)
     return patches.gather(1, ids.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
 
 
 def authors_gather_bytes(images: Tensor, ids: Tensor) -> Tensor:
-    """Cut bytes, take what is visible, normalise that."""
+    """Patchify uint8 images, gather the visible patches, then normalise them."""
     patches = authors_gather(images, ids).float() / 255
     mean, std = (torch.tensor(v, device=images.device).repeat(PATCH**2) for v in (MEAN, STD))
     return (patches - mean) / std
 
 
 def gather_bytes(images: Tensor, mask: Mask) -> Tensor:
-    """Take the visible patches of uint8 images, normalised."""
+    """Gather the visible patches of uint8 images, normalised."""
     return gather_patches(images, mask, PATCH, mean=MEAN, std=STD)
 
 

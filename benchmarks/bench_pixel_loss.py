@@ -1,4 +1,4 @@
-"""MAE's loss on normalised pixels: of all patches and then masked, or of masked patches only.
+"""MAE's loss on normalised pixels: over all patches, then masked; or over masked patches only.
 
 Axes: batch; channels; height, width; tokens; masked; patch.
 """
@@ -16,7 +16,7 @@ from mimkit.patches import gather_masked
 
 
 def authors_loss(prediction: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
-    """Patchify and normalise all patches, and keep the mean error of the hidden (1) ones."""
+    """Patchify and normalise all patches; return the mean error of masked (1) patches."""
     target = authors_patchify(images)
     mean, variance = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
     target = (target - mean) / (variance + 1e-6) ** 0.5
@@ -25,7 +25,7 @@ def authors_loss(prediction: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
 
 
 def ours(prediction: Tensor, images: Tensor, mask: Mask) -> Tensor:
-    """Read the masked pixels only."""
+    """Compute the loss from masked pixels only."""
     return masked_pixel_loss(prediction, images, mask, PATCH)
 
 

@@ -1,9 +1,9 @@
-"""MAE on samples that hide different numbers of patches: packed, against padding and a loop.
+"""MAE with a `RaggedMask`: packed sequences against padding and against a loop over samples.
 
-The rivals run the same weights. "padded" pads visible tokens to the longest sample and shields them
-by a key padding mask (fused attention, or plain products); its decoder puts tokens back in grid
-order, so that nothing is padded there where all grids are one, and works on all of them in its last
-block too. "one by one" runs a batch of one for each sample. All share patches, head and loss.
+All variants use the same weights, patch embedding, head and loss. "padded" pads visible tokens to
+the longest sample and uses a key padding mask, with fused or plain attention. Its decoder restores
+grid order, so nothing is padded there if all grids are equal, and its last block computes all
+tokens. "one by one" runs a batch of one for each sample.
 
 Axes: batch; tokens; dim.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -20,7 +21,6 @@ from benchmarks.harness import Bench, Variant
 from mimkit import losses, masking
 from mimkit.masking import RaggedMask
 from mimkit.nn import TransformerBlock
-from mimkit.nn._layers import merge_heads, split_heads
 from mimkit.patches import sincos_positions
 from recipes.mae import MAE, MAEConfig
 
@@ -37,7 +37,7 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, is_padding: Tenso
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, is_padding: Tensor | None) -> Tensor:
-    """Attend with matrix products, and -inf where keys are padding."""
+    """Attend with plain matrix products; logits of padding are -inf."""
     logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     if is_padding is not None:
         logits = logits.masked_fill(is_padding[:, None, None], -torch.inf)
@@ -48,17 +48,19 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, is_padding: Tenso
 def run_block(
     block: TransformerBlock, tokens: Tensor, is_padding: Tensor | None, attention: Attention
 ) -> Tensor:
-    """Run a block on padded samples."""
+    """Apply a block to padded samples."""
     parts = block.attn.qkv(block.norm1(tokens)).chunk(3, dim=-1)
-    query, key, value = (split_heads(part, block.attn.heads) for part in parts)
-    mixed = merge_heads(attention(query, key, value, is_padding))
+    query, key, value = (
+        rearrange(part, "b n (h d) -> b h n d", h=block.attn.heads) for part in parts
+    )
+    mixed = rearrange(attention(query, key, value, is_padding), "b h n d -> b n (h d)")
     tokens = tokens + block.attn.proj(mixed)
     transformed: Tensor = tokens + block.mlp(block.norm2(tokens))
     return transformed
 
 
 def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Stack samples, and say what is padding if anything is."""
+    """Pad and stack samples; also return which tokens are padding (`None` if there is none)."""
     lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
     tokens = pad_sequence(list(rows), batch_first=True)
     if len(set(map(len, rows))) == 1:
@@ -67,12 +69,12 @@ def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 
 class Padded:
-    """A MAE's weights, run on padded samples."""
+    """MAE on padded samples, with the weights of a mimkit model."""
 
     def __init__(self, model: MAE, mask: RaggedMask, attention: Attention) -> None:
         self.model, self.mask, self.attention = model, mask, attention
         self.masks, widths = mask.unbind(), (model.encoder.dim, model.decoder.embed.out_features)
-        # Tables are no part of what is timed.
+        # Position tables are made here, so that they are not timed.
         tables = [
             [sincos_positions(w, grid).to(mask.device) for grid in mask.grids] for w in widths
         ]
@@ -93,12 +95,12 @@ class Padded:
         return latent
 
     def latents(self, images: Sequence[Tensor]) -> Tensor:
-        """Return the latents without the padding."""
+        """Return the latents without padding."""
         rows = zip(self.encode(images), self.mask.num_visible, strict=True)
         return torch.cat([row[: 1 + count] for row, count in rows])
 
     def loss(self, images: Sequence[Tensor]) -> Tensor:
-        """Put tokens back in grid order, decode all, and score the masked ones."""
+        """Restore grid order, decode all tokens, and compute the loss of the masked ones."""
         decoder, rows = self.model.decoder, []
         latent = decoder.embed(self.encode(images))
         for row, one, positions in zip(latent, self.masks, self.positions, strict=True):
@@ -115,7 +117,7 @@ class Padded:
 
 
 def draw(grids: Sequence[tuple[int, int]], device: torch.device) -> RaggedMask:
-    """Draw masks of ratios that are drawn uniformly from 0.5 to 0.9."""
+    """Draw masks with ratios from a uniform distribution on [0.5, 0.9]."""
     ratios = [round(ratio, 4) for ratio in torch.empty(BATCH).uniform_(0.5, 0.9).tolist()]
     key = masking.key(torch.arange(BATCH, device=device), seed=0)
     return masking.ragged(masking.uniform, key, grids, ratios)
@@ -123,7 +125,7 @@ def draw(grids: Sequence[tuple[int, int]], device: torch.device) -> RaggedMask:
 
 GRIDS = {
     "one size": [(14, 14)] * BATCH,
-    # Photographs' aspect ratios with about as many patches, and two that are smaller.
+    # Aspect ratios of photographs with about 196 patches, and two smaller images.
     "native sizes": [(14, 14), (12, 16), (16, 12), (10, 18), (18, 11), (14, 14), (8, 8), (7, 10)],
 }
 
@@ -131,14 +133,14 @@ GRIDS = {
 @pytest.mark.parametrize("sizes", GRIDS)
 @pytest.mark.parametrize("part", ["encoder", "MAE"])
 def bench_ragged(bench: Bench, part: str, sizes: str) -> None:
-    """Time a step of MAE at ViT-B's width (few blocks on a CPU), and of its encoder alone."""
+    """Time MAE at ViT-B's width (with fewer blocks on a CPU), and its encoder alone."""
     depth = {"depth": 3, "decoder_depth": 2} if bench.device.type == "cpu" else {}
     model = MAE(MAEConfig(image_size=224, **depth)).to(bench.device)
     mask = draw(GRIDS[sizes], bench.device)
     images = [
         torch.randn(3, *(PATCH * n for n in grid), device=bench.device) for grid in mask.grids
     ]
-    fused, plain = (Padded(model, mask, way) for way in (fused_attention, plain_attention))
+    fused, plain = (Padded(model, mask, form) for form in (fused_attention, plain_attention))
 
     def one_by_one(images: Sequence[Tensor]) -> Tensor:
         samples = [(images[i : i + 1], mask[i]) for i in range(BATCH)]
@@ -151,13 +153,14 @@ def bench_ragged(bench: Bench, part: str, sizes: str) -> None:
 
     trained = model.encoder if part == "encoder" else model
     leaves = tuple(weight for weight in trained.parameters() if weight.requires_grad)
-    rivals = {
+    baselines = {
         "padded, fused attention": fused.latents if part == "encoder" else fused.loss,
         "padded, plain attention": plain.latents if part == "encoder" else plain.loss,
         "one by one": one_by_one,
     }
     variants = [
-        Variant(name, way, (images,), leaves, is_baseline=True) for name, way in rivals.items()
+        Variant(name, function, (images,), leaves, is_baseline=True)
+        for name, function in baselines.items()
     ]
     bench.with_seconds(BUDGET * bench.seconds).compare(
         f"{part}, {sizes}: {mask.num_visible} visible of {mask.num_tokens}",

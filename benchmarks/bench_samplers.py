@@ -1,7 +1,7 @@
-"""Sampling: every sampler beside the published code, at its settings.
+"""Every sampler against the published code, with the paper's settings.
 
-Draws differ by design: what must agree is that masks have the same counts (and, where ids are
-returned, that they split the grid).
+Masks differ by design. Checked are the counts and, if ids are returned, that they are a partition
+of the grid.
 
 Axes: batch; tokens; height, width; time.
 """
@@ -29,7 +29,7 @@ RATIO = 0.75
 def authors_random_masking(
     batch: int, length: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the kept ids in the order of their noise, the mask (1 = masked) and ids_restore."""
+    """MAE's `random_masking`: visible ids in order of noise, mask (1 = masked), ids_restore."""
     keep = int(length * (1 - RATIO))
     shuffle = torch.rand(batch, length, device=device).argsort(dim=1)
     restore = shuffle.argsort(dim=1)
@@ -39,12 +39,12 @@ def authors_random_masking(
 
 
 def uniform(key: Key, grid: tuple[int, int]) -> Mask:
-    """Sample visible and masked ids, which is all that MAE's model here needs."""
+    """Sample visible and masked ids, which is all that mimkit's MAE needs."""
     return masking.uniform(key, grid, RATIO)
 
 
 def uniform_in_full(key: Key, grid: tuple[int, int]) -> tuple[Mask, Tensor, Tensor]:
-    """Compute all that the authors' function returns, too."""
+    """Also compute everything that the authors' function returns."""
     mask = masking.uniform(key, grid, RATIO)
     return mask, mask.is_masked, mask.restore_ids
 
@@ -137,7 +137,7 @@ def bench_blockwise(bench: Bench, count: int) -> None:
     key = masking.key(torch.arange(batch, device=bench.device), seed=0)
 
     def within(output: Any, _: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """BEiT's loop may fall short of the count, so here only an excess is an error."""
+        """Check that no mask exceeds the count; BEiT's loop may mask fewer."""
         return (_counts(output, ())[0] <= count,)
 
     cae = Variant("authors' loop", authors_blocks, (batch, *grid, count), view=_counts,
@@ -153,7 +153,7 @@ def bench_blockwise(bench: Bench, count: int) -> None:
 
 
 def _note_beside_a_busy_core(bench: Bench, case: str, variants: list[Variant]) -> None:
-    """Time variants with and without another process that never waits, on the last core."""
+    """Time variants with and without a busy process on the last core."""
     timed = {variant.name: lambda v=variant: time_on_cpu(v.forward) for variant in variants}
     times = {}
     for busy in (False, True):
@@ -173,7 +173,7 @@ def _note_beside_a_busy_core(bench: Bench, case: str, variants: list[Variant]) -
 
 
 def authors_inverse_block(batch: int, side: int, ratio: float, block: int) -> Tensor:
-    """data2vec 2.0's `compute_block_mask_2d`: all blocks at once, then single tokens per image."""
+    """data2vec 2.0's `compute_block_mask_2d`: all blocks at once, then a loop over images."""
     length, keep = side * side, 1 - ratio
     count = int(length * keep)
     starts = torch.randint(0, length, (batch, int(length * (keep + 0.07) / block**2)))
@@ -209,7 +209,7 @@ def bench_inverse_block(bench: Bench) -> None:
 
 
 def authors_tubes(batch: int, frames: int, tokens: int, count: int) -> Tensor:
-    """VideoMAE's `TubeMaskingGenerator`: a shuffle in numpy for each video."""
+    """VideoMAE's `TubeMaskingGenerator`: one numpy shuffle per video."""
     masks = []
     for _ in range(batch):
         frame = np.hstack([np.zeros(tokens - count), np.ones(count)])
@@ -234,7 +234,7 @@ def bench_tube(bench: Bench) -> None:
 
 
 def authors_multiblock(batch: int, side: int) -> tuple[Tensor, list[Tensor]]:
-    """I-JEPA's `MaskCollator`: ids of contexts and of four targets, cut to the batch's shortest."""
+    """I-JEPA's `MaskCollator`: contexts and four targets, truncated to the batch's shortest."""
 
     def size(scale: tuple[float, float], aspect: tuple[float, float]) -> tuple[int, int]:
         share = torch.rand(1).item()
@@ -274,8 +274,8 @@ def multiblock(key: Key, grid: tuple[int, int]) -> masking.MultiBlock:
     return masking.multiblock(key, grid)
 
 
-def _apart(output: Any, _: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """How many targets there are, and how many context tokens lie in them (their counts differ)."""
+def _overlap(output: Any, _: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the numbers of samples and targets, and of context tokens that lie in a target."""
     if isinstance(output, masking.MultiBlock):
         context, targets = output.context.visible_ids, [t.masked_ids for t in output.targets]
     else:
@@ -287,17 +287,17 @@ def _apart(output: Any, _: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def bench_multiblock(bench: Bench) -> None:
     batch, side = 256, 14
     key = masking.key(torch.arange(batch, device=bench.device), seed=0)
-    authors = Variant("authors' loop", authors_multiblock, (batch, side), view=_apart,
+    authors = Variant("authors' loop", authors_multiblock, (batch, side), view=_overlap,
                       is_baseline=True)  # fmt: skip
-    ours = Variant("mimkit: multiblock", multiblock, (key, (side, side)), view=_apart)
+    ours = Variant("mimkit: multiblock", multiblock, (key, (side, side)), view=_overlap)
     variants = [authors, ours, ours.compiled()]
     bench.compare(f"B={batch} L=196, 4 targets", variants, dtype=torch.int64, tolerance=0)
 
 
 def authors_weighted(weights: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """MILAN's `attention_masking`: one draw of all tokens without replacement, most wanted first.
+    """MILAN's `attention_masking`: one multinomial draw of all tokens without replacement.
 
-    There the first ones stay visible; the order is turned round, so that they are masked.
+    In MILAN the first tokens stay visible. The order is reversed here, so that they are masked.
     """
     batch, length = weights.shape
     shuffle = torch.multinomial(weights, length).flip(1)
@@ -326,7 +326,7 @@ def bench_weighted(bench: Bench) -> None:
 def authors_complementary(
     batch: int, length: int, device: torch.device
 ) -> tuple[list[Tensor], Tensor]:
-    """FastConvMAE's `random_masking`: four slices of a shuffled order, and ids_restore."""
+    """FastConvMAE's `random_masking`: four slices of a random permutation, and ids_restore."""
     keep = length // 4
     shuffle = torch.rand(batch, length, device=device).argsort(dim=1)
     restore = shuffle.argsort(dim=1)
@@ -338,7 +338,7 @@ def complementary(key: Key, grid: tuple[int, int]) -> list[Mask]:
     return masking.complementary(key, grid, 4)
 
 
-def _shares(output: Any, _: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _groups(output: Any, _: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     groups = output[0] if isinstance(output, tuple) else [mask.visible_ids for mask in output]
     return torch.cat(groups, dim=1).sort(dim=1).values, torch.tensor([g.shape[1] for g in groups])
 
@@ -347,7 +347,7 @@ def bench_complementary(bench: Bench) -> None:
     batch, grid = 256, (14, 14)
     key = masking.key(torch.arange(batch, device=bench.device), seed=0)
     authors = Variant("authors: two argsorts", authors_complementary, (batch, 196, bench.device),
-                      view=_shares, is_baseline=True)  # fmt: skip
-    ours = Variant("mimkit: complementary", complementary, (key, grid), view=_shares)
+                      view=_groups, is_baseline=True)  # fmt: skip
+    ours = Variant("mimkit: complementary", complementary, (key, grid), view=_groups)
     variants = with_compiled([authors, ours])
     bench.compare(f"B={batch} L=196, 4 parts", variants, dtype=torch.int64, tolerance=0)

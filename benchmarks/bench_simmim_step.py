@@ -1,7 +1,7 @@
-"""A whole pre-training step of SimMIM, ViT-B/16 and Swin-T: forward and backward; no optimizer.
+"""A pre-training step of SimMIM, ViT-B/16 and Swin-T: forward and backward, without the optimizer.
 
-The authors' models are written out with their parameter names. Between them and mimkit's stand
-the authors' with one part of mimkit's each, so that the table shows what it gave.
+The authors' models are reimplemented with the authors' parameter names. Other variants are the
+authors' model with one of mimkit's parts, which shows how much each part saves.
 
 Axes: batch; windows; heads; tokens; head_dim; dim; height, width.
 """
@@ -19,7 +19,6 @@ from mimkit import masking
 from mimkit.interop import from_official
 from mimkit.masking import Mask
 from mimkit.nn._layers import attend
-from mimkit.nn._relative import relative_index
 from recipes.simmim import SimMIM, SimMIMConfig
 
 BUDGET = 20  # times `--seconds`, shared by all variants
@@ -36,7 +35,7 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> 
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """Attend as the authors would today."""
+    """Attend with PyTorch's fused operator."""
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
 
 
@@ -49,7 +48,7 @@ class Mlp(nn.Sequential):
 
 
 class ViTAttention(nn.Module):
-    """BEiT's attention: no bias of keys, a bias of logits."""
+    """BEiT's attention: no key bias, a relative position bias."""
 
     def __init__(self, dim: int, heads: int, attention: Attention) -> None:
         super().__init__()
@@ -58,7 +57,7 @@ class ViTAttention(nn.Module):
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
 
     def forward(self, tokens: Tensor, bias: Tensor) -> Tensor:
-        """Mix tokens."""
+        """Apply self-attention."""
         batch, length, dim = tokens.shape
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         qkv = F.linear(tokens, self.qkv.weight, qkv_bias)
@@ -79,26 +78,25 @@ class ViTBlock(nn.Module):
         self.gamma_2 = nn.Parameter(torch.full((dim,), 0.1))
 
     def forward(self, tokens: Tensor, bias: Tensor) -> Tensor:
-        """Mix tokens, then transform each."""
+        """Apply the block: self-attention, then an MLP."""
         tokens = tokens + self.gamma_1 * self.attn(self.norm1(tokens), bias)
         out: Tensor = tokens + self.gamma_2 * self.mlp(self.norm2(tokens))
         return out
 
 
 class RelativeTable(nn.Module):
-    """BEiT's table of relative positions and class token."""
+    """BEiT's relative position bias with a class token."""
 
     def __init__(self, grid: tuple[int, int], heads: int) -> None:
         super().__init__()
         offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1)
         table = 0.02 * torch.randn(offsets + 3, heads)
         self.relative_position_bias_table = nn.Parameter(table)
-        index = F.pad(relative_index(grid), (1, 0, 1, 0), value=offsets)
-        index[1:, 0], index[0, 0] = offsets + 1, offsets + 2
+        index = RelativePositionBias(grid=grid, heads=heads, class_token=True).index
         self.register_buffer("index", index, persistent=False)
 
     def forward(self) -> Tensor:
-        """Look the table up."""
+        """Return the bias."""
         index: Tensor = self.index  # type: ignore[assignment]
         bias = self.relative_position_bias_table[index.view(-1)].view(*index.shape, -1)
         return bias.permute(2, 0, 1).contiguous()
@@ -135,7 +133,7 @@ class ViTEncoder(nn.Module):
 
 
 class SwinAttention(nn.Module):
-    """Swin's attention in windows."""
+    """Swin's window attention."""
 
     def __init__(self, dim: int, heads: int, window: int, attention: Attention) -> None:
         super().__init__()
@@ -143,10 +141,11 @@ class SwinAttention(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         table = 0.02 * torch.randn((2 * window - 1) ** 2, heads)
         self.relative_position_bias_table = nn.Parameter(table)
-        self.register_buffer("index", relative_index((window, window)), persistent=False)
+        index = RelativePositionBias(grid=(window, window), heads=heads).index
+        self.register_buffer("index", index, persistent=False)
 
     def forward(self, windows: Tensor, mask: Tensor | None) -> Tensor:
-        """Mix the tokens of each window."""
+        """Attend inside each window."""
         count, inside, dim = windows.shape
         qkv = self.qkv(windows).reshape(count, inside, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         index: Tensor = self.index  # type: ignore[assignment]
@@ -160,7 +159,7 @@ class SwinAttention(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Swin's block: roll, cut into windows, attend, put together, roll back."""
+    """Swin's block: roll, partition into windows, attend, reverse both."""
 
     def __init__(
         self, side: int, dim: int, heads: int, window: int, shift: int, attention: Attention
@@ -176,25 +175,25 @@ class SwinBlock(nn.Module):
             for c in (slice(0, -window), slice(-window, -shift), slice(-shift, None))
         ):
             region[:, rows, columns] = number
-        regions = self.cut(region).squeeze(-1)
-        apart = (regions.unsqueeze(1) - regions.unsqueeze(2)) != 0
-        self.register_buffer("mask", apart * -100.0 if shift else None, persistent=False)
+        regions = self.partition(region).squeeze(-1)
+        differs = (regions.unsqueeze(1) - regions.unsqueeze(2)) != 0
+        self.register_buffer("mask", differs * -100.0 if shift else None, persistent=False)
 
-    def cut(self, maps: Tensor) -> Tensor:
-        """Cut maps [batch, height, width, dim] into windows."""
+    def partition(self, maps: Tensor) -> Tensor:
+        """Partition maps [batch, height, width, dim] into windows."""
         batch, height, width, dim = maps.shape
         w = self.window
         cells = maps.view(batch, height // w, w, width // w, w, dim)
         return cells.permute(0, 1, 3, 2, 4, 5).contiguous().view(-1, w * w, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Mix tokens, then transform each."""
+        """Apply the block: window attention, then an MLP."""
         batch, length, dim = tokens.shape
         side, w, shift = self.side, self.window, self.shift
         maps = self.norm1(tokens).view(batch, side, side, dim)
         if shift:
             maps = maps.roll((-shift, -shift), (1, 2))
-        windows = self.attn(self.cut(maps), self.mask)
+        windows = self.attn(self.partition(maps), self.mask)
         cells = windows.view(batch, side // w, side // w, w, w, dim).permute(0, 1, 3, 2, 4, 5)
         maps = cells.contiguous().view(batch, side, side, dim)
         if shift:
@@ -205,7 +204,7 @@ class SwinBlock(nn.Module):
 
 
 class SwinMerging(nn.Module):
-    """Swin's merging of patches."""
+    """Swin's patch merging."""
 
     def __init__(self, side: int, dim: int) -> None:
         super().__init__()
@@ -214,7 +213,7 @@ class SwinMerging(nn.Module):
         self.norm = nn.LayerNorm(4 * dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Merge 2x2 tokens."""
+        """Merge 2x2 tokens to one."""
         maps = tokens.view(len(tokens), self.side, self.side, -1)
         quads = [maps[:, i::2, j::2] for j in range(2) for i in range(2)]
         merged: Tensor = self.reduction(self.norm(torch.cat(quads, -1).flatten(1, 2)))
@@ -222,7 +221,7 @@ class SwinMerging(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """Blocks, then merging."""
+    """Blocks, then patch merging."""
 
     def __init__(self, side: int, dim: int, depth: int, heads: int, window: int, **rest: bool):
         super().__init__()
@@ -238,7 +237,7 @@ class SwinStage(nn.Module):
         self.downsample = SwinMerging(side, dim) if rest["merge"] else nn.Identity()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Mix and merge."""
+        """Apply blocks and patch merging."""
         merged: Tensor = self.downsample(self.blocks(tokens))
         return merged
 
@@ -282,9 +281,9 @@ class SwinEncoder(nn.Module):
 
 
 class AuthorsSimMIM(nn.Module):
-    """The authors' model: embeds all patches, predicts and scores whole images.
+    """The authors' model: embeds all patches, predicts the whole image, then masks the loss.
 
-    Or, with `masked_only`, predicts and scores what masked tokens stand for.
+    With `masked_only`, predicts masked patches only.
     """
 
     def __init__(
@@ -321,10 +320,10 @@ class AuthorsSimMIM(nn.Module):
 
 
 def _case(bench: Bench, encoder: str, dtype: torch.dtype) -> tuple[str, SimMIMConfig, int, int]:
-    """Return name, model, batch and unit: small ones where bfloat16 would take minutes a step."""
+    """Return name, model, batch size and unit; small where a bfloat16 step would take minutes."""
     small = dtype == torch.bfloat16 and not has_fast_bfloat16(bench.device)
     if small:
-        bench.note(["bfloat16 has no fast matrix products on this CPU: a small model stands in"])
+        bench.note(["bfloat16 has no fast matrix products on this CPU: a small model is timed"])
     batch = 1 if small else 64 if bench.device.type == "cuda" else 8
     if encoder == "vit":
         config = SimMIMConfig(image_size=224, depth=2 if small else 12)
@@ -349,11 +348,11 @@ def bench_simmim_step(bench: Bench, encoder: str, dtype: torch.dtype, compiled: 
     key = masking.key(torch.arange(batch, device=bench.device), seed=0)
     mask = masking.uniform(key, (side, side), 0.6, unit=unit, rounding="simmim")
     images = torch.randn(batch, 3, config.image_size, config.image_size, device=bench.device)
-    images += 8  # far from any first prediction: no pixel lies on the kink of L1
+    images += 8  # far from the first predictions, where L1 has no kink
     is_masked = mask.is_masked.float()
 
     def flat(output: Tensor, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Drop the last two axes of the decoder's weight, a convolution of size 1 there."""
+        """Flatten the decoder's weight, which is a 1x1 convolution in the authors' model."""
         return output, *(g.flatten(1) if g.shape[2:] == (1, 1) else g for g in gradients)
 
     def authors(
@@ -377,7 +376,7 @@ def bench_simmim_step(bench: Bench, encoder: str, dtype: torch.dtype, compiled: 
     weights |= theirs.state_dict()
     _, fused = authors("authors, scaled_dot_product_attention", fused_attention)
     parts = {"mimkit's attention": {"attention": attend}}
-    if encoder == "vit":  # a token of Swin stands for many patches
+    if encoder == "vit":  # a token of Swin covers many patches
         parts["head of masked tokens"] = {"attention": plain_attention, "masked_only": True}
     mixed = {
         part: authors(f"authors, {part}", **changes, is_baseline=False)[1]
@@ -394,7 +393,7 @@ def bench_simmim_step(bench: Bench, encoder: str, dtype: torch.dtype, compiled: 
         return loss
 
     ours = Variant("mimkit", step, (images, mask), leaves)
-    # Boolean rows are of no fixed number, which a compiler cannot have in one graph.
+    # Boolean indexing has a data-dependent shape, so it does not compile into one graph.
     variants = [plain, fused, ours] if compiled else [plain, fused, *mixed.values(), ours]
     if compiled:
         variants = [variant.compiled() for variant in variants]
@@ -411,15 +410,15 @@ def bench_simmim_step(bench: Bench, encoder: str, dtype: torch.dtype, compiled: 
 
 
 def _note_gains(bench: Bench, case: str, dtype: torch.dtype, parts: dict[str, Variant]) -> None:
-    """Say what each part gives, beside the authors' model with the same attention."""
+    """Print the time that each part saves, relative to the authors' model with plain attention."""
     name = str(dtype).removeprefix("torch.")
     rows = [row for row in bench.report.rows if (row.bench, row.case) == (bench.name, case)]
     fastest = {row.variant: row.min_ms for row in rows if row.dtype == name}
     theirs = fastest["authors, plain attention"]
     gains = {part: 1 - fastest[variant.name] / theirs for part, variant in parts.items()}
-    told = ", ".join(f"{part} {gain:+.1%}" for part, gain in gains.items())
+    summary = ", ".join(f"{part} {gain:+.1%}" for part, gain in gains.items())
     bench.note(
-        [f"saved of the authors' step with plain attention, {case}, {name}: {told}"],
+        [f"time saved of the authors' step with plain attention, {case}, {name}: {summary}"],
         kind="gains",
         case=case,
         dtype=name,

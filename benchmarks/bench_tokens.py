@@ -1,4 +1,4 @@
-"""Token movement: taking the visible tokens, and putting them back among mask tokens.
+"""`gather_visible` and `restore` against the authors' way.
 
 Axes: batch; tokens; visible; dim.
 """
@@ -18,14 +18,14 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def authors_gather(tokens: Tensor, ids: Tensor) -> Tensor:
-    """Take tokens by `torch.gather`, without the authors' copies of the ids."""
+    """Gather tokens with `torch.gather`; unlike the authors' code, without copying the ids."""
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
 
 
 def authors_restore(
     latent: Tensor, mask_token: Tensor, restore_ids: Tensor, positions: Tensor
 ) -> Tensor:
-    """Append mask tokens, unshuffle, put the class token in front, add positions."""
+    """Append mask tokens, unshuffle, prepend the class token, add position embeddings."""
     missing = restore_ids.shape[1] + 1 - latent.shape[1]
     mask_tokens = mask_token.expand(latent.shape[0], missing, -1)
     tokens = authors_gather(torch.cat([latent[:, 1:], mask_tokens], dim=1), restore_ids)

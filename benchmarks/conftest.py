@@ -1,4 +1,4 @@
-"""Options, fixtures and the tables at the end of the session."""
+"""Command-line options, fixtures and the report at the end of the session."""
 
 import pytest
 import torch
@@ -18,12 +18,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--seconds", type=float, default=1.0, help="timing budget of one pass of a case (seconds)"
     )
     group.addoption(
-        "--variants", metavar="PATTERN", help="time only variants with this pattern in their names"
+        "--variants", metavar="PATTERN", help="time only variants whose names match this pattern"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start with an empty report, and look at the machine before loading it."""
+    """Start an empty report, and record the machine's load before the benchmarks run."""
     describe_environment()
     config.stash[REPORT] = Report()
 
@@ -36,10 +36,10 @@ def device() -> torch.device:
 
 @pytest.fixture
 def bench(request: pytest.FixtureRequest, device: torch.device) -> Bench:
-    """Return what a bench function measures with, in a fresh and seeded PyTorch."""
+    """Return the harness of a benchmark function; seeds PyTorch and resets its compiler."""
     torch.manual_seed(0)
-    torch.backends.cudnn.allow_tf32 = False  # on by default, for convolutions alone
-    torch.compiler.reset()  # else earlier cases count towards the limit of recompilations
+    torch.backends.cudnn.allow_tf32 = False  # on by default for convolutions
+    torch.compiler.reset()  # earlier cases would count towards the recompilation limit
     seconds = request.config.getoption("--seconds")
     only = request.config.getoption("--variants")
     return Bench(request.function.__name__, device, seconds, request.config.stash[REPORT], only)
@@ -48,7 +48,7 @@ def bench(request: pytest.FixtureRequest, device: torch.device) -> Bench:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """Print one table per bench, and save the rows if asked to."""
+    """Print one table per benchmark, and save the rows with `--save`."""
     report = config.stash[REPORT]
     if not report.rows:
         return

@@ -1,11 +1,11 @@
-"""What every bench shares: check every variant, time them in turn, one table per bench.
+"""The benchmark harness: check every variant, time them in turn, print one table per benchmark.
 
     pytest benchmarks/                    # check, time, print the tables
-    pytest benchmarks/ --seconds 0.5      # shorter: seconds of timing per pass of a case
-    pytest benchmarks/ --save             # append the rows to benchmarks/results/ as well
+    pytest benchmarks/ --seconds 0.5      # less timing: seconds per pass of a case
+    pytest benchmarks/ --save             # also append the rows to benchmarks/results/
 
-Results are written only on request, so that a user's run leaves a checkout clean. Speed is never
-asserted: a bench fails only if a variant computes something else than its reference.
+Results are written only with `--save`, so that other runs leave the checkout clean. Speed is never
+asserted: a benchmark fails only if a variant differs from the reference.
 """
 
 import importlib.metadata
@@ -37,25 +37,25 @@ FLUSH_BYTES = 256 << 20  # several times the largest L2 cache of a GPU
 
 
 def output_and_gradients(output: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Compare the output and every gradient as they are."""
+    """Compare the output and every gradient unchanged."""
     return output, *gradients
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compute something.
+    """One implementation to time.
 
     Attributes:
-        name: Row of the table.
-        function: Called with `inputs`; returns one tensor if there are `leaves`.
+        name: Name of the row.
+        function: Called with `inputs`; must return one tensor if there are `leaves`.
         inputs: Arguments.
-        leaves: What to differentiate by, in the same order in all variants; none: forward only.
-        view: What of (output, gradients) must agree with the reference.
-        is_baseline: Whether this is the authors' way, the fastest of which is what others are
-            compared with.
-        is_compiled: Whether the first call compiles, so that its duration is worth a column.
-        upstream: The gradient that backward starts from, where outputs differ in form; the same
-            noise (or 1) in all variants if `None`.
+        leaves: Tensors to differentiate with respect to, in the same order in all variants; empty
+            for forward only.
+        view: Maps (output, gradients) to the tensors that must agree with the reference.
+        is_baseline: Whether this is an authors' variant; speedups are relative to the fastest one.
+        is_compiled: Whether the first call compiles; its duration is then reported.
+        upstream: Gradient of the output, for variants whose outputs differ in form; `None` for the
+            same noise (1 for a loss) in all variants.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Variant:
     upstream: Tensor | tuple[Tensor, ...] | None = None
 
     def compiled(self) -> "Variant":
-        """Return the same variant under `torch.compile`."""
+        """Return the same variant with `torch.compile`."""
         function = torch.compile(self.function, fullgraph=True, dynamic=False)
         name = f"{self.name}, torch.compile"
         return replace(self, name=name, function=function, is_compiled=True)
@@ -78,13 +78,13 @@ class Variant:
         return self.function(*self.inputs)
 
     def backward(self, output: Any) -> tuple[Tensor, ...]:
-        """Run the backward pass, from the same upstream gradient in every variant."""
+        """Run the backward pass with the same output gradient in every variant."""
         upstream = upstream_gradient(output) if self.upstream is None else self.upstream
         return torch.autograd.grad(output, self.leaves, upstream)
 
 
 def with_compiled(variants: Iterable[Variant]) -> list[Variant]:
-    """Return the variants, and all of them once more under `torch.compile`."""
+    """Return the variants, eager and with `torch.compile`."""
     eager = list(variants)
     return [*eager, *(variant.compiled() for variant in eager)]
 
@@ -95,9 +95,9 @@ def kernel_variants(
     leaves: tuple[Tensor, ...],
     device: torch.device,
 ) -> list[Variant]:
-    """Return the plain PyTorch path of a function of mimkit, eager and compiled, and its kernel.
+    """Return variants of a mimkit function: reference and kernel, each eager and compiled.
 
-    On a CPU there is no kernel to time: its rows are the function as users call it.
+    On a CPU there is no kernel; its rows then time the function with the default settings.
     """
 
     def through(backend: Backend, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,7 +129,7 @@ def kernel_variants(
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table, and of the results."""
+    """One row of a table and of the results file."""
 
     bench: str
     case: str
@@ -146,21 +146,21 @@ class Row:
     first_call_s: float | None = None
 
     def as_record(self) -> dict[str, Any]:
-        """Return the row under the names of the results file."""
+        """Return the row with the field names of the results file."""
         record = asdict(self)
         return {name.rstrip("_"): value for name, value in record.items()}
 
 
 @dataclass
 class Report:
-    """Everything that a session measured."""
+    """All measurements of a session."""
 
     rows: list[Row] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """Return the tables, one per bench, with their notes."""
+        """Return the tables, one per benchmark, with their notes."""
         names = dict.fromkeys([*(row.bench for row in self.rows), *self.notes])
         lines = []
         for name in names:
@@ -169,7 +169,7 @@ class Report:
         return lines
 
     def save(self) -> Path:
-        """Append everything to today's results file of this machine, and return its path."""
+        """Append all measurements to today's results file of this machine, and return its path."""
         environment = describe_environment()
         slug = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
         date, version = environment["date"][:10], environment["torch"]
@@ -183,14 +183,15 @@ class Report:
 
 @dataclass(frozen=True)
 class Bench:
-    """What a bench function is given: where to run, for how long, and where rows go.
+    """The fixture of a benchmark function.
 
     Attributes:
         name: Title of the table.
         device: The GPU if there is one, else the CPU.
-        seconds: Timing budget of one pass of a case.
-        report: Where rows and notes go.
-        only: Pattern in the names of the variants to time; all are timed (and checked) without it.
+        seconds: Timing budget of one pass of a case, in seconds.
+        report: Collects rows and notes.
+        only: Regular expression of the names of variants to time; `None` for all. All variants are
+            checked.
     """
 
     name: str
@@ -213,17 +214,18 @@ class Bench:
         """Check every variant against the first one, then time them all in turn.
 
         Args:
-            case: What the variants compute: shapes, in words.
+            case: Description of the case, with shapes.
             variants: The first one is the reference.
-            dtype: For the table.
+            dtype: Shown in the table.
             tolerance: Largest norm of a difference over the norm of the reference.
-            passes: What to time.
-            moved: Bytes that each pass must read and write at least; a copy of as many bytes is
-                timed beside the variants.
-            min_repeats: Timings of a variant, even when the budget is spent.
+            passes: Passes to time.
+            moved: Bytes that each pass must at least read and write; a copy of the same number of
+                bytes is then timed as well.
+            min_repeats: Minimum number of calls of each variant, even if they exceed the budget.
 
         Raises:
-            AssertionError: A variant that differs from the reference; then nothing is timed.
+            AssertionError: If a variant differs from the reference; nothing is timed then.
+            ValueError: If no variant is selected for timing.
         """
         if self.device.type == "cpu" and any(v.name == "mimkit" for v in variants):
             self.note_once(describe_kernel_rows())
@@ -263,35 +265,35 @@ class Bench:
         """Return the variants to time.
 
         Raises:
-            ValueError: There are none.
+            ValueError: If there are none.
         """
         chosen = [v for v in variants if self.only is None or re.search(self.only, v.name)]
         if not chosen:
             names = [variant.name for variant in variants]
-            raise ValueError(f"--variants {self.only!r} is in none of the names {names}")
+            raise ValueError(f"--variants {self.only!r} matches none of the names {names}")
         return chosen
 
     def note_once(self, line: str) -> None:
-        """Print a line below the table, unless it stands there already."""
+        """Print a line below the table, unless it is already there."""
         if line not in self.report.notes.get(self.name, []):
             self.note([line])
 
     def with_seconds(self, seconds: float) -> "Bench":
-        """Return the same bench with another budget."""
+        """Return the same benchmark with another timing budget."""
         return replace(self, seconds=seconds)
 
     def note(self, lines: Sequence[str], **record: Any) -> None:
-        """Print lines below the table; store `record` beside the rows, if there is one."""
+        """Print lines below the table; also save `record` to the results, if given."""
         self.report.notes.setdefault(self.name, []).extend(lines)
         if record:
             self.report.records.append({"bench": self.name, **record})
 
 
 def check_variants(variants: Sequence[Variant], tolerance: float) -> dict[str, float]:
-    """Compare every variant with the first, and return the seconds that each first call took.
+    """Compare every variant with the first one; return the duration of each first call in seconds.
 
     Raises:
-        AssertionError: A variant that differs.
+        AssertionError: If a variant differs.
     """
     seconds: dict[str, float] = {}
     expected: tuple[Tensor, ...] = ()
@@ -309,9 +311,11 @@ def check_variants(variants: Sequence[Variant], tolerance: float) -> dict[str, f
 
 
 def assert_close(name: str, result: Tensor, reference: Tensor, tolerance: float) -> None:
-    """Check the norm of a difference over the norm of the reference."""
+    """Check the norm of the difference relative to the norm of the reference."""
     if result.shape != reference.shape:
-        raise AssertionError(f"{name}: shape {tuple(result.shape)}, not {tuple(reference.shape)}")
+        raise AssertionError(
+            f"{name} has shape {tuple(result.shape)}; expected {tuple(reference.shape)}"
+        )
     error = float((result.double() - reference.double()).norm())
     bound = tolerance * float(reference.double().norm())
     if not error <= bound:  # also catches nan
@@ -319,7 +323,7 @@ def assert_close(name: str, result: Tensor, reference: Tensor, tolerance: float)
 
 
 def timer(variant: Variant, pass_: Pass, device: torch.device) -> Callable[[], float]:
-    """Return a function that runs one pass of a variant and returns its seconds."""
+    """Return a function that runs one pass of a variant and returns its duration in seconds."""
     clock = time_on_gpu if device.type == "cuda" else time_on_cpu
 
     def forward() -> float:
@@ -336,16 +340,16 @@ def timer(variant: Variant, pass_: Pass, device: torch.device) -> Callable[[], f
 
 
 def time_on_cpu(run: Callable[[], Any]) -> float:
-    """Return the seconds of one call."""
+    """Return the duration of one call in seconds."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def time_on_gpu(run: Callable[[], Any]) -> float:
-    """Return the seconds that one call keeps the GPU busy, starting from a cold L2 cache."""
+    """Return the GPU time of one call in seconds, starting with a cold L2 cache."""
     torch.cuda.synchronize()
-    # While the flush runs, the host is free to queue the call: launches of short calls are hidden.
+    # The host queues the call while the flush runs, so that launch overhead is hidden.
     _flush_buffer().zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -359,9 +363,9 @@ def time_on_gpu(run: Callable[[], Any]) -> float:
 def alternate(
     timed: Mapping[str, Callable[[], float]], seconds: float, min_repeats: int
 ) -> dict[str, list[float]]:
-    """Time the callables in turn, A B C A B C ..., so that noise of the machine meets them all.
+    """Time the callables in turn, A B C A B C ..., so that machine noise affects all of them.
 
-    They are warm: `check_variants` has run each.
+    They need no warm-up: `check_variants` has called each.
     """
     times: dict[str, list[float]] = {name: [] for name in timed}
     start, repeats = time.perf_counter(), 0
@@ -373,9 +377,10 @@ def alternate(
 
 
 def paired(baseline: Sequence[float], times: Sequence[float]) -> float:
-    """Return the median over turns of one variant's time over another's in the same turn.
+    """Return the median over turns of the ratio of two variants' times in the same turn.
 
-    What slows a machine down for many turns on end meets both; neither's luckiest turn decides.
+    A slow-down of the machine over several turns affects both, and a single fast call has no
+    effect.
     """
     return statistics.median(theirs / ours for theirs, ours in zip(baseline, times, strict=True))
 
@@ -388,17 +393,17 @@ def copy_variant(moved_bytes: int, device: torch.device) -> Variant:
 
 
 def upstream_gradient(output: Tensor) -> Tensor:
-    """Return the gradient that backward starts from: fixed noise, or 1 for a loss."""
+    """Return the gradient of the output: fixed noise, or 1 for a loss."""
     return torch.ones_like(output) if output.ndim == 0 else _noise(output.shape, output)
 
 
 def nbytes(*tensors: Tensor) -> int:
-    """Return the bytes that tensors fill."""
+    """Return the size of tensors in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def format_table(rows: Sequence[Row]) -> list[str]:
-    """Lay rows out in columns."""
+    """Format rows as a table."""
     if not rows:
         return []
     columns: dict[str, Callable[[Row], str]] = {
@@ -430,12 +435,12 @@ def format_table(rows: Sequence[Row]) -> list[str]:
 
 @cache
 def describe_environment() -> dict[str, Any]:
-    """Return what a result depends on besides the code."""
+    """Return the machine, versions and commit that a result depends on."""
     commit = _git("rev-parse", "HEAD")
     return {
         "device": _device_name(),
         "threads": torch.get_num_threads(),
-        # Above the threads of this run, others were at work: trust the minimum, and that little.
+        # A load above the number of threads means that other programs ran too.
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -447,17 +452,17 @@ def describe_environment() -> dict[str, Any]:
 
 
 def describe_kernel_rows() -> str:
-    """Say why no row measures a Triton kernel, or that rows on the GPU do."""
+    """Return a line that says whether rows measure Triton kernels, and if not, why."""
     if not torch.cuda.is_available():
         return "kernel rows skipped: torch.cuda.is_available() is False; these are the CPU paths"
     package = Path(__file__).parent.parent / "kernels" / "mimkit_kernels"
     if not [path for path in package.glob("*.py") if not path.name.startswith("_")]:
-        return "kernel rows skipped: mimkit_kernels holds no kernel yet"
+        return "kernel rows skipped: mimkit_kernels has no kernels"
     return "kernel rows: mimkit's variants run on the GPU"
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 have hardware or library support on `device`."""
+    """Return whether bfloat16 matrix products are fast on `device`, and not emulated."""
     return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

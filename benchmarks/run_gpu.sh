@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go of at most eight minutes: the kernels' tests on the device
-# (with bitwise masks and CUDA graphs) and that of samples of unequal lengths; the kernels'
-# benchmarks; as many of the others as fit into the rest, whose rows are saved as far as they come.
-# For a machine with PyTorch for its GPU (2.11 + Triton 3.6 is enough), and nothing else: the few
-# packages that are missing are installed.
+# Run everything that needs a GPU, in at most eight minutes: the kernel tests on the device (bitwise
+# masks and CUDA graphs included), the tests of ragged masks, the kernel benchmarks, and then as many
+# of the other benchmarks as time allows. The machine needs PyTorch for its GPU (2.11 with Triton 3.6
+# or later); other missing packages are installed.
 #
-#   benchmarks/run_gpu.sh [FOLDER]      results go into FOLDER (gpu-results)
+#   benchmarks/run_gpu.sh [FOLDER]      results are written to FOLDER (default: gpu-results)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-gpu-results}
@@ -23,7 +22,7 @@ print(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_me
 PYTHON
 [ "${PIPESTATUS[0]}" -eq 0 ] || exit 1
 
-# The interpreter and the compilers for other GPUs need no device: their place is a CPU.
+# Tests with the interpreter and ahead-of-time compilation need no GPU; they are left out here.
 timeout 190 python -m pytest tests/kernels tests/nn/test_ragged.py -q -p no:cacheprovider \
     --ignore=tests/kernels/test_interpreter.py --ignore=tests/kernels/test_static.py \
     2>&1 | tee "$folder/tests.txt"
@@ -37,7 +36,7 @@ measure() { # SECONDS NAME EXPRESSION
 }
 measure 150 benchmarks "$kernels"
 benchmarks=$?
-measure 80 more-benchmarks "not ($kernels)" || echo "the other benchmarks were cut off or failed"
+measure 80 more-benchmarks "not ($kernels)" || echo "the other benchmarks timed out or failed"
 cp benchmarks/results/*"$(date -u +%Y-%m-%d)"* "$folder" 2>/dev/null
 echo "tests: exit code $tests, benchmarks: exit code $benchmarks; results in $folder"
 [ "$tests" -eq 0 ] && [ "$benchmarks" -eq 0 ]

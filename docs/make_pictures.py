@@ -1,6 +1,6 @@
 """Make the pictures and tables of `which-mask.md`: `python docs/make_pictures.py`.
 
-Everything is a function of fixed keys, so a second run changes nothing. A test compares the tables.
+All keys are fixed, so a second run changes nothing. A test compares the tables.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +18,8 @@ HERE = Path(__file__).parent
 PAGE = HERE / "which-mask.md"
 GRID = (14, 14)
 CELL = 8  # pixels of a picture per token
-SHOWN = 5  # masks of a picture
-DRAWN = 4096  # masks of a marginal map
+SHOWN = 5  # masks in a picture
+DRAWN = 4096  # masks in a marginal map
 
 Pixels = Float[Tensor, "3 height width"]
 Draw = Callable[[Key, Sequence[int]], Mask]
@@ -29,7 +29,7 @@ PARTS = [(0.90, 0.45, 0.25), (0.25, 0.55, 0.80), (0.40, 0.70, 0.40), (0.75, 0.45
 
 
 def centered(key: Key, grid: Sequence[int], ratio: float) -> Mask:
-    """Weights that fall off from the middle, as a saliency map might."""
+    """Sample with weights that decrease from the center, as in a saliency map."""
     rows, columns = (torch.linspace(-1, 1, size) for size in grid)
     bump = torch.exp(-3 * (rows.square()[:, None] + columns.square()[None]))
     weights = bump.flatten().expand(key.batch_size, -1)
@@ -37,11 +37,11 @@ def centered(key: Key, grid: Sequence[int], ratio: float) -> Mask:
 
 
 def published(sampler: Callable[..., Tensor], **options: object) -> Draw:
-    """A sampler of `compat`, where its counts are equal."""
+    """Adapt a sampler of `compat` whose counts are equal within a batch."""
     return lambda key, grid: Mask.from_bool(sampler(key, grid, **options))
 
 
-# What is drawn: name of the picture -> sampler with the settings of its paper.
+# Name of the picture -> sampler with the settings of its paper.
 SAMPLERS: dict[str, Draw] = {
     "uniform": partial(masking.uniform, ratio=0.75),
     "uniform-units": partial(masking.uniform, ratio=0.6, unit=2),
@@ -64,15 +64,15 @@ def paint(values: Tensor, colors: Sequence[Sequence[float]]) -> Pixels:
     return picture.repeat_interleave(CELL, 1).repeat_interleave(CELL, 2)
 
 
-def paint_shares(shares: Float[Tensor, "rows columns"]) -> Pixels:
-    """Blend from the color of visible to that of masked tokens: black is always masked."""
-    values = shares[None, :, :, None]
+def paint_rates(rates: Float[Tensor, "rows columns"]) -> Pixels:
+    """Color a marginal map, from the color of visible tokens (0) to black (1)."""
+    values = rates[None, :, :, None]
     picture = (1 - values) * torch.tensor(PAPER) + values * torch.tensor((0.0, 0.0, 0.0))
     return picture[0].permute(2, 0, 1).repeat_interleave(CELL, 1).repeat_interleave(CELL, 2)
 
 
 def draw_sampler(name: str) -> None:
-    """Save some masks of a sampler beside its marginal map."""
+    """Save a picture of some masks of a sampler and its marginal map."""
     draw = SAMPLERS[name]
     mask = draw(masking.key(range(SHOWN), seed=0), GRID)
     if name == "multiblock":
@@ -81,15 +81,15 @@ def draw_sampler(name: str) -> None:
         tiles = complementary_tiles()
     else:
         tiles = [paint(is_masked, (PAPER, INK)) for is_masked in mask.is_masked]
-    shares = marginals(name)
-    captions = ["masks"] + [""] * (SHOWN - 1) + [f"{shares.min():.2f}-{shares.max():.2f}"]
-    viz.panel([[*tiles, paint_shares(shares)]], captions).quantize(32).save(
+    rates = marginals(name)
+    captions = ["masks"] + [""] * (SHOWN - 1) + [f"{rates.min():.2f}-{rates.max():.2f}"]
+    viz.panel([[*tiles, paint_rates(rates)]], captions).quantize(32).save(
         HERE / "pictures" / f"{name}.png", optimize=True
     )
 
 
 def multiblock_tiles() -> list[Pixels]:
-    """Context light, what neither context nor targets see dark, targets in colors."""
+    """Draw the context light, targets in colors, and all other tokens dark."""
     blocks = masking.multiblock(masking.key(range(SHOWN), seed=0), GRID)
     label = blocks.context.is_masked.long()
     for number, target in enumerate(blocks.targets, 2):
@@ -98,14 +98,14 @@ def multiblock_tiles() -> list[Pixels]:
 
 
 def complementary_tiles() -> list[Pixels]:
-    """One color per part: a token is visible in the part of its color."""
+    """Draw one color per part, for the tokens that are visible in it."""
     parts = masking.complementary(masking.key(range(SHOWN), seed=0), GRID, 4)
     label = sum(n * (~part.is_masked).long() for n, part in enumerate(parts))
     return [paint(one, PARTS) for one in torch.as_tensor(label)]
 
 
 def draw_tube() -> None:
-    """Save four frames of a video under one tube mask, then under a uniform one."""
+    """Save a picture of a tube mask on four frames, with a uniform mask below."""
     key, grid = masking.key([0], seed=0), (4, *GRID)
     rows = [
         [paint(frame, (PAPER, INK)) for frame in mask.is_masked[0]]
@@ -117,22 +117,25 @@ def draw_tube() -> None:
 
 
 def marginals(name: str, drawn: int = DRAWN) -> Float[Tensor, "rows columns"]:
-    """How often each token is masked; those of I-JEPA in batches of 256, as `stats` draws them."""
+    """Return the rate at which each token is masked; `stats` draws masks in batches of 256."""
     return stats.marginals(SAMPLERS[name], GRID, num_samples=drawn)
 
 
 def share_table() -> str:
-    """Say how unevenly each sampler masks a grid of 14 x 14."""
-    lines = ["| picture | masked | least | most | corner | center |", "|---|---|---|---|---|---|"]
+    """Make the table of masking rates of each sampler on a grid of 14 x 14."""
+    lines = [
+        "| picture | mean | lowest | highest | corner | center |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in SAMPLERS:
-        shares = marginals(name, 1024)
-        numbers = (shares.mean(), shares.min(), shares.max(), shares[0, 0], shares[7, 7])
+        rates = marginals(name, 1024)
+        numbers = (rates.mean(), rates.min(), rates.max(), rates[0, 0], rates[7, 7])
         lines.append(f"| {name} | " + " | ".join(f"{float(n):.2f}" for n in numbers) + " |")
     return "\n".join(lines)
 
 
-# Average distances: setting -> (grid, pixels of a token, masks to average), the reference's numbers
-# and top-1 accuracies of the papers, both by ratio.
+# SimMIM's random masks: unit in pixels -> the reference's distances by ratio, top-1 accuracies of
+# the paper by ratio, and the number of masks to average.
 SIMMIM_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 UNITS = {
     4: (1.3, 1.4, 1.5, 1.6, 1.8, 2.1, 2.5, 3.3, 5.1),
@@ -154,7 +157,7 @@ AVERAGED = {4: 3, 8: 12, 16: 60, 32: 300, 64: 1000}
 
 
 def unit_table() -> str:
-    """AvgDist of SimMIM's random masks: ours / reference / top-1."""
+    """Make the table of AvgDist of SimMIM's random masks: mimkit (reference) **top-1**."""
     head = "| unit, px | " + " | ".join(f"{ratio:.1f}" for ratio in SIMMIM_RATIOS) + " |"
     lines = [head, "|---" * (len(SIMMIM_RATIOS) + 1) + "|"]
     for unit, references in UNITS.items():
@@ -178,7 +181,7 @@ def _cell(ours: Tensor, reference: float | None, score: float | None) -> str:
 
 
 def other_rows() -> list[tuple[str, Mask, int, float, float | None]]:
-    """Name, masks, pixels of a token, the reference's distance, top-1."""
+    """Return the rows of the second table: name, masks, pixels per token, reference, top-1."""
     one, many = masking.key([0], seed=0), masking.key(range(100), seed=0)
     squares = [(0.11, 4, 11.2, 82.6), (0.25, 6, 16.5, 82.5), (0.44, 8, 21.8, 82.5),
                (0.69, 10, 27.2, None)]  # fmt: skip
@@ -204,7 +207,7 @@ def other_rows() -> list[tuple[str, Mask, int, float, float | None]]:
 
 
 def other_table() -> str:
-    """AvgDist of the other masks of both papers, beside the reference and top-1."""
+    """Make the table of AvgDist of the other masks of both papers, with reference and top-1."""
     lines = ["| mask | mimkit | reference | top-1 |", "|---|---|---|---|"]
     for name, mask, patch, reference, score in other_rows():
         ours = float(stats.average_distance(mask, patch))
@@ -215,8 +218,8 @@ def other_table() -> str:
 TABLES = {"shares": share_table, "units": unit_table, "others": other_table}
 
 
-def fill_in(text: str, names: Sequence[str] = tuple(TABLES)) -> str:
-    """Put fresh tables between their marks."""
+def update_tables(text: str, names: Sequence[str] = tuple(TABLES)) -> str:
+    """Replace each table between its markers by a newly computed one."""
     for name in names:
         before, start, rest = text.partition(f"<!-- table: {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
@@ -230,7 +233,7 @@ def main() -> None:
     for name in SAMPLERS:
         draw_sampler(name)
     draw_tube()
-    PAGE.write_text(fill_in(PAGE.read_text()))
+    PAGE.write_text(update_tables(PAGE.read_text()))
 
 
 if __name__ == "__main__":

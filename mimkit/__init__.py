@@ -1,4 +1,4 @@
-"""Masked-image-modelling building blocks: exact, reproducible, no work on what is hidden."""
+"""Masked-image-modelling building blocks: exact, reproducible, without work on masked tokens."""
 
 from mimkit._containers import container
 from mimkit._settings import use

@@ -1,4 +1,4 @@
-"""Frozen dataclasses that `torch.compile`, DDP and export see as pytrees of tensors."""
+"""Frozen dataclasses registered as pytrees, for `torch.compile`, DDP and export."""
 
 import dataclasses
 from typing import Any, TypeVar, dataclass_transform
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def static(**kwargs: Any) -> Any:
-    """Declare a dataclass field that is context of the pytree, not a leaf."""
+    """Declare a dataclass field that belongs to the context of the pytree: not a leaf."""
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
@@ -17,8 +17,8 @@ def static(**kwargs: Any) -> Any:
 def container(cls: type[T]) -> type[T]:
     """Make `cls` a frozen dataclass without `__eq__`, registered as a pytree with keys.
 
-    For what a model returns: an unregistered output would make
-    `DistributedDataParallel(static_graph=True)` skip its gradient reduction in silence. Fields are
+    Use it for the outputs of models: with an unregistered output,
+    `DistributedDataParallel(static_graph=True)` silently skips the gradient reduction. Fields are
     leaves unless declared with `static`.
 
     Example:
@@ -30,7 +30,7 @@ def container(cls: type[T]) -> type[T]:
         >>> pytree.tree_map(lambda leaf: leaf * 2, Output(torch.ones(()), torch.ones(3))).prediction
         tensor([2., 2., 2.])
     """
-    # `dataclass` is called on the class, so that its own docstring stays.
+    # Calling `dataclass` on the class keeps its docstring.
     frozen = dataclasses.dataclass(frozen=True, eq=False)(cls)
     fields = dataclasses.fields(frozen)  # type: ignore[arg-type]
     context_names = tuple(f.name for f in fields if f.metadata.get("static"))

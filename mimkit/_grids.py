@@ -1,4 +1,4 @@
-"""Grids and sizes: the integers per axis that every room shares."""
+"""Grids and sizes: helpers for integers per axis, shared by all rooms."""
 
 import math
 import operator
@@ -7,18 +7,21 @@ from typing import Any
 
 Grid = tuple[int, ...]
 MAX_AXES = 3
+# Rows that a class token adds to a table of relative positions: class to patch, patch to class,
+# class to class.
+NUM_CLASS_ROWS = 3
 
 
 def as_sizes(name: str, value: int | Sequence[int]) -> Grid:
     """Check that `value` is one to three positive integers, and return them as a tuple.
 
     Args:
-        name: What the sizes are, for the error message.
+        name: Name of the argument, for the error message.
         value: One integer (one axis) or one integer per axis.
 
     Raises:
-        TypeError: A size that is not an integer.
-        ValueError: No axis, more than three, or a size below 1.
+        TypeError: If a size is not an integer.
+        ValueError: If there are no axes or more than three, or a size is below 1.
 
     Example:
         >>> as_sizes("grid", [14, 14])
@@ -34,7 +37,7 @@ def as_sizes(name: str, value: int | Sequence[int]) -> Grid:
 
 
 def sides_of(name: str, value: int | Sequence[int]) -> Grid:
-    """Read the size of an image, or of a patch: an integer is the side of a square.
+    """Return the size per axis of an image or a patch; an integer is the side of a square.
 
     Example:
         >>> sides_of("image_size", 224), sides_of("image_size", (16000,))
@@ -45,10 +48,10 @@ def sides_of(name: str, value: int | Sequence[int]) -> Grid:
 
 
 def per_axis(name: str, value: int | Sequence[int], num_axes: int) -> Grid:
-    """Spread an integer over `num_axes` axes, or check that a sequence has one integer per axis.
+    """Repeat an integer for each of `num_axes` axes, or check that a sequence has one per axis.
 
     Raises:
-        ValueError: A sequence of another length, or a size below 1.
+        ValueError: A sequence of the wrong length, or a size below 1.
 
     Example:
         >>> per_axis("patch_size", 16, 2), per_axis("patch_size", (2, 16, 16), 3)
@@ -63,10 +66,10 @@ def per_axis(name: str, value: int | Sequence[int], num_axes: int) -> Grid:
 
 
 def divide(name: str, sizes: Sequence[int], by: int | Sequence[int], by_name: str) -> Grid:
-    """Divide sizes exactly, axis by axis.
+    """Divide sizes axis by axis, without remainder.
 
     Raises:
-        ValueError: An axis that is not divisible, with the nearest sizes that are.
+        ValueError: An axis that is not divisible; the message names the nearest sizes that are.
 
     Example:
         >>> divide("image size", (224, 192), 16, "patch size")
@@ -84,20 +87,30 @@ def divide(name: str, sizes: Sequence[int], by: int | Sequence[int], by_name: st
 
 
 def as_integer(name: str, value: Any) -> int:
-    """Check that `value` is an integer, numpy's included, and return it as Python's.
+    """Check that `value` is an integer (numpy's included), and return a Python integer.
 
     Raises:
-        TypeError: Anything else, booleans too.
+        TypeError: Anything else, booleans included.
 
     Example:
         >>> as_integer("num_masked", 3)
         3
     """
     if isinstance(value, int) and not isinstance(value, bool):
-        return value  # first, so that a traced count stays one
+        return value  # checked first: a symbolic integer of a traced graph stays symbolic
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer; got {value!r}")
     return operator.index(value)
+
+
+def reach_of(radius: Sequence[int], cell: Sequence[int]) -> int:
+    """Return how many cells away a filter reads: its radius in cells, rounded up.
+
+    Example:
+        >>> reach_of((2, 2), (4, 4)), reach_of((3, 3), (2, 2))
+        (1, 2)
+    """
+    return max(-(-r // size) for r, size in zip(radius, cell, strict=True))
 
 
 def count_tokens(grid: Sequence[int]) -> int:

@@ -1,4 +1,4 @@
-"""Process-wide switches, set with `mimkit.use`."""
+"""Process-wide options, set with `mimkit.use`."""
 
 from types import TracebackType
 from typing import get_args
@@ -8,26 +8,27 @@ from mimkit_kernels import Settings as KernelSettings
 
 
 class Settings:
-    """The current value of the library's own switches."""
+    """The current values of the library's own options."""
 
     check: bool = False
 
 
 class use:
-    """Set switches: for good when called, for a block in a `with` statement.
+    """Set options: permanently when called, for one block in a `with` statement.
 
-    Shapes, dtypes and devices are always checked. Values (are ids in range, ascending, a partition
-    of the grid?) are checked where a mask is made on a CPU; `check=True` checks them in every
-    operation too, at the price of a synchronisation on a GPU.
+    Shapes, dtypes and devices are always checked. Values (ids in range, ascending, a partition of
+    the grid) are checked where a mask is made on a CPU; `check=True` checks them in every
+    operation too, which synchronises a GPU.
 
     Args:
-        backend: "auto" runs the Triton kernels where tensors are on a GPU and a kernel takes them,
-            else plain PyTorch. "reference" always runs plain PyTorch. "triton" insists on the
-            kernels: what they do not take is an error. `None` leaves it as it is.
-        check: Whether every operation validates the masks that it is given. `None` leaves it.
+        backend: "auto" runs a Triton kernel where the tensors are on a GPU and the kernel supports
+            them, and plain PyTorch elsewhere. "reference" always runs plain PyTorch. "triton"
+            always runs the kernels, and raises for inputs that they do not support. `None` keeps
+            the current backend.
+        check: Whether every operation validates its masks. `None` keeps the current setting.
 
     Raises:
-        ValueError: Another backend.
+        ValueError: An unknown backend.
 
     Example:
         >>> import mimkit

@@ -1,4 +1,7 @@
-"""Pictures: reconstructions and training curves. Needs pillow, and matplotlib for curves."""
+"""Pictures of reconstructions, attention and training curves.
+
+Needs pillow; `curves` also needs matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +33,13 @@ def show_masked(
     *,
     color: float = 0.5,
 ) -> Float[Tensor, "batch channels *spatial"]:
-    """Paint the masked patches over.
+    """Fill the masked patches with one color.
 
     Args:
         images: Images, in the units of `color`.
-        mask: Which patches to hide.
+        mask: Which patches to fill.
         patch_size: Pixels per patch.
-        color: Value of every hidden pixel and channel.
+        color: Value of every channel of a filled pixel.
 
     Example:
         >>> mask = Mask.from_bool(torch.tensor([[[True, False]]]))
@@ -54,13 +57,13 @@ def fill_masked(
     patches: Float[Tensor, "batch masked patch"],
     patch_size: int | Sequence[int],
 ) -> Float[Tensor, "batch channels *spatial"]:
-    """Put predicted patches in the place of the masked ones.
+    """Replace the masked patches by predicted ones.
 
     Args:
         images: Images in the units of the prediction.
         mask: Which patches were predicted.
-        patches: The predictions, in MAE's order "p1 p2 c". Predicted normalised pixels must be
-            brought back first (`targets.NormalizedPixels.invert`), or the picture shows noise.
+        patches: The predictions, in MAE's order "p1 p2 c". Predictions of normalised pixels must
+            first be inverted with `targets.NormalizedPixels.invert`.
         patch_size: Pixels per patch.
 
     Example:
@@ -75,11 +78,11 @@ def fill_masked(
 def half_mass(
     attention: Float[Tensor, batch * grid], *, share: float = 0.5
 ) -> Bool[Tensor, batch * grid]:
-    """Find the fewest positions that hold a share of the attention.
+    """Find the smallest set of positions with a given share of the attention.
 
     Args:
-        attention: Not negative; any sum.
-        share: How much of each sample's sum the positions must hold, in [0, 1].
+        attention: Non-negative values; they need not sum to 1.
+        share: Fraction of each sample's total that the positions must have, in [0, 1].
 
     Example:
         >>> half_mass(torch.tensor([[[0.1, 0.4], [0.3, 0.2]]])).int()
@@ -101,21 +104,22 @@ def show_attention(
     color: Sequence[float] = (1.0, 0.9, 0.0),
     line: int = 2,
 ) -> Float[Tensor, "batch 3 height width"]:
-    """Brighten what is attended to, and draw a line around what holds half of the attention.
+    """Draw an attention map as brightness, with a contour around half of the attention.
 
     Args:
-        images: Images in [0, 1] with one or three channels; a whole number of pixels a position.
-        attention: One number per position of a grid, not negative.
-        share: How much of the attention the line encloses.
-        color: Of the line.
-        line: Its width in pixels.
+        images: Images in [0, 1] with one or three channels; their size must be divisible by the
+            grid of the attention map.
+        attention: One non-negative value per grid position.
+        share: Fraction of the attention inside the contour, in [0, 1].
+        color: Color of the contour.
+        line: Width of the contour in pixels.
 
     Raises:
-        ValueError: Images that the grid does not divide.
+        ValueError: If the image size is not divisible by the grid.
 
     Source:
-        CAE, arXiv:2202.03026, its figure of the attention maps of attentive probing: the contour
-        holds half of the mass.
+        CAE, arXiv:2202.03026, the figure of attentive probing's attention maps, whose contour
+        encloses half of the attention.
 
     Example:
         >>> images, attention = torch.rand(2, 3, 32, 32), torch.rand(2, 8, 8)
@@ -128,7 +132,7 @@ def show_attention(
     shown = images.expand(-1, 3, -1, -1) * (0.3 + 0.7 * bright.unsqueeze(1))
     inside = half_mass(attention, share=share)
     inside = inside.repeat_interleave(down, 1).repeat_interleave(across, 2)
-    # A pixel inside is on the line if a pixel close to it is outside.
+    # A pixel inside the selected positions is on the contour if one of its neighbors is outside.
     outside = F.pad((~inside).float().unsqueeze(1), [line] * 4, value=1.0)
     near = F.max_pool2d(outside, 2 * line + 1, stride=1).bool()
     on_line = near & inside.unsqueeze(1)
@@ -136,16 +140,16 @@ def show_attention(
 
 
 def panel(rows: Sequence[Sequence[Tensor]], captions: Sequence[str], *, note: str = "") -> Image:
-    """Arrange images in rows under column captions.
+    """Arrange images in a grid with a caption above each column.
 
     Args:
         rows: Images [channels, height, width] in [0, 1], with one or three channels; values outside
             are clipped.
         captions: One per column.
-        note: Lines under the panel, for what a viewer must know; long ones are broken.
+        note: Text below the images; long lines are wrapped.
 
     Raises:
-        ValueError: Rows whose length is not the number of captions, or images of other shapes.
+        ValueError: If a row has another length than the captions, or an image another shape.
 
     Example:
         >>> panel([[torch.zeros(1, 8, 8), torch.ones(3, 8, 8)]], ["input", "output"]).size
@@ -162,7 +166,7 @@ def panel(rows: Sequence[Sequence[Tensor]], captions: Sequence[str], *, note: st
     widths = [max(row[column].width for row in pictures) for column in range(len(captions))]
     heights = [max(picture.height for picture in row) for row in pictures]
     width = sum(widths) + _GAP * (len(widths) + 1)
-    note_lines = _broken(note, width - 2 * _GAP)
+    note_lines = _wrapped(note, width - 2 * _GAP)
     canvas = Image.new(
         "RGB",
         (
@@ -186,11 +190,11 @@ def panel(rows: Sequence[Sequence[Tensor]], captions: Sequence[str], *, note: st
 
 
 def curves(steps: Sequence[float], series: Mapping[str, Sequence[float]], *, title: str) -> Image:
-    """Draw curves over training steps; the first one thick, the others dashed.
+    """Plot curves over training steps: the first one thick and solid, the others dashed.
 
     Args:
-        steps: What the horizontal axis counts.
-        series: Name -> one value a step.
+        steps: Values of the horizontal axis.
+        series: Name -> one value per step.
         title: Label of the vertical axis.
     """
     import io
@@ -213,8 +217,8 @@ def curves(steps: Sequence[float], series: Mapping[str, Sequence[float]], *, tit
     return Image.open(buffer)
 
 
-def _broken(text: str, width: int) -> list[str]:
-    """Break lines between words, so that none is longer than `width` pixels if it can be helped."""
+def _wrapped(text: str, width: int) -> list[str]:
+    """Wrap lines between words to `width` pixels; a longer word gets a line of its own."""
     from PIL import Image, ImageDraw
 
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))

@@ -37,9 +37,19 @@ from mimkit._grids import per_axis, sides_of
 from mimkit.masking import Key, Mask
 from mimkit.nn import CAEDecoder, ContextRegressor, PatchTokenizer, PixelHead, TokenHead, ViT
 from mimkit.patches import sincos_positions, unpatchify
-from recipes.engine import Options, Preset, Recipe, Training, run, targets
-from recipes.engine.fields import check_choices
-from recipes.engine.masks import check_ratio, join
+from recipes.engine import Preset, Recipe, Training, run, targets
+from recipes.engine.fields import (
+    Depth,
+    Fraction,
+    NonNegativeFloat,
+    OpenFraction,
+    Pixels,
+    PositiveFloat,
+    PositiveInt,
+    Width,
+    check_fields,
+)
+from recipes.engine.masks import join
 from recipes.engine.pretrained.teachers import load_teacher
 from recipes.engine.pretrained.tokenizers import make_tokenizer
 
@@ -77,32 +87,30 @@ class CAEConfig:
             as published.
     """
 
-    image_size: int | tuple[int, ...]
-    patch_size: int | tuple[int, ...] = 16
-    in_channels: int = 3
-    dim: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
+    image_size: Pixels | tuple[Pixels, ...]
+    patch_size: Pixels | tuple[Pixels, ...] = 16
+    in_channels: PositiveInt = 3
+    dim: Width = 768
+    depth: Depth = 12
+    heads: PositiveInt = 12
+    mlp_ratio: PositiveFloat = 4.0
     layer_scale: float | None = 0.1
-    regressor_depth: int = 4
-    decoder_dim: int = 768
-    decoder_depth: int = 4
-    decoder_heads: int = 12
+    regressor_depth: Depth = 4
+    decoder_dim: Width = 768
+    decoder_depth: Depth = 4
+    decoder_heads: PositiveInt = 12
     decoder_layer_scale: float | None = 0.1
-    vocabulary_size: int = 8192
-    alignment_weight: float = 2.0
+    vocabulary_size: PositiveInt = 8192
+    alignment_weight: NonNegativeFloat = 2.0
     target: Target = "tokens"
-    feature_dim: int = 512
+    feature_dim: PositiveInt = 512
     no_alignment: bool = False
     no_decoder: bool = False
-    drop_path: float = 0.0
+    drop_path: Fraction = 0.0
     alignment_drop_path: bool = True
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        if not 0 <= self.alignment_weight < math.inf:
-            raise ValueError(f"alignment_weight must not be negative; got {self.alignment_weight}")
+        check_fields(self)
 
 
 @container
@@ -329,7 +337,8 @@ class PretrainConfig(CAEConfig):
     Attributes:
         tokenizer: "patches" for k-means codes of normalised patches, fitted on the first images; or
             a file: `tokenizer.safetensors` of `recipes/tokenizer.py`, or DALL-E's encoder.
-        teacher: File of the encoder whose features are predicted with target "features".
+        teacher: With target "features", the encoder that makes them: an encoder.safetensors with
+            its config.yaml, or a checkpoint of the authors' MAE or CAE.
     """
 
     tokenizer: str = "patches"
@@ -472,54 +481,22 @@ class BlockMasking:
 
     Attributes:
         mask_ratio: Fraction of patches to mask, in (0, 1).
-        sampler: "blockwise" as published, or "uniform".
-        min_block: Smallest block, in patches.
+        sampler: How masks are drawn: "blockwise" as published, or "uniform".
+        min_block: Smallest block of a mask, in patches.
     """
 
-    mask_ratio: float = 0.5
+    mask_ratio: OpenFraction = 0.5
     sampler: Literal["blockwise", "uniform"] = "blockwise"
-    min_block: int = 16
+    min_block: PositiveInt = 16
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        check_ratio(self.mask_ratio)
+        check_fields(self)
 
     def draw(self, key: Key, grid: tuple[int, ...]) -> Mask:
         """Draw the masks of a batch."""
         if self.sampler == "uniform":
             return masking.uniform(key, grid, self.mask_ratio)
         return masking.blockwise(key, grid, self.mask_ratio, min_block=self.min_block)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CAEOptions(Options):
-    """Pre-training of CAE, with the ablations of its paper.
-
-    Attributes:
-        tokenizer: "patches", or a file: `tokenizer.safetensors` of recipes/tokenizer.py, or the
-            weights of DALL-E's encoder.
-        target: What is predicted: "tokens", "rgb", or "features" of a teacher.
-        teacher: With target "features", the encoder that makes them: an encoder.safetensors with
-            its config.yaml, or a checkpoint of the authors' MAE or CAE.
-        alignment_weight: Weight of the alignment loss.
-        no_alignment: Train without alignment.
-        no_decoder: Predict from the regressor's output directly.
-        regressor_depth: Blocks of the regressor.
-        decoder_depth: Blocks of the decoder.
-        sampler: How masks are drawn: "blockwise" or "uniform".
-        min_block: Smallest block of a mask, in patches.
-    """
-
-    tokenizer: str | None = None
-    target: Target | None = None
-    teacher: str | None = None
-    alignment_weight: float | None = None
-    no_alignment: bool = False
-    no_decoder: bool = False
-    regressor_depth: int | None = None
-    decoder_depth: int | None = None
-    sampler: Literal["blockwise", "uniform"] | None = None
-    min_block: int | None = None
 
 
 PAPER = Training(
@@ -581,7 +558,18 @@ RECIPE = Recipe(
     presets=PRESETS,
     build=PretrainCAE,
     reconstruct=reconstruct,
-    options=CAEOptions,
+    flags=(
+        "tokenizer",
+        "target",
+        "teacher",
+        "alignment_weight",
+        "no_alignment",
+        "no_decoder",
+        "regressor_depth",
+        "decoder_depth",
+        "sampler",
+        "min_block",
+    ),
     pictures={"decode_full": decode_full},
 )
 

@@ -30,9 +30,18 @@ from mimkit import container, masking
 from mimkit.masking import Key, Mask
 from mimkit.nn import ConvViT, MAEDecoder, PixelHead
 from mimkit.patches import gather_patches, unpatchify
-from recipes.engine import Options, Preset, Recipe, Training, run, targets
-from recipes.engine.fields import check_choices
-from recipes.engine.masks import Masks, check_ratio, join
+from recipes.engine import Preset, Recipe, Training, run, targets
+from recipes.engine.fields import (
+    Depth,
+    Fraction,
+    OpenFraction,
+    Pixels,
+    PositiveFloat,
+    PositiveInt,
+    Width,
+    check_fields,
+)
+from recipes.engine.masks import Masks, join
 
 Conv = Literal["masked", "plain"]
 Decoder = Literal["multi-scale", "single-scale"]
@@ -63,23 +72,23 @@ class ConvMAEConfig:
         drop_path: Fraction of samples whose residual branches the last encoder block leaves out.
     """
 
-    image_size: int | tuple[int, int]
-    patch_sizes: tuple[int, int, int] = (4, 2, 2)
-    in_channels: int = 3
-    dim: tuple[int, int, int] = (256, 384, 768)
-    depth: tuple[int, int, int] = (2, 2, 11)
-    heads: int = 12
-    mlp_ratio: tuple[float, float, float] = (4.0, 4.0, 4.0)
-    decoder_dim: int = 512
-    decoder_depth: int = 8
-    decoder_heads: int = 16
+    image_size: Pixels | tuple[Pixels, Pixels]
+    patch_sizes: tuple[Pixels, Pixels, Pixels] = (4, 2, 2)
+    in_channels: PositiveInt = 3
+    dim: tuple[Width, Width, Width] = (256, 384, 768)
+    depth: tuple[Depth, Depth, Depth] = (2, 2, 11)
+    heads: PositiveInt = 12
+    mlp_ratio: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (4.0, 4.0, 4.0)
+    decoder_dim: Width = 512
+    decoder_depth: Depth = 8
+    decoder_heads: PositiveInt = 16
     normalize_pixels: bool = True
     conv: Conv = "masked"
     decoder: Decoder = "multi-scale"
-    drop_path: float = 0.0
+    drop_path: Fraction = 0.0
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
 
 
 @container
@@ -173,25 +182,25 @@ class ConvMAEMasking:
     """Which patches of a batch are masked.
 
     Attributes:
-        mask_ratio: Fraction of patches to mask, in (0, 1); with several parts, what they leave.
-        parts: 1, or the number of complementary masks an image: FastConvMAE's way.
+        mask_ratio: Fraction of patches to mask, in (0, 1); None for .75 or, with several parts, for
+            what they leave.
+        parts: Complementary masks an image (FastConvMAE), each of which shows 1/parts of it; 1 for
+            a single mask.
         mask: "blockwise" masks tokens of the last stage; "per-stage" tokens of the first, so that
             each later token is partly visible, and all are encoded.
     """
 
-    mask_ratio: float = 0.75
-    parts: int = 1
+    mask_ratio: OpenFraction | None = None
+    parts: PositiveInt = 1
     mask: Stage = "blockwise"
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        check_ratio(self.mask_ratio)
-        if self.parts < 1:
-            raise ValueError(f"--parts {self.parts} is too small: give 1 or more")
-        if self.parts > 1 and abs(self.mask_ratio - (1 - 1 / self.parts)) > 5e-3:
+        check_fields(self)
+        left = 1 - 1 / self.parts
+        if self.parts > 1 and self.mask_ratio and abs(self.mask_ratio - left) > 5e-3:
             raise ValueError(
                 f"--parts {self.parts} shows 1/{self.parts} of an image in each mask: "
-                f"--mask-ratio {self.mask_ratio} does not fit, {1 - 1 / self.parts:.3f} would"
+                f"--mask-ratio {self.mask_ratio} does not fit, {left:.3f} would"
             )
 
     def draw(self, key: Key, grid: tuple[int, ...]) -> Masks:
@@ -205,37 +214,7 @@ class ConvMAEMasking:
                     f"grid {grid} into equal parts"
                 )
             return masking.complementary(key, grid, self.parts)
-        return masking.uniform(key, grid, self.mask_ratio)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvMAEOptions(Options):
-    """Pre-training of ConvMAE, with the paper's ablations.
-
-    Attributes:
-        parts: Complementary masks an image (FastConvMAE), each of which shows 1/parts of it, so
-            that the mask ratio follows; 1 for a single mask.
-        mask: "blockwise", drawn at the last stage and refined, or "per-stage", drawn at the first.
-        conv: "masked", or "plain" for convolutions that see what the mask hides.
-        decoder: "multi-scale", or "single-scale" for one that gets the last stage's output alone.
-        normalize_pixels: Whether each target patch is normalised.
-        decoder_dim: Width of the decoder.
-        decoder_depth: Blocks of the decoder.
-        decoder_heads: Attention heads of the decoder.
-    """
-
-    parts: int | None = None
-    mask: Stage | None = None
-    conv: Conv | None = None
-    decoder: Decoder | None = None
-    normalize_pixels: bool | None = None
-    decoder_dim: int | None = None
-    decoder_depth: int | None = None
-    decoder_heads: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.mask_ratio is None and self.parts is not None and self.parts > 1:
-            object.__setattr__(self, "mask_ratio", 1 - 1 / self.parts)
+        return masking.uniform(key, grid, self.mask_ratio or 0.75)
 
 
 PAPER = Training(epochs=1600, batch_size=3072, base_lr=1.5e-4, warmup_epochs=40)
@@ -296,7 +275,16 @@ RECIPE = Recipe(
     name="convmae",
     presets=PRESETS,
     build=ConvMAE,
-    options=ConvMAEOptions,
+    flags=(
+        "parts",
+        "mask",
+        "conv",
+        "decoder",
+        "normalize_pixels",
+        "decoder_dim",
+        "decoder_depth",
+        "decoder_heads",
+    ),
 )
 
 if __name__ == "__main__":

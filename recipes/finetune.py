@@ -31,11 +31,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from recipes.engine import Training
-from recipes.engine.classify import Classifier, fit, score
+from recipes.engine.classify import Classification, fit, score
 from recipes.engine.data.augment import Augmentation, rand_augment
 from recipes.engine.data.labelled import LabelledData, load_labelled
 from recipes.engine.data.mixing import Mixing
 from recipes.engine.errors import UserError
+from recipes.engine.fields import Fraction, NonNegativeFloat
+from recipes.engine.loop import Plan, make_plan
 from recipes.engine.optim import layer_decay_groups
 from recipes.engine.pretrained import encoders
 from recipes.engine.pretrained.encoders import (
@@ -52,11 +54,16 @@ from recipes.engine.pretrained.shapes import (
     ViTShape,
 )
 from recipes.engine.report import print_unreadable
-from recipes.engine.run.cli import check_options, choose_preset, run_command
-from recipes.engine.run.config import RunConfig, override, replace_given, scaled_lr
-from recipes.engine.run.folder import RunFolder, default_path
-from recipes.engine.run.world import World, check_shares, join
-from recipes.engine.train import count_steps, warn_of_slow_precision
+from recipes.engine.run.cli import FLAGS, Options, options_of, run_command
+from recipes.engine.run.config import (
+    Preset,
+    RunConfig,
+    choose_preset,
+    resolve,
+    warn_of_slow_precision,
+)
+from recipes.engine.run.folder import RunFolder, output_folder
+from recipes.engine.run.world import World, check_shard, check_shares, join, whole_weights
 
 Augment = Literal["crop", "randaugment"]
 
@@ -71,26 +78,18 @@ class FineTuning(Training):
         mixup: Alpha of mixup's Beta distribution; 0 for none.
         cutmix: Alpha of cutmix's Beta distribution; 0 for none.
         smoothing: Share of each target that is spread over all classes.
-        augment: Of a folder's images: random crops and flips alone, or also RandAugment and random
-            erasing.
+        augment: Of a folder's images: random crops and flips alone, or also RandAugment (from timm
+            or torchvision) and random erasing.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
     min_lr: float = 1e-6
-    layer_decay: float = 0.75
-    drop_path: float = 0.1
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    smoothing: float = 0.1
+    layer_decay: Fraction = 0.75
+    drop_path: Fraction = 0.1
+    mixup: NonNegativeFloat = 0.8
+    cutmix: NonNegativeFloat = 1.0
+    smoothing: Fraction = 0.1
     augment: Augment = "crop"
-
-
-@dataclass(frozen=True)
-class FineTunePreset:
-    """An encoder's shape and how it is fine-tuned."""
-
-    model: EncoderShape
-    training: FineTuning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,30 +99,11 @@ class FineTuneOptions(EncoderOptions):
     Attributes:
         trained_blocks: Train the last so many blocks, the last norm and the head only; 0 for no
             block; all weights by default.
-        image_size: Side of the images in pixels; positions are resampled. By default as in
-            pre-training.
-        window: Tokens per axis of a Swin's windows; relative positions are resampled. By default
-            as in pre-training.
-        layer_decay: Factor from each layer's learning rate to that of the layer before it.
-        drop_path: Fraction of samples whose residual branches the last block leaves out.
-        mixup: Alpha of mixup's Beta distribution; 0 for none.
-        cutmix: Alpha of cutmix's Beta distribution; 0 for none.
-        smoothing: Share of each target that is spread over all classes.
-        augment: Of a folder's images: random crops and flips alone, or also RandAugment (from timm
-            or torchvision) and random erasing.
         scratch: Whether the same training is also run from an untrained encoder; "auto" does so
             for the bundled sets.
     """
 
     trained_blocks: int | None = None
-    image_size: int | None = None
-    window: int | None = None
-    layer_decay: float | None = None
-    drop_path: float | None = None
-    mixup: float | None = None
-    cutmix: float | None = None
-    smoothing: float | None = None
-    augment: Augment | None = None
     scratch: Literal["auto", "always", "never"] = "auto"
 
 
@@ -191,28 +171,34 @@ def freeze(encoder: Encoder, shape: EncoderShape, *, trained_blocks: int) -> Non
             parameter.requires_grad_(False)
 
 
-def build_classifier(
-    config: FineTuneConfig, file: EncoderFile | None, num_classes: int
-) -> Classifier:
+def make_task(
+    config: FineTuneConfig,
+    file: EncoderFile | None,
+    data: LabelledData,
+    options: Options,
+    world: World,
+) -> Classification:
     """Make the model with its optimizer and its mixing."""
     training = config.training
-    model = build_model(config, file, num_classes)
-    groups = layer_decay_groups(
-        model.encoder,
-        config.model,
-        weight_decay=training.weight_decay,
-        layer_decay=training.layer_decay,
+
+    def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        encoder: Any = model.encoder
+        groups = layer_decay_groups(
+            encoder,
+            config.model,
+            weight_decay=training.weight_decay,
+            layer_decay=training.layer_decay,
+        )
+        return torch.optim.AdamW(groups, lr=config.lr, betas=training.betas, fused=True)
+
+    mixing = Mixing(
+        data.num_classes,
+        mixup=training.mixup,
+        cutmix=training.cutmix,
+        smoothing=training.smoothing,
     )
-    return Classifier(
-        model,
-        torch.optim.AdamW(groups, lr=config.lr, betas=training.betas, fused=True),
-        Mixing(
-            num_classes,
-            mixup=training.mixup,
-            cutmix=training.cutmix,
-            smoothing=training.smoothing,
-        ),
-    )
+    model = build_model(config, file, data.num_classes)
+    return Classification(model, make_optimizer, mixing, config, data, world, shard=options.shard)
 
 
 def fine_tune(
@@ -237,13 +223,14 @@ def fine_tune(
         summary = folder.read_summary()
         if summary is not None:
             return summary
-        classifier = build_classifier(config, file, data.num_classes)
-        fit(classifier, config, data, folder, options)
-        encoder: Any = classifier.model.encoder
-        folder.write_weights("model.safetensors", encoder)
+        task = make_task(config, file, data, options, world)
+        fit(task, data, folder, options)
+        model = build_model(config, None, data.num_classes)
+        model.load_state_dict(whole_weights(task.model))
+        folder.write_weights("model.safetensors", model.encoder)
         summary = {
             "steps": folder.read_metrics()[-1]["step"],
-            "accuracy": score(classifier.model, config, data, world, workers=options.workers),
+            "accuracy": score(model, config, data, world, workers=options.workers),
             "unreadable_images": [
                 data.images.train.describe(image) for image in folder.read_unreadable()
             ],
@@ -262,56 +249,28 @@ def compares(options: FineTuneOptions) -> bool:
     return options.scratch == "always" or (options.scratch == "auto" and is_bundled)
 
 
-def resolve(
-    options: FineTuneOptions, preset_name: str, preset: FineTunePreset, file: EncoderFile | None
-) -> FineTuneConfig:
-    """Fill in the preset's values.
+def resolve_fine_tuning(options: FineTuneOptions) -> tuple[FineTuneConfig, EncoderFile | None]:
+    """Fill in the preset's values, and read the encoder.
 
     Raises:
-        UserError: A number out of range, or a device that is not there.
+        UserError: A value that does not fit, or an encoder that cannot be read.
     """
-    training = replace_given(
-        preset.training,
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        precision=options.precision,
-        layer_decay=options.layer_decay,
-        drop_path=options.drop_path,
-        mixup=options.mixup,
-        cutmix=options.cutmix,
-        smoothing=options.smoothing,
-        augment=options.augment,
-    )
-    for name, low, high in (
-        ("layer_decay", 0, 1),
-        ("drop_path", 0, 1),
-        ("smoothing", 0, 1),
-        ("mixup", 0, float("inf")),
-        ("cutmix", 0, float("inf")),
-    ):
-        if not low <= getattr(training, name) <= high:
-            raise UserError(
-                f"--{name.replace('_', '-')} {getattr(training, name)} is out of range: "
-                f"give {low} to {high}"
-            )
-    lr = options.lr if options.lr is not None else scaled_lr(training)
-    device = check_options(options, epochs=training.epochs, batch_size=training.batch_size, lr=lr)
-    shape = file.shape if file else preset.model
-    if options.window is not None and not isinstance(shape, SwinShape):
-        raise UserError(f"--window {options.window}: a {shape.kind} has no windows, leave it out")
-    return FineTuneConfig(
-        recipe="finetune",
-        preset=preset_name,
-        data=options.data,
-        model=override(shape, options),
-        training=training,
-        lr=lr,
-        max_steps=options.max_steps,
-        seed=options.seed,
-        device=device,
+    _, preset = choose_preset(options, PRESETS)
+    file = open_encoder(options, preset.model)
+    shape: EncoderShape = file.shape if file else preset.model
+    window = getattr(options, "window", None)
+    if window is not None and not isinstance(shape, SwinShape):
+        raise UserError(f"--window {window}: a {shape.kind} has no windows, leave it out")
+    config = resolve(
+        options,
+        "finetune",
+        PRESETS,
+        config_type=FineTuneConfig,
+        model=shape,
         encoder=file.digest if file else "none",
         trained_blocks=options.trained_blocks,
     )
+    return config, file
 
 
 def load_images(config: FineTuneConfig) -> LabelledData:
@@ -343,9 +302,8 @@ def fit_channels(
     return dataclasses.replace(config, model=shape)
 
 
-def describe(config: FineTuneConfig, data: LabelledData, model: nn.Module) -> str:
+def describe(config: FineTuneConfig, data: LabelledData, plan: Plan, model: nn.Module) -> str:
     """Describe a run: configuration, images, steps, parameters."""
-    _, num_steps = count_steps(config, data.images)
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     return "\n".join(
@@ -354,7 +312,7 @@ def describe(config: FineTuneConfig, data: LabelledData, model: nn.Module) -> st
             "---",
             f"data          {config.data}: {len(data.images.train):,} labelled images of "
             f"{data.num_classes} classes, {len(data.test):,} to score on",
-            f"steps         {num_steps:,} of {config.training.batch_size:,} images",
+            f"steps         {plan.num_steps:,} of {config.training.batch_size:,} images",
             f"parameters    {sum(p.numel() for p in parameters):,} ({trained:,} trained)",
         ]
     )
@@ -400,27 +358,27 @@ CAE_BASE = ViTShape(layer_scale=0.1, qkv_bias="qv")
 
 PRESETS = {
     # About a minute on two CPU cores, the comparison included.
-    "tiny": FineTunePreset(
+    "tiny": Preset(
         ViTShape(image_size=32, patch_size=4, dim=128, depth=4, heads=4),
         FineTuning(epochs=8, batch_size=64, base_lr=4e-3, warmup_epochs=1, clip_grad=1.0),
     ),
-    "vit_base": FineTunePreset(ViTShape(), PAPER),
-    "vit_large": FineTunePreset(ViTShape(dim=1024, depth=24, heads=16), PAPER_LARGE),
-    "vit_huge": FineTunePreset(
+    "vit_base": Preset(ViTShape(), PAPER),
+    "vit_large": Preset(ViTShape(dim=1024, depth=24, heads=16), PAPER_LARGE),
+    "vit_huge": Preset(
         ViTShape(patch_size=14, dim=1280, depth=32, heads=16),
         dataclasses.replace(PAPER_LARGE, drop_path=0.3),
     ),
     # Of CAE: the same but for the batch; rates 8e-3 and 2e-3 are not scaled there.
-    "cae_base": FineTunePreset(CAE_BASE, dataclasses.replace(PAPER, batch_size=4096)),
-    "cae_large": FineTunePreset(
+    "cae_base": Preset(CAE_BASE, dataclasses.replace(PAPER, batch_size=4096)),
+    "cae_large": Preset(
         dataclasses.replace(CAE_BASE, dim=1024, depth=24, heads=16, layer_scale=1e-5),
         dataclasses.replace(PAPER_LARGE, batch_size=4096, base_lr=2e-3 * 256 / 4096),
     ),
-    "convmae_base": FineTunePreset(ConvViTShape(), PAPER),
-    "simmim_vit_base": FineTunePreset(ViTShape(), dataclasses.replace(SIMMIM, layer_decay=0.65)),
+    "convmae_base": Preset(ConvViTShape(), PAPER),
+    "simmim_vit_base": Preset(ViTShape(), dataclasses.replace(SIMMIM, layer_decay=0.65)),
     # Of 800 epochs of pre-training; after 100, the authors' layer decay is .9.
-    "swin_base": FineTunePreset(SwinShape(), SIMMIM),
-    "swin_large": FineTunePreset(
+    "swin_base": Preset(SwinShape(), SIMMIM),
+    "swin_large": Preset(
         SwinShape(dim=192, heads=(6, 12, 24, 48), window=14),
         dataclasses.replace(SIMMIM, layer_decay=0.7, drop_path=0.2),
     ),
@@ -433,30 +391,35 @@ def run(options: FineTuneOptions) -> None:
     Raises:
         UserError: Something that was asked for does not fit.
     """
-    preset_name, preset = choose_preset(options, PRESETS)
-    file = open_encoder(options, preset.model)
-    config = resolve(options, preset_name, preset, file)
+    config, file = resolve_fine_tuning(options)
     data = load_images(config)
     config = fit_channels(config, file, data)
-    count_steps(config, data.images)
+    plan = make_plan(config, options, data.images.train)
+    check_shard(options.shard)
     warn_of_slow_precision(config)
     model = build_model(config, file, data.num_classes)  # what does not fit is found here
     if options.dry_run:
-        print(describe(config, data, model))
+        print(describe(config, data, plan, model))
         return
-    path = options.out or default_path(config)
+    path = output_folder(options.out, config)
     with join(config.device) as world:
-        check_shares(config.training.batch_size, world)
+        check_shares(config.training.batch_size, world, accumulate=config.accumulate)
         summary = fine_tune(config, file, data, options, path, world)
         if world.is_main:
             print_summary(summary, path)
 
 
+# The command line. A Swin has windows, which the first preset has not.
+OPTIONS = options_of(
+    (*PRESETS["tiny"].parts, SwinShape()),
+    (*FLAGS, "window", "layer_decay", "drop_path", "mixup", "cutmix", "smoothing", "augment"),
+    FineTuneOptions,
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the script, and return its exit code."""
-    return run_command(
-        run, FineTuneOptions, name="finetune", description=__doc__, arguments=arguments
-    )
+    return run_command(run, OPTIONS, name="finetune", description=__doc__, arguments=arguments)
 
 
 if __name__ == "__main__":

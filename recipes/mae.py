@@ -26,9 +26,17 @@ from mimkit import container
 from mimkit.masking import Mask, RaggedMask
 from mimkit.nn import CrossDecoder, MAEDecoder, PixelHead, ViT
 from mimkit.patches import gather_masked
-from recipes.engine import Masking, Options, Preset, Recipe, Training, run, targets
-from recipes.engine.fields import check_choices
-from recipes.engine.masks import Sampler, join
+from recipes.engine import Masking, Preset, Recipe, Training, run, targets
+from recipes.engine.fields import (
+    Depth,
+    Fraction,
+    Pixels,
+    PositiveFloat,
+    PositiveInt,
+    Width,
+    check_fields,
+)
+from recipes.engine.masks import join
 
 Target = Literal["pixels", "pca"]
 LossOn = Literal["masked", "all"]
@@ -48,15 +56,17 @@ class MAEConfig:
         depth: Blocks of the encoder.
         heads: Attention heads of the encoder.
         mlp_ratio: Hidden width of every MLP over its input's.
-        decoder_dim: Width of the decoder.
-        decoder_depth: Blocks of the decoder.
+        decoder_dim: Width of the decoder (table 1b).
+        decoder_depth: Blocks of the decoder (table 1a).
         decoder_heads: Attention heads of the decoder.
-        normalize_pixels: Whether each target patch is brought to zero mean and unit variance.
-        target: "pixels", or "pca" for the patches' largest principal components (table 1d).
+        normalize_pixels: Whether each target patch is brought to zero mean and unit variance (table
+            1d).
+        target: What is predicted (table 1d): "pixels", or "pca" for the patches' largest principal
+            components.
         pca_components: How many components.
         loss_on: "masked" patches, or "all" (section 3: half a point worse).
-        mask_tokens: Where they come in: "decoder", or "encoder" (table 1c), which then works on
-            all patches.
+        mask_tokens: Where mask tokens come in (table 1c): "decoder", or "encoder", which then works
+            on all patches.
         decoder: "self" for the paper's, "cross" for CrossMAE's, whose masked tokens attend to the
             visible ones only.
         decode_fraction: Fraction of the masked patches that a training step predicts, in (0, 1];
@@ -64,28 +74,28 @@ class MAEConfig:
         drop_path: Fraction of samples whose residual branches the last encoder block leaves out.
     """
 
-    image_size: int | tuple[int, ...]
-    patch_size: int | tuple[int, ...] = 16
-    in_channels: int = 3
-    dim: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
-    decoder_dim: int = 512
-    decoder_depth: int = 8
-    decoder_heads: int = 16
+    image_size: Pixels | tuple[Pixels, ...]
+    patch_size: Pixels | tuple[Pixels, ...] = 16
+    in_channels: PositiveInt = 3
+    dim: Width = 768
+    depth: Depth = 12
+    heads: PositiveInt = 12
+    mlp_ratio: PositiveFloat = 4.0
+    decoder_dim: Width = 512
+    decoder_depth: Depth = 8
+    decoder_heads: PositiveInt = 16
     normalize_pixels: bool = True
     target: Target = "pixels"
-    pca_components: int = 96
+    pca_components: PositiveInt = 96
     loss_on: LossOn = "masked"
     mask_tokens: MaskTokens = "decoder"
     decoder: Decoder = "self"
-    decode_fraction: float = 1.0
-    drop_path: float = 0.0
+    decode_fraction: Fraction = 1.0
+    drop_path: Fraction = 0.0
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        if not 0 < self.decode_fraction <= 1:
+        check_fields(self)
+        if self.decode_fraction == 0:
             raise ValueError(f"decode_fraction must be in (0, 1]; got {self.decode_fraction}")
         if self.decode_fraction < 1 and (self.decoder, self.loss_on) != ("cross", "masked"):
             raise ValueError('decode_fraction below 1 needs decoder="cross" and loss_on="masked"')
@@ -226,39 +236,6 @@ def _with_masked(mask: Mask, count: int) -> Mask:
     return Mask.from_noise(noise, mask.grid, count)
 
 
-@dataclass(frozen=True, kw_only=True)
-class MAEOptions(Options):
-    """Pre-training of MAE, with the ablations of its table 1 and section 3.
-
-    Attributes:
-        sampler: How masks are drawn (table 1f): "uniform", "blockwise" or "gridwise" (ratio 0.75).
-        views: Masks an image.
-        target: What is predicted (table 1d): "pixels", or "pca" components of the patches.
-        pca_components: How many components.
-        normalize_pixels: Whether each target patch is normalised (table 1d).
-        loss_on: The "masked" patches, or "all".
-        mask_tokens: Where mask tokens come in (table 1c): "decoder" or "encoder".
-        decoder: "self", or "cross" for CrossMAE's.
-        decode_fraction: Fraction of the masked patches to predict in a step ("cross" only).
-        decoder_dim: Width of the decoder (table 1b).
-        decoder_depth: Blocks of the decoder (table 1a).
-        decoder_heads: Attention heads of the decoder.
-    """
-
-    sampler: Sampler | None = None
-    views: int | None = None
-    target: Target | None = None
-    pca_components: int | None = None
-    normalize_pixels: bool | None = None
-    loss_on: LossOn | None = None
-    mask_tokens: MaskTokens | None = None
-    decoder: Decoder | None = None
-    decode_fraction: float | None = None
-    decoder_dim: int | None = None
-    decoder_depth: int | None = None
-    decoder_heads: int | None = None
-
-
 PAPER = Training(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40)
 MASKING = Masking(mask_ratio=0.75)
 
@@ -297,7 +274,20 @@ RECIPE = Recipe(
     name="mae",
     presets=PRESETS,
     build=MAE,
-    options=MAEOptions,
+    flags=(
+        "sampler",
+        "views",
+        "target",
+        "pca_components",
+        "normalize_pixels",
+        "loss_on",
+        "mask_tokens",
+        "decoder",
+        "decode_fraction",
+        "decoder_dim",
+        "decoder_depth",
+        "decoder_heads",
+    ),
 )
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,13 +33,14 @@ from torch import Tensor, nn
 from mimkit import viz
 from mimkit.nn import AttentiveProbe
 from recipes.engine import Training
-from recipes.engine.classify import Classifier, fit, score
+from recipes.engine.classify import Classification, fit, score
 from recipes.engine.data.augment import Augmentation
 from recipes.engine.data.labelled import LabelledData, load_labelled
 from recipes.engine.data.load import load_data
 from recipes.engine.data.mixing import Mixing
 from recipes.engine.data.sets import DataSet, ProbeData
 from recipes.engine.errors import UserError
+from recipes.engine.loop import make_plan
 from recipes.engine.optim import LARS
 from recipes.engine.pretrained.encoders import (
     EncoderFile,
@@ -64,11 +66,16 @@ from recipes.engine.probes import (
     standardize,
 )
 from recipes.engine.report import pixels_per_token
-from recipes.engine.run.cli import check_options, choose_preset, run_command
-from recipes.engine.run.config import RunConfig, replace_given, scaled_lr
-from recipes.engine.run.folder import RunFolder, default_path
+from recipes.engine.run.cli import options_of, override, run_command
+from recipes.engine.run.config import (
+    Preset,
+    RunConfig,
+    choose_preset,
+    resolve,
+    warn_of_slow_precision,
+)
+from recipes.engine.run.folder import RunFolder, output_folder
 from recipes.engine.run.world import World, check_shares, join
-from recipes.engine.train import autocast, count_steps, warn_of_slow_precision
 
 Pool = Literal["token", "mean"]
 Protocol = Literal["small", "paper"]
@@ -95,12 +102,10 @@ class ProbeOptions(EncoderOptions):
 
 
 @dataclass(frozen=True)
-class ProbePreset:
-    """An encoder's shape, and how the papers' probes are trained."""
+class ProbePreset(Preset):
+    """An encoder's shape, and how the probes are trained; `training` is of the linear one."""
 
-    model: EncoderShape
-    linear: Training
-    attentive: Training
+    attentive: Training = dataclasses.field(kw_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +152,7 @@ class FrozenProbe(nn.Module):
         return logits
 
 
-def linear_probe(features: Features, dim: int, num_classes: int, lr: float) -> Classifier:
+def linear_probe(features: Features, dim: int, num_classes: int) -> FrozenProbe:
     """Make MAE's linear probe.
 
     Source:
@@ -157,13 +162,10 @@ def linear_probe(features: Features, dim: int, num_classes: int, lr: float) -> C
     nn.init.trunc_normal_(linear.weight, std=0.01)
     nn.init.zeros_(linear.bias)
     head = nn.Sequential(nn.BatchNorm1d(dim, affine=False, eps=1e-6), linear)
-    model = FrozenProbe(features, head, on_tokens=False)
-    return Classifier(model, LARS(model.parameters(), lr), _labels_alone(num_classes))
+    return FrozenProbe(features, head, on_tokens=False)
 
 
-def attentive_probe(
-    features: Features, dim: int, num_classes: int, lr: float, *, heads: int
-) -> Classifier:
+def attentive_probe(features: Features, dim: int, num_classes: int, *, heads: int) -> FrozenProbe:
     """Make CAE's attentive probe, with as many heads as divide the width.
 
     Source:
@@ -171,13 +173,14 @@ def attentive_probe(
     """
     heads = next(number for number in range(heads, 0, -1) if dim % number == 0)
     head = AttentiveProbe(dim=dim, heads=heads, num_classes=num_classes)
-    model = FrozenProbe(features, head, on_tokens=True)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True)
-    return Classifier(model, optimizer, _labels_alone(num_classes))
+    return FrozenProbe(features, head, on_tokens=True)
 
 
-def _labels_alone(num_classes: int) -> Mixing:
-    return Mixing(num_classes, mixup=0.0, cutmix=0.0, smoothing=0.0)
+def probe_optimizer(config: ProbeConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Make the optimizer of a probe: LARS for the linear one, SGD for the attentive one."""
+    if config.probe == "linear":
+        return LARS(model.parameters(), config.lr)
+    return torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9, nesterov=True)
 
 
 def load_features(config: ProbeConfig, file: EncoderFile) -> dict[str, Features]:
@@ -198,7 +201,7 @@ def encoder_features(encoder: Encoder, config: RunConfig) -> Features:
     encoder.to(config.device).eval().requires_grad_(False)
 
     def features(images: Tensor) -> tuple[Tensor, Tensor]:
-        with autocast(config):
+        with config.autocast():
             tokens = encoder(images.to(config.device)).float()
         return encoder.pool(tokens), tokens
 
@@ -228,13 +231,13 @@ def probe_as_papers(
         "knn": {name: nearest(f, probe) for name, f in features.items()}
     }
     for kind in ("linear", "attentive"):
-        training = _given(preset, kind, options)
+        training = override(preset.training if kind == "linear" else preset.attentive, options)
         found[kind] = {
             name: train_probe(
                 dataclasses.replace(
                     config,
                     training=training,
-                    lr=_lr(options, training),
+                    lr=options.lr or training.scaled_lr,
                     probe=kind,
                     features=name,
                 ),
@@ -284,15 +287,23 @@ def train_probe(
             with torch.no_grad():
                 pooled, tokens = features(blank.to(config.device))
             torch.manual_seed(config.seed)
-            if config.probe == "linear":
-                classifier = linear_probe(features, pooled.shape[1], data.num_classes, config.lr)
-            else:
-                classifier = attentive_probe(
-                    features, tokens.shape[2], data.num_classes, config.lr, heads=_ATTENTIVE_HEADS
+            model = (
+                linear_probe(features, pooled.shape[1], data.num_classes)
+                if config.probe == "linear"
+                else attentive_probe(
+                    features, tokens.shape[2], data.num_classes, heads=_ATTENTIVE_HEADS
                 )
-            classifier.model.to(config.device)
-            fit(classifier, config, data, folder, options)
-            accuracy = score(classifier.model, config, data, world, workers=options.workers)
+            ).to(config.device)
+            task = Classification(
+                model,
+                partial(probe_optimizer, config),
+                Mixing(data.num_classes, mixup=0.0, cutmix=0.0, smoothing=0.0),
+                config,
+                data,
+                world,
+            )
+            fit(task, data, folder, options)
+            accuracy = score(model, config, data, world, workers=options.workers)
             summary = {"accuracy": accuracy}
             folder.write_summary(summary)
     return float(summary["accuracy"])
@@ -362,51 +373,33 @@ def draw_attention(
     viz.panel(panel, list(columns), note=note).save(folder.path / "attention.png")
 
 
-def resolve(
-    options: ProbeOptions, preset_name: str, preset: ProbePreset, file: EncoderFile
-) -> ProbeConfig:
-    """Fill in the preset's values.
+def resolve_probing(options: ProbeOptions) -> tuple[ProbeConfig, EncoderFile]:
+    """Fill in the preset's values, and read the encoder.
 
     Raises:
-        UserError: A number out of range, or a device that is not there.
+        UserError: A value that does not fit, or an encoder that cannot be read.
     """
-    training = _given(preset, "linear", options)
-    if options.protocol == "paper" and training.batch_size == 1:
-        raise UserError("--batch-size 1: these probes normalise over a batch, give 2 or more")
-    lr = _lr(options, training)
-    device = check_options(options, epochs=training.epochs, batch_size=training.batch_size, lr=lr)
-    return ProbeConfig(
-        recipe="probe",
-        preset=preset_name,
-        data=options.data,
+    _, preset = choose_preset(options, PRESETS)
+    file = open_encoder(options, preset.model)
+    if file is None:
+        raise UserError("--encoder none leaves nothing to probe: give an encoder.safetensors")
+    config = resolve(
+        options,
+        "probe",
+        PRESETS,
+        config_type=ProbeConfig,
         model=file.shape,
-        training=training,
-        lr=lr,
-        max_steps=options.max_steps,
-        seed=options.seed,
-        device=device,
         encoder=file.digest,
         protocol=options.protocol,
         pool=options.pool or _default_pool(options.protocol, file.shape),
     )
+    if options.protocol == "paper" and config.training.batch_size == 1:
+        raise UserError("--batch-size 1: these probes normalise over a batch, give 2 or more")
+    return config, file
 
 
 def _default_pool(protocol: Protocol, shape: EncoderShape) -> Pool:
     return "token" if protocol == "paper" and shape.has_class_token else "mean"
-
-
-def _given(preset: ProbePreset, kind: str, options: ProbeOptions) -> Training:
-    training: Training = getattr(preset, kind)
-    return replace_given(
-        training,
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        precision=options.precision,
-    )
-
-
-def _lr(options: ProbeOptions, training: Training) -> float:
-    return options.lr if options.lr is not None else scaled_lr(training)
 
 
 def print_summary(summary: dict[str, Any], path: Path) -> None:
@@ -438,26 +431,28 @@ PRESETS = {
     "tiny": ProbePreset(
         ViTShape(image_size=32, patch_size=4, dim=128, depth=4, heads=4),
         _training(90, 64, 6.4 * 256 / 64, 0.0),
-        _training(90, 64, 0.4 * 256 / 64, 1e-6),
+        attentive=_training(90, 64, 0.4 * 256 / 64, 1e-6),
     ),
-    "vit_base": ProbePreset(ViTShape(), LINEAR, ATTENTIVE),
+    "vit_base": ProbePreset(ViTShape(), LINEAR, attentive=ATTENTIVE),
     "vit_large": ProbePreset(
         ViTShape(dim=1024, depth=24, heads=16),
         dataclasses.replace(LINEAR, epochs=50),
-        ATTENTIVE,
+        attentive=ATTENTIVE,
     ),
     "vit_huge": ProbePreset(
         ViTShape(patch_size=14, dim=1280, depth=32, heads=16),
         dataclasses.replace(LINEAR, epochs=50),
-        ATTENTIVE,
+        attentive=ATTENTIVE,
     ),
     "convmae_base": ProbePreset(
-        ConvViTShape(), dataclasses.replace(LINEAR, batch_size=4_096), ATTENTIVE
+        ConvViTShape(), dataclasses.replace(LINEAR, batch_size=4_096), attentive=ATTENTIVE
     ),
     # SimMIM's, as pre-trained.
-    "swin_base": ProbePreset(SwinShape(image_size=192, window=6), LINEAR, ATTENTIVE),
+    "swin_base": ProbePreset(SwinShape(image_size=192, window=6), LINEAR, attentive=ATTENTIVE),
     "swin_large": ProbePreset(
-        SwinShape(image_size=192, dim=192, heads=(6, 12, 24, 48), window=12), LINEAR, ATTENTIVE
+        SwinShape(image_size=192, dim=192, heads=(6, 12, 24, 48), window=12),
+        LINEAR,
+        attentive=ATTENTIVE,
     ),
 }
 
@@ -468,21 +463,18 @@ def run(options: ProbeOptions) -> None:
     Raises:
         UserError: Something that was asked for does not fit.
     """
-    preset_name, preset = choose_preset(options, PRESETS)
-    file = open_encoder(options, preset.model)
-    if file is None:
-        raise UserError("--encoder none leaves nothing to probe: give an encoder.safetensors")
-    config = resolve(options, preset_name, preset, file)
+    config, file = resolve_probing(options)
+    _, preset = choose_preset(options, PRESETS)
     data = load_data(config.data, image_size=config.model.image_axes(), seed=config.seed)
     check_data(config, file, data)
     warn_of_slow_precision(config)
     load_features(config, file)  # what does not fit is found before the folder is made
     if config.protocol == "paper":
-        count_steps(config, load_all(config).images)
+        make_plan(config, options, load_all(config).images.train)
     if options.dry_run:
         print(yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip())
         return
-    path = options.out or default_path(config)
+    path = output_folder(options.out, config)
     with join(config.device) as world:
         check_shares(config.training.batch_size, world)
         summary = probe_encoder(config, preset, file, data, options, path, world)
@@ -505,9 +497,13 @@ def check_data(config: ProbeConfig, file: EncoderFile, data: DataSet) -> None:
         )
 
 
+# The command line.
+OPTIONS = options_of(PRESETS["tiny"].parts, ("epochs", "batch_size", "precision"), ProbeOptions)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the script, and return its exit code."""
-    return run_command(run, ProbeOptions, name="probe", description=__doc__, arguments=arguments)
+    return run_command(run, OPTIONS, name="probe", description=__doc__, arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,17 @@ from mimkit import container, masking
 from mimkit._grids import Grid
 from mimkit.masking import Key, Mask
 from mimkit.nn import SimMIMHead, SwinTransformer, ViT
-from recipes.engine import Options, Preset, Recipe, Training, run, targets
-from recipes.engine.fields import check_choices
-from recipes.engine.masks import check_ratio, join
+from recipes.engine import Preset, Recipe, Training, run, targets
+from recipes.engine.fields import (
+    Fraction,
+    NonNegativeInt,
+    OpenFraction,
+    Pixels,
+    PositiveFloat,
+    PositiveInt,
+    check_fields,
+)
+from recipes.engine.masks import join
 from recipes.engine.pretrained.teachers import load_teacher
 from recipes.engine.pretrained.tokenizers import make_tokenizer
 
@@ -65,38 +73,42 @@ class SimMIMConfig:
         mlp_ratio: Hidden width of every MLP over its input's.
         layer_scale: First value of the ViT's learned factors of residual branches; None for none.
         drop_path: Fraction of samples whose residual branches the last encoder block leaves out.
-        target: What is predicted: "pixels", their means over squares ("pixels_2x" to "pixels_32x"),
-            "window_normalized" pixels, the nearest of color "clusters", the bin of each channel
-            ("bins_8", "bins_256"), "hog", the "tokens" of a tokenizer, or "features" of a teacher.
-        head: "linear", "mlp", "inverse_swin_t" or "inverse_swin_b".
-        loss: "l1", "l2", "smooth_l1"; of features also "cosine"; of classes, "cross_entropy". None
-            for "l1" or, of features and classes, these.
+        target: What is predicted (figure 4, table 5): "pixels", their means over squares
+            ("pixels_2x" to "pixels_32x"; squares larger than a patch need a `unit` that covers
+            them), "window_normalized" pixels, the nearest of color "clusters", the bin of each
+            channel ("bins_8", "bins_256"), "hog", the "tokens" of a tokenizer, or "features" of a
+            teacher.
+        head: The prediction head (table 2).
+        loss: "l1", "l2", "smooth_l1"; of features also "cosine"; of classes, "cross_entropy"
+            (table 5). None for "l1" or, of features and classes, these.
         num_clusters: Number of color clusters, or of the codes of tokenizer "patches".
-        tokenizer: "patches" for k-means codes of normalised patches, fitted on the first images; or
-            a file: `tokenizer.safetensors` of `recipes/tokenizer.py`, or DALL-E's encoder.
-        teacher: File of the encoder whose features are predicted.
+        tokenizer: With target "tokens", "patches" for k-means codes of normalised patches, fitted
+            on the first images; or a file: `tokenizer.safetensors` of `recipes/tokenizer.py`, or
+            DALL-E's encoder.
+        teacher: With target "features", the encoder that makes them: an encoder.safetensors with
+            its config.yaml, or a checkpoint of the authors' MAE or CAE.
     """
 
-    image_size: int | tuple[int, ...]
+    image_size: Pixels | tuple[Pixels, ...]
     encoder: Literal["vit", "swin"] = "vit"
-    patch_size: int | tuple[int, ...] = 0
-    in_channels: int = 3
-    dim: int = 0
-    depth: int | tuple[int, ...] = 0
-    heads: int | tuple[int, ...] = 0
-    window: int = 6
-    mlp_ratio: float = 4.0
+    patch_size: NonNegativeInt | tuple[Pixels, ...] = 0
+    in_channels: PositiveInt = 3
+    dim: NonNegativeInt = 0
+    depth: NonNegativeInt | tuple[NonNegativeInt, ...] = 0
+    heads: NonNegativeInt | tuple[PositiveInt, ...] = 0
+    window: PositiveInt = 6
+    mlp_ratio: PositiveFloat = 4.0
     layer_scale: float | None = 0.1
-    drop_path: float = 0.0
+    drop_path: Fraction = 0.0
     target: TargetName = "pixels"
     head: HeadName = "linear"
     loss: LossName | None = None
-    num_clusters: int = 512
+    num_clusters: PositiveInt = 512
     tokenizer: str = "patches"
     teacher: str | None = None
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
         if self.teacher is not None and self.target != "features":
             raise ValueError(f'a teacher is for target "features"; got target {self.target!r}')
         if self.loss not in (None, *self._fitting_losses):
@@ -301,16 +313,14 @@ class UnitMasking:
 
     Attributes:
         mask_ratio: Fraction of units to mask, in (0, 1), rounded up as the authors do.
-        unit: Patches per axis of a unit.
+        unit: Patches per axis that are masked together (table 1).
     """
 
-    mask_ratio: float
-    unit: int
+    mask_ratio: OpenFraction
+    unit: PositiveInt
 
     def __post_init__(self) -> None:
-        check_ratio(self.mask_ratio)
-        if self.unit < 1:
-            raise ValueError(f"--unit {self.unit} is too small: give 1 or more patches")
+        check_fields(self)
 
     def draw(self, key: Key, grid: tuple[int, ...]) -> Mask:
         """Draw the masks of a batch.
@@ -330,33 +340,6 @@ class UnitMasking:
                 f"all {'x'.join(map(str, grid))} patches: give a smaller one"
             )
         return mask
-
-
-@dataclass(frozen=True, kw_only=True)
-class SimMIMOptions(Options):
-    """Pre-training of SimMIM, with the ablations of its section 4.1.
-
-    Attributes:
-        unit: Patches per axis that are masked together (table 1).
-        window: Tokens per axis of a Swin's windows.
-        head: The prediction head (table 2).
-        target: What is predicted (figure 4, table 5); of squares larger than a patch, `--unit` must
-            cover them.
-        loss: "l1", "l2" or "smooth_l1"; of features also "cosine"; of classes, "cross_entropy"
-            (table 5).
-        tokenizer: With target "tokens", "patches", or a file: `tokenizer.safetensors` of
-            recipes/tokenizer.py, or the weights of DALL-E's encoder.
-        teacher: With target "features", the encoder that makes them: an encoder.safetensors with
-            its config.yaml, or a checkpoint of the authors' MAE or CAE.
-    """
-
-    unit: int | None = None
-    window: int | None = None
-    head: HeadName | None = None
-    target: TargetName | None = None
-    loss: LossName | None = None
-    tokenizer: str | None = None
-    teacher: str | None = None
 
 
 # Rates per 512 images there; 2048 images a step.
@@ -434,7 +417,7 @@ RECIPE = Recipe(
     name="simmim",
     presets=PRESETS,
     build=SimMIM,
-    options=SimMIMOptions,
+    flags=("unit", "window", "head", "target", "loss", "tokenizer", "teacher"),
 )
 
 if __name__ == "__main__":

@@ -13,42 +13,41 @@ many are: a code book of which few codes are used makes tokens that say little.
 import dataclasses
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 if __name__ == "__main__":
     __import__("recipes.script" if __package__ else "script")  # import path, threads
 
 import torch
 import yaml
-from jaxtyping import Float, Int64
-from torch import Tensor
+from jaxtyping import Int64
+from torch import Tensor, nn
 
 from mimkit import viz
 from mimkit.nn import DiscreteVAE
 from recipes.engine.data.load import load_data
-from recipes.engine.data.sets import DataSet
+from recipes.engine.data.sets import Batch, DataSet
 from recipes.engine.dry_run import count_parameters
 from recipes.engine.errors import UserError
-from recipes.engine.optim import warmup_cosine
+from recipes.engine.fields import (
+    Depth,
+    NonNegativeFloat,
+    Pixels,
+    PositiveFloat,
+    PositiveInt,
+    Width,
+    Within,
+    check_fields,
+)
+from recipes.engine.loop import Moment, Task, make_plan, run_steps
 from recipes.engine.pretrained.tokenizers import to_inputs, to_pixels
 from recipes.engine.report import print_unreadable, tiled_pictures
-from recipes.engine.run.checkpoint import Checkpoints, start_from
-from recipes.engine.run.cli import (
-    CommonOptions,
-    check_options,
-    check_positive,
-    choose_preset,
-    run_command,
-)
-from recipes.engine.run.config import RunConfig, Training, override, scaled_lr
-from recipes.engine.run.folder import RunFolder, default_path
-from recipes.engine.run.loader import SINGLE, make_loader
-from recipes.engine.run.world import World, world_size_from_environment
-from recipes.engine.train import autocast, count_steps
-
-_LOGS_PER_RUN = 50
+from recipes.engine.run.cli import FLAGS, Options, options_of, run_command
+from recipes.engine.run.config import Preset, RunConfig, Training, resolve
+from recipes.engine.run.folder import RunFolder, output_folder
+from recipes.engine.run.world import World, check_shard, check_shares, join, whole_weights
 
 
 @dataclass(frozen=True)
@@ -68,16 +67,19 @@ class VAEConfig:
         divergence_weight: Weight of the codes' divergence from equally likely ones.
     """
 
-    image_size: int | tuple[int, ...]
-    in_channels: int = 3
-    dim: int = 256
-    groups: int = 4
-    depth: int = 2
-    vocabulary_size: int = 8192
-    stem_dim: int = 128
-    first_temperature: float = 1.0
-    last_temperature: float = 1 / 16
-    divergence_weight: float = 0.01
+    image_size: Pixels | tuple[Pixels, ...]
+    in_channels: PositiveInt = 3
+    dim: Width = 256
+    groups: Annotated[int, Within(1, 16)] = 4
+    depth: Depth = 2
+    vocabulary_size: Annotated[int, Within(1, 2**24)] = 8192
+    stem_dim: Width = 128
+    first_temperature: PositiveFloat = 1.0
+    last_temperature: PositiveFloat = 1 / 16
+    divergence_weight: NonNegativeFloat = 0.01
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def build(self) -> DiscreteVAE:
         """Make the tokenizer."""
@@ -96,33 +98,8 @@ class VAEConfig:
         return self.first_temperature * math.pow(ratio, progress)
 
 
-@dataclass(frozen=True)
-class TokenizerPreset:
-    """A tokenizer's shape and how it is trained."""
-
-    model: VAEConfig
-    training: Training
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerOptions(CommonOptions):
-    """Training of a tokenizer.
-
-    Attributes:
-        vocabulary_size: Number of codes.
-        groups: Groups of blocks: a code stands for `2 ** (groups - 1)` pixels an axis.
-        divergence_weight: Weight of the codes' divergence from equally likely ones.
-        image_size: Pixels per axis.
-    """
-
-    vocabulary_size: int | None = None
-    groups: int | None = None
-    divergence_weight: float | None = None
-    image_size: int | None = None
-
-
 PRESETS = {
-    "tiny": TokenizerPreset(
+    "tiny": Preset(
         VAEConfig(
             image_size=32,
             dim=16,
@@ -141,7 +118,7 @@ PRESETS = {
         ),
     ),
     # OpenAI's shape, at the resolution at which CAE reads it.
-    "base": TokenizerPreset(
+    "base": Preset(
         VAEConfig(image_size=112),
         Training(
             epochs=20,
@@ -172,83 +149,40 @@ def usage(ids: Int64[Tensor, "..."], vocabulary_size: int) -> tuple[float, float
     return float((counts > 0).double().mean()), float((-(shares * shares.log()).sum()).exp())
 
 
-def train(
-    config: RunConfig, data: DataSet, folder: RunFolder, options: TokenizerOptions
-) -> DiscreteVAE:
-    """Train from the last checkpoint on."""
-    torch.manual_seed(config.seed)
-    model: DiscreteVAE = config.model.build().to(config.device).train()
-    optimizer = torch.optim.Adam(model.parameters(), betas=config.training.betas)
-    checkpoints = Checkpoints(folder.path / "checkpoints", World(), keep_every=options.keep_every)
-    steps_per_epoch, num_steps = count_steps(config, data)
-    first_step = start_from(options.resume, checkpoints, model, optimizer, num_steps)
-    folder.start_metrics(first_step=first_step)
-    loader = make_loader(
-        data.train,
-        world=SINGLE,
-        batch_size=config.training.batch_size,
-        seed=config.seed,
-        first_step=first_step,
-        num_steps=num_steps,
-        workers=options.workers,
-        pin_memory=config.device == "cuda",
-    )
-    every = max(num_steps // _LOGS_PER_RUN, 1)
-    for done, batch in enumerate(loader, first_step + 1):
-        # The codes are drawn at random: the same ones in a run that was interrupted.
-        torch.manual_seed((config.seed << 32) + done)
-        folder.note_unreadable(batch.unreadable_ids)
-        row = None
-        if len(batch.images):
-            row = train_step(model, optimizer, config, batch.images, (done - 1) / steps_per_epoch)
-        if row is not None and (done % every == 0 or done == num_steps):
-            folder.append_metrics({"step": done, **row})
-            numbers = "  ".join(f"{name} {value:.3f}" for name, value in row.items())
-            print(f"step {done}/{num_steps}  {numbers}", file=sys.stderr)
-        if done % (options.checkpoint_every or steps_per_epoch) == 0 or done == num_steps:
-            checkpoints.save(done, model, optimizer)
-    checkpoints.finish()
-    return model.eval()
+class TokenizerTask(Task):
+    """A discrete VAE that reconstructs pixels."""
 
+    temperature: float
 
-def train_step(
-    model: DiscreteVAE,
-    optimizer: torch.optim.Optimizer,
-    config: RunConfig,
-    inputs: Float[Tensor, "batch channels height width"],
-    epoch: float,
-) -> dict[str, float]:
-    """Make a step, and return its numbers.
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """Make Adam without weight decay."""
+        return torch.optim.Adam(self.model.parameters(), betas=self.config.training.betas)
 
-    Raises:
-        UserError: The loss is not finite.
-    """
-    training, shape = config.training, config.model
-    for group in optimizer.param_groups:
-        group["lr"] = warmup_cosine(
-            epoch, lr=config.lr, epochs=training.epochs, warmup_epochs=training.warmup_epochs
-        )
-    temperature = shape.temperature(min(epoch / training.epochs, 1.0))
-    with autocast(config):
-        output = model(
-            to_pixels(inputs.to(config.device)),
-            temperature=temperature,
-            divergence_weight=shape.divergence_weight,
-        )
-    if not bool(output.loss.isfinite()):
-        raise UserError(f"the loss is {output.loss.item()}: lower --lr")
-    optimizer.zero_grad(set_to_none=True)
-    output.loss.backward()
-    optimizer.step()
-    used, perplexity = usage(output.ids, shape.vocabulary_size)
-    return {
-        "loss": output.loss.item(),
-        "reconstruction_loss": output.reconstruction_loss.item(),
-        "divergence": output.divergence.item(),
-        "codes_used": used,
-        "perplexity": perplexity,
-        "temperature": temperature,
-    }
+    def prepare(self, batch: Batch, at: Moment) -> Tensor:
+        """Turn model inputs into pixels, and set the temperature of this step."""
+        shape, epochs = self.config.model, self.config.training.epochs
+        self.temperature = shape.temperature(min(at.epoch / epochs, 1.0))
+        images = batch.images.to(self.config.device, non_blocking=True)
+        if len(images) == 0:  # this process takes part in the step all the same
+            images = images.new_empty(0, shape.in_channels, *self.config.image_size)
+        return to_pixels(images)
+
+    def forward(self, model: nn.Module, inputs: Tensor) -> Mapping[str, Tensor]:
+        """Return the loss and its two parts."""
+        weight = self.config.model.divergence_weight
+        output = model(inputs, temperature=self.temperature, divergence_weight=weight)
+        return {
+            "loss": output.loss,
+            "reconstruction_loss": output.reconstruction_loss,
+            "divergence": output.divergence,
+        }
+
+    @torch.no_grad()
+    def extras(self) -> dict[str, Any]:
+        """Return how many codes the last batch uses."""
+        model: Any = self.model
+        used, perplexity = usage(model.encode(self.inputs), self.config.model.vocabulary_size)
+        return {"codes_used": used, "perplexity": perplexity, "temperature": self.temperature}
 
 
 @torch.no_grad()
@@ -256,9 +190,9 @@ def draw_reconstructions(
     model: DiscreteVAE, config: RunConfig, data: DataSet, folder: RunFolder
 ) -> None:
     """Draw held-out pictures as they are and as their codes have them."""
-    size = _image_size(config.model)
+    height, width = config.image_size
     rows = []
-    for picture in tiled_pictures(data, size):
+    for picture in tiled_pictures(data, (height, width)):
         pixels = to_pixels(picture.inputs.to(config.device))
         decoded = to_inputs(model.decode(model.encode(pixels)))
         read = to_inputs(pixels)
@@ -278,45 +212,64 @@ def measure_usage(model: DiscreteVAE, config: RunConfig, data: DataSet) -> tuple
     return usage(torch.cat(ids), config.model.vocabulary_size)
 
 
-def run(options: TokenizerOptions) -> None:
+def run(options: Options) -> None:
     """Train a tokenizer.
 
     Raises:
         UserError: Something that was asked for does not fit.
     """
-    if world_size_from_environment() > 1:
-        raise UserError("this recipe runs in one process: start it without torchrun")
-    config = resolve(options)
-    data = load_data(config.data, image_size=_image_size(config.model), seed=config.seed)
+    config = resolve_tokenizer(options)
+    data = load_data(config.data, image_size=config.image_size, seed=config.seed)
     shape = dataclasses.replace(config.model, in_channels=data.in_channels)
     config = dataclasses.replace(config, model=shape)
-    count_steps(config, data)
+    plan = make_plan(config, options, data.train)
+    check_shard(options.shard)
+    check_shares(config.training.batch_size, World(), accumulate=config.accumulate)
     if options.dry_run:
         print(yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip())
         with torch.device("meta"):
             print(f"---\nparameters    {count_parameters(config.model.build()):,}")
         return
-    with RunFolder(options.out or default_path(config), config) as folder:
-        summary = folder.read_summary()
-        if summary is None:
-            summary = finish(train(config, data, folder, options), config, data, folder)
-        print(f"training loss     {summary['final_loss']:.3f} nats a pixel value")
-        print(
-            f"codes in use      {summary['codes_used']:.0%} of {config.model.vocabulary_size}, "
-            f"perplexity {summary['perplexity']:.1f}"
+    with join(config.device) as world:
+        check_shares(config.training.batch_size, world, accumulate=config.accumulate)
+        with RunFolder(output_folder(options.out, config), config, world) as folder:
+            summary = folder.read_summary()
+            if summary is None:
+                torch.manual_seed(config.seed)
+                model = config.model.build().to(config.device)
+                task = TokenizerTask(model, config, world, shard=options.shard)
+                run_steps(task, plan, data.train, folder, options)
+                weights = whole_weights(task.model)
+                summary = finish(weights, config, data, folder) if world.is_main else {}
+            if world.is_main:
+                print_summary(summary, config, folder)
+
+
+def resolve_tokenizer(options: Options) -> RunConfig:
+    """Fill in the preset's values.
+
+    Raises:
+        UserError: A value that does not fit, or a size that the stride of a code does not divide.
+    """
+    config = resolve(options, "tokenizer", PRESETS, config_type=RunConfig)
+    model: VAEConfig = config.model
+    stride = 1 << (model.groups - 1)
+    sizes = (model.image_size,) if isinstance(model.image_size, int) else model.image_size
+    if any(size % stride for size in sizes):
+        raise UserError(
+            f"--image-size {model.image_size} is no multiple of the {stride} pixels that a code "
+            f"stands for with --groups {model.groups}"
         )
-        print_unreadable(summary["unreadable_images"])
-        print(f"python recipes/cae.py --tokenizer {folder.path / 'tokenizer.safetensors'}")
+    return config
 
 
 def finish(
-    model: DiscreteVAE, config: RunConfig, data: DataSet, folder: RunFolder
+    weights: Mapping[str, Tensor], config: RunConfig, data: DataSet, folder: RunFolder
 ) -> dict[str, Any]:
     """Write weights, pictures and summary."""
-    from safetensors.torch import save_file
-
-    weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder.path / "tokenizer.safetensors")
+    model: DiscreteVAE = config.model.build().to(config.device).eval()
+    model.load_state_dict(weights)
+    folder.write_weights("tokenizer.safetensors", model)
     draw_reconstructions(model, config, data, folder)
     rows = folder.read_metrics()
     last = rows[-max(len(rows) // 10, 1) :]
@@ -332,52 +285,26 @@ def finish(
     return summary
 
 
-def resolve(options: TokenizerOptions) -> RunConfig:
-    """Fill in the preset's values.
-
-    Raises:
-        UserError: A number out of range, or a size that the stride does not divide.
-    """
-    name, preset = choose_preset(options, PRESETS)
-    training = override(preset.training, options)
-    model = override(preset.model, options)
-    lr = options.lr if options.lr is not None else scaled_lr(training)
-    device = check_options(options, epochs=training.epochs, batch_size=training.batch_size, lr=lr)
-    check_positive("groups", model.groups)
-    check_positive("vocabulary-size", model.vocabulary_size)
-    if not 0 <= model.divergence_weight < math.inf:
-        raise UserError(
-            f"--divergence-weight {model.divergence_weight} is no weight: give 0 or more"
-        )
-    stride = 1 << (model.groups - 1)
-    if any(size % stride for size in _image_size(model)):
-        raise UserError(
-            f"--image-size {model.image_size} is no multiple of the {stride} pixels that a code "
-            f"stands for with --groups {model.groups}"
-        )
-    return RunConfig(
-        recipe="tokenizer",
-        preset=name,
-        data=options.data,
-        model=model,
-        training=training,
-        lr=lr,
-        max_steps=options.max_steps,
-        seed=options.seed,
-        device=device,
+def print_summary(summary: dict[str, Any], config: RunConfig, folder: RunFolder) -> None:
+    """Print what the run showed."""
+    print(f"training loss     {summary['final_loss']:.3f} nats a pixel value")
+    print(
+        f"codes in use      {summary['codes_used']:.0%} of {config.model.vocabulary_size}, "
+        f"perplexity {summary['perplexity']:.1f}"
     )
+    print_unreadable(summary["unreadable_images"])
+    print(f"python recipes/cae.py --tokenizer {folder.path / 'tokenizer.safetensors'}")
 
 
-def _image_size(model: VAEConfig) -> tuple[int, int]:
-    size: Any = model.image_size
-    return (size, size) if isinstance(size, int) else size
+# The command line.
+OPTIONS = options_of(
+    PRESETS["tiny"].parts, (*FLAGS, "vocabulary_size", "groups", "divergence_weight"), Options
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the script, and return its exit code."""
-    return run_command(
-        run, TokenizerOptions, name="tokenizer", description=__doc__, arguments=arguments
-    )
+    return run_command(run, OPTIONS, name="tokenizer", description=__doc__, arguments=arguments)
 
 
 if __name__ == "__main__":

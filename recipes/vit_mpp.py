@@ -26,6 +26,15 @@ from mimkit.masking import Mask
 from mimkit.nn import ConvStem, ViT
 from mimkit.patches import gather_masked
 from recipes.engine import Masking, Preset, Recipe, Training, run, targets
+from recipes.engine.fields import (
+    Depth,
+    Fraction,
+    Pixels,
+    PositiveFloat,
+    PositiveInt,
+    Width,
+    check_fields,
+)
 from recipes.engine.masks import join
 
 
@@ -48,20 +57,21 @@ class MPPConfig:
         other_share: Share of them that become another corrupted patch.
     """
 
-    image_size: int | tuple[int, ...]
-    patch_size: int | tuple[int, ...] = 16
-    in_channels: int = 3
-    dim: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
-    drop_path: float = 0.0
-    stem: tuple[int, ...] = ()
-    mask_share: float = 0.8
-    other_share: float = 0.1
+    image_size: Pixels | tuple[Pixels, ...]
+    patch_size: Pixels | tuple[Pixels, ...] = 16
+    in_channels: PositiveInt = 3
+    dim: Width = 768
+    depth: Depth = 12
+    heads: PositiveInt = 12
+    mlp_ratio: PositiveFloat = 4.0
+    drop_path: Fraction = 0.0
+    stem: tuple[Width, ...] = ()
+    mask_share: Fraction = 0.8
+    other_share: Fraction = 0.1
 
     def __post_init__(self) -> None:
-        if min(self.mask_share, self.other_share) < 0 or self.mask_share + self.other_share > 1:
+        check_fields(self)
+        if self.mask_share + self.other_share > 1:
             raise ValueError(
                 "mask_share and other_share must be shares of one whole; "
                 f"got {self.mask_share} and {self.other_share}"

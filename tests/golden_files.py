@@ -1,4 +1,4 @@
-"""The official implementations' numbers, from `tests/golden` (see `meta/config` in each file)."""
+"""Golden vectors: outputs of the authors' code, from `tests/golden` (see its README)."""
 
 import functools
 import json
@@ -20,11 +20,11 @@ class Golden(dict[str, np.ndarray]):
         return json.loads(str(self["meta/config"]))
 
     def tensor(self, key: str) -> Tensor:
-        # A copy, so that no test can change what another one reads.
+        # A copy, so that no test can change the arrays of another one.
         return torch.from_numpy(self[key].copy())
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """All arrays below `prefix`, by the rest of their name."""
+        """Return all arrays whose key starts with `prefix`, by the rest of their key."""
         return {key[len(prefix) :]: self.tensor(key) for key in self if key.startswith(prefix)}
 
 

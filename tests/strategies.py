@@ -1,4 +1,4 @@
-"""What hypothesis draws, in one place: grids, patch sizes, keys, masks, images."""
+"""Hypothesis strategies of the tests: grids, patch sizes, keys, masks, images."""
 
 import math
 
@@ -21,7 +21,7 @@ orders = st.sampled_from(["p1 p2 c", "c p1 p2"])
 def grids(
     *, min_axes: int = 1, max_axes: int = 3, min_tokens: int = 1, max_tokens: int = 200
 ) -> st.SearchStrategy:
-    """Tokens per axis, of `min_axes` to `max_axes` axes, rarely square."""
+    """Draw grids with `min_axes` to `max_axes` axes, rarely square."""
 
     def of_axes(axes: int) -> st.SearchStrategy:
         side = st.integers(1, min(max_tokens, int(2 * max_tokens ** (1 / axes))))
@@ -32,7 +32,7 @@ def grids(
 
 
 def patch_sizes(axes: int, *, max_side: int = 4) -> st.SearchStrategy:
-    """Pixels per patch on `axes` axes, rarely square."""
+    """Draw patch sizes with `axes` axes, rarely square."""
     return st.tuples(*[st.integers(1, max_side)] * axes)
 
 
@@ -45,7 +45,7 @@ def keys(draw: st.DrawFn, *, min_batch: int = 1, max_batch: int = 4) -> Key:
 
 @st.composite
 def masks(draw: st.DrawFn, *, grid: Sizes | None = None, batch_size: int | None = None) -> Mask:
-    """Masks of any count, all-visible and all-masked included."""
+    """Draw masks of any count, including all visible and all masked."""
     grid = draw(grids(max_tokens=60)) if grid is None else grid
     batch = draw(st.integers(1, 4)) if batch_size is None else batch_size
     count = draw(st.integers(0, math.prod(grid)))
@@ -57,11 +57,11 @@ def masks(draw: st.DrawFn, *, grid: Sizes | None = None, batch_size: int | None 
 def ragged_masks(
     draw: st.DrawFn, *, axes: int | None = None, max_tokens: int = 20, min_visible: int = 0
 ) -> RaggedMask:
-    """Masks of samples with grids and counts of their own."""
+    """Draw ragged masks: each sample has its own grid and count."""
     drawn_axes = draw(st.integers(1, 3)) if axes is None else axes
     of_axes = grids(min_axes=drawn_axes, max_axes=drawn_axes, max_tokens=max_tokens)
     few = st.lists(of_axes, min_size=1, max_size=3)
-    shared = draw(few)  # so that some samples have one grid
+    shared = draw(few)  # so that some samples share a grid
     samples = draw(st.lists(st.sampled_from(shared), min_size=1, max_size=4))
     return RaggedMask.cat(
         [
@@ -76,7 +76,7 @@ def ragged_masks(
 
 
 def generators() -> st.SearchStrategy:
-    """Seeded generators: the values of a tensor are rarely worth shrinking."""
+    """Draw seeded generators for tensor values, which hypothesis need not shrink."""
     return st.integers(0, 2**32 - 1).map(lambda seed: torch.Generator().manual_seed(seed))
 
 
@@ -90,7 +90,7 @@ def images(
     channels: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Images that `patch` cuts into `grid`."""
+    """Draw images of `grid` patches of `patch` pixels."""
     batch = draw(st.integers(1, 3)) if batch_size is None else batch_size
     channels = draw(st.integers(1, 4)) if channels is None else channels
     shape = (batch, channels, *(n * p for n, p in zip(grid, patch, strict=True)))
@@ -103,7 +103,7 @@ def images(
 def masked_images(
     draw: st.DrawFn, *, max_tokens: int = 40, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Mask, Sizes]:
-    """Images, a mask of their patches and the patch size."""
+    """Draw images, a mask on their patch grid, and the patch size."""
     grid = draw(grids(max_tokens=max_tokens))
     patch = draw(patch_sizes(len(grid)))
     batch = draw(images(grid, patch, dtype=dtype))
@@ -114,7 +114,7 @@ def masked_images(
 def masked_maps(
     draw: st.DrawFn, *, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Mask, Sizes]:
-    """Feature maps, a coarse mask of their cells and the positions of a cell."""
+    """Draw feature maps, a mask on their grid of cells, and the positions per axis of a cell."""
     grid = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
     cell = draw(patch_sizes(2))
     batch = draw(images(grid, cell, dtype=dtype))

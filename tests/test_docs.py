@@ -1,6 +1,7 @@
-"""The documentation: its code runs, its tables are fresh, its links lead somewhere.
+"""The documentation: its code runs, its tables are up to date, its links work.
 
-Blocks of a page share a namespace. A block with prompts is a doctest; any other is executed.
+The code blocks of a page share a namespace. A block with prompts is run as a doctest, any other
+block is executed.
 """
 
 import doctest
@@ -18,7 +19,7 @@ FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 
 def blocks_of(page: Path) -> list[tuple[int, str]]:
-    """Python blocks, each with the number of lines above it."""
+    """Return the Python blocks of a page, each with the number of lines above it."""
     text = page.read_text()
     found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [(text.count("\n", 0, block.start(1)), block[1]) for block in found]
@@ -29,10 +30,10 @@ def run_block(page: Path, line: int, code: str, names: dict[str, Any]) -> None:
         exec(compile("\n" * line + code, str(page), "exec"), names)
         return
     example = doctest.DocTestParser().get_doctest(code, names, page.name, str(page), line)
-    complaints: list[str] = []
-    doctest.DocTestRunner(optionflags=FLAGS).run(example, out=complaints.append, clear_globs=False)
+    failures: list[str] = []
+    doctest.DocTestRunner(optionflags=FLAGS).run(example, out=failures.append, clear_globs=False)
     names.update(example.globs)
-    assert not complaints, "".join(complaints)
+    assert not failures, "".join(failures)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -64,16 +65,16 @@ def load_script() -> ModuleType:
 @pytest.mark.parametrize(
     "table", ["shares", "others", pytest.param("units", marks=pytest.mark.full)]
 )
-def test_a_table_is_the_one_that_the_script_makes(table: str) -> None:
+def test_tables_are_up_to_date(table: str) -> None:
     text = (DOCS / "which-mask.md").read_text()
-    assert load_script().fill_in(text, [table]) == text, "run `python docs/make_pictures.py`"
+    assert load_script().update_tables(text, [table]) == text, "run `python docs/make_pictures.py`"
 
 
 def test_all_tables_are_tested() -> None:
     assert set(load_script().TABLES) == {"shares", "others", "units"}
 
 
-def test_the_script_draws_every_picture_of_the_page_and_no_other() -> None:
+def test_the_script_draws_exactly_the_pictures_of_the_page() -> None:
     shown = set(re.findall(r"\(pictures/(\S+)\.png\)", (DOCS / "which-mask.md").read_text()))
     files = list((DOCS / "pictures").glob("*.png"))
     assert shown == {file.stem for file in files} == {*load_script().SAMPLERS, "tube"}
@@ -86,7 +87,7 @@ def anchors_of(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+def test_links_point_to_existing_files_and_headings(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         path, _, anchor = target.partition("#")
         if path.startswith("http"):
@@ -101,6 +102,6 @@ def test_the_index_lists_every_page() -> None:
     assert [page.name for page in PAGES if f"({page.name})" not in index] == ["README.md"]
 
 
-def test_mae_in_forty_lines_has_no_more() -> None:
+def test_mae_in_forty_lines_has_at_most_forty() -> None:
     ((_, code), *_) = blocks_of(DOCS / "mae-in-40-lines.md")
     assert len([line for line in code.splitlines() if line.strip()]) <= 40

@@ -1,4 +1,4 @@
-"""What is passed by mistake: one clear sentence that repeats it, in every room."""
+"""Common mistakes of a caller raise an error with one clear sentence that repeats the argument."""
 
 import math
 import re
@@ -25,7 +25,7 @@ TINY = MAEConfig(**VIT, decoder_dim=8, decoder_depth=1, decoder_heads=2)
 CLASSES = torch.zeros(2, 2, dtype=torch.int64)
 
 MISTAKES = {
-    # A tensor where a mask belongs, which is what other libraries take.
+    # A tensor instead of a Mask, as in other libraries.
     "gather": (
         lambda: patches.gather_visible(IMAGES[:, 0], BOOLS),
         TypeError,
@@ -41,7 +41,7 @@ MISTAKES = {
         TypeError,
         "ndarray",
     ),
-    # Ids where a key belongs.
+    # Ids instead of a Key.
     "uniform": (lambda: masking.uniform(torch.arange(2), (2, 2), 0.5), TypeError, "masking.key("),
     "gridwise": (lambda: masking.gridwise(torch.arange(2), (2, 2)), TypeError, "masking.key("),
     "one id": (lambda: masking.key(3, seed=0), TypeError, "got 3"),
@@ -66,15 +66,19 @@ MISTAKES = {
     ),
     "axes": (lambda: masking.tube(KEY, (2, 2), 0.5, shared_axes=0.5), TypeError, "got 0.5"),
     "aspect": (lambda: masking.blockwise(KEY, (4, 4), 0.5, aspect=0.3), ValueError, "got 0.3"),
-    "wide": (
+    "extreme aspect": (
         lambda: masking.blockwise(KEY, (4, 4), 0.5, aspect=(1e-30, 1e30)),
         ValueError,
         "aspect must be two numbers from 1/65536 to 65536",
     ),
     "block": (lambda: masking.blockwise(KEY, (4, 4), 0.5, min_block=1.5), TypeError, "got 1.5"),
-    "flat": (lambda: compat.beit(KEY, (4, 4), 0.5, aspect=(0, 2)), ValueError, "got (0, 2)"),
-    "targets": (lambda: compat.ijepa(KEY, (9, 9), num_targets=0), ValueError, "got 0"),
-    # Values that would be counted, scaled or broadcast in silence.
+    "compat aspect": (
+        lambda: compat.beit(KEY, (4, 4), 0.5, aspect=(0, 2)),
+        ValueError,
+        "got (0, 2)",
+    ),
+    "num_targets": (lambda: compat.ijepa(KEY, (9, 9), num_targets=0), ValueError, "got 0"),
+    # Values that would silently be counted, scaled or broadcast.
     "int images": (
         lambda: losses.masked_pixel_loss(torch.zeros(2, 2, 48), IMAGES.int(), MASK, 4),
         TypeError,
@@ -105,32 +109,44 @@ MISTAKES = {
         ValueError,
         "3 channels; got images (2, 6, 8, 8)",
     ),
-    "one patch": (lambda: targets.PCATarget(8, 1).fit(IMAGES[:1]), ValueError, "1 patches"),
-    "cold": (lambda: patches.sincos_positions(8, (2, 2), temperature=0), ValueError, "got 0"),
+    "one patch": (
+        lambda: targets.PCATarget(8, 1).fit(IMAGES[:1]),
+        ValueError,
+        "needs at least 2 patches; got 1",
+    ),
+    "temperature": (
+        lambda: patches.sincos_positions(8, (2, 2), temperature=0),
+        ValueError,
+        "got 0",
+    ),
     # Modules.
     "bias": (lambda: nn.TransformerBlock(dim=8, heads=2, qkv_bias="no"), ValueError, "got 'no'"),
     "depth": (lambda: nn.ViT(**(VIT | {"depth": -1})), ValueError, "got -1"),
     "stages": (lambda: nn.SwinTransformer(depth=2), ValueError, "one number per stage; got 2"),
-    "hidden": (
+    "empty pool": (
         lambda: nn.ViT(**VIT).pool(torch.zeros(2, 1, 8)),
         ValueError,
-        "no patch token is left to pool",
+        "mean pooling needs a patch token: the mask hides all of them",
     ),
     "accuracy": (
         lambda: nn.TokenHead(dim=8, vocabulary_size=4)(torch.zeros(1, 2, 8), return_accuracy=True),
         ValueError,
         "needs a target",
     ),
-    "path": (lambda: interop.from_official("mae", "mae.pth"), TypeError, "'mae.pth'"),
-    # Configurations: another name would train another model.
+    "path for weights": (lambda: interop.from_official("mae", "mae.pth"), TypeError, "'mae.pth'"),
+    # Configurations: an unknown name must not train a default model.
     "conv": (lambda: ConvMAEConfig(32, conv="x"), ValueError, "conv must be one of"),
     "decoder": (lambda: ConvMAEConfig(32, decoder="x"), ValueError, "got 'x'"),
     "masks": (lambda: ConvMAEMasking(mask="x"), ValueError, "mask must be one of"),
     "loss on": (lambda: MAEConfig(32, loss_on="x"), ValueError, "loss_on must be one of"),
     "cae": (lambda: CAEConfig(32, target="x"), ValueError, "target must be one of"),
     "simmim": (lambda: SimMIMConfig(32, head="x"), ValueError, "head must be one of"),
-    "plain": (lambda: ConvMAE(ConvMAEConfig(32, dim=(8, 8)))(IMAGES, MASK), ValueError, "(8, 8)"),
-    "packed": (
+    "convmae dim": (
+        lambda: ConvMAE(ConvMAEConfig(32, dim=(8, 8)))(IMAGES, MASK),
+        ValueError,
+        "(8, 8)",
+    ),
+    "packed kernel": (
         lambda: conv.packed_depthwise_conv2d(
             torch.zeros(2, 2, 1, 3), torch.zeros(3, 1, 2, 2), None, patches.neighbors(MASK), cell=1
         ),
@@ -141,24 +157,24 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_gets_one_clear_sentence(mistake):
+def test_a_mistake_raises_one_clear_sentence(mistake):
     call, kind, message = MISTAKES[mistake]
     with pytest.raises(kind, match=re.escape(message)) as error:
         call()
     assert "\n" not in str(error.value)
 
 
-def test_integers_of_numpy_are_integers():
+def test_numpy_integers_are_accepted():
     count = np.int64(2)
     assert masking.uniform(KEY, (2, 2), num_masked=count).num_masked == 2
     assert len(masking.complementary(KEY, (2, 2), np.int64(4))) == 4
 
 
-def test_bytes_are_fractions_of_255_everywhere():
+def test_uint8_images_equal_floats_divided_by_255():
     pixels = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
     fractions = pixels / 255
     tokenizer = nn.DiscreteVAE(vocabulary_size=8, dim=4, depth=1, groups=2).eval()
-    takers = [
+    functions = [
         nn.ViT(**VIT),
         nn.SwinTransformer(image_size=8, patch_size=4, dim=8, depth=(1,), heads=(2,), window=2),
         nn.ConvViT(image_size=8, patch_sizes=(2, 2, 1), dim=(4, 4, 8), depth=(1, 1, 1), heads=2),
@@ -166,8 +182,8 @@ def test_bytes_are_fractions_of_255_everywhere():
         lambda images: targets.WindowNormalizedPixels(4, window=3)(images, MASK),
         lambda images: targets.HOG(4, 4)(images, MASK),
     ]
-    for take in takers:
-        torch.testing.assert_close(take(pixels), take(fractions))
+    for function in functions:
+        torch.testing.assert_close(function(pixels), function(fractions))
 
 
 def test_a_block_without_biases_has_none():
@@ -176,12 +192,12 @@ def test_a_block_without_biases_has_none():
     assert block(torch.randn(1, 3, 8)).shape == (1, 3, 8)
 
 
-def test_values_beyond_the_last_bin_are_in_it():
+def test_values_outside_the_bins_fall_into_the_first_or_last_bin():
     row = torch.tensor([-math.inf, -1e20, 1e20, math.inf]).view(1, 1, 1, 4)
     mask = Mask.from_bool(torch.tensor([[[True]]]))
     assert targets.ChannelBins((1, 4), 8)(row, mask).flatten().tolist() == [0, 0, 7, 7]
 
 
-def test_an_integer_is_the_side_of_a_square_patch():
+def test_an_integer_patch_size_means_a_square_patch():
     assert nn.PixelHead(dim=8, patch_size=8, in_channels=3).out_features == 192
     assert nn.PatchEmbed(patch_size=4, in_channels=3, dim=8)(IMAGES).shape == (2, 4, 8)

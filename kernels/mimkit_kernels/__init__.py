@@ -1,7 +1,8 @@
-"""Triton kernels of mimkit; each one is a file of its own."""
+"""Triton kernels of mimkit, one file each."""
 
 from mimkit_kernels._dispatch import Backend, Settings
 from mimkit_kernels._philox import philox4x32, sample_words
+from mimkit_kernels._slots import split_positions
 from mimkit_kernels.blockwise_sample import blockwise_sample
 from mimkit_kernels.gather_patches import gather_patches
 from mimkit_kernels.linear_cross_entropy import linear_cross_entropy
@@ -13,7 +14,7 @@ from mimkit_kernels.masked_pixel_loss import (
 from mimkit_kernels.move_tokens import gather_tokens, restore_tokens
 from mimkit_kernels.packed_depthwise_conv import packed_depthwise_conv
 from mimkit_kernels.regressor_inputs import regressor_inputs
-from mimkit_kernels.uniform_sample import kth_lowest, split_positions, uniform_sample
+from mimkit_kernels.uniform_sample import kth_lowest, uniform_sample
 
 __all__ = [
     "Backend",

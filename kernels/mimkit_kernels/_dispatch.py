@@ -1,4 +1,4 @@
-"""Which path a call takes: the operator with its Triton kernel, or the plain PyTorch reference."""
+"""Choose the path of a call: the operator with its Triton kernel, or the PyTorch reference."""
 
 import importlib.util
 import os
@@ -13,32 +13,31 @@ from torch.autograd import forward_ad
 
 Backend = Literal["auto", "reference", "triton"]
 
-# Triton looks at the variable when it is imported, so it cannot change later.
+# Triton reads the variable when it is imported, so a later change has no effect.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Settings:
-    """The current choice of `mimkit.use`."""
+    """The current settings of `mimkit.use`."""
 
     backend: Backend = "auto"
 
 
 def takes_kernel(name: str, tensor: Tensor, find_obstacle: Callable[[], str | None]) -> bool:
-    """Whether a call takes the kernel.
+    """Return whether a call uses the kernel.
 
-    By itself it does where `tensor` is on a GPU, Triton is there, and nothing stands in the way.
-    Under `torch.func` transforms and forward-mode derivatives, which operators do not support, the
-    reference is taken.
+    With `mimkit.use("auto")` it does if `tensor` is on a GPU, Triton is installed and there is no
+    obstacle. Operators do not support `torch.func` transforms or forward-mode derivatives, so these
+    use the reference.
 
     Args:
-        name: The operator, for messages.
-        tensor: Decides by its device.
-        find_obstacle: Returns why the kernel cannot take this call; `None` if it can.
+        name: Name of the operator, for messages.
+        tensor: The tensor whose device decides.
+        find_obstacle: Returns why the kernel does not support this call; `None` if it does.
 
     Raises:
-        ValueError: The kernel is asked for (`mimkit.use("triton")`), but cannot take the call.
+        ValueError: `mimkit.use("triton")` requires the kernel, which does not support the call.
     """
     if Settings.backend == "reference" or (Settings.backend == "auto" and not tensor.is_cuda):
         return False
@@ -55,31 +54,23 @@ def takes_kernel(name: str, tensor: Tensor, find_obstacle: Callable[[], str | No
     if obstacle is not None:
         raise ValueError(
             f"the Triton kernel of {name} does not take {obstacle}; "
-            'mimkit.use("auto") takes the PyTorch path there'
+            'mimkit.use("auto") uses the PyTorch path instead'
         )
     return True
 
 
 def is_opaque(tensor: Tensor) -> bool:
-    """Whether `torch.compile` on a CPU gets an operator as it is, instead of its reference.
+    """Return whether `torch.compile` on a CPU calls the operator instead of tracing its reference.
 
-    For references that Inductor would only make slower, and for whose many steps it takes minutes.
+    For references with so many steps that Inductor compiles for minutes and runs more slowly.
     """
     is_traced = torch.compiler.is_compiling() and tensor.device.type == "cpu"
     return is_traced and Settings.backend == "auto" and not is_transformed()
 
 
-def dtype_obstacle(**dtypes: torch.dtype) -> str | None:
-    """Name the first of some tensors whose type kernels do not take."""
-    for name, dtype in dtypes.items():
-        if dtype not in KERNEL_DTYPES:
-            return f"{name} of {dtype}"
-    return None
-
-
 def is_transformed() -> bool:
-    """Whether a `torch.func` transform or a forward-mode derivative is under way."""
-    # Both are private, but torch.compile traces them; a test notices if that ends.
+    """Return whether a `torch.func` transform or a forward-mode derivative is active."""
+    # Both are private, but torch.compile can trace them; a test fails if that changes.
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -87,6 +78,6 @@ def is_transformed() -> bool:
 def _warn_without_triton() -> None:
     warnings.warn(
         "Triton is not installed, so mimkit runs its plain PyTorch path on the GPU; "
-        "`pip install triton` brings the kernels",
+        "`pip install triton` enables the kernels",
         stacklevel=2,
     )

@@ -1,16 +1,16 @@
-"""`jit`: Triton kernels in files that can be imported without Triton."""
+"""`jit`: Triton functions in files that import without Triton."""
 
 from collections.abc import Callable
 from typing import Any
 
 
 class jit:
-    """Mark a Triton function; Triton is imported and the function compiled at its first launch.
+    """Mark a Triton function; Triton is imported and compiles it at its first launch.
 
-    A kernel file holds the PyTorch reference too, which machines without Triton run. So at import
-    nothing happens; the first launch gives the function's file its `tl` and replaces every marked
-    function in it, and in the files it takes functions from, by Triton's own.
-    Files that use it need `from __future__ import annotations`: `tl` is not there yet.
+    A kernel file also holds the PyTorch reference, which must run without Triton. So importing the
+    file does nothing. The first launch defines `tl` in the function's file and replaces every
+    marked function in it by Triton's own; the same in each file that it imports functions from.
+    Such files need `from __future__ import annotations`, as `tl` is undefined at import.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -31,7 +31,7 @@ class jit:
         return self._compiled
 
     def __call__(self, *arguments: Any) -> Any:
-        """Refuse: what calls a marked function is another one, which Triton compiles with it."""
+        """Raise: only other Triton functions can call it, and Triton compiles those calls."""
         raise TypeError(f"{self.function.__name__} is a Triton function: launch it over a grid")
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:

@@ -1,62 +1,98 @@
-"""Where the values of a patch lie: what the kernels that read patches from images share.
+"""Where the values of a patch are in memory: shared by the kernels that read patches from images.
 
-A patch is a tile of rows and columns: a column is a pixel of the patch's last axis, so that a row
-is a run of neighbors in memory; rows count the other axes and the channels, channels slowest.
-Images of one or two spatial axes are given axes of size 1 in front.
+A kernel sees a patch as a tile of rows and columns. Columns are the pixels of the patch's last
+axis, which are contiguous in most images. Rows are the other axes and the channels, channels
+slowest. Images with one or two spatial axes get leading axes of size 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from mimkit_kernels._jit import jit
-from mimkit_kernels._register import power_of_2_from
+from mimkit_kernels._launch import power_of_2_from
 
 if TYPE_CHECKING:
     import triton.language as tl
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes and strides of images as the kernels want them, over exactly three spatial axes.
+class ImageLayout(NamedTuple):
+    """Layout of images with three spatial axes; kernels take it whole.
 
     Attributes:
-        arguments: Tokens of the last two axes, and the strides of the images.
-        constants: Sizes of a patch.
-        rows: Rows of a patch's tile.
-        columns: Columns of a patch's tile.
+        g2: Patches along the second axis.
+        g3: Patches along the third axis.
+        sb: Stride of the batch.
+        sc: Stride of the channels.
+        s1: Stride of the first axis.
+        s2: Stride of the second axis.
+        s3: Stride of the third axis.
     """
 
-    arguments: dict[str, int]
-    constants: dict[str, int]
-    rows: int
-    columns: int
+    g2: int
+    g3: int
+    sb: int
+    sc: int
+    s1: int
+    s2: int
+    s3: int
 
-    @classmethod
-    def of(cls, images: Tensor, patch: Sequence[int]) -> Geometry:
-        """Describe images that are cut into patches of `patch` pixels per axis."""
-        missing = 3 - len(patch)
-        sizes = (1,) * missing + tuple(patch)
-        spatial = (1,) * missing + tuple(images.shape[2:])
-        strides = (0,) * missing + images.stride()[2:]
-        _, g2, g3 = (pixels // size for pixels, size in zip(spatial, sizes, strict=True))
-        channels = images.shape[1]
-        axes = zip(("sb", "sc", "s1", "s2", "s3"), (*images.stride()[:2], *strides), strict=True)
-        return cls(
-            arguments={"g2": g2, "g3": g3, **dict(axes)},
-            constants={"C": channels, **dict(zip(("P1", "P2", "P3"), sizes, strict=True))},
-            rows=channels * sizes[0] * sizes[1],
-            columns=sizes[2],
-        )
+
+class PatchShape(NamedTuple):
+    """Shape of a patch; a constant of a kernel.
+
+    Fields only: Triton passes them on to helper functions, but not properties.
+
+    Attributes:
+        C: Channels.
+        P1: Pixels along the first axis.
+        P2: Pixels along the second axis.
+        P3: Pixels along the third axis.
+        ROWS: Rows of the patch's tile.
+        VALUES: Values of the patch.
+    """
+
+    C: int
+    P1: int
+    P2: int
+    P3: int
+    ROWS: int
+    VALUES: int
 
     def tile(self, max_values: int, max_columns: int) -> tuple[int, int]:
-        """Return powers of 2, rows by columns, of a tile that covers the patch or a part of it."""
-        columns = min(power_of_2_from(self.columns), max_columns)
-        return min(power_of_2_from(self.rows), max(max_values // columns, 1)), columns
+        """Return rows and columns, powers of 2, of a tile that covers the patch or part of it."""
+        columns = min(power_of_2_from(self.P3), max_columns)
+        return min(power_of_2_from(self.ROWS), max(max_values // columns, 1)), columns
+
+
+def describe(images: Tensor, patch: Sequence[int]) -> tuple[ImageLayout, PatchShape]:
+    """Describe images that are cut into patches of `patch` pixels per axis."""
+    missing = 3 - len(patch)
+    p1, p2, p3 = (1,) * missing + tuple(patch)
+    _, n2, n3 = (1,) * missing + tuple(images.shape[2:])
+    s1, s2, s3 = (0,) * missing + images.stride()[2:]
+    layout = ImageLayout(n2 // p2, n3 // p3, images.stride(0), images.stride(1), s1, s2, s3)
+    channels = images.shape[1]
+    rows = channels * p1 * p2
+    return layout, PatchShape(channels, p1, p2, p3, rows, rows * p3)
+
+
+@jit
+def tile_positions(
+    block: tl.tensor,
+    row_blocks: tl.tensor,
+    SHAPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Return rows and columns of a tile, and which of its values are inside the patch."""
+    row = block % row_blocks * ROWS + tl.arange(0, ROWS)
+    column = block // row_blocks * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < SHAPE.ROWS)[:, None] & (column < SHAPE.P3)[None, :]
+    return row, column, inside
 
 
 @jit
@@ -65,62 +101,66 @@ def pixel_offsets(
     token: tl.tensor,
     row: tl.tensor,
     column: tl.tensor,
-    g2: tl.tensor,
-    g3: tl.tensor,
-    sb: tl.tensor,
-    sc: tl.tensor,
-    s1: tl.tensor,
-    s2: tl.tensor,
-    s3: tl.tensor,
-    P1: tl.constexpr,
-    P2: tl.constexpr,
-    P3: tl.constexpr,
+    layout: ImageLayout,
+    SHAPE: tl.constexpr,
 ) -> tl.tensor:
-    """Return where the values of a patch's tile lie in the images."""
-    t1, t2, t3 = token // (g2 * g3), token // g3 % g2, token % g3
-    # 64 bits up to the patch, 32 bits inside of it: wide images, few registers.
-    start = sample.to(tl.int64) * sb
-    start += t1.to(tl.int64) * P1 * s1 + t2.to(tl.int64) * P2 * s2 + t3.to(tl.int64) * P3 * s3
-    inside = row // (P1 * P2) * sc + row // P2 % P1 * s1 + row % P2 * s2
-    return start + (inside[:, None] + column[None, :] * s3)
+    """Return the offsets of a tile's values in the images; `token` is int32."""
+    t1 = token // (layout.g2 * layout.g3)
+    t2 = token // layout.g3 % layout.g2
+    t3 = token % layout.g3
+    # 64 bits for the patch's start, since batches are large. 32 bits inside, to save registers, and
+    # for divisions, which take many more instructions in 64 bits.
+    start = sample.to(tl.int64) * layout.sb
+    start += t1.to(tl.int64) * SHAPE.P1 * layout.s1
+    start += t2.to(tl.int64) * SHAPE.P2 * layout.s2
+    start += t3.to(tl.int64) * SHAPE.P3 * layout.s3
+    inside = row // (SHAPE.P1 * SHAPE.P2) * layout.sc
+    inside += row // SHAPE.P2 % SHAPE.P1 * layout.s1 + row % SHAPE.P2 * layout.s2
+    return start + (inside[:, None] + column[None, :] * layout.s3)
 
 
 @jit
 def value_offsets(
-    row: tl.tensor,
-    column: tl.tensor,
-    C: tl.constexpr,
-    P1: tl.constexpr,
-    P2: tl.constexpr,
-    P3: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    row: tl.tensor, column: tl.tensor, SHAPE: tl.constexpr, CHANNELS_LAST: tl.constexpr
 ) -> tl.tensor:
-    """Return where the values of a tile lie in a patch vector."""
+    """Return the offsets of a tile's values in a patch vector."""
     if CHANNELS_LAST:
-        pixel = (row % (P1 * P2))[:, None] * P3 + column[None, :]
-        offsets = pixel * C + (row // (P1 * P2))[:, None]
+        pixel = (row % (SHAPE.P1 * SHAPE.P2))[:, None] * SHAPE.P3 + column[None, :]
+        offsets = pixel * SHAPE.C + (row // (SHAPE.P1 * SHAPE.P2))[:, None]
     else:
-        offsets = row[:, None] * P3 + column[None, :]
+        offsets = row[:, None] * SHAPE.P3 + column[None, :]
     return offsets
 
 
 @jit
-def normalized(
-    pixels: tl.tensor,
-    row: tl.tensor,
+def channel_of(row: tl.tensor, SHAPE: tl.constexpr) -> tl.tensor:
+    """Return the channel of each row; rows outside the patch get the last one."""
+    return tl.minimum(row // (SHAPE.P1 * SHAPE.P2), SHAPE.C - 1)
+
+
+@jit
+def load_patch(
+    images: tl.tensor,
+    ids: tl.tensor,
     mean: tl.tensor,
     std: tl.tensor,
-    C: tl.constexpr,
-    P1: tl.constexpr,
-    P2: tl.constexpr,
+    slot: tl.tensor,
+    taken: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    inside: tl.tensor,
+    layout: ImageLayout,
+    SHAPE: tl.constexpr,
 ) -> tl.tensor:
-    """Scale bytes to fractions, and apply the statistics of each row's channel."""
+    """Load a tile of the patch `ids[slot]` as float32, normalized; bytes become fractions."""
+    token = tl.load(ids + slot).to(tl.int32)
+    source = pixel_offsets(slot // taken, token, row, column, layout, SHAPE)
+    pixels = tl.load(images + source, mask=inside, other=0)
     values = pixels.to(tl.float32)
     if pixels.dtype == tl.uint8:
         values = values * (1 / 255)
-    channel = tl.minimum(row // (P1 * P2), C - 1)
     if mean is not None:
-        values = values - tl.load(mean + channel)[:, None]
+        values = values - tl.load(mean + channel_of(row, SHAPE))[:, None]
     if std is not None:
-        values = values / tl.load(std + channel)[:, None]
+        values = values / tl.load(std + channel_of(row, SHAPE))[:, None]
     return values

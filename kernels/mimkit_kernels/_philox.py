@@ -1,10 +1,17 @@
-"""Philox4x32-10 in integers of PyTorch or NumPy, and the words of a batch of samples."""
+"""Philox4x32-10 for PyTorch, NumPy and Triton, and the random words of a batch of samples."""
 
-from typing import TypeVar
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from mimkit_kernels._jit import jit
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 _M32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -16,7 +23,7 @@ Words = TypeVar("Words", Tensor, np.ndarray)
 def philox4x32(
     key: tuple[Words, Words], counter: tuple[Words, Words, Words, Words]
 ) -> tuple[Words, Words, Words, Words]:
-    """Philox4x32-10 on PyTorch or NumPy int64 arrays, word by word the same.
+    """Compute Philox4x32-10 on PyTorch or NumPy int64 arrays, with identical results.
 
     Args:
         key: Two words, each an int64 array with values in [0, 2**32).
@@ -43,7 +50,7 @@ def philox4x32(
 def sample_words(
     sample_ids: Tensor, seed_and_epoch: Tensor, stream: int, num_words: int, first_block: int = 0
 ) -> Tensor:
-    """Draw 32-bit words for every sample, behind `first_block` blocks of 4: [batch, words], int64.
+    """Draw random 32-bit words for every sample, starting at a block: [batch, words], int64.
 
     Word w of a sample is output w % 4 of Philox with the seed as key and the counter
     ((stream << 16) | first_block + w // 4, epoch, sample id bits 0-31, sample id bits 32-63).
@@ -62,8 +69,35 @@ def sample_words(
 def _product(word: Words, multiplier: int) -> tuple[Words, Words]:
     """Return the high and the low word of a product of two words, without overflow.
 
-    Overflow of int64 wraps in PyTorch, but is undefined in the C++ that Inductor writes, where
-    compilers then drop the mask behind a shift. Less 2**32, both multipliers are small enough.
+    int64 overflow wraps in PyTorch, but is undefined in the C++ code of Inductor: compilers may
+    then remove the mask after a shift. The multipliers minus 2**32 are small enough to avoid it.
     """
     product = word * (multiplier - (1 << 32))
     return (product >> 32) + word, product & _M32
+
+
+@jit
+def draw_words(
+    seed: tl.tensor, epoch: tl.tensor, sample: tl.tensor, counter: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Return the four words of each Philox block of one sample, as `sample_words` does."""
+    low, high = sample.to(tl.uint32), (sample >> 32).to(tl.uint32)
+    # All words must be uint32: Triton cannot mix them with int64 scalars.
+    zero = counter ^ counter
+    w0, w1, w2, w3 = tl.philox(seed, counter, zero + epoch.to(tl.uint32), zero + low, zero + high)
+    return w0, w1, w2, w3
+
+
+@jit
+def token_ranks(
+    seed: tl.tensor,
+    epoch: tl.tensor,
+    sample: tl.tensor,
+    first_counter: tl.tensor,
+    TOKENS: tl.constexpr,
+) -> tl.tensor:
+    """Return a random rank for each token of one sample; no two ranks are equal."""
+    counter = (tl.arange(0, TOKENS // 4) + first_counter).to(tl.uint32)
+    w0, w1, w2, w3 = draw_words(seed, epoch, sample, counter)
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    return (words.to(tl.int64) << 16) | tl.arange(0, TOKENS)

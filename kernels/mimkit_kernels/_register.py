@@ -1,7 +1,6 @@
 """Registration of operators: one schema, a launcher for GPUs, a reference for CPUs."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,7 +8,8 @@ from torch import Tensor
 
 from mimkit_kernels._dispatch import INTERPRETED
 
-LIBRARY = torch.library.Library("mimkit", "FRAGMENT")  # its registrations live as long as it does
+# Kept in a global: registrations end with the life of the library object.
+LIBRARY = torch.library.Library("mimkit", "FRAGMENT")
 
 
 def register(
@@ -25,12 +25,12 @@ def register(
 
     Args:
         schema: Name, arguments and results.
-        launch: Runs the kernels; on the key "CUDA", which ROCm shares, and in the interpreter.
-        reference: Runs for CPU tensors; its results must not share memory with its arguments.
-        fake: Makes empty results of the right shapes.
-        backward: Gradients, from operators alone. Without it, a backward pass through the operator
-            raises: the kernels that compute gradients are differentiated no further.
-        setup_context: What `backward` needs (see `torch.library.register_autograd`).
+        launch: Runs the kernels, for the dispatch key "CUDA" (ROCm too) and in the interpreter.
+        reference: Runs on CPU tensors. Its results must not share memory with its arguments.
+        fake: Returns empty results of the right shapes.
+        backward: Computes gradients with operators only. Without it, a backward pass raises:
+            kernels that compute gradients cannot be differentiated again.
+        setup_context: Saves what `backward` needs (see `torch.library.register_autograd`).
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema)
@@ -41,20 +41,10 @@ def register(
     def refuse(ctx: Any, *gradients: Tensor) -> None:
         raise NotImplementedError(
             f"mimkit::{name} has no derivative on the kernel path; "
-            'mimkit.use("reference") differentiates any number of times'
+            'mimkit.use("reference") supports higher derivatives'
         )
 
     torch.library.register_autograd(
         f"mimkit::{name}", backward or refuse, setup_context=setup_context, lib=LIBRARY
     )
     return getattr(torch.ops.mimkit, name).default
-
-
-def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Launch on the device of `tensor`, which need not be the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-def power_of_2_from(n: int) -> int:
-    """Return the smallest power of 2 that is not below `n`."""
-    return 1 << max(n - 1, 0).bit_length()

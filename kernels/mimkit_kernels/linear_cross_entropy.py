@@ -1,15 +1,15 @@
-"""Cross-entropy of a linear layer's outputs, chunk by chunk: no more logits exist at a time.
+"""Cross-entropy of a linear layer's outputs, in chunks: only one chunk of logits exists at a time.
 
     z        = x @ weight.T + bias
     loss     = mean over n of (logsumexp over w of z[n, w] - z[n, target[n]])
     accuracy = mean over n of (argmax over w of z[n, w] == target[n])
     dz[n, w] = softmax(z)[n, w] - (w == target[n])
 
-Axes: n rows; d width; w words of the vocabulary. For each chunk of rows one matrix product makes
-the logits, one kernel reads them, writes loss and hit of each row and puts dz in their place, and
-two more products make the gradients. So everything is done in the forward pass; backward scales.
-The gradient of the weight is added up in float32 over the chunks. dz is divided by the number of
-rows at the very end: in float16 it would vanish.
+Axes: n rows; d width; w words of the vocabulary. For each chunk, one matrix product computes
+the logits. One kernel reads them, writes the loss and the accuracy (0 or 1) of each row, and
+overwrites the logits with dz. Two more products compute the gradients. So the forward pass does all
+the work, and the backward pass only scales. The gradient of the weight is summed in float32 over
+the chunks. The division by the number of rows comes last: dz could underflow in float16.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimkit_kernels._dispatch import Settings, dtype_obstacle, is_transformed, takes_kernel
+from mimkit_kernels._dispatch import Settings, is_transformed, takes_kernel
+from mimkit_kernels._dtypes import dtype_obstacle, linear_dtype
 from mimkit_kernels._jit import jit
-from mimkit_kernels._register import on_device, power_of_2_from, register
+from mimkit_kernels._launch import on_device, power_of_2_from
+from mimkit_kernels._register import register
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -33,20 +35,20 @@ if TYPE_CHECKING:
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Score a linear layer's outputs, by kernel, plain chunks or reference.
+    """Compute the cross-entropy and accuracy of a linear layer, by kernel, chunks or reference.
 
-    Chunks are taken on every device; the kernel only decides what is done with a chunk's logits.
+    Every device works in chunks; the kernel only replaces the operations on the logits of a chunk.
 
     Args:
         x: [rows, width].
         weight: [words, width].
         bias: [words], or `None`.
-        target: [rows], int64; the right word of each row.
+        target: [rows], int64; the correct word of each row.
 
     Returns:
-        Loss and accuracy, float32 (the loss float64 if `x` is); both 0 if there are no rows.
+        Loss and accuracy, float32 (the loss float64 for float64 inputs); 0 if there are no rows.
     """
-    dtype = compute_dtype(x, weight)
+    dtype = linear_dtype(x, weight)
     if Settings.backend == "reference" or is_transformed():
         return linear_cross_entropy_reference(x, weight, bias, target)
     fused = takes_kernel("linear_cross_entropy", x, lambda: dtype_obstacle(logits=dtype))
@@ -62,7 +64,7 @@ def linear_cross_entropy_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute `linear_cross_entropy` with all logits at once."""
-    dtype = compute_dtype(x, weight)
+    dtype = linear_dtype(x, weight)
     bias = None if bias is None else bias.to(dtype)
     logits = F.linear(x.to(dtype), weight.to(dtype), bias)
     logits = logits.to(torch.promote_types(dtype, torch.float32))
@@ -71,18 +73,9 @@ def linear_cross_entropy_reference(
     return F.cross_entropy(logits, target, reduction="sum") / rows, hits.float().sum() / rows
 
 
-def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """Return the type of the matrix products: as `F.linear`, that of autocast where it is on."""
-    device = x.device.type
-    can_autocast = x.dtype != torch.float64 and device != "meta"
-    if can_autocast and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return torch.promote_types(x.dtype, weight.dtype)
-
-
 # Chunks
 
-# Logits of a chunk: large enough for the matrix products, small enough to forget.
+# Logits of a chunk: large enough for efficient matrix products, small beside the activations.
 _CHUNK_VALUES = {"cpu": 1 << 23, "cuda": 1 << 24}
 
 
@@ -95,7 +88,7 @@ def _forward(
     needs_gradient: bool,
     fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return loss, accuracy, and the gradients of `rows * loss` (empty where not needed)."""
+    """Return loss, accuracy, and the gradients of `rows * loss` (empty if not needed)."""
     rows, (words, width) = len(target), weight.shape
     accumulate = torch.promote_types(dtype, torch.float32)
     has_bias = needs_gradient and bias is not None
@@ -107,7 +100,7 @@ def _forward(
     losses, hits = (torch.empty((rows,), dtype=accumulate, device=x.device) for _ in range(2))
     softmax_gradient: Callable[..., Tensor] = _launch if fused else softmax_gradient_reference
     columns, offsets = weight.to(dtype), None if bias is None else bias.to(dtype)
-    # Of like sizes: products of few rows are slow.
+    # Chunks of equal sizes: matrix products of few rows are slow.
     num_chunks = max(math.ceil(rows * words / _CHUNK_VALUES.get(x.device.type, 1 << 21)), 1)
     chunk = max(math.ceil(rows / num_chunks), 1)
     for start in range(0, rows, chunk):
@@ -126,7 +119,7 @@ def _forward(
 
 
 def _accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add a matrix product to `total`, which may be wider than its factors."""
+    """Add a matrix product to `total`, whose dtype may be wider than that of the factors."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:
@@ -136,15 +129,18 @@ def _accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def softmax_gradient_reference(
     logits: Tensor, target: Tensor, losses: Tensor, hits: Tensor
 ) -> Tensor:
-    """Write loss and hit of each row, and return softmax minus one-hot; the logits are spent."""
-    # `argmax` takes four times as long in bfloat16 on a CPU.
+    """Write loss and accuracy of each row, and return softmax minus one-hot.
+
+    The logits may be overwritten.
+    """
+    # On a CPU, `argmax` takes four times as long in bfloat16.
     largest, word = logits.max(dim=1, keepdim=True)
     right = target.unsqueeze(1)
     hits.copy_((word == right).squeeze(1))
     softmax = logits.to(losses.dtype).sub_(largest)
-    aim = softmax.gather(1, right)
+    target_logit = softmax.gather(1, right)
     total = softmax.exp_().sum(dim=1, keepdim=True)
-    losses.copy_((total.log() - aim).squeeze(1))
+    losses.copy_((total.log() - target_logit).squeeze(1))
     softmax.div_(total).scatter_add_(1, right, total.new_full(total.shape, -1.0))
     return softmax.to(logits.dtype)
 
@@ -166,6 +162,9 @@ def _softmax_gradient_kernel(
     word = tl.arange(0, BLOCK)
     line = logits + row * words
     right = tl.load(target + row)
+    # This load must come before the first loop. The second loop overwrites the row, and only the
+    # barriers of the first loop's reductions order one warp's loads before another warp's stores.
+    target_logit = tl.load(line + tl.minimum(tl.maximum(right, 0), words - 1)).to(tl.float32)
     largest = -float("inf")
     total = 0.0
     best = words
@@ -179,10 +178,9 @@ def _softmax_gradient_kernel(
         total = total * tl.exp(largest - above) + tl.sum(tl.exp(z - above), axis=0)
         largest = above
     log_total = largest + tl.log(total)
-    aim = tl.load(line + tl.minimum(tl.maximum(right, 0), words - 1)).to(tl.float32)
-    # A target that is no word must not pass for one.
+    # A target outside the vocabulary must give NaN.
     exists = (right >= 0) & (right < words)
-    tl.store(losses + row, tl.where(exists, log_total - aim, float("nan")))
+    tl.store(losses + row, tl.where(exists, log_total - target_logit, float("nan")))
     tl.store(hits + row, tl.where(best == right, 1.0, 0.0))
     for start in range(0, words, BLOCK):
         inside = start + word < words
@@ -197,7 +195,7 @@ _MAX_BLOCK = 4096
 
 
 def _launch(logits: Tensor, target: Tensor, losses: Tensor, hits: Tensor) -> Tensor:
-    """As `softmax_gradient_reference`, in place of the logits."""
+    """Compute `softmax_gradient_reference` in place."""
     rows, words = logits.shape
     block = min(power_of_2_from(words), _MAX_BLOCK)
     with on_device(logits):
@@ -249,7 +247,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
-        return (None,) * 7  # a gradient that was cut off behind the loss
+        return (None,) * 7  # no gradient reached the loss
     scale = grad_loss / ctx.rows
     grad_x, grad_weight, grad_bias = linear_cross_entropy_backward_op(scale, *ctx.saved_tensors)
     grad_bias = None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype)
@@ -264,7 +262,7 @@ def _scale(
     grad_weight: Tensor,
     grad_bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale the gradients. `x` and `weight` are there to refuse a second derivative by them."""
+    """Scale the gradients. With `x` and `weight` as inputs, a second derivative raises."""
     return tuple(  # type: ignore[return-value]
         (grad * scale).to(grad.dtype) for grad in (grad_x, grad_weight, grad_bias)
     )

@@ -1,34 +1,37 @@
-"""Score predicted patches against the pixels of the patches `ids`; no target is ever stored.
+"""Compute the loss of predicted patches against pixels, without storing the targets.
 
     errors[b, m] = mean over v of e(prediction[b, m, v] - target[b, m, v])
     target       = patches, or (patches - mu) / sqrt(var + 1e-6) with mu, var of each patch
     e(x)         = x^2 | |x| | x^2 / (2 beta) below beta, |x| - beta / 2 above it
 
-Axes: b batch; m masked patches; v values of a patch, ordered as in `gather_patches`. var is divided
-by v - 1. Forward reads prediction and masked pixels once, keeps mu and 1 / sqrt(var + 1e-6);
-backward reads both again and writes the gradient of the prediction. Sums are in float32.
+Axes: b batch; m masked patches; v values of a patch, ordered as in `gather_patches`. var divides by
+v - 1. The forward pass reads the prediction and the masked pixels once and saves mu and
+1 / sqrt(var + 1e-6). The backward pass reads both again and writes the gradient of the prediction.
+Sums are in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimkit_kernels._dispatch import dtype_obstacle, takes_kernel
+from mimkit_kernels._dispatch import takes_kernel
+from mimkit_kernels._dtypes import dtype_obstacle
 from mimkit_kernels._jit import jit
-from mimkit_kernels._patch_tiles import Geometry, normalized, pixel_offsets, value_offsets
-from mimkit_kernels._register import on_device, power_of_2_from, register
-from mimkit_kernels.gather_patches import (
-    Numbers,
-    Statistic,
-    gather_patches_reference,
-    image_obstacle,
-    on_gpu,
+from mimkit_kernels._launch import on_device, power_of_2_from
+from mimkit_kernels._patch_tiles import (
+    ImageLayout,
+    describe,
+    load_patch,
+    tile_positions,
+    value_offsets,
 )
+from mimkit_kernels._patches import Statistic, channel_tensor, image_obstacle, take_pixels
+from mimkit_kernels._register import register
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -50,7 +53,7 @@ def masked_pixel_loss(
     kind: Kind = "l2",
     beta: float = 1.0,
 ) -> Tensor:
-    """Score predictions of the patches `ids`, by kernel or reference.
+    """Compute the error of each predicted patch, by kernel or reference.
 
     Args:
         prediction: [batch, masked, values].
@@ -59,73 +62,67 @@ def masked_pixel_loss(
         patch: Pixels per patch, one integer per spatial axis.
         mean: One value per channel to subtract from the images.
         std: One value per channel to divide them by.
-        channels_last: Whether predicted values lie in the order "p1 p2 c", else "c p1 p2".
-        normalize: Whether each target patch is brought to zero mean and unit variance.
+        channels_last: Whether predicted values have the order "p1 p2 c", else "c p1 p2".
+        normalize: Whether each target patch is normalized to zero mean and unit variance.
         kind: "l2", "l1" or "smooth_l1".
-        beta: Of "smooth_l1".
+        beta: Where "smooth_l1" changes from quadratic to linear.
 
     Returns:
-        [batch, masked], the mean error of each patch; float32 (float64 if the prediction is).
+        [batch, masked], the mean error of each patch; float32 (float64 for float64 predictions).
     """
-    arguments = (prediction, images, ids, list(patch), mean, std, channels_last, normalize, kind)
+    options = Options(list(patch), mean, std, channels_last, normalize, kind, beta)
     if takes_kernel(
-        "masked_pixel_loss", prediction, lambda: _obstacle(prediction, images, patch, mean, std)
+        "masked_pixel_loss", prediction, lambda: _obstacle(prediction, images, options)
     ):
-        errors: Tensor = masked_pixel_loss_op(*arguments, beta)[0]
+        errors: Tensor = masked_pixel_loss_op(prediction, images, ids, *options)[0]
         return errors
-    return masked_pixel_loss_reference(*arguments, beta)
+    return masked_pixel_loss_reference(prediction, images, ids, *options)
+
+
+class Options(NamedTuple):
+    """Options of `masked_pixel_loss`, in the order of the operators' arguments."""
+
+    patch: Sequence[int]
+    mean: Statistic
+    std: Statistic
+    channels_last: bool
+    normalize: bool
+    kind: Kind
+    beta: float
 
 
 def masked_pixel_loss_reference(
-    prediction: Tensor,
-    images: Tensor,
-    ids: Tensor,
-    patch: Sequence[int],
-    mean: Statistic,
-    std: Statistic,
-    channels_last: bool,
-    normalize: bool,
-    kind: Kind,
-    beta: float,
+    prediction: Tensor, images: Tensor, ids: Tensor, *options: Any
 ) -> Tensor:
     """Compute `masked_pixel_loss` in plain PyTorch."""
+    how = Options(*options)
     prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
-    target = _target(images, ids, patch, mean, std, channels_last, normalize, prediction.dtype)
-    return elementwise_error(kind, beta)(prediction, target).mean(dim=2)
+    target = _target(images, ids, how, prediction.dtype)
+    return elementwise_error(how.kind, how.beta)(prediction, target).mean(dim=2)
 
 
-def _target(
-    images: Tensor,
-    ids: Tensor,
-    patch: Sequence[int],
-    mean: Statistic,
-    std: Statistic,
-    channels_last: bool,
-    normalize: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    # Statistics first, in the order that pixels lie in memory; the asked-for order after.
-    target = gather_patches_reference(images, ids, patch, mean, std, False).to(dtype)
-    if normalize:
+def _target(images: Tensor, ids: Tensor, how: Options, dtype: torch.dtype) -> Tensor:
+    # Statistics are computed in memory order; the requested order of values comes after.
+    pixels = take_pixels(images, ids, how.patch, how.mean, how.std)
+    target = pixels.flatten(2).to(dtype)
+    if how.normalize:
         patch_mean, patch_std = patch_statistics(target)
         target = (target - patch_mean) / patch_std
-    return (
-        target.unflatten(2, (images.shape[1], -1)).transpose(2, 3).flatten(2)
-        if channels_last
-        else target
-    )
+    if how.channels_last:
+        target = target.unflatten(2, (images.shape[1], -1)).transpose(2, 3).flatten(2)
+    return target
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each patch, [..., 1], as MAE normalises by them."""
-    # Two passes: on a CPU several times faster than `torch.var_mean`.
+    """Return the mean and standard deviation of each patch, [..., 1], as MAE defines them."""
+    # Two passes: several times faster on a CPU than `torch.var_mean`.
     mean = patches.mean(dim=-1, keepdim=True)
     variance = (patches - mean).square().sum(dim=-1, keepdim=True) / (patches.shape[-1] - 1)
     return mean, (variance + NORMALIZATION_EPS).sqrt()
 
 
 def elementwise_error(kind: Kind, beta: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the error that `kind` names, of each value."""
+    """Return the elementwise error function of `kind`."""
     if kind == "smooth_l1":
         return lambda x, y: F.smooth_l1_loss(x, y, beta=beta, reduction="none")
     function = F.mse_loss if kind == "l2" else F.l1_loss
@@ -135,29 +132,56 @@ def elementwise_error(kind: Kind, beta: float = 1.0) -> Callable[[Tensor, Tensor
 # Kernels
 
 
+class Inputs(NamedTuple):
+    """What both kernels read; they take it whole.
+
+    Attributes:
+        prediction: [batch, masked, values].
+        images: [batch, channels, *spatial].
+        ids: [batch, masked], the predicted patches.
+        mean: One value per channel, or `None`.
+        std: One value per channel, or `None`.
+        masked: Predicted patches per sample.
+        layout: Layout of the images.
+    """
+
+    prediction: Tensor
+    images: Tensor
+    ids: Tensor
+    mean: Tensor | None
+    std: Tensor | None
+    masked: int
+    layout: ImageLayout
+
+
+@jit
+def _load_pair(
+    inputs: Inputs,
+    slot: tl.tensor,
+    SHAPE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Load one predicted patch and its pixels; also return its offsets and which are inside."""
+    row, column, inside = tile_positions(0, 1, SHAPE, ROWS, COLUMNS)
+    pixels = load_patch(
+        inputs.images, inputs.ids, inputs.mean, inputs.std,
+        slot, inputs.masked, row, column, inside, inputs.layout, SHAPE,
+    )  # fmt: skip
+    place = slot.to(tl.int64) * SHAPE.VALUES + value_offsets(row, column, SHAPE, CHANNELS_LAST)
+    predicted = tl.load(inputs.prediction + place, mask=inside, other=0.0).to(tl.float32)
+    return predicted, pixels, place, inside
+
+
 @jit
 def _forward_kernel(
     errors: tl.tensor,
     patch_mean: tl.tensor,
     patch_rstd: tl.tensor,
-    prediction: tl.tensor,
-    images: tl.tensor,
-    ids: tl.tensor,
-    mean: tl.tensor,
-    std: tl.tensor,
+    inputs: Inputs,
     beta: tl.tensor,
-    masked: tl.tensor,
-    g2: tl.tensor,
-    g3: tl.tensor,
-    sb: tl.tensor,
-    sc: tl.tensor,
-    s1: tl.tensor,
-    s2: tl.tensor,
-    s3: tl.tensor,
-    C: tl.constexpr,
-    P1: tl.constexpr,
-    P2: tl.constexpr,
-    P3: tl.constexpr,
+    SHAPE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     NORMALIZE: tl.constexpr,
     KIND: tl.constexpr,
@@ -165,18 +189,10 @@ def _forward_kernel(
     COLUMNS: tl.constexpr,
 ) -> None:
     """One program: one patch."""
-    VALUES: tl.constexpr = C * P1 * P2 * P3
-    slot = tl.program_id(0).to(tl.int64)
-    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    inside = (row < C * P1 * P2)[:, None] & (column < P3)[None, :]
-    token = tl.load(ids + slot)
-    source = pixel_offsets(
-        slot // masked, token, row, column, g2, g3, sb, sc, s1, s2, s3, P1, P2, P3
-    )
-    pixels = tl.load(images + source, mask=inside, other=0)
-    place = slot * VALUES + value_offsets(row, column, C, P1, P2, P3, CHANNELS_LAST)
-    predicted = tl.load(prediction + place, mask=inside, other=0.0).to(tl.float32)
-    target = tl.where(inside, normalized(pixels, row, mean, std, C, P1, P2), 0.0)
+    VALUES: tl.constexpr = SHAPE.VALUES
+    slot = tl.program_id(0)
+    predicted, pixels, _, inside = _load_pair(inputs, slot, SHAPE, CHANNELS_LAST, ROWS, COLUMNS)
+    target = tl.where(inside, pixels, 0.0)
     if NORMALIZE:
         mu = tl.sum(tl.sum(target, axis=1), axis=0) / VALUES
         centered = tl.where(inside, target - mu, 0.0)
@@ -203,24 +219,9 @@ def _backward_kernel(
     grad_errors: tl.tensor,
     patch_mean: tl.tensor,
     patch_rstd: tl.tensor,
-    prediction: tl.tensor,
-    images: tl.tensor,
-    ids: tl.tensor,
-    mean: tl.tensor,
-    std: tl.tensor,
+    inputs: Inputs,
     beta: tl.tensor,
-    masked: tl.tensor,
-    g2: tl.tensor,
-    g3: tl.tensor,
-    sb: tl.tensor,
-    sc: tl.tensor,
-    s1: tl.tensor,
-    s2: tl.tensor,
-    s3: tl.tensor,
-    C: tl.constexpr,
-    P1: tl.constexpr,
-    P2: tl.constexpr,
-    P3: tl.constexpr,
+    SHAPE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     NORMALIZE: tl.constexpr,
     KIND: tl.constexpr,
@@ -228,18 +229,8 @@ def _backward_kernel(
     COLUMNS: tl.constexpr,
 ) -> None:
     """One program: one patch."""
-    VALUES: tl.constexpr = C * P1 * P2 * P3
-    slot = tl.program_id(0).to(tl.int64)
-    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    inside = (row < C * P1 * P2)[:, None] & (column < P3)[None, :]
-    token = tl.load(ids + slot)
-    source = pixel_offsets(
-        slot // masked, token, row, column, g2, g3, sb, sc, s1, s2, s3, P1, P2, P3
-    )
-    pixels = tl.load(images + source, mask=inside, other=0)
-    place = slot * VALUES + value_offsets(row, column, C, P1, P2, P3, CHANNELS_LAST)
-    predicted = tl.load(prediction + place, mask=inside, other=0.0).to(tl.float32)
-    target = normalized(pixels, row, mean, std, C, P1, P2)
+    slot = tl.program_id(0)
+    predicted, target, place, inside = _load_pair(inputs, slot, SHAPE, CHANNELS_LAST, ROWS, COLUMNS)
     if NORMALIZE:
         target = (target - tl.load(patch_mean + slot)) * tl.load(patch_rstd + slot)
     difference = predicted - target
@@ -250,62 +241,62 @@ def _backward_kernel(
         slope = sign
     else:
         slope = tl.where(tl.abs(difference) < beta, difference / beta, sign)
-    # A difference that is not a number must not become a gradient of 0.
+    # A difference of NaN must not become a gradient of 0.
     slope = tl.where(difference == difference, slope, difference)
-    grad = slope * (tl.load(grad_errors + slot).to(tl.float32) / VALUES)
+    grad = slope * (tl.load(grad_errors + slot).to(tl.float32) / SHAPE.VALUES)
     tl.store(grad_prediction + place, grad.to(grad_prediction.dtype.element_ty), mask=inside)
 
 
 # Launchers
 
-MAX_VALUES = 8192  # of a tile; larger patches take the reference
+MAX_VALUES = 8192  # of a tile; larger patches use the reference
 
 
 def _num_warps(values: int) -> int:
-    return min(max(values // 256, 1), 8)
+    """Return one warp per 1024 values: the values of a thread share its offset computations."""
+    return min(max(values // 1024, 1), 8)
+
+
+def _prepare(
+    prediction: Tensor, images: Tensor, ids: Tensor, how: Options
+) -> tuple[Inputs, dict[str, Any]]:
+    """Return what both kernels read, and the constants of both launches."""
+    layout, shape = describe(images, how.patch)
+    rows, columns = shape.tile(MAX_VALUES, MAX_VALUES)
+    mean, std = (
+        channel_tensor(statistic, images.device)  # type: ignore[arg-type]
+        for statistic in (how.mean, how.std)
+    )
+    inputs = Inputs(
+        prediction.contiguous(), images, ids.contiguous(), mean, std, ids.shape[1], layout
+    )
+    constants = {
+        "SHAPE": shape,
+        "CHANNELS_LAST": how.channels_last,
+        "NORMALIZE": how.normalize,
+        "KIND": how.kind,
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "num_warps": _num_warps(rows * columns),
+        "enable_fp_fusion": True,
+    }
+    return inputs, constants
 
 
 def _launch_forward(
-    prediction: Tensor,
-    images: Tensor,
-    ids: Tensor,
-    patch: Sequence[int],
-    mean: Numbers,
-    std: Numbers,
-    channels_last: bool,
-    normalize: bool,
-    kind: Kind,
-    beta: float,
+    prediction: Tensor, images: Tensor, ids: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shape = ids.shape if normalize else (0,)
+    how = Options(*options)
+    shape = ids.shape if how.normalize else (0,)
     errors, patch_mean, patch_rstd = (
         torch.empty(size, dtype=torch.float32, device=images.device)
         for size in (ids.shape, shape, shape)
     )
-    geometry = Geometry.of(images, patch)
-    rows, columns = geometry.tile(MAX_VALUES, MAX_VALUES)
+    inputs, constants = _prepare(prediction, images, ids, how)
     if prediction.numel():
         with on_device(images):
             _forward_kernel[(ids.numel(),)](
-                errors,
-                patch_mean,
-                patch_rstd,
-                prediction.contiguous(),
-                images,
-                ids.contiguous(),
-                on_gpu(mean, images),
-                on_gpu(std, images),
-                beta,
-                ids.shape[1],
-                **geometry.arguments,
-                **geometry.constants,
-                CHANNELS_LAST=channels_last,
-                NORMALIZE=normalize,
-                KIND=kind,
-                ROWS=rows,
-                COLUMNS=columns,
-                num_warps=_num_warps(rows * columns),
-                enable_fp_fusion=True,
+                errors, patch_mean, patch_rstd, inputs, how.beta, **constants
             )
     return errors, patch_mean, patch_rstd
 
@@ -317,19 +308,13 @@ def _launch_backward(
     prediction: Tensor,
     images: Tensor,
     ids: Tensor,
-    patch: Sequence[int],
-    mean: Numbers,
-    std: Numbers,
-    channels_last: bool,
-    normalize: bool,
-    kind: Kind,
-    beta: float,
+    *options: Any,
 ) -> Tensor:
+    how = Options(*options)
     grad_prediction = torch.empty(
         prediction.shape, dtype=prediction.dtype, device=prediction.device
     )
-    geometry = Geometry.of(images, patch)
-    rows, columns = geometry.tile(MAX_VALUES, MAX_VALUES)
+    inputs, constants = _prepare(prediction, images, ids, how)
     if prediction.numel():
         with on_device(images):
             _backward_kernel[(ids.numel(),)](
@@ -337,22 +322,9 @@ def _launch_backward(
                 grad_errors.contiguous(),
                 patch_mean,
                 patch_rstd,
-                prediction.contiguous(),
-                images,
-                ids.contiguous(),
-                on_gpu(mean, images),
-                on_gpu(std, images),
-                beta,
-                ids.shape[1],
-                **geometry.arguments,
-                **geometry.constants,
-                CHANNELS_LAST=channels_last,
-                NORMALIZE=normalize,
-                KIND=kind,
-                ROWS=rows,
-                COLUMNS=columns,
-                num_warps=_num_warps(rows * columns),
-                enable_fp_fusion=True,
+                inputs,
+                how.beta,
+                **constants,
             )
     return grad_prediction
 
@@ -360,40 +332,26 @@ def _launch_backward(
 # Registration
 
 
-def _obstacle(
-    prediction: Tensor,
-    images: Tensor,
-    patch: Sequence[int],
-    mean: Statistic,
-    std: Statistic,
-) -> str | None:
-    obstacle = dtype_obstacle(prediction=prediction.dtype) or image_obstacle(images, mean, std)
+def _obstacle(prediction: Tensor, images: Tensor, how: Options) -> str | None:
+    obstacle = dtype_obstacle(prediction=prediction.dtype)
+    obstacle = obstacle or image_obstacle(images, how.mean, how.std)
     if obstacle is None and images.requires_grad:
         return "images that require a gradient"
-    rows, columns = prediction.shape[2] // patch[-1], patch[-1]
+    rows, columns = prediction.shape[2] // how.patch[-1], how.patch[-1]
     if obstacle is None and power_of_2_from(rows) * power_of_2_from(columns) > MAX_VALUES:
         return f"patches of {prediction.shape[2]} values"
     return obstacle
 
 
 def _reference_forward(
-    prediction: Tensor,
-    images: Tensor,
-    ids: Tensor,
-    patch: Sequence[int],
-    mean: Statistic,
-    std: Statistic,
-    channels_last: bool,
-    normalize: bool,
-    kind: Kind,
-    beta: float,
+    prediction: Tensor, images: Tensor, ids: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what the kernel returns: errors, and the statistics that backward needs."""
-    options = (patch, mean, std, channels_last, normalize, kind, beta)
+    """Return what the kernel returns: errors, and the statistics for the backward pass."""
+    how = Options(*options)
     errors = masked_pixel_loss_reference(prediction, images, ids, *options)
-    if not normalize:
+    if not how.normalize:
         return errors, errors.new_empty(0), errors.new_empty(0)
-    patches = gather_patches_reference(images, ids, patch, mean, std, False).float()
+    patches = take_pixels(images, ids, how.patch, how.mean, how.std).flatten(2).float()
     patch_mean, patch_std = patch_statistics(patches)
     return errors, patch_mean.squeeze(2), 1 / patch_std.squeeze(2)
 
@@ -405,22 +363,16 @@ def _reference_backward(
     prediction: Tensor,
     images: Tensor,
     ids: Tensor,
-    patch: Sequence[int],
-    mean: Numbers,
-    std: Numbers,
-    channels_last: bool,
-    normalize: bool,
-    kind: Kind,
-    beta: float,
+    *options: Any,
 ) -> Tensor:
-    target = _target(images, ids, patch, mean, std, channels_last, normalize, torch.float32)
-    difference = prediction.float() - target
-    if kind == "l2":
+    how = Options(*options)
+    difference = prediction.float() - _target(images, ids, how, torch.float32)
+    if how.kind == "l2":
         slope = 2 * difference
-    elif kind == "l1" or beta == 0:
+    elif how.kind == "l1" or how.beta == 0:
         slope = difference.sign()
     else:
-        slope = (difference / beta).clamp(-1, 1)
+        slope = (difference / how.beta).clamp(-1, 1)
     grad: Tensor = slope * (grad_errors.unsqueeze(2) / prediction.shape[2])
     return grad.to(prediction.dtype)
 
@@ -428,9 +380,8 @@ def _reference_backward(
 def _fake_forward(
     prediction: Tensor, images: Tensor, ids: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    normalize = options[4]
     errors = prediction.new_empty(ids.shape, dtype=torch.float32)
-    statistic = ids.shape if normalize else (0,)
+    statistic = ids.shape if Options(*options).normalize else (0,)
     return errors, errors.new_empty(statistic), errors.new_empty(statistic)
 
 

@@ -1,4 +1,4 @@
-"""Move tokens: take those of some positions out of sequences, and put them back among others.
+"""Gather tokens at some positions of sequences, and restore full sequences from them.
 
     gather:   taken[b, p]          = tokens[b, p]                       p < P: prefix tokens
               taken[b, P + n]      = tokens[b, P + ids[b, n]]
@@ -7,10 +7,10 @@
     scatter:  restore with zeros for the fill
     sum:      total                = sum over b, n of tokens[b, P + ids[b, n]]
 
-Axes: b batch; P prefix tokens; l positions of the grid; n taken positions. `slots` says where each
-position stands among the visible, then the masked ones (a mask's `restore_ids`), so one program per
-row writes the whole result: no zero-fill, no atomics. Gather and scatter are each other's
-gradient; the gradient of one fill vector is a sum in two stages of fixed order.
+Axes: b batch; P prefix tokens; l positions of the grid; n taken positions. `slots` is the index of
+each position in the list of visible, then masked positions (a mask's `restore_ids`). With it, one
+program per row writes the whole result, without zero-fill or atomics. Gather and scatter are each
+other's gradient. The gradient of a shared fill vector is a sum in two stages of fixed order.
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mimkit_kernels._dispatch import dtype_obstacle, takes_kernel
+from mimkit_kernels._dispatch import takes_kernel
+from mimkit_kernels._dtypes import dtype_obstacle, promoted_dtype
 from mimkit_kernels._jit import jit
-from mimkit_kernels._register import on_device, power_of_2_from, register
+from mimkit_kernels._launch import Rows, on_device, power_of_2_from, rows_in_place
+from mimkit_kernels._register import register
+from mimkit_kernels._slots import restore_slots, slots_of
 
 if TYPE_CHECKING:
     import triton.language as tl
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor, prefix: int) -> Tensor:
-    """Take the prefix tokens and the tokens `ids` (distinct within a row), by kernel or reference.
+    """Gather the prefix tokens and the tokens `ids`, by kernel or reference.
 
     Args:
         tokens: [batch, prefix + positions, dim].
-        ids: [batch, taken], int64.
-        prefix: Tokens in front of the positions.
+        ids: [batch, taken], int64, distinct within a row.
+        prefix: Number of prefix tokens.
 
     Returns:
         [batch, prefix + taken, dim].
@@ -53,18 +56,18 @@ def restore_tokens(
     positions: Tensor | None,
     prefix: int,
 ) -> Tensor:
-    """Put tokens back into grid order and fill the other positions, by kernel or reference.
+    """Restore grid order and fill the masked positions, by kernel or reference.
 
     Args:
         visible: [batch, prefix + visible, dim].
         fill: [dim] for all masked positions, or [batch, masked, dim].
         visible_ids: [batch, visible], int64.
-        masked_ids: [batch, masked], int64; all other positions.
-        positions: [prefix + visible + masked, dim] to add, or `None`.
-        prefix: Tokens in front of the positions.
+        masked_ids: [batch, masked], int64; all positions that are not visible.
+        positions: [prefix + visible + masked, dim], position embeddings to add, or `None`.
+        prefix: Number of prefix tokens.
 
     Returns:
-        [batch, prefix + visible + masked, dim], in the promoted type.
+        [batch, prefix + visible + masked, dim], in the promoted dtype.
     """
     arguments = (visible, fill, visible_ids, masked_ids, positions, prefix)
 
@@ -80,7 +83,7 @@ def restore_tokens(
 
 def gather_tokens_reference(tokens: Tensor, ids: Tensor, prefix: int) -> Tensor:
     """Compute `gather_tokens` in plain PyTorch."""
-    return take_rows(tokens, _behind_prefix(ids, prefix))
+    return take_rows(tokens, _after_prefix(ids, prefix))
 
 
 def restore_tokens_reference(
@@ -95,38 +98,25 @@ def restore_tokens_reference(
     dtype = torch.promote_types(visible.dtype, fill.dtype)
     slots = restore_slots(visible_ids, masked_ids)
     if fill.ndim == 1:
-        # A single fill vector stands behind the visible tokens once, and is taken many times.
+        # The shared fill vector is appended to the visible tokens once, and taken many times.
         fill = fill.expand(visible.shape[0], 1, -1)
         slots = slots.clamp(max=visible_ids.shape[1])
     source = torch.cat([visible.to(dtype), fill.to(dtype)], dim=1)
-    tokens = take_rows(source, _behind_prefix(slots, prefix))
+    tokens = take_rows(source, _after_prefix(slots, prefix))
     return tokens if positions is None else tokens + positions
 
 
 def take_rows(tokens: Tensor, ids: Tensor) -> Tensor:
     """Take the rows `ids` of each sample."""
-    # One flat index_select: its backward adds whole rows, where that of `gather` adds elements.
+    # One flat index_select: its backward adds whole rows, that of `gather` single elements.
     batch, length, dim = tokens.shape
     starts = torch.arange(batch, device=ids.device).unsqueeze(1) * length
     taken = tokens.reshape(-1, dim).index_select(0, (ids + starts).flatten())
     return taken.view(batch, ids.shape[1], dim)
 
 
-def restore_slots(visible_ids: Tensor, masked_ids: Tensor) -> Tensor:
-    """Return where each position stands among the visible, then the masked ones."""
-    order = torch.cat([visible_ids, masked_ids], dim=1)
-    return slots_of(order, order.shape[1])
-
-
-def slots_of(ids: Tensor, length: int) -> Tensor:
-    """Return where each of `length` positions stands in `ids`; behind all if it does not."""
-    batch, taken = ids.shape
-    numbers = torch.arange(taken, device=ids.device).expand(batch, -1)
-    return ids.new_full((batch, length), taken).scatter(1, ids, numbers)
-
-
-def _behind_prefix(ids: Tensor, prefix: int) -> Tensor:
-    """Shift ids by the prefix, and put the prefix's own ids in front."""
+def _after_prefix(ids: Tensor, prefix: int) -> Tensor:
+    """Shift ids by the prefix, and prepend the ids of the prefix."""
     if prefix == 0:
         return ids
     own = torch.arange(prefix, device=ids.device).expand(ids.shape[0], -1)
@@ -137,38 +127,45 @@ def _behind_prefix(ids: Tensor, prefix: int) -> Tensor:
 
 
 @jit
+def _find_source(table: tl.tensor, length: tl.tensor, prefix: tl.tensor) -> tuple[tl.tensor, ...]:
+    """Return the output row of this program, and the input row to read.
+
+    Returns:
+        Index of the output row in the whole batch; sample; row within the sample; input row, which
+        `table` gives for all rows after the prefix.
+    """
+    place = tl.program_id(0).to(tl.int64)
+    sample, row = place // (prefix + length), place % (prefix + length)
+    number = sample * length + row - prefix
+    entry = tl.load(table + number, mask=row >= prefix, other=0)
+    return place, sample, row, tl.where(row >= prefix, prefix + entry, row)
+
+
+@jit
 def _gather_kernel(
     taken: tl.tensor,
-    tokens: tl.tensor,
+    tokens: Rows,
     ids: tl.tensor,
-    stride_batch: tl.tensor,
-    stride_row: tl.tensor,
     num_ids: tl.tensor,
     prefix: tl.tensor,
     dim: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
     """One program: a block of one row of the result."""
-    place = tl.program_id(0).to(tl.int64)
-    sample, row = place // (prefix + num_ids), place % (prefix + num_ids)
+    place, sample, _, source = _find_source(ids, num_ids, prefix)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    number = sample * num_ids + row - prefix
-    token = tl.load(ids + number, mask=row >= prefix, other=0)
-    source = tl.where(row >= prefix, prefix + token, row)
-    start = sample * stride_batch + source * stride_row
-    values = tl.load(tokens + start + column, mask=column < dim)
+    start = sample * tokens.batch + source * tokens.row
+    values = tl.load(tokens.data + start + column, mask=column < dim)
     tl.store(taken + place * dim + column, values, mask=column < dim)
 
 
 @jit
 def _restore_kernel(
     tokens: tl.tensor,
-    visible: tl.tensor,
+    visible: Rows,
     fill: tl.tensor,
     slots: tl.tensor,
     positions: tl.tensor,
-    stride_batch: tl.tensor,
-    stride_row: tl.tensor,
     num_visible: tl.tensor,
     num_masked: tl.tensor,
     length: tl.tensor,
@@ -178,20 +175,16 @@ def _restore_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """One program: a block of one row of the result."""
-    place = tl.program_id(0).to(tl.int64)
-    sample, row = place // (prefix + length), place % (prefix + length)
+    place, sample, row, source = _find_source(slots, length, prefix)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    number = sample * length + row - prefix
-    slot = tl.load(slots + number, mask=row >= prefix, other=0)
-    source = tl.where(row >= prefix, prefix + slot, row)
-    seen = source < prefix + num_visible
-    start = sample * stride_batch + source * stride_row
-    # No column is inside where the row is not of that kind.
-    inside = column < tl.where(seen, dim, 0)
-    values = tl.load(visible + start + column, mask=inside, other=0.0).to(tl.float32)
+    is_visible = source < prefix + num_visible
+    start = sample * visible.batch + source * visible.row
+    # One of the two masks is empty: a row is either visible or filled.
+    inside = column < tl.where(is_visible, dim, 0)
+    values = tl.load(visible.data + start + column, mask=inside, other=0.0).to(tl.float32)
     if fill is not None:
-        outside = column < tl.where(seen, 0, dim)
-        first = (sample * num_masked + slot - num_visible) * dim if FILL_EACH else 0
+        outside = column < tl.where(is_visible, 0, dim)
+        first = (sample * num_masked + source - prefix - num_visible) * dim if FILL_EACH else 0
         values += tl.load(fill + first + column, mask=outside, other=0.0).to(tl.float32)
     if positions is not None:
         added = tl.load(positions + row * dim + column, mask=column < dim, other=0.0)
@@ -202,10 +195,8 @@ def _restore_kernel(
 @jit
 def _sum_kernel(
     partial: tl.tensor,
-    tokens: tl.tensor,
+    tokens: Rows,
     ids: tl.tensor,
-    stride_batch: tl.tensor,
-    stride_row: tl.tensor,
     num_ids: tl.tensor,
     total: tl.tensor,
     rows: tl.tensor,
@@ -221,9 +212,9 @@ def _sum_kernel(
     for step in range(0, rows, ROWS):
         number = part * rows + step + tl.arange(0, ROWS)
         token = tl.load(ids + number, mask=number < total, other=0)
-        start = number // num_ids * stride_batch + (prefix + token) * stride_row
+        start = number // num_ids * tokens.batch + (prefix + token) * tokens.row
         inside = (number < total)[:, None] & (column < dim)[None, :]
-        values = tl.load(tokens + start[:, None] + column[None, :], mask=inside, other=0.0)
+        values = tl.load(tokens.data + start[:, None] + column[None, :], mask=inside, other=0.0)
         sums += values.to(tl.float32)
     tl.store(partial + part * dim + column, tl.sum(sums, axis=0), mask=column < dim)
 
@@ -235,13 +226,9 @@ _SUM_ROWS, _SUM_BLOCK, _SUM_PARTS = 8, 128, 256
 
 
 def _blocks(dim: int) -> tuple[int, int]:
+    """Return the values of a block, and the number of blocks in a row."""
     block = min(power_of_2_from(dim), _MAX_BLOCK)
     return block, -(-dim // block)
-
-
-def _rows_in_a_row(tokens: Tensor) -> Tensor:
-    """Return the tensor with its values of a token side by side."""
-    return tokens if tokens.stride(-1) == 1 else tokens.contiguous()
 
 
 def _launch_gather(tokens: Tensor, ids: Tensor, prefix: int) -> Tensor:
@@ -249,15 +236,12 @@ def _launch_gather(tokens: Tensor, ids: Tensor, prefix: int) -> Tensor:
     rows = prefix + ids.shape[1]
     taken = torch.empty((batch, rows, dim), dtype=tokens.dtype, device=tokens.device)
     block, blocks = _blocks(dim)
-    tokens = _rows_in_a_row(tokens)
     if taken.numel():
         with on_device(tokens):
             _gather_kernel[batch * rows, blocks](
                 taken,
-                tokens,
+                rows_in_place(tokens),
                 ids.contiguous(),
-                tokens.stride(0),
-                tokens.stride(1),
                 ids.shape[1],
                 prefix,
                 dim,
@@ -277,20 +261,17 @@ def _launch_restore(
 ) -> Tensor:
     batch, seen, dim = visible.shape
     length = slots.shape[1]
-    dtype = result_dtype(visible, fill, positions)
+    dtype = promoted_dtype(visible, fill, positions)
     tokens = torch.empty((batch, prefix + length, dim), dtype=dtype, device=visible.device)
     block, blocks = _blocks(dim)
-    visible = _rows_in_a_row(visible)
     if tokens.numel():
         with on_device(visible):
             _restore_kernel[batch * (prefix + length), blocks](
                 tokens,
-                visible,
+                rows_in_place(visible),
                 None if fill is None else fill.contiguous(),
                 slots,
                 None if positions is None else positions.contiguous(),
-                visible.stride(0),
-                visible.stride(1),
                 seen - prefix,
                 length - (seen - prefix),
                 length,
@@ -327,15 +308,12 @@ def _launch_sum(tokens: Tensor, ids: Tensor, prefix: int) -> Tensor:
     rows = -(-rows // _SUM_ROWS) * _SUM_ROWS
     parts = -(-total // rows)
     partial = torch.empty((parts, dim), dtype=torch.float32, device=tokens.device)
-    tokens = _rows_in_a_row(tokens)
     if partial.numel():
         with on_device(tokens):
             _sum_kernel[parts, -(-dim // _SUM_BLOCK)](
                 partial,
-                tokens,
+                rows_in_place(tokens),
                 ids.contiguous(),
-                tokens.stride(0),
-                tokens.stride(1),
                 ids.shape[1],
                 total,
                 rows,
@@ -352,17 +330,9 @@ def _launch_sum(tokens: Tensor, ids: Tensor, prefix: int) -> Tensor:
 # Registration
 
 
-def result_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """Return the promoted type of the tensors that are there."""
-    first, *others = (tensor.dtype for tensor in tensors if tensor is not None)
-    for dtype in others:
-        first = torch.promote_types(first, dtype)
-    return first
-
-
 def _scatter_reference(taken: Tensor, ids: Tensor, length: int, prefix: int) -> Tensor:
     tokens = taken.new_zeros(taken.shape[0], prefix + length, taken.shape[2])
-    places = _behind_prefix(ids, prefix).unsqueeze(2).expand_as(taken)
+    places = _after_prefix(ids, prefix).unsqueeze(2).expand_as(taken)
     return tokens.scatter(1, places, taken)
 
 
@@ -387,7 +357,7 @@ def _fake_restore(
     prefix: int,
 ) -> Tensor:
     batch, seen, dim = visible.shape
-    dtype = result_dtype(visible, fill, positions)
+    dtype = promoted_dtype(visible, fill, positions)
     return visible.new_empty((batch, seen + masked_ids.shape[1], dim), dtype=dtype)
 
 
@@ -430,9 +400,8 @@ def _restore_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         grad_visible = gather_tokens_op(grad, visible_ids, ctx.prefix).to(of_visible)
     if ctx.needs_input_grad[1] and ctx.fills_each:
-        # Masked tokens lie behind the prefix, which `narrow` leaves out.
-        behind = grad.narrow(1, ctx.prefix, grad.shape[1] - ctx.prefix)
-        grad_fill = gather_tokens_op(behind, masked_ids, 0).to(of_fill)
+        of_grid = grad.narrow(1, ctx.prefix, grad.shape[1] - ctx.prefix)
+        grad_fill = gather_tokens_op(of_grid, masked_ids, 0).to(of_fill)
     elif ctx.needs_input_grad[1]:
         grad_fill = sum_tokens_op(grad, masked_ids, ctx.prefix).to(of_fill)
     if ctx.needs_input_grad[4]:

@@ -1,28 +1,31 @@
-"""Depth-wise convolution of packed cells, which sees zeros in place of what is masked or outside.
+"""Depth-wise convolution of packed cells; masked positions and padding count as zeros.
 
     out[b, v, p, c] = bias[c] + sum_ij weight[c, i, j] * in[b, n, q, c]
 
-Axes: b batch; v visible cells; p = (y, x) positions of a cell, S1 x S2 of them; c channels; i, j
-taps, K1 x K2 of them. Position (y + i - K1 // 2, x + j - K2 // 2) relative to cell v lies at q in
-the cell n of its window, by `neighbors` (-1: masked or outside). "Lies in the window of" is
-symmetric, so the gradient of the input is the same convolution with the filter turned around. The
-input is read from memory about once, its halos from the caches; the output is written once. The
-gradient of the filter is summed in a fixed order: partial sums over some cells each, then those.
+Axes: b batch; v visible cells; p = (y, x) positions of a cell, S1 x S2; c channels; i, j taps,
+K1 x K2. Position (y + i - K1 // 2, x + j - K2 // 2) relative to cell v is position q of cell n,
+which `neighbors` lists for the window around v (-1: masked or outside). If n is in the window of v,
+then v is in the window of n. So the gradient of the input is the same convolution with the filter
+flipped. The input is read from memory about once, halos from the caches; the output is written
+once. The gradient of the filter is summed in a fixed order: partial sums over groups of cells, then
+over the groups.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimkit_kernels._dispatch import dtype_obstacle, is_opaque, takes_kernel
+from mimkit_kernels._dispatch import is_opaque, takes_kernel
+from mimkit_kernels._dtypes import dtype_obstacle
 from mimkit_kernels._jit import jit
-from mimkit_kernels._register import on_device, power_of_2_from, register
+from mimkit_kernels._launch import on_device, power_of_2_from
+from mimkit_kernels._register import register
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -35,13 +38,13 @@ def packed_depthwise_conv(
 
     Args:
         cells: [batch, visible, positions, channels].
-        weight: [channels, 1, height, width], odd sizes.
+        weight: [channels, 1, height, width], with odd height and width.
         bias: [channels], or `None`.
-        neighbors: [batch, visible, window], int32: slots of the cells around each, -1 for none.
+        neighbors: [batch, visible, window], int32: indices of the cells around each, -1 for none.
         cell: Positions per axis of a cell.
 
     Returns:
-        What has the shape and the dtype of `cells`.
+        A tensor of the shape and dtype of `cells`.
     """
     arguments = (cells, weight, bias, neighbors, list(cell))
     if takes_kernel(
@@ -62,11 +65,11 @@ def packed_depthwise_conv_reference(
 
 
 def halo_positions(neighbors: Tensor, cell: Sequence[int], kernel: Sequence[int]) -> Tensor:
-    """Find what the outputs of every cell see.
+    """Return the packed positions of every cell and its halo.
 
     Returns:
-        [batch * visible, halo height, halo width]: rows of the packed positions of the whole batch;
-        the row after the last one stands for all that is masked or outside.
+        [batch * visible, halo height, halo width]: indices of packed positions, counted over the
+        whole batch. One index past the end marks positions that are masked or outside.
     """
     batch, visible, window = neighbors.shape
     side = math.isqrt(window)
@@ -87,8 +90,8 @@ def halo_positions(neighbors: Tensor, cell: Sequence[int], kernel: Sequence[int]
 class _ByHalo(torch.autograd.Function):
     """Gather each cell with its halo, and convolve without padding.
 
-    Autograd would scatter the gradient of the input, and take a CPU's own backward of depth-wise
-    convolution; both are slower than what is written here. All parts are differentiable again.
+    Autograd would scatter the gradient of the input, and call PyTorch's backward of depth-wise
+    convolution on the CPU; both are slower. Each part can be differentiated again.
     """
 
     generate_vmap_rule = True
@@ -97,7 +100,7 @@ class _ByHalo(torch.autograd.Function):
     def forward(
         cells: Tensor, weight: Tensor, bias: Tensor | None, halo: Tensor, cell: Sequence[int]
     ) -> Tensor:
-        # Channels stay last in memory: the view is what a convolution likes best on a CPU.
+        # The view has channels last in memory, the fastest format for a convolution on a CPU.
         seen = _take(_rows(cells), halo).permute(0, 3, 1, 2)
         out = F.conv2d(seen, weight, bias, groups=cells.shape[-1])
         return out.permute(0, 2, 3, 1).reshape(cells.shape)
@@ -125,11 +128,12 @@ class _ByHalo(torch.autograd.Function):
 
 
 def _weight_gradient(cells: Tensor, grad: Tensor, halo: Tensor, cell: Sequence[int]) -> Tensor:
-    """Multiply what every tap saw with the gradient of what it was used for, and add up.
+    """Return the gradient of the filter.
 
-    A matrix product for each channel pairs all positions of halos with all of cells; a tap is the
-    sum of the pairs that lie its offset apart. That is more products than are asked for, and two to
-    three times as fast as these alone, tap after tap (two threads, cells of 4 x 4 and 2 x 2).
+    One matrix product per channel multiplies all halo positions with all gradient positions. The
+    gradient of a tap is the sum of the products at its offset. This computes more products than
+    needed, but is two to three times as fast as computing tap by tap (two threads, cells of 4 x 4
+    and 2 x 2).
     """
     height, width = cell
     channels = cells.shape[-1]
@@ -138,7 +142,7 @@ def _weight_gradient(cells: Tensor, grad: Tensor, halo: Tensor, cell: Sequence[i
     rows = _rows(cells).t().to(dtype).contiguous()
     seen = rows.index_select(1, halo.flatten()).view(channels, *halo.flatten(1).shape)
     used = grad.reshape(-1, height * width, channels).permute(2, 0, 1).to(dtype).contiguous()
-    # Meta tensors know no autocast of their own.
+    # There is no autocast for meta tensors.
     device = "cpu" if cells.device.type == "meta" else cells.device.type
     with torch.autocast(device, enabled=False):
         pairs = seen.transpose(1, 2) @ used
@@ -152,154 +156,161 @@ def _weight_gradient(cells: Tensor, grad: Tensor, halo: Tensor, cell: Sequence[i
 
 
 def _rows(cells: Tensor) -> Tensor:
-    """Line up the packed positions, with zeros behind the last one."""
+    """Return the packed positions of the batch as rows, with a row of zeros at the end."""
     channels = cells.shape[-1]
     return torch.cat([cells.reshape(-1, channels), cells.new_zeros(1, channels)])
 
 
 def _take(rows: Tensor, halo: Tensor) -> Tensor:
-    """Take rows of the packed positions, laid out as the places are."""
+    """Gather rows of packed positions: [*halo, channels]."""
     return rows.index_select(0, halo.flatten()).view(*halo.shape, rows.shape[1])
 
 
 # Kernels
 
 
+class Geometry(NamedTuple):
+    """Constants of the kernels.
+
+    Attributes:
+        S1: Height of a cell.
+        S2: Width of a cell.
+        K1: Height of the filter.
+        K2: Width of the filter.
+        REACH: Cells from the center of a window to its edge.
+    """
+
+    S1: int
+    S2: int
+    K1: int
+    K2: int
+    REACH: int
+
+
+class Cells(NamedTuple):
+    """Packed cells, as the kernels take them.
+
+    Attributes:
+        data: [batch, visible, positions, channels].
+        neighbors: [batch, visible, window].
+        visible: Visible cells per sample.
+        channels: Number of channels.
+    """
+
+    data: Tensor
+    neighbors: Tensor
+    visible: int
+    channels: int
+
+
 @jit
-def _seen(
-    cells: tl.tensor,
-    neighbors: tl.tensor,
+def _load_around(
+    cells: Cells,
     slot: tl.tensor,
-    visible: tl.tensor,
     row: tl.tensor,
     column: tl.tensor,
     inside: tl.tensor,
     channel: tl.tensor,
-    channels: tl.tensor,
-    S1: tl.constexpr,
-    S2: tl.constexpr,
-    REACH: tl.constexpr,
+    G: tl.constexpr,
 ) -> tl.tensor:
-    """Load the channels of positions that lie `row`, `column` away from a cell's first one."""
-    # Counted from the first cell of the window, nothing is negative.
-    y = row + REACH * S1
-    x = column + REACH * S2
-    window = y // S1 * (2 * REACH + 1) + x // S2
-    around = neighbors + slot * ((2 * REACH + 1) * (2 * REACH + 1))
+    """Load the channels of the positions at (`row`, `column`) relative to a cell's first one."""
+    # Offsets from the first cell of the window are not negative.
+    y = row + G.REACH * G.S1
+    x = column + G.REACH * G.S2
+    window = y // G.S1 * (2 * G.REACH + 1) + x // G.S2
+    around = cells.neighbors + slot * ((2 * G.REACH + 1) * (2 * G.REACH + 1))
     neighbor = tl.load(around + window, mask=inside, other=-1)
-    place = (neighbor * S1 + y % S1) * S2 + x % S2
-    sample = cells + slot // visible * visible * (S1 * S2) * channels
-    present = tl.expand_dims(neighbor >= 0, -1) & (channel < channels)
-    source = sample + tl.expand_dims(place, -1) * channels + channel
+    place = (neighbor * G.S1 + y % G.S1) * G.S2 + x % G.S2
+    sample = cells.data + slot // cells.visible * cells.visible * (G.S1 * G.S2) * cells.channels
+    present = tl.expand_dims(neighbor >= 0, -1) & (channel < cells.channels)
+    source = sample + tl.expand_dims(place, -1) * cells.channels + channel
     return tl.load(source, mask=present, other=0.0).to(tl.float32)
 
 
 @jit
 def _conv_kernel(
     out: tl.tensor,
-    cells: tl.tensor,
+    cells: Cells,
     taps: tl.tensor,
     bias: tl.tensor,
-    neighbors: tl.tensor,
-    visible: tl.tensor,
-    channels: tl.tensor,
-    S1: tl.constexpr,
-    S2: tl.constexpr,
-    K1: tl.constexpr,
-    K2: tl.constexpr,
-    REACH: tl.constexpr,
+    G: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program: some channels of one cell. A row of the halo is used by all rows it reaches."""
+    """One program: a block of channels of one cell.
+
+    A row of the halo that is in registers serves all output rows that it reaches.
+    """
+    channels = cells.channels
     slot = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     y = tl.arange(0, ROWS)
     x = tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS, BLOCK), tl.float32)
-    for step in range((S1 + K1 - 1) * K2):
-        row = step // K2
-        j = step % K2
-        seen = _seen(
-            cells,
-            neighbors,
-            slot,
-            visible,
-            row - K1 // 2,
-            x + j - K2 // 2,
-            x < S2,
-            channel[None, :],
-            channels,
-            S1,
-            S2,
-            REACH,
+    for step in range((G.S1 + G.K1 - 1) * G.K2):
+        row = step // G.K2
+        j = step % G.K2
+        seen = _load_around(
+            cells, slot, row - G.K1 // 2, x + j - G.K2 // 2, x < G.S2, channel[None, :], G
         )
         i = row - y
-        used = ((i >= 0) & (i < K1))[:, None] & (channel < channels)[None, :]
-        tap = tl.load(taps + (i * K2 + j)[:, None] * channels + channel, mask=used, other=0.0)
+        used = ((i >= 0) & (i < G.K1))[:, None] & (channel < channels)[None, :]
+        tap = tl.load(taps + (i * G.K2 + j)[:, None] * channels + channel, mask=used, other=0.0)
         total += tap[:, None, :] * seen[None, :, :]
     if bias is not None:
         total += tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)
-    place = y[:, None, None] * S2 + x[None, :, None]
-    inside = (y < S1)[:, None, None] & (x < S2)[None, :, None] & (channel < channels)
-    target = out + slot * (S1 * S2) * channels
+    place = y[:, None, None] * G.S2 + x[None, :, None]
+    inside = (y < G.S1)[:, None, None] & (x < G.S2)[None, :, None] & (channel < channels)
+    target = out + slot * (G.S1 * G.S2) * channels
     tl.store(target + place * channels + channel, total.to(out.dtype.element_ty), mask=inside)
 
 
 @jit
 def _weight_gradient_kernel(
     partial: tl.tensor,
-    cells: tl.tensor,
+    cells: Cells,
     grad: tl.tensor,
-    neighbors: tl.tensor,
     slots: tl.tensor,
-    visible: tl.tensor,
-    channels: tl.tensor,
-    S1: tl.constexpr,
-    S2: tl.constexpr,
-    K1: tl.constexpr,
-    K2: tl.constexpr,
-    REACH: tl.constexpr,
+    G: tl.constexpr,
     TAPS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     CELLS: tl.constexpr,
 ) -> None:
-    """One program: one row of taps, some channels, some cells."""
+    """One program: one row of taps, a block of channels, `CELLS` cells."""
+    channels = cells.channels
     i = tl.program_id(0)
     chunk = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     j = tl.arange(0, TAPS)[:, None]
     x = tl.arange(0, COLUMNS)[None, :]
     total = tl.zeros((TAPS, COLUMNS, BLOCK), tl.float32)
-    for step in range(tl.minimum(slots - chunk * CELLS, CELLS) * S1):
-        slot = chunk * CELLS + step // S1
-        y = step % S1
-        within = x < S2
+    for step in range(tl.minimum(slots - chunk * CELLS, CELLS) * G.S1):
+        slot = chunk * CELLS + step // G.S1
+        y = step % G.S1
+        within = x < G.S2
         upstream = tl.load(
-            grad + slot * (S1 * S2) * channels + (y * S2 + x)[:, :, None] * channels + channel,
+            grad
+            + slot * (G.S1 * G.S2) * channels
+            + (y * G.S2 + x)[:, :, None] * channels
+            + channel,
             mask=within[:, :, None] & (channel < channels),
             other=0.0,
         ).to(tl.float32)
-        seen = _seen(
+        seen = _load_around(
             cells,
-            neighbors,
             slot,
-            visible,
-            y + i - K1 // 2,
-            x + j - K2 // 2,
-            within & (j < K2),
+            y + i - G.K1 // 2,
+            x + j - G.K2 // 2,
+            within & (j < G.K2),
             channel[None, None, :],
-            channels,
-            S1,
-            S2,
-            REACH,
+            G,
         )
         total += seen * upstream
     sums = tl.sum(total, axis=1)
-    tap = (chunk * K1 + i) * K2 + j
-    tl.store(partial + tap * channels + channel, sums, mask=(j < K2) & (channel < channels))
+    tap = (chunk * G.K1 + i) * G.K2 + j
+    tl.store(partial + tap * channels + channel, sums, mask=(j < G.K2) & (channel < channels))
 
 
 # Launchers
@@ -312,13 +323,17 @@ CELLS_PER_PROGRAM = 32
 
 
 def _block(channels: int, rows: int) -> int:
-    """Return the channels of a program whose sums have `rows` rows: lanes side by side."""
+    """Return the channels of a program that keeps `rows` sums per channel."""
     return min(power_of_2_from(channels), max(TILE // rows, 16), MAX_BLOCK)
 
 
-def _constants(neighbors: Tensor, cell: Sequence[int], kernel: Sequence[int]) -> dict[str, int]:
+def _describe(
+    cells: Tensor, neighbors: Tensor, cell: Sequence[int], kernel: Sequence[int]
+) -> tuple[Cells, Geometry]:
+    _, visible, _, channels = cells.shape
     reach = math.isqrt(neighbors.shape[2]) // 2
-    return {"S1": cell[0], "S2": cell[1], "K1": kernel[0], "K2": kernel[1], "REACH": reach}
+    packed = Cells(cells.contiguous(), neighbors.contiguous(), visible, channels)
+    return packed, Geometry(cell[0], cell[1], kernel[0], kernel[1], reach)
 
 
 def _launch_conv(
@@ -326,19 +341,17 @@ def _launch_conv(
 ) -> Tensor:
     batch, visible, _, channels = cells.shape
     out = torch.empty(cells.shape, dtype=cells.dtype, device=cells.device)
+    packed, geometry = _describe(cells, neighbors, cell, weight.shape[2:])
     rows, columns = (power_of_2_from(size) for size in cell)
     block = _block(channels, rows * columns)
     if out.numel():
         with on_device(cells):
             _conv_kernel[batch * visible, -(-channels // block)](
                 out,
-                cells.contiguous(),
-                weight.flatten(1).t().float().contiguous(),  # channels side by side
+                packed,
+                weight.flatten(1).t().float().contiguous(),  # [taps, channels]
                 bias,
-                neighbors.contiguous(),
-                visible,
-                channels,
-                **_constants(neighbors, cell, weight.shape[2:]),
+                G=geometry,
                 ROWS=rows,
                 COLUMNS=columns,
                 BLOCK=block,
@@ -359,19 +372,17 @@ def _launch_weight_gradient(
     slots = batch * visible
     chunks = -(-slots // CELLS_PER_PROGRAM)
     partial = torch.empty((chunks, *kernel, channels), dtype=torch.float32, device=cells.device)
+    packed, geometry = _describe(cells, neighbors, cell, kernel)
     taps, columns = power_of_2_from(kernel[1]), power_of_2_from(cell[1])
     block = _block(channels, taps * columns)
     if partial.numel():
         with on_device(cells):
             _weight_gradient_kernel[kernel[0], chunks, -(-channels // block)](
                 partial,
-                cells.contiguous(),
+                packed,
                 grad.contiguous(),
-                neighbors.contiguous(),
                 slots,
-                visible,
-                channels,
-                **_constants(neighbors, cell, kernel),
+                G=geometry,
                 TAPS=taps,
                 COLUMNS=columns,
                 BLOCK=block,
@@ -389,7 +400,7 @@ def _launch_weight_gradient(
 def _obstacle(
     cells: Tensor, weight: Tensor, bias: Tensor | None, cell: Sequence[int]
 ) -> str | None:
-    """Say why the kernels cannot take a call, if they cannot."""
+    """Return why the kernels do not support a call; `None` if they do."""
     if power_of_2_from(cell[0]) * power_of_2_from(cell[1]) > MAX_POSITIONS:
         return f"cells of {tuple(cell)} positions"
     if max(weight.shape[2:]) > MAX_KERNEL:
@@ -439,8 +450,8 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs_cells, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     grad_cells = grad_weight = grad_bias = None
     if needs_cells:
-        turned = weight.flip(2, 3)
-        grad_cells = packed_depthwise_conv_op(grad, turned, None, neighbors, ctx.cell)
+        flipped = weight.flip(2, 3)
+        grad_cells = packed_depthwise_conv_op(grad, flipped, None, neighbors, ctx.cell)
     if needs_weight:
         kernel = list(weight.shape[2:])
         grad_weight = weight_gradient_op(cells, grad, neighbors, ctx.cell, kernel)

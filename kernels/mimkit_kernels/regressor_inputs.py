@@ -1,32 +1,33 @@
-"""What a block of CAE's regressor attends with: its three layer-normed inputs, from one read.
+"""Layer-normed query, key and value inputs of a block of CAE's regressor, from one read.
 
     query[b, m] = norm_q(queries[b, m] + query_positions[b, m])
     key[b, t]   = norm_k(tokens[b, t] + positions[b, t])
     value[b, t] = norm_v(tokens[b, t])
     norm(x)     = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias    over the width
 
-Axes: b batch; v visible; m queries; t tokens, which are the visible, then the queries; d width.
-`tokens` and `positions` exist in these formulas only: every row of visible tokens, queries and
-their positions is read where it lies, once, and query and key of a masked position share mean and
-variance. These stay in float32 for the backward pass, which reads the rows once more. There, a
-program adds up what its rows give to the six weights and biases; a second stage adds up the
-programs, in a fixed order and with no atomics. Results have the type of the linear layers behind
-them, autocast's where it is on, which would round them to it anyway.
+Axes: b batch; v visible; m queries; t tokens, visible first, then queries; d width. `tokens` and
+`positions` are never stored. Each row of visible tokens, queries and positions is read once. The
+query and the key of a masked position share mean and variance, which are saved in float32. The
+backward pass reads the rows again. Each of its programs sums the gradients of the six weights and
+biases over its rows; a second stage sums over the programs, in a fixed order and without atomics.
+Outputs have the dtype in which the following linear layers compute (autocast's, if it is on), which
+would cast them anyway.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimkit_kernels._dispatch import dtype_obstacle, takes_kernel
+from mimkit_kernels._dispatch import takes_kernel
+from mimkit_kernels._dtypes import dtype_obstacle, linear_dtype
 from mimkit_kernels._jit import jit
-from mimkit_kernels._register import on_device, power_of_2_from, register
-from mimkit_kernels.linear_cross_entropy import compute_dtype
+from mimkit_kernels._launch import Rows, on_device, power_of_2_from, rows_in_place
+from mimkit_kernels._register import register
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -40,21 +41,21 @@ def regressor_inputs(
     parameters: Sequence[Tensor],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Make the inputs of cross-attention, by kernel or reference.
+    """Compute the inputs of cross-attention, by kernel or reference.
 
     Args:
         visible: [batch, visible, width].
         queries: [batch, queries, width].
-        visible_positions: As `visible`.
-        query_positions: As `queries`.
-        parameters: Weight and bias of the norm of the query, of the key, of the value: [width].
-        eps: Of all three norms.
+        visible_positions: Position embeddings of `visible`, of the same shape.
+        query_positions: Position embeddings of `queries`, of the same shape.
+        parameters: Weight and bias of the norms of query, key and value: six times [width].
+        eps: Epsilon of all three norms.
 
     Returns:
-        Query [batch, queries, width], key and value [batch, visible + queries, width], in the type
-        that a linear layer of the parameters' type would take them in.
+        Query [batch, queries, width], key and value [batch, visible + queries, width], in the dtype
+        in which a linear layer with weights of the parameters' dtype computes.
     """
-    dtype = compute_dtype(visible, parameters[0])
+    dtype = linear_dtype(visible, parameters[0])
     arguments: tuple[Any, ...] = (visible, queries, visible_positions, query_positions)
     arguments += (*parameters, eps, dtype)
 
@@ -90,7 +91,7 @@ def regressor_inputs_reference(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `regressor_inputs` in plain PyTorch."""
-    # On a CPU, joining the parts first was faster than norms of each part.
+    # On a CPU, concatenating first is faster than normalizing each part.
     tokens = torch.cat([visible, queries], dim=1)
     positions = torch.cat([visible_positions, query_positions], dim=1)
 
@@ -107,55 +108,96 @@ def regressor_inputs_reference(
 # Kernels
 
 
+class Inputs(NamedTuple):
+    """What both kernels read; they take it whole.
+
+    Attributes:
+        visible: Rows of the visible tokens.
+        queries: Rows of the queries.
+        visible_positions: Rows of the visible tokens' position embeddings.
+        query_positions: Rows of the queries' position embeddings.
+        num_visible: Visible tokens per sample.
+        num_queries: Queries per sample.
+        total: Tokens of the batch.
+        dim: Width.
+    """
+
+    visible: Rows
+    queries: Rows
+    visible_positions: Rows
+    query_positions: Rows
+    num_visible: int
+    num_queries: int
+    total: int
+    dim: int
+
+
 @jit
-def _load_row(
-    first: tl.tensor,
-    second: tl.tensor,
-    first_batch: tl.tensor,
-    first_row: tl.tensor,
-    second_batch: tl.tensor,
-    second_row: tl.tensor,
+def _load_either(
+    first: Rows,
+    second: Rows,
     sample: tl.tensor,
     row: tl.tensor,
     num_first: tl.tensor,
     width: tl.tensor,
     column: tl.tensor,
 ) -> tl.tensor:
-    """Load one row of a sample of [first, second]."""
-    # No column is inside where the row is of the other part.
+    """Load one row of a sample of the concatenation [first, second]."""
+    # One of the two masks is empty: the row is in one of the parts.
     inside = column < tl.where(row < num_first, width, 0)
     outside = column < tl.where(row < num_first, 0, width)
-    here = first + sample * first_batch + row * first_row
-    there = second + sample * second_batch + (row - num_first) * second_row
+    here = first.data + sample * first.batch + row * first.row
+    there = second.data + sample * second.batch + (row - num_first) * second.row
     values = tl.load(here + column, mask=inside, other=0.0).to(tl.float32)
     return values + tl.load(there + column, mask=outside, other=0.0).to(tl.float32)
 
 
 @jit
-def _store_row(
+def _load_token(
+    inputs: Inputs, place: tl.tensor, column: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Load one token, alone and with its position embedding.
+
+    Returns:
+        Token; token plus position; sample; row within the sample; width, which is 0 after the last
+        token so that masks are empty.
+    """
+    length = inputs.num_visible + inputs.num_queries
+    sample, row = place // length, place % length
+    width = tl.where(place < inputs.total, inputs.dim, 0)
+    token = _load_either(
+        inputs.visible, inputs.queries, sample, row, inputs.num_visible, width, column
+    )
+    position = _load_either(
+        inputs.visible_positions, inputs.query_positions,
+        sample, row, inputs.num_visible, width, column,
+    )  # fmt: skip
+    return token, token + position, sample, row, width
+
+
+@jit
+def _store_either(
     first: tl.tensor,
     second: tl.tensor,
     values: tl.tensor,
     sample: tl.tensor,
     row: tl.tensor,
-    num_first: tl.tensor,
-    num_second: tl.tensor,
     width: tl.tensor,
-    dim: tl.tensor,
     column: tl.tensor,
+    inputs: Inputs,
 ) -> None:
-    """Store one row of a sample into first or second."""
-    inside = column < tl.where(row < num_first, width, 0)
-    outside = column < tl.where(row < num_first, 0, width)
-    here = first + (sample * num_first + row) * dim
-    there = second + (sample * num_second + row - num_first) * dim
+    """Store one row of a sample of the concatenation [first, second]."""
+    inside = column < tl.where(row < inputs.num_visible, width, 0)
+    outside = column < tl.where(row < inputs.num_visible, 0, width)
+    here = first + (sample * inputs.num_visible + row) * inputs.dim
+    there = second + (sample * inputs.num_queries + row - inputs.num_visible) * inputs.dim
     tl.store(here + column, values.to(first.dtype.element_ty), mask=inside)
     tl.store(there + column, values.to(second.dtype.element_ty), mask=outside)
 
 
 @jit
 def _load_weight(weight: tl.tensor, column: tl.tensor, dim: tl.tensor) -> tl.tensor:
-    """Load weight or bias of a norm."""
+    """Load the weight or bias of a norm."""
     return tl.load(weight + column, mask=column < dim, other=0.0).to(tl.float32)
 
 
@@ -163,10 +205,17 @@ def _load_weight(weight: tl.tensor, column: tl.tensor, dim: tl.tensor) -> tl.ten
 def _mean_and_scale(
     x: tl.tensor, column: tl.tensor, dim: tl.tensor, eps: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return the mean of a row and one over its standard deviation."""
+    """Return the mean of a row, and one over its standard deviation."""
     mean = tl.sum(x, axis=0) / dim
     deviation = tl.where(column < dim, x - mean, 0.0)
     return mean, 1 / tl.sqrt(tl.sum(deviation * deviation, axis=0) / dim + eps)
+
+
+@jit
+def _through_norm(grad: tl.tensor, x: tl.tensor, scale: tl.tensor, dim: tl.tensor) -> tl.tensor:
+    """Return the gradient of a norm's input; `grad` is that of its normalized row `x`."""
+    along = tl.sum(grad * x, axis=0) / dim
+    return scale * (grad - tl.sum(grad, axis=0) / dim - x * along)
 
 
 @jit
@@ -175,33 +224,19 @@ def _forward_kernel(
     key: tl.tensor,
     value: tl.tensor,
     statistics: tl.tensor,
-    visible: tl.tensor,
-    queries: tl.tensor,
-    visible_positions: tl.tensor,
-    query_positions: tl.tensor,
-    stride_0: tl.tensor,
-    stride_1: tl.tensor,
-    stride_2: tl.tensor,
-    stride_3: tl.tensor,
-    stride_4: tl.tensor,
-    stride_5: tl.tensor,
-    stride_6: tl.tensor,
-    stride_7: tl.tensor,
+    inputs: Inputs,
     query_weight: tl.tensor,
     query_bias: tl.tensor,
     key_weight: tl.tensor,
     key_bias: tl.tensor,
     value_weight: tl.tensor,
     value_bias: tl.tensor,
-    num_visible: tl.tensor,
-    num_queries: tl.tensor,
-    total: tl.tensor,
-    dim: tl.tensor,
     eps: tl.tensor,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program: `ROWS` tokens, one after the other, with the weights at hand."""
+    """One program: `ROWS` tokens in sequence, with the weights in registers."""
+    dim = inputs.dim
     column = tl.arange(0, BLOCK)
     weight_q = _load_weight(query_weight, column, dim)
     bias_q = _load_weight(query_bias, column, dim)
@@ -209,36 +244,26 @@ def _forward_kernel(
     bias_k = _load_weight(key_bias, column, dim)
     weight_v = _load_weight(value_weight, column, dim)
     bias_v = _load_weight(value_bias, column, dim)
-    length = num_visible + num_queries
     for step in range(ROWS):
         place = tl.program_id(0).to(tl.int64) * ROWS + step
-        sample, row = place // length, place % length
-        width = tl.where(place < total, dim, 0)  # behind the last token, no column is inside
-        token = _load_row(
-            visible, queries, stride_0, stride_1, stride_2, stride_3,
-            sample, row, num_visible, width, column,
-        )  # fmt: skip
-        moved = token + _load_row(
-            visible_positions, query_positions, stride_4, stride_5, stride_6, stride_7,
-            sample, row, num_visible, width, column,
-        )  # fmt: skip
+        token, moved, sample, row, width = _load_token(inputs, place, column)
         mean_k, scale_k = _mean_and_scale(moved, column, dim, eps)
         mean_v, scale_v = _mean_and_scale(token, column, dim, eps)
         line = statistics + place * 4
-        tl.store(line, mean_k, mask=place < total)
-        tl.store(line + 1, scale_k, mask=place < total)
-        tl.store(line + 2, mean_v, mask=place < total)
-        tl.store(line + 3, scale_v, mask=place < total)
+        tl.store(line, mean_k, mask=place < inputs.total)
+        tl.store(line + 1, scale_k, mask=place < inputs.total)
+        tl.store(line + 2, mean_v, mask=place < inputs.total)
+        tl.store(line + 3, scale_v, mask=place < inputs.total)
         normed = (moved - mean_k) * scale_k
         inside = column < width
         to_key = normed * weight_k + bias_k
         tl.store(key + place * dim + column, to_key.to(key.dtype.element_ty), mask=inside)
         to_value = (token - mean_v) * scale_v * weight_v + bias_v
         tl.store(value + place * dim + column, to_value.to(value.dtype.element_ty), mask=inside)
-        answered = query + (sample * num_queries + row - num_visible) * dim
-        is_query = column < tl.where(row < num_visible, 0, width)
+        target = query + (sample * inputs.num_queries + row - inputs.num_visible) * dim
+        is_query = column < tl.where(row < inputs.num_visible, 0, width)
         to_query = normed * weight_q + bias_q
-        tl.store(answered + column, to_query.to(query.dtype.element_ty), mask=is_query)
+        tl.store(target + column, to_query.to(query.dtype.element_ty), mask=is_query)
 
 
 @jit
@@ -251,36 +276,21 @@ def _backward_kernel(
     grad_query: tl.tensor,
     grad_key: tl.tensor,
     grad_value: tl.tensor,
-    visible: tl.tensor,
-    queries: tl.tensor,
-    visible_positions: tl.tensor,
-    query_positions: tl.tensor,
-    stride_0: tl.tensor,
-    stride_1: tl.tensor,
-    stride_2: tl.tensor,
-    stride_3: tl.tensor,
-    stride_4: tl.tensor,
-    stride_5: tl.tensor,
-    stride_6: tl.tensor,
-    stride_7: tl.tensor,
+    inputs: Inputs,
     query_weight: tl.tensor,
     key_weight: tl.tensor,
     value_weight: tl.tensor,
     statistics: tl.tensor,
-    num_visible: tl.tensor,
-    num_queries: tl.tensor,
-    total: tl.tensor,
     rows: tl.tensor,
-    dim: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program: `rows` tokens, and the sums that they give to the weights' gradients."""
+    """One program: `rows` tokens, and their sums for the gradients of weights and biases."""
+    dim = inputs.dim
     part = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     weight_q = _load_weight(query_weight, column, dim)
     weight_k = _load_weight(key_weight, column, dim)
     weight_v = _load_weight(value_weight, column, dim)
-    length = num_visible + num_queries
     sum_q = tl.zeros((BLOCK,), dtype=tl.float32)
     sum_qx = tl.zeros((BLOCK,), dtype=tl.float32)
     sum_k = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -289,52 +299,37 @@ def _backward_kernel(
     sum_vx = tl.zeros((BLOCK,), dtype=tl.float32)
     for step in range(0, rows):
         place = part * rows + step
-        sample, row = place // length, place % length
-        width = tl.where(place < total, dim, 0)
-        token = _load_row(
-            visible, queries, stride_0, stride_1, stride_2, stride_3,
-            sample, row, num_visible, width, column,
-        )  # fmt: skip
-        moved = token + _load_row(
-            visible_positions, query_positions, stride_4, stride_5, stride_6, stride_7,
-            sample, row, num_visible, width, column,
-        )  # fmt: skip
+        token, moved, sample, row, width = _load_token(inputs, place, column)
         line = statistics + place * 4
-        mean_k = tl.load(line, mask=place < total, other=0.0)
-        scale_k = tl.load(line + 1, mask=place < total, other=0.0)
-        mean_v = tl.load(line + 2, mask=place < total, other=0.0)
-        scale_v = tl.load(line + 3, mask=place < total, other=0.0)
+        mean_k = tl.load(line, mask=place < inputs.total, other=0.0)
+        scale_k = tl.load(line + 1, mask=place < inputs.total, other=0.0)
+        mean_v = tl.load(line + 2, mask=place < inputs.total, other=0.0)
+        scale_v = tl.load(line + 3, mask=place < inputs.total, other=0.0)
         inside = column < width
         of_key = tl.load(grad_key + place * dim + column, mask=inside, other=0.0).to(tl.float32)
         of_value = tl.load(grad_value + place * dim + column, mask=inside, other=0.0)
         of_value = of_value.to(tl.float32)
-        asked = grad_query + (sample * num_queries + row - num_visible) * dim
-        is_query = column < tl.where(row < num_visible, 0, width)
-        of_query = tl.load(asked + column, mask=is_query, other=0.0).to(tl.float32)
+        source = grad_query + (sample * inputs.num_queries + row - inputs.num_visible) * dim
+        is_query = column < tl.where(row < inputs.num_visible, 0, width)
+        of_query = tl.load(source + column, mask=is_query, other=0.0).to(tl.float32)
 
         x = (moved - mean_k) * scale_k
         sum_q += of_query
         sum_qx += of_query * x
         sum_k += of_key
         sum_kx += of_key * x
-        of_x = of_key * weight_k + of_query * weight_q  # 0 outside: gradients are
-        along = tl.sum(of_x * x, axis=0) / dim
-        of_moved = scale_k * (of_x - tl.sum(of_x, axis=0) / dim - x * along)
+        # 0 in masked columns, since gradients are 0 there.
+        of_moved = _through_norm(of_key * weight_k + of_query * weight_q, x, scale_k, dim)
 
         x = (token - mean_v) * scale_v
         sum_v += of_value
         sum_vx += of_value * x
-        of_x = of_value * weight_v
-        along = tl.sum(of_x * x, axis=0) / dim
-        of_token = of_moved + scale_v * (of_x - tl.sum(of_x, axis=0) / dim - x * along)
-        _store_row(
-            grad_visible, grad_queries, of_token,
-            sample, row, num_visible, num_queries, width, dim, column,
-        )  # fmt: skip
+        of_token = of_moved + _through_norm(of_value * weight_v, x, scale_v, dim)
+        _store_either(grad_visible, grad_queries, of_token, sample, row, width, column, inputs)
         if grad_visible_positions is not None:
-            _store_row(
+            _store_either(
                 grad_visible_positions, grad_query_positions, of_moved,
-                sample, row, num_visible, num_queries, width, dim, column,
+                sample, row, width, column, inputs,
             )  # fmt: skip
     line = partial + part * 6 * dim + column
     tl.store(line, sum_qx, mask=column < dim)
@@ -347,22 +342,32 @@ def _backward_kernel(
 
 # Launchers
 
-MAX_WIDTH = 2048  # beyond it, registers spill
-_ROWS = 8  # tokens of a program, forward
-_PARTS = 512  # programs, backward
+MAX_WIDTH = 2048  # with wider rows, registers spill
+_ROWS = 8  # tokens of a program in the forward pass
+_PARTS = 512  # programs in the backward pass
 
 
 def _columns(width: int, values: int) -> dict[str, Any]:
-    """Return the constants of a launch whose threads hold about so many values of a row."""
+    """Return the constants of a launch; a thread holds about `values` values of a row."""
     block = power_of_2_from(width)
     warps = min(max(block // (32 * values), 1), 16)
     return {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
 
 
-def _rows_in_place(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
-    """Return tensors with the values of a row side by side, and the other strides."""
-    rows = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
-    return rows, [stride for tensor in rows for stride in tensor.stride()[:2]]
+def _describe(
+    visible: Tensor, queries: Tensor, visible_positions: Tensor, query_positions: Tensor
+) -> Inputs:
+    (batch, num_visible, dim), num_queries = visible.shape, queries.shape[1]
+    return Inputs(
+        rows_in_place(visible),
+        rows_in_place(queries),
+        rows_in_place(visible_positions),
+        rows_in_place(query_positions),
+        num_visible,
+        num_queries,
+        total=batch * (num_visible + num_queries),
+        dim=dim,
+    )
 
 
 def _launch_forward(
@@ -370,22 +375,14 @@ def _launch_forward(
     queries: Tensor,
     visible_positions: Tensor,
     query_positions: Tensor,
-    query_weight: Tensor,
-    query_bias: Tensor,
-    key_weight: Tensor,
-    key_bias: Tensor,
-    value_weight: Tensor,
-    value_bias: Tensor,
-    eps: float,
-    dtype: torch.dtype,
+    *parameters_and_rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *parameters, eps, dtype = parameters_and_rest
     (batch, num_visible, dim), num_queries = visible.shape, queries.shape[1]
     length, device = num_visible + num_queries, visible.device
     query = torch.empty((batch, num_queries, dim), dtype=dtype, device=device)
     key, value = (torch.empty((batch, length, dim), dtype=dtype, device=device) for _ in "kv")
     statistics = torch.empty((batch, length, 4), dtype=torch.float32, device=device)
-    rows, strides = _rows_in_place(visible, queries, visible_positions, query_positions)
-    parameters = (query_weight, query_bias, key_weight, key_bias, value_weight, value_bias)
     if key.numel():
         with on_device(visible):
             _forward_kernel[(-(-batch * length // _ROWS),)](
@@ -393,13 +390,8 @@ def _launch_forward(
                 key,
                 value,
                 statistics,
-                *rows,
-                *strides,
+                _describe(visible, queries, visible_positions, query_positions),
                 *(parameter.contiguous() for parameter in parameters),
-                num_visible,
-                num_queries,
-                batch * length,
-                dim,
                 eps,
                 ROWS=_ROWS,
                 **_columns(dim, 8),
@@ -421,42 +413,35 @@ def _launch_backward(
     statistics: Tensor,
     needs_positions: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (batch, num_visible, dim), num_queries = visible.shape, queries.shape[1]
-    total = batch * (num_visible + num_queries)
-    part = max(-(-total // _PARTS), 1)
-    partial = torch.empty((-(-total // part), 6, dim), dtype=torch.float32, device=visible.device)
+    inputs = _describe(visible, queries, visible_positions, query_positions)
+    rows = max(-(-inputs.total // _PARTS), 1)
+    parts = -(-inputs.total // rows)
+    partial = torch.empty((parts, 6, inputs.dim), dtype=torch.float32, device=visible.device)
     grads = [
-        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        for tensor in (visible, queries)
-    ]
-    grads += [
-        torch.empty(
-            tensor.shape if needs_positions else (0,), dtype=tensor.dtype, device=tensor.device
+        torch.empty(tensor.shape if needed else (0,), dtype=tensor.dtype, device=tensor.device)
+        for tensor, needed in (
+            (visible, True),
+            (queries, True),
+            (visible_positions, needs_positions),
+            (query_positions, needs_positions),
         )
-        for tensor in (visible_positions, query_positions)
     ]
-    rows, strides = _rows_in_place(visible, queries, visible_positions, query_positions)
     if partial.numel():
         with on_device(visible):
-            _backward_kernel[(len(partial),)](
+            _backward_kernel[(parts,)](
                 *grads[:2],
                 *(grads[2:] if needs_positions else (None, None)),
                 partial,
                 grad_query.contiguous(),
                 grad_key.contiguous(),
                 grad_value.contiguous(),
-                *rows,
-                *strides,
+                inputs,
                 query_weight.contiguous(),
                 key_weight.contiguous(),
                 value_weight.contiguous(),
                 statistics,
-                num_visible,
-                num_queries,
-                total,
-                part,
-                dim,
-                **_columns(dim, 4),
+                rows,
+                **_columns(inputs.dim, 4),
             )
     return (*grads, partial.sum(dim=0))  # type: ignore[return-value]
 

@@ -1,11 +1,11 @@
-"""Split the tokens of each sample at random, from its key alone.
+"""Split the tokens of each sample at random, as a function of its key.
 
     word[b, l]  = output l % 4 of Philox4x32-10 (key seed, counter (stream | l // 4, epoch, sample))
     rank[b, l]  = (word[b, l] << 16) | l
     visible[b]  = the tokens with the `num_visible` lowest ranks, ascending; masked[b]: the others
 
-Axes: b batch; l tokens. Integers only, no two ranks alike: the same bits on every device. One
-program draws, sorts and writes one sample.
+Axes: b batch; l tokens. All arithmetic is on integers and no two ranks are equal, so every device
+gives the same masks. One program draws, sorts and writes one sample.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from torch import Tensor
 
 from mimkit_kernels._dispatch import takes_kernel
 from mimkit_kernels._jit import jit
-from mimkit_kernels._philox import sample_words
-from mimkit_kernels._register import on_device, power_of_2_from, register
+from mimkit_kernels._launch import on_device, power_of_2_from
+from mimkit_kernels._philox import sample_words, token_ranks
+from mimkit_kernels._register import register
+from mimkit_kernels._slots import split_positions, store_split
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-MAX_TOKENS = 4096  # in the kernel: a sample is sorted in the registers of one program
+MAX_TOKENS = 4096  # of the kernel: one program sorts a sample in its registers
 
 
 def uniform_sample(
@@ -34,7 +36,7 @@ def uniform_sample(
     Args:
         sample_ids: [batch], int64.
         seed_and_epoch: [2], int64.
-        stream: Which of 65536 independent draws of these samples.
+        stream: Index of one of 65536 independent draws for these samples.
         num_tokens: At most 65536.
         num_visible: Tokens that stay visible.
 
@@ -62,20 +64,10 @@ def uniform_sample_reference(
 
 
 def kth_lowest(values: Tensor, k: int) -> Tensor:
-    """Return the `k`-th lowest value of each row, counting from 1; below all values for `k` = 0."""
+    """Return the `k`-th lowest value of each row, counted from 1; -1, below all values, for 0."""
     if k == 0:
         return values.new_full((1, 1), -1)
     return values.kthvalue(k, dim=1, keepdim=True).values
-
-
-def split_positions(is_masked: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
-    """Return the positions of visible and of masked tokens, where their numbers are known."""
-    token = torch.arange(is_masked.shape[1], device=is_masked.device).expand_as(is_masked)
-    # Running counts say where each token goes, in ascending order; that beats sorting.
-    seen = (~is_masked).cumsum(dim=1)
-    slot = torch.where(is_masked, num_visible + token - seen, seen - 1)
-    order = torch.empty_like(slot).scatter(1, slot, token)
-    return order[:, :num_visible].contiguous(), order[:, num_visible:].contiguous()
 
 
 # Kernel
@@ -96,29 +88,17 @@ def _sample_kernel(
     row = tl.program_id(0).to(tl.int64)
     sample = tl.load(sample_ids + row)
     seed, epoch = tl.load(seed_and_epoch), tl.load(seed_and_epoch + 1)
-    counter = (tl.arange(0, TOKENS // 4) + first_counter).to(tl.uint32)
-    # Every word must be one of 32 unsigned bits before it meets another.
-    zeros = counter ^ counter
-    low, high = sample.to(tl.uint32), (sample >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(
-        seed, counter, zeros + epoch.to(tl.uint32), zeros + low, zeros + high
-    )
-    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     token = tl.arange(0, TOKENS)
-    ranks = (words.to(tl.int64) << 16) | token
+    ranks = token_ranks(seed, epoch, sample, first_counter, TOKENS)
     ranks = tl.where(token < num_tokens, ranks, 0x7FFFFFFFFFFFFFFF)
     in_order = tl.sort(ranks)
     last = tl.sum(tl.where(token == num_visible - 1, in_order, 0), axis=0)
     is_visible = ranks <= tl.where(num_visible > 0, last, -1)
-    seen = tl.cumsum(is_visible.to(tl.int32), axis=0)
-    place = row * num_visible + seen - 1
-    tl.store(visible + place, token.to(tl.int64), mask=is_visible)
-    place = row * (num_tokens - num_visible) + token - seen
-    is_masked = token < tl.where(is_visible, 0, num_tokens)
-    tl.store(masked + place, token.to(tl.int64), mask=is_masked)
+    store_split(visible, masked, row, token, is_visible, num_tokens, num_visible)
 
 
-# Launcher: 1 warp sorts up to 256 tokens without shared memory; threads then hold 16 at most.
+# Launcher: one warp sorts up to 256 tokens without shared memory. With more tokens, more warps
+# keep the tokens of a thread few.
 
 _NUM_WARPS = {512: 2, 1024: 4, 2048: 4, 4096: 8}
 
@@ -137,7 +117,7 @@ def _launch(
                 masked,
                 sample_ids.contiguous(),
                 seed_and_epoch.contiguous(),
-                stream << 16,  # a multiple of 16 for every stream: no stream compiles anew
+                stream << 16,  # always a multiple of 16, so that streams do not recompile
                 num_tokens,
                 num_visible,
                 TOKENS=tokens,

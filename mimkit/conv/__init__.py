@@ -1,4 +1,4 @@
-"""Depth-wise convolution of what is visible."""
+"""Depth-wise convolution of the visible positions."""
 
 from mimkit.conv._depthwise import masked_depthwise_conv2d, packed_depthwise_conv2d
 

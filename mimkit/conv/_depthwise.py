@@ -1,10 +1,10 @@
-"""Depth-wise convolution that sees zeros in place of what is masked: dense, and packed.
+"""Depth-wise convolution in which masked positions count as zeros: dense, and packed.
 
     out[c, y, x] = bias[c] + sum_ij weight[c, i, j] * visible[y + i - r, x + j - r]
                                                     * in[c, y + i - r, x + j - r]
 
 Axes: batch; channels; height, width; visible (cells); cell (positions of a cell, row-major);
-window (cells around a cell).
+window (a cell and the cells around it).
 """
 
 import math
@@ -15,9 +15,9 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimkit._grids import Grid, per_axis
+from mimkit._checks import cell_of
+from mimkit._grids import Grid, per_axis, reach_of
 from mimkit.masking import Mask
-from mimkit.patches._cells import cell_of
 from mimkit_kernels import packed_depthwise_conv
 
 
@@ -27,13 +27,13 @@ def masked_depthwise_conv2d(
     bias: Float[Tensor, " channels"] | None,
     mask: Mask,
 ) -> Float[Tensor, "batch channels height width"]:
-    """Convolve a feature map whose masked positions count as zeros: the plain definition.
+    """Convolve a feature map whose masked positions count as zeros (the reference definition).
 
     Args:
-        x: Feature map, as fine as the mask or finer.
+        x: Feature map; its size is a multiple of the mask's grid.
         weight: One odd-sized filter per channel.
-        bias: One value per channel, added everywhere.
-        mask: What does not count; the output has values there as well.
+        bias: One value per channel, added at all positions.
+        mask: Which positions of `x` count as zeros. The output is computed at all positions.
 
     Raises:
         ValueError: An even kernel, or shapes that do not fit.
@@ -61,13 +61,13 @@ def packed_depthwise_conv2d(
     *,
     cell: int | Sequence[int],
 ) -> Float[Tensor, "batch visible cell channels"]:
-    """Convolve packed cells: `masked_depthwise_conv2d` at the visible positions, no work elsewhere.
+    """Convolve packed cells: `masked_depthwise_conv2d` computed at the visible positions only.
 
     Args:
-        cells: Visible cells, as `patches.pack_cells` takes them.
+        cells: Visible cells, as `patches.pack_cells` returns them.
         weight: One odd-sized filter per channel.
         bias: One value per channel.
-        neighbors: What `patches.neighbors` found, with a reach that covers the filter's radius.
+        neighbors: As `patches.neighbors` returns them, with a reach that covers the filter.
         cell: Positions per axis of a cell.
 
     Raises:
@@ -87,8 +87,8 @@ def packed_depthwise_conv2d(
         raise ValueError(f"cells of {size} hold {math.prod(size)} positions; got {cells.shape[2]}")
     if neighbors.shape[:2] != cells.shape[:2]:
         raise ValueError(
-            f"neighbors are of {tuple(neighbors.shape[:2])} cells, but there are "
-            f"{tuple(cells.shape[:2])}"
+            f"neighbors {tuple(neighbors.shape)} and cells {tuple(cells.shape)} must have the same "
+            "batch size and number of visible cells"
         )
     reach = (math.isqrt(neighbors.shape[2]) - 1) // 2
     if (2 * reach + 1) ** 2 != neighbors.shape[2] or reach < reach_of(radius, size):
@@ -100,13 +100,8 @@ def packed_depthwise_conv2d(
     return packed_depthwise_conv(cells, weight, bias, neighbors, size)
 
 
-def reach_of(radius: Sequence[int], cell: Sequence[int]) -> int:
-    """Return how many cells away the outputs of a cell look."""
-    return max(-(-r // size) for r, size in zip(radius, cell, strict=True))
-
-
 def _radius(weight: Tensor, bias: Tensor | None, channels: int) -> Grid:
-    """Check the filters, and return how far they look on each axis."""
+    """Check the filters, and return their radius on each axis."""
     if weight.ndim != 4 or weight.shape[:2] != (channels, 1):
         raise ValueError(
             f"weight must be [{channels}, 1, height, width], one filter per channel; "
@@ -123,7 +118,7 @@ def _radius(weight: Tensor, bias: Tensor | None, channels: int) -> Grid:
 def _autocast(
     cells: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cast as autocast casts the inputs of a convolution, whose gradients are its own here."""
+    """Cast the inputs as autocast casts those of a convolution."""
     device = cells.device.type
     can_autocast = cells.dtype != torch.float64 and device != "meta"
     if not can_autocast or not torch.is_autocast_enabled(device):

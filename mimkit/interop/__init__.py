@@ -1,4 +1,4 @@
-"""Other people's checkpoints and models, in and out."""
+"""Conversion of checkpoints and models from the authors' code and from timm, and back."""
 
 from mimkit.interop._convert import from_official, to_official
 from mimkit.interop._files import load_checkpoint

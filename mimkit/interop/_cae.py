@@ -1,4 +1,4 @@
-"""Names of CAE, of what is trained on its encoder, and of DALL-E's tokenizer."""
+"""Translation rules for CAE, its fine-tuning encoder and probe, and DALL-E's tokenizer."""
 
 from collections.abc import Iterable, Mapping
 
@@ -25,7 +25,7 @@ _CONVOLUTION = renames(
 
 
 def _encoder_of(names: Iterable[str]) -> Mapping[str, str]:
-    """Take the encoder out of a checkpoint of pre-training, if it is one."""
+    """Select the encoder from a pre-training checkpoint; other checkpoints stay unchanged."""
     return {name.removeprefix("encoder."): name for name in names}
 
 
@@ -52,7 +52,7 @@ TRANSLATIONS = {
         (
             *renames(
                 ("blocks.{i}.attn.relative_position_bias_table", "rel_pos_bias.{i}.table"),
-                ("blocks.{i}.attn.relative_position_index", None),  # a constant
+                ("blocks.{i}.attn.relative_position_index", None),  # constant
             ),
             *same("cls_token", "pos_embed", "patch_embed.proj.{rest}", "blocks.{rest}"),
             *same("norm.{rest}", "fc_norm.{rest}", "head.{rest}"),
@@ -71,7 +71,7 @@ TRANSLATIONS = {
 
 
 def duplicate_encoder(official: Converted) -> Converted:
-    """Add the copy of the encoder that the authors keep for alignment."""
+    """Add the authors' second copy of the encoder, which they use for alignment."""
     copies = {
         f"alignment_{name}": tensor
         for name, tensor in official.items()

@@ -1,10 +1,9 @@
-"""From the authors' checkpoints to mimkit's names, and back."""
+"""Conversion between the authors' checkpoints and mimkit's."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
+from mimkit._checks import unwrap
 from mimkit.interop import _cae, _convmae, _mae, _simmim
 from mimkit.interop._rules import Converted, Translation
 
@@ -17,9 +16,9 @@ _TRANSLATIONS = {
 
 
 def from_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
-    """Rename a checkpoint of the authors' code to mimkit's names.
+    """Convert a checkpoint of the authors' code to mimkit's names and shapes.
 
-    The methods, and what the result loads into:
+    The methods, and the class that the result loads into:
 
     - "mae": `recipes.mae.MAE`; "mae_vit": `nn.ViT`.
     - "simmim_vit", "simmim_swin": `recipes.simmim.SimMIM`; "simmim_vit_finetune": `nn.ViT`;
@@ -29,20 +28,20 @@ def from_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
       "convmae_det": `nn.ConvViTDetector`.
     - "dalle" and "dalle_decoder": the two halves of `nn.DiscreteVAE`.
 
-    A checkpoint of pre-training gives its encoder to the methods of fine-tuning, as the authors'
-    code does it: SimMIM's shared table of relative positions goes to every block, ConvMAE's fusions
-    are left out.
+    The fine-tuning methods also take a pre-training checkpoint, and select its encoder as the
+    authors' code does: SimMIM's shared relative position table is copied to every block, ConvMAE's
+    multi-scale fusions are dropped.
 
     Args:
         method: One of the names above.
-        state_dict: Name -> tensor, or the checkpoint around it (`{"model": ...}`).
+        state_dict: Name -> tensor, or a checkpoint that contains it (`{"model": ...}`).
 
     Returns:
-        The renamed tensors; `.dropped` names the others.
+        The converted tensors; `.dropped` lists the names that have no counterpart.
 
     Raises:
-        TypeError: What is no dictionary.
-        ValueError: An unknown method.
+        TypeError: If `state_dict` is not a dictionary.
+        ValueError: If the method is unknown.
 
     Example:
         >>> import torch
@@ -57,15 +56,19 @@ def from_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
 def to_official(
     method: str, state_dict: Mapping[str, Any], *, duplicates: bool = False
 ) -> Converted:
-    """Undo `from_official`.
+    """Convert a mimkit state dict to the authors' names and shapes: the inverse of `from_official`.
 
     Args:
         method: As in `from_official`.
-        state_dict: mimkit's names -> tensors.
-        duplicates: Whether to write "cae"'s encoder twice, as its authors keep it.
+        state_dict: Name -> tensor, with mimkit's names.
+        duplicates: For "cae": whether to also write the authors' second copy of the encoder.
+
+    Returns:
+        The converted tensors; `.dropped` lists the names that have no counterpart.
 
     Raises:
-        ValueError: An unknown method, or one that has no duplicates.
+        TypeError: If `state_dict` is not a dictionary.
+        ValueError: If the method is unknown, or has no duplicates.
 
     Example:
         >>> import torch
@@ -73,24 +76,9 @@ def to_official(
         ['decoder_pred.weight']
     """
     if duplicates and method != "cae":
-        raise ValueError(f'duplicates=True is for method "cae"; got {method!r}')
+        raise ValueError(f'duplicates=True needs the method "cae"; got {method!r}')
     official = _translation(method).to_theirs(unwrap(state_dict))
     return _cae.duplicate_encoder(official) if duplicates else official
-
-
-def unwrap(state_dict: Any) -> Mapping[str, Tensor]:
-    """Take the tensors out of a checkpoint of the form `{"model": ...}`.
-
-    Raises:
-        TypeError: What is no dictionary.
-    """
-    if not isinstance(state_dict, Mapping):
-        kind = type(state_dict).__name__
-        raise TypeError(f"a state dict maps names to tensors; got {kind} {state_dict!r:.60}")
-    tensors: Mapping[str, Any] = state_dict
-    while isinstance(tensors.get("model"), Mapping):
-        tensors = tensors["model"]
-    return tensors
 
 
 def _translation(method: str) -> Translation:

@@ -1,8 +1,8 @@
-"""Names of ConvMAE: pre-training, fine-tuning and detection; FastConvMAE's are the same."""
+"""Translation rules for ConvMAE's pre-training, fine-tuning and detection, and for FastConvMAE."""
 
 from mimkit.interop._rules import Rule, Translation, renames, same, within
 
-# What the authors call attention is a depth-wise convolution.
+# The authors call the depth-wise convolution `attn`.
 _CONV_BLOCK = (
     *(
         Rule(f"{{i}}.{name}.weight", f"{{i}}.{name}.weight", is_pointwise=True)

@@ -1,4 +1,4 @@
-"""Checkpoint files, read without running what is in them."""
+"""Safe reading of checkpoint files."""
 
 import argparse
 from pathlib import Path
@@ -8,18 +8,21 @@ import torch
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint to the CPU: safetensors, or PyTorch's format with weights only.
+    """Load a safetensors or PyTorch checkpoint to the CPU without running code from it.
 
-    Nothing but tensors, plain containers and `argparse.Namespace` (which MAE's own checkpoints
-    hold) is unpickled.
+    Only tensors, plain containers and `argparse.Namespace` (in MAE's own checkpoints) are
+    unpickled.
 
     Args:
-        path: A `.safetensors` file, or anything that `torch.save` wrote.
+        path: A `.safetensors` file, or a file written by `torch.save`.
+
+    Returns:
+        The contents of the file.
 
     Raises:
-        FileNotFoundError: No such file.
-        ModuleNotFoundError: A safetensors file without the package to read it.
-        pickle.UnpicklingError: A file that would run code when loaded.
+        FileNotFoundError: If the file does not exist.
+        ModuleNotFoundError: If a safetensors file is given and safetensors is not installed.
+        pickle.UnpicklingError: If loading the file would run code.
     """
     path = Path(path)
     if path.suffix == ".safetensors":

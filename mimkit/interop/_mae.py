@@ -1,4 +1,4 @@
-"""Names of MAE, and of the encoders that it fine-tunes and probes."""
+"""Translation rules for MAE's pre-training, fine-tuning and linear probing."""
 
 from mimkit.interop._rules import Translation, renames, same, within
 

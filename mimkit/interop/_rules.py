@@ -1,7 +1,7 @@
-"""How names are translated: by rules, applied to any name -> tensor dictionary and any part of one.
+"""Rules that translate parameter names; they apply to any subset of a state dict.
 
-In a pattern, `{i}` stands for a number and `{rest}` for the rest of a name; the first rule that
-fits counts. Every rule keeps the values as they are.
+In a pattern, `{i}` matches a number and `{rest}` the rest of a name. The first rule that matches is
+used. No rule changes a value.
 """
 
 import functools
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Converted(dict[str, Tensor]):
-    """A name -> tensor dictionary that knows what was left out.
+    """A converted state dict that also lists what was dropped.
 
     Attributes:
         dropped: Names of the input that have no counterpart.
@@ -26,13 +26,13 @@ class Converted(dict[str, Tensor]):
 
 @dataclass(frozen=True)
 class Rule:
-    """One translation.
+    """Translation of one pattern of names.
 
     Attributes:
         theirs: Pattern of the authors' names.
-        ours: Pattern of mimkit's names; `None` leaves them out.
-        is_pointwise: Whether the authors' tensor is the weight of a convolution of size 1, with two
-            axes more than that of the linear layer which it is here.
+        ours: Pattern of mimkit's names; `None` drops them.
+        is_pointwise: Whether the authors' tensor is the weight of a 1x1 convolution and ours that
+            of a linear layer, which has two axes less.
     """
 
     theirs: str
@@ -46,15 +46,15 @@ class Translation:
 
     Attributes:
         rules: The rules, in the order in which they are tried.
-        encoder_of: Takes the encoder out of a checkpoint of pre-training, and leaves another one as
-            it is: from names of fine-tuning to the names that they have in it.
+        encoder_of: Selects the encoder of a pre-training checkpoint: takes the checkpoint's names,
+            returns fine-tuning name -> name in the checkpoint. The identity for other checkpoints.
     """
 
     rules: tuple[Rule, ...]
     encoder_of: Callable[[Iterable[str]], Mapping[str, str]] = lambda names: {n: n for n in names}
 
     def to_ours(self, tensors: Mapping[str, Tensor]) -> Converted:
-        """Translate the authors' tensors."""
+        """Convert the authors' tensors to mimkit's."""
         converted, used = {}, set()
         for name, source in self.encoder_of(tensors).items():
             rule, new = translate(name, ((rule, rule.theirs, rule.ours) for rule in self.rules))
@@ -65,9 +65,9 @@ class Translation:
         return Converted(converted, tuple(name for name in tensors if name not in used))
 
     def to_theirs(self, tensors: Mapping[str, Tensor]) -> Converted:
-        """Undo `to_ours`."""
+        """Convert mimkit's tensors to the authors': the inverse of `to_ours`."""
         swapped = [(rule, rule.ours, rule.theirs) for rule in self.rules if rule.ours is not None]
-        swapped.sort(key=lambda entry: entry[1] == "{rest}")  # what fits any name comes last
+        swapped.sort(key=lambda entry: entry[1] == "{rest}")  # the catch-all pattern comes last
         converted, dropped = {}, []
         for name, tensor in tensors.items():
             rule, new = translate(name, swapped)
@@ -79,17 +79,17 @@ class Translation:
 
 
 def renames(*pairs: tuple[str, str | None]) -> tuple[Rule, ...]:
-    """Make rules of (official, mimkit) patterns."""
+    """Make rules from (official, mimkit) pairs of patterns."""
     return tuple(Rule(theirs, ours) for theirs, ours in pairs)
 
 
 def same(*patterns: str) -> tuple[Rule, ...]:
-    """Make rules for names that are the same here and there."""
+    """Make rules for names that are the same in both."""
     return tuple(Rule(pattern, pattern) for pattern in patterns)
 
 
 def within(rules: Iterable[Rule], *, theirs: str = "", ours: str = "") -> tuple[Rule, ...]:
-    """Put prefixes in front of both patterns of rules."""
+    """Add a prefix to each side's patterns."""
     return tuple(
         replace(
             rule,
@@ -103,7 +103,7 @@ def within(rules: Iterable[Rule], *, theirs: str = "", ours: str = "") -> tuple[
 def translate(
     name: str, entries: Iterable[tuple[Rule, str, str | None]]
 ) -> tuple[Rule | None, str | None]:
-    """Find the first (rule, old pattern, new pattern) that fits; return its rule, the new name."""
+    """Apply the first (rule, old pattern, new pattern) that matches; return rule and new name."""
     for rule, old, new in entries:
         match = _expression(old).fullmatch(name)
         if match:

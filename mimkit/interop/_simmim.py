@@ -1,4 +1,4 @@
-"""Names of SimMIM: its pre-training, and the encoders that it fine-tunes."""
+"""Translation rules for SimMIM's pre-training and fine-tuning, with ViT and Swin."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -23,9 +23,9 @@ _PRETRAINING = (
 
 
 def _encoder_of(names: Iterable[str]) -> Mapping[str, str]:
-    """Take the encoder out of a checkpoint of pre-training, if it is one.
+    """Select the encoder from a pre-training checkpoint; other checkpoints stay unchanged.
 
-    As the authors do, each block starts from the table that all of them shared.
+    As in the authors' code, the shared relative position table is copied to every block.
     """
     encoder = {name.removeprefix("encoder."): name for name in names}
     shared = encoder.pop(_SHARED_TABLE, None)

@@ -1,4 +1,4 @@
-"""timm's models: their weights, and Vision Transformers themselves under a mimkit mask."""
+"""Conversion of timm's weights, and a wrapper that runs timm's Vision Transformers with a mask."""
 
 import re
 from collections.abc import Mapping
@@ -7,11 +7,11 @@ from typing import Any, Literal, cast, get_args
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mimkit.interop._convert import from_official, to_official, unwrap
+from mimkit._checks import check_mask, unwrap
+from mimkit.interop._convert import from_official, to_official
 from mimkit.interop._rules import Converted
 from mimkit.masking import Mask
 from mimkit.patches import gather_visible, grid_of
-from mimkit.patches._patchify import check_mask
 
 _BLOCK = re.compile(r"blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)")
 _CHANGES_THE_FUNCTION = ("blocks.", "norm_pre.", "reg_token")
@@ -22,12 +22,15 @@ _MERGING = re.compile(r"layers\.(\d+)\.downsample\.")
 
 
 def to_timm(state_dict: Mapping[str, Any], *, model: Model | None = None) -> Converted:
-    """Rename the weights of `nn.ViT` or `nn.SwinTransformer` to timm's.
+    """Convert the weights of `nn.ViT` or `nn.SwinTransformer` to timm's names.
 
     Args:
-        state_dict: mimkit's names -> tensors.
-        model: "vit" (timm's `VisionTransformer`) or "swin" (its `SwinTransformer`, 0.9 or later,
-            whose patches are merged at the start of a stage); told by the names if `None`.
+        state_dict: Name -> tensor, with mimkit's names.
+        model: "vit" (timm's `VisionTransformer`) or "swin" (timm's `SwinTransformer` of 0.9 or
+            later, which merges patches at the start of a stage); inferred from the names if `None`.
+
+    Returns:
+        The converted tensors; `.dropped` lists the names that have no counterpart.
 
     Example:
         >>> import torch
@@ -38,7 +41,7 @@ def to_timm(state_dict: Mapping[str, Any], *, model: Model | None = None) -> Con
     """
     tensors = unwrap(state_dict)
     if _model_of(tensors, model) == "vit":
-        # Both share their names by design.
+        # `nn.ViT`, timm and MAE's fine-tuning encoder use the same names.
         return from_official("mae_vit", tensors)
     official = to_official("simmim_swin_finetune", tensors)
     renamed = {_shift_merging(name, 1): tensor for name, tensor in official.items()}
@@ -47,15 +50,18 @@ def to_timm(state_dict: Mapping[str, Any], *, model: Model | None = None) -> Con
 
 
 def from_timm(state_dict: Mapping[str, Any], *, model: Model | None = None) -> Converted:
-    """Rename the weights of a timm `VisionTransformer` or `SwinTransformer` to mimkit's.
+    """Convert the weights of a timm `VisionTransformer` or `SwinTransformer` to mimkit's names.
 
     Args:
-        state_dict: timm's names -> tensors.
+        state_dict: Name -> tensor, with timm's names.
         model: As in `to_timm`.
 
+    Returns:
+        The converted tensors; `.dropped` lists the names that have no counterpart.
+
     Raises:
-        ValueError: A model with parts that `nn.ViT` lacks (layer scale, query-key norms,
-            registers, a norm before the blocks): it would compute something else.
+        ValueError: If the model has parts that `nn.ViT` lacks (layer scale, query-key norms,
+            registers, a norm before the blocks), so that the result would compute something else.
 
     Example:
         >>> import torch
@@ -69,15 +75,15 @@ def from_timm(state_dict: Mapping[str, Any], *, model: Model | None = None) -> C
         return from_official("simmim_swin_finetune", bare)
     for name in tensors:
         if name.startswith(_CHANGES_THE_FUNCTION) and not _BLOCK.fullmatch(name):
-            raise ValueError(f"nn.ViT has no counterpart for {name!r}, without which it is wrong")
+            raise ValueError(f"nn.ViT has no counterpart for {name!r}, which changes the output")
     return from_official("mae_vit", tensors)
 
 
 def _model_of(tensors: Mapping[str, Tensor], model: Model | None) -> Model:
     if model not in (*get_args(Model), None):
         raise ValueError(f"model must be one of {get_args(Model)}; got {model!r}")
-    told = "swin" if any(name.startswith("layers.") for name in tensors) else "vit"
-    return model or cast(Model, told)
+    inferred = "swin" if any(name.startswith("layers.") for name in tensors) else "vit"
+    return model or cast(Model, inferred)
 
 
 def _shift_merging(name: str, stages: int) -> str:
@@ -112,31 +118,37 @@ class _MaskedTimmViT(nn.Module):
 
 
 def wrap_timm(model: nn.Module) -> nn.Module:
-    """Run a timm Vision Transformer under a mimkit mask.
+    """Wrap a timm Vision Transformer so that it takes a mask.
 
-    The result is an encoder like `nn.ViT`: called with images and a mask it encodes the prefix
-    tokens and the visible patches, called with images alone it equals `model.forward_features`.
-    The weights stay those of `model`, which all patches of an image pass only up to its position
-    embedding.
+    The result is an encoder like `nn.ViT`. With images and a mask, it encodes the prefix tokens and
+    the visible patches; with images only, it equals `model.forward_features`. It shares its weights
+    with `model`. All patches are embedded and get their position embedding; the blocks see visible
+    patches only.
 
     Args:
-        model: A timm `VisionTransformer` (or a subclass that keeps its parts), without patch
+        model: A timm `VisionTransformer` (or a subclass with the same parts), without patch
             dropout.
 
     Returns:
         `encoder(images, mask=None)`, with `.model`, `.num_prefix_tokens` and `.pool(tokens)`.
 
     Raises:
-        TypeError: A model without the parts of a `VisionTransformer`, or with rotary positions,
-            which its blocks would have to be given for the visible patches only.
-        ValueError: A model that drops patches by itself.
+        TypeError: If the model lacks a part of a `VisionTransformer`, or has rotary position
+            embeddings, which are not supported.
+        ValueError: If the model has patch dropout.
     """
     parts = ("patch_embed", "_pos_embed", "norm_pre", "blocks", "norm", "num_prefix_tokens")
     missing = [name for name in parts if not hasattr(model, name)]
     if missing:
-        raise TypeError(f"{type(model).__name__} is no timm VisionTransformer: it has no {missing}")
+        raise TypeError(
+            f"wrap_timm needs a timm VisionTransformer; got {type(model).__name__} "
+            f"without {missing}"
+        )
     if getattr(model, "rope", None) is not None:
-        raise TypeError(f"{type(model).__name__} has rotary positions, which wrap_timm cannot mask")
+        raise TypeError(
+            "wrap_timm does not support rotary position embeddings; got a "
+            f"{type(model).__name__} with them"
+        )
     if getattr(getattr(model, "patch_drop", None), "prob", 0):
-        raise ValueError("the model drops patches by itself: build it with patch_drop_rate=0")
+        raise ValueError("the model has patch dropout: build it with patch_drop_rate=0")
     return _MaskedTimmViT(model)

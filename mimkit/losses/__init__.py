@@ -1,4 +1,4 @@
-"""How a prediction is scored."""
+"""Losses on masked positions, and the losses of trivial predictors."""
 
 from mimkit.losses._alignment import alignment_mse
 from mimkit.losses._baselines import baselines

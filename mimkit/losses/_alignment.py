@@ -1,4 +1,4 @@
-"""How far predicted latents are from those of an encoder."""
+"""CAE's alignment loss between predicted and encoded latents."""
 
 from jaxtyping import Float, Float32
 from torch import Tensor
@@ -12,13 +12,13 @@ def alignment_mse(
 
     Args:
         prediction: Predicted latents of the masked positions.
-        target: What they should be; compute it under `torch.no_grad`.
+        target: Latents of the encoder; compute them under `torch.no_grad`.
 
     Returns:
-        float32, whatever the inputs; 0 (with zero gradient) where nothing is masked.
+        float32 for inputs of any dtype; 0 (with zero gradient) if nothing is masked.
 
     Raises:
-        ValueError: Shapes that differ; nothing is broadcast.
+        ValueError: Shapes that differ; there is no broadcasting.
 
     Source:
         CAE, arXiv:2202.03026, section 3.2 "latent representation alignment".
@@ -30,7 +30,7 @@ def alignment_mse(
     """
     if prediction.shape != target.shape:
         raise ValueError(
-            f"prediction and target must have one shape; got {tuple(prediction.shape)} and "
+            f"prediction and target must have the same shape; got {tuple(prediction.shape)} and "
             f"{tuple(target.shape)}"
         )
     total = F.mse_loss(prediction.float(), target.float(), reduction="sum")

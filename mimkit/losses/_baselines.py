@@ -1,4 +1,4 @@
-"""What predictors that learn nothing would score: the yardstick beside every loss."""
+"""Losses of trivial predictors, to compare a model's loss with."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -9,12 +9,12 @@ from jaxtyping import Float, Float32, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+import mimkit_kernels as kernels
+from mimkit._checks import Order
 from mimkit._grids import Grid, per_axis
 from mimkit.losses._masked import Kind, masked_pixel_loss
 from mimkit.masking import Mask
 from mimkit.patches import gather_patches, grid_of, unpatchify
-from mimkit.patches._patchify import Order
-from mimkit.patches._tokens import take_rows
 from mimkit.targets import NormalizedPixels, Pixels
 
 
@@ -31,16 +31,16 @@ def baselines(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> dict[str, Float32[Tensor, ""]]:
-    """Score trivial predictors under the very loss of `masked_pixel_loss`.
+    """Compute the `masked_pixel_loss` of trivial predictors.
 
-    Arguments are those of `masked_pixel_loss`. The predictors see visible patches only, but for one
-    favour: "interpolated" is multiplied by the factor that suits the hidden target best.
+    Arguments are those of `masked_pixel_loss`. The predictors use visible patches only, with one
+    exception: "interpolated" is multiplied by the factor that fits the masked target best.
 
     Returns:
         "zero": the loss of predicting 0 everywhere.
-        "mean_color": of each image's mean visible color.
-        "nearest": of a copy of the nearest visible patch.
-        "interpolated": of a smooth (Gaussian) interpolation of the visible pixels.
+        "mean_color": the loss of predicting each image's mean visible color.
+        "nearest": the loss of predicting a copy of the nearest visible patch.
+        "interpolated": the loss of a Gaussian interpolation of the visible pixels.
 
     Raises:
         ValueError: A mask without visible or without masked patches, or what `masked_pixel_loss`
@@ -56,15 +56,15 @@ def baselines(
         raise ValueError(f"baselines need visible and masked patches; got {mask}")
     make_target = NormalizedPixels if normalize == "patch" else Pixels
     target = make_target(patch_size, order, mean, std)
-    hidden, seen = target(images, mask), target(images, mask.complement())
+    masked, visible = target(images, mask), target(images, mask.complement())
     smooth = make_target(patch_size, order)(
         _interpolate(images, mask, patch_size, mean=mean, std=std), mask
     )
-    scale = (smooth * hidden).sum() / smooth.square().sum().clamp(min=1e-12)
+    scale = (smooth * masked).sum() / smooth.square().sum().clamp(min=1e-12)
     predictions = {
-        "zero": torch.zeros_like(hidden),
-        "mean_color": _mean_color(seen, images.shape[1], order).expand_as(hidden),
-        "nearest": take_rows(seen, _nearest_visible(mask)),
+        "zero": torch.zeros_like(masked),
+        "mean_color": _mean_color(visible, images.shape[1], order).expand_as(masked),
+        "nearest": kernels.gather_tokens(visible, _nearest_visible(mask), 0),
         "interpolated": smooth * scale,
     }
     return {
@@ -85,19 +85,19 @@ def baselines(
 
 
 def _mean_color(
-    seen: Float[Tensor, "batch visible patch"], channels: int, order: Order
+    visible: Float[Tensor, "batch visible patch"], channels: int, order: Order
 ) -> Float[Tensor, "batch 1 patch"]:
     """Average visible patches over tokens and pixels, channel by channel."""
     values = "(p c)" if order == "p1 p2 c" else "(c p)"
-    color = reduce(seen, f"b v {values} -> b c", "mean", c=channels)
-    return repeat(color, f"b c -> b 1 {values}", p=seen.shape[2] // channels)
+    color = reduce(visible, f"b v {values} -> b c", "mean", c=channels)
+    return repeat(color, f"b c -> b 1 {values}", p=visible.shape[2] // channels)
 
 
 def _nearest_visible(mask: Mask) -> Tensor:
-    """Return the slot of the visible token that is nearest to each masked one."""
+    """Return, for each masked token, the index of the nearest visible one in `visible_ids`."""
     axes = [torch.arange(size, device=mask.device, dtype=torch.float32) for size in mask.grid]
-    place = torch.cartesian_prod(*axes).view(mask.num_tokens, -1)
-    return torch.cdist(place[mask.masked_ids], place[mask.visible_ids]).argmin(dim=2)
+    position = torch.cartesian_prod(*axes).view(mask.num_tokens, -1)
+    return torch.cdist(position[mask.masked_ids], position[mask.visible_ids]).argmin(dim=2)
 
 
 def _interpolate(
@@ -108,15 +108,19 @@ def _interpolate(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> Float[Tensor, "batch channels *spatial"]:
-    """Fill hidden pixels with a Gaussian-weighted mean of the visible ones."""
+    """Fill masked pixels with a Gaussian-weighted mean of the visible ones."""
     grid = grid_of(images, patch_size)
     patch = per_axis("patch_size", patch_size, len(grid))
-    seen = gather_patches(images, mask, patch, mean=mean, std=std, order="c p1 p2").float()
-    patches = seen.new_zeros(images.shape[0], mask.num_tokens, seen.shape[2])
+    visible = gather_patches(images, mask, patch, mean=mean, std=std, order="c p1 p2").float()
+    patches = visible.new_zeros(images.shape[0], mask.num_tokens, visible.shape[2])
     ids = mask.visible_ids.unsqueeze(2)
-    values = unpatchify(patches.scatter(1, ids.expand_as(seen), seen), grid, patch, order="c p1 p2")
-    weights = unpatchify(patches.scatter(1, ids.expand_as(seen), 1.0), grid, patch, order="c p1 p2")
-    # A trace of the mean color stands in where no visible pixel is near.
+    values = unpatchify(
+        patches.scatter(1, ids.expand_as(visible), visible), grid, patch, order="c p1 p2"
+    )
+    weights = unpatchify(
+        patches.scatter(1, ids.expand_as(visible), 1.0), grid, patch, order="c p1 p2"
+    )
+    # Far from visible pixels, where both sums vanish, the result is the mean color.
     color = values.flatten(2).mean(dim=2) / weights.flatten(2).mean(dim=2)
     color = color.view(*color.shape, *[1] * len(grid))
     floor = 1e-6
@@ -125,7 +129,7 @@ def _interpolate(
 
 
 def _blur(images: Tensor, sigmas: Grid) -> Tensor:
-    """Convolve every axis with a Gaussian of half a patch."""
+    """Blur every axis with a Gaussian of half a patch as its standard deviation."""
     for axis, sigma in enumerate(sigmas, 2):
         offsets = torch.arange(-2 * sigma, 2 * sigma + 1, device=images.device)
         kernel = torch.exp(-0.5 * (offsets / (0.5 * sigma)).square())

@@ -38,26 +38,27 @@ def linear_cross_entropy(
     *,
     return_accuracy: bool = False,
 ) -> Scalar | tuple[Scalar, Scalar]:
-    """Score `F.linear(x, weight, bias)` by its cross-entropy with `target`, chunk by chunk.
+    """Compute the cross-entropy of `F.linear(x, weight, bias)` with `target`, in chunks.
 
-    On a CPU 2**23 logits exist at a time, on a GPU 2**24, in the type of `F.linear`: those of 1,024
-    or 2,048 rows over 8,192 words. Loss and gradients are made of them at once, so that the forward
-    pass takes thrice as long and backward costs nothing more. Sums are in float32.
+    At most 2**23 logits exist at a time on a CPU, and 2**24 on a GPU, in the dtype of `F.linear`:
+    1,024 or 2,048 rows of a vocabulary of 8,192 words. Gradients are computed with the loss, so the
+    forward pass takes three times as long, and the backward pass almost no time. Sums are
+    accumulated in float32.
 
     Args:
         x: Any number of rows.
         weight: One row per word of the vocabulary.
         bias: One value per word, or `None`.
-        target: The right word of each row.
-        return_accuracy: Also return the share of rows whose largest logit is the right one.
+        target: Index of the correct word of each row.
+        return_accuracy: Also return the fraction of rows whose largest logit is the correct one.
 
     Returns:
-        The mean over the rows, float32; 0 (with zero gradient) if there are none.
+        The mean over the rows, in float32; 0 (with zero gradient) if there are no rows.
 
     Raises:
         TypeError: A target that is not int64.
         ValueError: Shapes or devices that do not fit; on a CPU or with `mimkit.use(check=True)`
-            also a target that is no word.
+            also a target out of range.
 
     Example:
         >>> import torch
@@ -77,14 +78,14 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> No
         raise TypeError(f"target must be int64; got {target.dtype}")
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"x [..., width] and weight [words, width] must share their width; "
+            f"x [..., width] and weight [words, width] must have the same width; "
             f"got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}]; got {tuple(bias.shape)}")
     if target.shape != x.shape[:-1]:
         raise ValueError(
-            f"target must name one word for each row of x {tuple(x.shape[:-1])}; "
+            f"target must be {tuple(x.shape[:-1])}, one word for each row of x; "
             f"got {tuple(target.shape)}"
         )
     devices = {tensor.device for tensor in (x, weight, bias, target) if tensor is not None}

@@ -1,8 +1,8 @@
-"""Losses on masked positions. The one place that divides by a count.
+"""Losses on masked positions. All means over masked positions are computed here.
 
 Axes: batch; masked (tokens); tokens (of the whole grid); ... (the values of one token); channels;
-*spatial; patch (the values of one patch). Under a `RaggedMask`: rows (masked tokens of all samples,
-or all tokens, one sample behind the other); samples.
+*spatial; patch (the values of one patch). With a `RaggedMask`: rows (the masked tokens, or all
+tokens, of all samples, concatenated); samples.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,14 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mimkit_kernels as kernels
-from mimkit._grids import count_tokens, per_axis
-from mimkit.losses._classes import check_classes
-from mimkit.masking import Mask, RaggedMask
-from mimkit.patches import gather_masked, grid_of
-from mimkit.patches._patchify import (
+from mimkit._checks import (
     Order,
     channel_statistic,
     check_batch,
+    check_can_normalize,
     check_device,
     check_mask,
     check_pixels,
@@ -29,11 +26,14 @@ from mimkit.patches._patchify import (
     each_sample,
     is_channels_last,
 )
-from mimkit.targets._pixels import check_can_normalize
+from mimkit._grids import count_tokens, per_axis
+from mimkit.losses._classes import check_classes
+from mimkit.masking import Mask, RaggedMask
+from mimkit.patches import gather_masked, grid_of
 from mimkit_kernels import elementwise_error
 
 Reduction = Literal["mean", "sample", "none"]
-# What `F.cross_entropy` leaves out: nothing that a target holds.
+# `ignore_index` of `F.cross_entropy`: a value that no target contains.
 _NO_CLASS = torch.iinfo(torch.int64).min
 
 Kind = Literal["l2", "l1", "smooth_l1"]
@@ -50,19 +50,20 @@ def masked_mse(
     """Mean squared error over the masked positions.
 
     Args:
-        prediction: One value set per masked token, in the order of `mask.masked_ids`; or per token
-            of the grid, of which the masked ones are taken. Packed rows under a `RaggedMask`.
-        target: The same.
+        prediction: Values of each masked token, in the order of `mask.masked_ids`; or of each token
+            of the grid, from which the masked ones are gathered. Packed rows with a `RaggedMask`.
+        target: The same, for the target.
         mask: Which positions count.
-        reduction: "mean" over everything, "sample" over each sample, "none" over each token. Under
-            a `RaggedMask`, "mean" is that of the samples' own means, so that each sample counts
-            the same in a batch as alone, and micro-batches and processes together as the whole.
+        reduction: "mean" averages over everything, "sample" over each sample, "none" over the
+            values of each token. With a `RaggedMask`, "mean" averages the means of the samples:
+            all samples have the same weight, also if the batch is split into micro-batches or
+            among processes.
 
     Returns:
-        float32, whatever the inputs; 0 (with zero gradient) where nothing is masked.
+        float32 for inputs of any dtype; 0 (with zero gradient) if nothing is masked.
 
     Raises:
-        ValueError: Shapes that differ or do not fit the mask; nothing is broadcast.
+        ValueError: Shapes that differ or do not fit the mask; there is no broadcasting.
 
     Source:
         MAE, facebookresearch/mae `forward_loss`.
@@ -108,7 +109,7 @@ def masked_smooth_l1(
         prediction: As in `masked_mse`.
         target: As in `masked_mse`.
         mask: Which positions count.
-        beta: Where the error turns from `0.5 * x**2 / beta` to `x - 0.5 * beta`; 0 is plain L1.
+        beta: Error at which the loss changes from `0.5 * x**2 / beta` to `x - 0.5 * beta`; 0 is L1.
         reduction: As in `masked_mse`.
 
     Raises:
@@ -133,7 +134,7 @@ def masked_cosine(
 ) -> Loss:
     """One minus the cosine between prediction and target at the masked positions.
 
-    Lengths do not count, so neither side needs a scale. Arguments as in `masked_mse`.
+    The lengths of the vectors do not matter. Arguments as in `masked_mse`.
 
     Source:
         CAE v2, arXiv:2211.09799: features of a teacher, `F.cosine_embedding_loss` of unit vectors.
@@ -160,9 +161,9 @@ def masked_cross_entropy(
     *,
     reduction: Reduction = "mean",
 ) -> Loss:
-    """Cross-entropy of the masked positions' classes; classes are the last axis of `prediction`.
+    """Cross-entropy over the masked positions; classes are the last axis of `prediction`.
 
-    Other arguments as in `masked_mse`. Every masked position counts: no class is left out.
+    Other arguments as in `masked_mse`. Every masked position counts: there is no `ignore_index`.
 
     Raises:
         TypeError: Classes that are not integers.
@@ -178,8 +179,8 @@ def masked_cross_entropy(
     target = _take_masked("target", target, mask)
     if prediction.shape[:-1] != target.shape:
         raise ValueError(
-            f"prediction {tuple(prediction.shape)} must be target {tuple(target.shape)} and an "
-            "axis of classes behind it"
+            "prediction must have the shape of target and a last axis of classes; got "
+            f"{tuple(prediction.shape)} and {tuple(target.shape)}"
         )
     check_classes("classes", target, prediction.shape[-1])
     logits, classes = prediction.float().flatten(0, -2), target.long().flatten()
@@ -202,25 +203,25 @@ def masked_pixel_loss(
     std: Sequence[float] | None = None,
     reduction: Reduction = "mean",
 ) -> Loss:
-    """Score predicted patches against the images' masked patches.
+    """Compute the loss between predicted patches and the masked patches of the images.
 
     Args:
-        prediction: One patch per masked token, in the order of `mask.masked_ids`; packed rows under
+        prediction: One patch per masked token, in the order of `mask.masked_ids`; packed rows with
             a `RaggedMask`.
-        images: Floats, or uint8 in [0, 255], which become fractions in [0, 1] first. Visible
-            pixels are not read. Under a `RaggedMask` also a list, of images of any sizes.
+        images: Floats, or uint8 in [0, 255], which is converted to float32 in [0, 1] first. Visible
+            pixels are not read. With a `RaggedMask`, also a list of images of any sizes.
         mask: Which patches were predicted.
         patch_size: Pixels per patch; one integer, or one per spatial axis.
-        normalize: "patch" brings every target patch to zero mean and unit variance first.
+        normalize: "patch" normalises every target patch to zero mean and unit variance first.
         kind: "l2" (mean squared), "l1" (mean absolute) or "smooth_l1".
-        beta: Of "smooth_l1" (see `masked_smooth_l1`).
+        beta: Parameter of "smooth_l1" (see `masked_smooth_l1`).
         order: Order of the values inside a predicted patch (see `patches.patchify`).
         mean: One value per channel to subtract from the images.
-        std: One value per channel to divide them by afterwards.
+        std: One value per channel to divide the images by afterwards.
         reduction: As in `masked_mse`.
 
     Returns:
-        float32, whatever the inputs; 0 (with zero gradient) where nothing is masked.
+        float32 for inputs of any dtype; 0 (with zero gradient) if nothing is masked.
 
     Raises:
         TypeError: Images that are neither floats nor uint8.
@@ -301,7 +302,7 @@ def _masked_loss(
 
 
 def _take_masked(name: str, values: Tensor, mask: Mask | RaggedMask) -> Tensor:
-    if isinstance(mask, RaggedMask):  # a batch of one, as long as all samples together
+    if isinstance(mask, RaggedMask):  # one sample that holds the tokens of all
         return _take_masked_rows(name, values, mask).unsqueeze(0)
     check_batch(mask, values)
     if values.ndim >= 2 and values.shape[1] == mask.num_masked:
@@ -354,9 +355,9 @@ def _reduce_rows(
     if reduction == "none":
         return errors
     counts = mask.cu_masked.diff()
-    # A sample that masks nothing has no row, so that the infinite share of one is of none.
-    shares = (1.0 / counts).repeat_interleave(counts, output_size=len(errors))
-    scores = errors * shares
+    # A sample without masked tokens has no rows, so its infinite weight is never used.
+    weights = (1.0 / counts).repeat_interleave(counts, output_size=len(errors))
+    scores = errors * weights
     if reduction == "mean":
         return scores.sum() / mask.batch_size
     return torch.stack([rows.sum() for rows in mask.split_masked(scores)])

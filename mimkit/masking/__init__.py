@@ -1,4 +1,4 @@
-"""What is hidden: masks, the keys they are functions of, and the samplers that draw them."""
+"""Masks, the keys that determine them, and the samplers that draw them."""
 
 from mimkit.masking import compat, stats
 from mimkit.masking._blockwise import blockwise

@@ -1,4 +1,4 @@
-"""`python -m mimkit.masking describe SAMPLER`: what a sampler does, in numbers and as a picture."""
+"""`python -m mimkit.masking describe SAMPLER`: print statistics of a sampler and draw masks."""
 
 import argparse
 import ast
@@ -15,17 +15,17 @@ from mimkit import masking
 from mimkit.masking import Mask, stats
 
 _SHOWN = 8  # masks in the picture
-_CELL = 96  # pixels a mask, at least
+_CELL = 96  # smallest size of a mask in pixels
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: Those after the program's name; that of the process if `None`.
+        arguments: Command-line arguments; `sys.argv[1:]` if `None`.
 
     Returns:
-        The exit code: 0, or 2 after a user's mistake, which is told on stderr.
+        The exit code: 0, or 2 after a user's mistake, which is printed to stderr.
     """
     options = vars(_parser().parse_args(arguments))
     sampler = _samplers()[options["sampler"]]
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _samplers() -> dict[str, Callable[..., Mask]]:
-    """All public functions from a key, a grid and numbers to a mask."""
+    """Return all public samplers whose options are numbers, by name."""
     functions = {name: getattr(masking, name) for name in masking.__all__}
     return {
         name: function
@@ -57,7 +57,7 @@ def _samplers() -> dict[str, Callable[..., Mask]]:
         if inspect.isfunction(function)
         and [*inspect.signature(function).parameters][:2] == ["key", "grid"]
         and inspect.signature(function).return_annotation is Mask
-        and "weights" not in inspect.signature(function).parameters  # no words for a tensor
+        and "weights" not in inspect.signature(function).parameters  # a tensor cannot be typed
     }
 
 
@@ -78,17 +78,19 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(f"--{option.replace('_', '-')}", type=_literal, dest=option)
         command.add_argument("--grid", type=int, nargs="+", required=True, help="tokens per axis")
         command.add_argument(
-            "--patch-size", type=int, nargs="+", default=[16], help="pixels a token"
+            "--patch-size", type=int, nargs="+", default=[16], help="pixels per token"
         )
-        command.add_argument("--samples", type=int, default=4096, help="masks of the marginal map")
-        command.add_argument("--distances", type=int, default=64, help="masks of the distance")
+        command.add_argument("--samples", type=int, default=4096, help="masks for the marginal map")
+        command.add_argument(
+            "--distances", type=int, default=64, help="masks for the average distance"
+        )
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--out", type=Path, help="picture to write; default: SAMPLER.png")
     return parser
 
 
 def _literal(text: str) -> Any:
-    """Read a number or a tuple of numbers; anything else is a word."""
+    """Parse a number or a tuple of numbers; return anything else as a string."""
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):

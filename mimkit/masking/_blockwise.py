@@ -1,4 +1,4 @@
-"""Block-wise masks: rectangles at random until exactly so many tokens are masked."""
+"""Block-wise masks: random rectangles until the exact number of tokens is masked."""
 
 import math
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from mimkit.masking._mask import Mask
 from mimkit.masking._philox import MAX_TOKENS, stream_of
 from mimkit_kernels import blockwise_sample
 
-_ATTEMPT, _TOP_UP = 2, 3  # numbers of the two streams in the public format
-_PATIENCE = 32  # rejected blocks in a row after which single tokens are masked instead
+_ATTEMPT, _TOP_UP = 2, 3  # stream numbers in the public format
+_PATIENCE = 32  # rejected blocks in a row before single tokens are masked instead
 
 
 def blockwise(
@@ -28,14 +28,14 @@ def blockwise(
 ) -> Mask:
     """Mask rectangular blocks at random positions, the same number of tokens in every sample.
 
-    An attempt draws an area, an aspect ratio and a position. A block is rejected if it spans the
-    grid on an axis or would mask nothing new or too much; after 32 rejected ones in a row, or once
-    65536 are drawn, the tokens that are still missing are masked singly. So drawing ends on every
-    grid. On an axis that is too short for any block, blocks are cut to fit. On a grid hardly larger
-    than the smallest block its middle may be masked in every draw; a smaller `min_block` helps.
+    Each attempt draws an area, an aspect ratio and a position. The block is rejected if it spans a
+    whole axis of the grid, masks no new token, or masks too many. After 32 rejected blocks in a
+    row, or 65536 blocks in all, the remaining tokens are masked one at a time, so drawing always
+    ends. If an axis is too short for any block, blocks are cut to fit. If the grid is hardly larger
+    than the smallest block, its middle may be masked in every draw: use a smaller `min_block`.
 
-    The middle of the grid is masked more often than its border. Shares of 2000 masks at ratio 0.5
-    on a 14 x 14 grid, every other row and column of its upper left quarter:
+    The middle of the grid is masked more often than its border. Fraction of 2000 masks that mask a
+    token, at ratio 0.5 on a 14 x 14 grid, for every other row and column of the upper left quarter:
 
         .06  .18  .25  .28
         .18  .45  .59  .64
@@ -43,7 +43,7 @@ def blockwise(
         .28  .65  .81  .86
 
     Args:
-        key: What the mask is a function of.
+        key: Seed, epoch and sample ids (see `masking.key`).
         grid: Tokens on one or two axes; at most 65536 in all.
         ratio: Fraction of tokens to mask, in [0, 1].
         num_masked: Tokens to mask, instead of `ratio`.
@@ -57,13 +57,13 @@ def blockwise(
 
     Raises:
         ValueError: Both or neither of `ratio` and `num_masked`, a count that does not fit, a grid
-            of three axes or too many tokens, or bounds that are out of order.
+            of three axes or too many tokens, or a lower bound above its upper bound.
 
     Source:
         BEiT, arXiv:2106.08254, algorithm 1; Atten4Vis/CAE `MaskingGenerator`, whose counts are
-        exact, too, but which does not end on a grid where no block fits. There areas are real
-        numbers; here they are whole ones, and aspect ratios are 256 steps, so that a mask has the
-        same bits everywhere. `compat.cae` and `compat.beit` are the published algorithms.
+        exact too, but which never ends on a grid where no block fits. Its areas are real numbers.
+        Here areas are integers and aspect ratios have 256 steps, so that every device draws the
+        same mask. `compat.cae` and `compat.beit` are the published algorithms.
 
     Example:
         >>> from mimkit import masking
@@ -73,16 +73,16 @@ def blockwise(
     grid = as_sizes("grid", grid)
     num_tokens = count_tokens(grid)
     if len(grid) > 2:
-        raise ValueError(f"blocks have two axes, but grid {grid} has {len(grid)}")
+        raise ValueError(f"blockwise needs a grid of one or two axes; got {grid}")
     if num_tokens > MAX_TOKENS:
-        raise ValueError(f"grid {grid} has {num_tokens} tokens; at most {MAX_TOKENS} can be ranked")
+        raise ValueError(f"grid {grid} has {num_tokens} tokens; at most {MAX_TOKENS} are supported")
     count = resolve_count(num_tokens, ratio, num_masked, rounding)
     min_block = as_integer("min_block", min_block)
     max_block = None if max_block is None else as_integer("max_block", max_block)
     largest = max(count, 1) if max_block is None else max_block
     if not min_block >= 1 or (max_block is not None and max_block < min_block):
         raise ValueError(
-            f"block areas must satisfy 1 <= min_block <= max_block; got {min_block} and {max_block}"
+            f"blocks need 1 <= min_block <= max_block; got {min_block} and {max_block}"
         )
     check_interval("aspect", aspect)
     height, width = (1, *grid)[-2:]

@@ -1,4 +1,4 @@
-"""Masks that share an image out: every token is visible in exactly one of them."""
+"""Complementary masks: every token is visible in exactly one of them."""
 
 from collections.abc import Sequence
 
@@ -11,23 +11,23 @@ from mimkit.masking._philox import MAX_TOKENS, UNIFORM, random_words
 
 
 def complementary(key: Key, grid: Sequence[int], parts: int) -> list[Mask]:
-    """Deal the tokens of every sample to `parts` masks, each token visible in exactly one.
+    """Draw `parts` masks for every sample, such that each token is visible in exactly one.
 
     Args:
-        key: What the masks are functions of.
+        key: Seed, epoch and sample ids (see `masking.key`).
         grid: Tokens per axis; at most 65536 in all.
-        parts: Number of masks, at most the number of tokens. Where it does not divide that number,
-            the first masks see one token more than the others.
+        parts: Number of masks, at most the number of tokens. If it does not divide that number, the
+            first masks have one more visible token than the others.
 
     Returns:
-        The masks; the first one is what `uniform` draws for as many visible tokens.
+        The masks. The first one equals that of `uniform` with the same number of visible tokens.
 
     Raises:
         TypeError: A number of parts that is not an integer.
         ValueError: Fewer than one part, more parts than tokens, or too many tokens.
 
     Source:
-        FastConvMAE, Alpha-VL/FastConvMAE `random_masking`: four parts of a shuffled order.
+        FastConvMAE, Alpha-VL/FastConvMAE `random_masking`: four parts of a random permutation.
 
     Example:
         >>> from mimkit import masking
@@ -41,8 +41,8 @@ def complementary(key: Key, grid: Sequence[int], parts: int) -> list[Mask]:
     if not 1 <= parts <= num_tokens:
         raise ValueError(f"parts must be in [1, {num_tokens}] for grid {grid}; got {parts}")
     if num_tokens > MAX_TOKENS:
-        raise ValueError(f"grid {grid} has {num_tokens} tokens; at most {MAX_TOKENS} can be ranked")
+        raise ValueError(f"grid {grid} has {num_tokens} tokens; at most {MAX_TOKENS} are supported")
     words = random_words(key, num_tokens, sampler=UNIFORM)
     ranks = (words << 16) | torch.arange(num_tokens, device=key.device)
-    dealt = ranks.argsort(dim=1).tensor_split(parts, dim=1)
-    return [Mask.from_visible_ids(ids, grid) for ids in dealt]
+    split = ranks.argsort(dim=1).tensor_split(parts, dim=1)
+    return [Mask.from_visible_ids(ids, grid) for ids in split]

@@ -1,4 +1,4 @@
-"""How many tokens a ratio masks."""
+"""From a masking ratio to a number of masked tokens."""
 
 import math
 import numbers
@@ -12,16 +12,16 @@ Rounding = Literal["nearest", "mae", "simmim"]
 
 
 def num_masked(num_tokens: int, ratio: float | Fraction, *, rounding: Rounding = "nearest") -> int:
-    """Count the tokens that `ratio` masks, by one documented rule.
+    """Return the number of tokens that `ratio` masks.
 
     In a graph compiled with `fullgraph=True` the ratio must be a constant; a count may vary.
 
     Args:
         num_tokens: Tokens per sample, prefix tokens excluded.
         ratio: Fraction of tokens to mask, in [0, 1].
-        rounding: "nearest" rounds the decimal that you typed exactly, halves up, and leaves at
-            least one token visible and one masked. "mae" and "simmim" are the authors' float
-            expressions: they may leave none (`num_masked(10, 0.9, rounding="mae")` is 10).
+        rounding: "nearest" rounds the exact decimal that was typed, halves up, and leaves at least
+            one token visible and one masked. "mae" and "simmim" are the authors' float expressions,
+            which may leave no token visible (`num_masked(10, 0.9, rounding="mae")` is 10).
 
     Returns:
         The number of masked tokens.
@@ -32,8 +32,8 @@ def num_masked(num_tokens: int, ratio: float | Fraction, *, rounding: Rounding =
 
     Source:
         "mae": facebookresearch/mae `int(L * (1 - ratio))` visible, by truncation. "simmim":
-        microsoft/SimMIM `ceil(L * ratio)` masked. Both carry float error: of 100 tokens at ratio
-        0.9 MAE keeps 9.
+        microsoft/SimMIM `ceil(L * ratio)` masked. Both have float errors: of 100 tokens at ratio
+        0.9, MAE keeps 9.
 
     Example:
         >>> num_masked(196, 0.75), num_masked(10, 0.9), num_masked(10, 0.9, rounding="mae")
@@ -60,8 +60,8 @@ def num_masked(num_tokens: int, ratio: float | Fraction, *, rounding: Rounding =
     raise ValueError(f"rounding must be one of {get_args(Rounding)}; got {rounding!r}")
 
 
-# What `torch.compiler.assume_constant_result` does, without its import of dynamo, triton and all:
-# dynamo cannot trace fractions, and need not, for a constant ratio.
+# The same as `torch.compiler.assume_constant_result`, which would import dynamo and triton. Dynamo
+# cannot trace `Fraction`; with a constant ratio it need not.
 num_masked._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -87,15 +87,15 @@ def resolve_count(
     return count
 
 
-# Sides and areas of blocks beyond this ratio are of no grid: grids have at most so many tokens.
+# Largest ratio of sides or areas: a grid has at most this many tokens.
 _LARGEST = 1 << 16
 
 
 def check_interval(name: str, value: tuple[float, float], *, highest: int = _LARGEST) -> None:
-    """Check the bounds of a ratio of sides, or (with `highest=1`) of a share of a grid.
+    """Check the bounds of an aspect ratio or, with `highest=1`, of a fraction of the grid.
 
     Raises:
-        ValueError: Anything but two numbers that are in order and in range.
+        ValueError: Not two numbers, or numbers that are out of order or out of range.
     """
     is_pair = isinstance(value, Sequence) and len(value) == 2
     if not is_pair or not 1 / _LARGEST <= value[0] <= value[1] <= highest:

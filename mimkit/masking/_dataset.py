@@ -1,4 +1,4 @@
-"""Sample ids from any map-style data set."""
+"""Sample ids for any map-style data set."""
 
 from typing import Generic, TypeVar
 
@@ -22,11 +22,11 @@ class _WithIds(Dataset[tuple[Item, int]], Generic[Item]):
 def with_ids(dataset: Dataset[Item]) -> Dataset[tuple[Item, int]]:
     """Wrap a map-style data set so that its items are (item, sample id).
 
-    The id is the index: a batch from any `DataLoader`, with any number of workers, then carries
-    what `masking.key` needs to draw its masks on the training device.
+    The sample id is the index. Batches from any `DataLoader`, with any number of workers, then
+    contain the ids that `masking.key` needs to draw masks on the training device.
 
     Raises:
-        TypeError: A data set without an index, which has no ids to give.
+        TypeError: A data set that is not map-style.
 
     Example:
         >>> import torch

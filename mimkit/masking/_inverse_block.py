@@ -1,4 +1,4 @@
-"""Inverse block masks: everything is masked but blocks at random."""
+"""Inverse block masks: everything is masked except random blocks."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -14,7 +14,7 @@ from mimkit.masking._key import Key
 from mimkit.masking._mask import Mask
 from mimkit.masking._philox import MAX_TOKENS, random_words
 
-_BLOCKS, _LAST = 4, 5  # numbers of the two streams in the public format
+_BLOCKS, _LAST = 4, 5  # stream numbers in the public format
 
 
 def inverse_block(
@@ -28,13 +28,13 @@ def inverse_block(
 ) -> Mask:
     """Keep blocks at random positions visible, the same number of tokens in every sample.
 
-    Blocks come one after the other, each around another token, and are cut at the border. The one
-    that would show too much shows some of its tokens, at random. So every token can be the middle
-    of a block, and counts are exact without a loop. Border tokens lie in fewer blocks, and are
-    masked a little more often.
+    Blocks are added one after the other, each centered on a different random token, and are cut at
+    the border. Of the last block, a random part becomes visible, so that the count is exact. Every
+    token can be the center of a block, and no loop is needed. Border tokens lie in fewer blocks, so
+    they are masked slightly more often.
 
     Args:
-        key: What the mask is a function of.
+        key: Seed, epoch and sample ids (see `masking.key`).
         grid: Tokens per axis; at most 65536 in all.
         ratio: Fraction of tokens to mask, in [0, 1].
         num_masked: Tokens to mask, instead of `ratio`.
@@ -50,8 +50,8 @@ def inverse_block(
 
     Source:
         data2vec 2.0, arXiv:2212.07525, section 3.3 "inverse block masking"; facebookresearch/
-        fairseq `compute_block_mask_2d` draws all blocks at once, then hides or shows single tokens
-        all over the image until the count is right.
+        fairseq `compute_block_mask_2d` draws all blocks at once, then masks or unmasks random
+        single tokens anywhere until the count is right.
 
     Example:
         >>> from mimkit import masking
@@ -62,13 +62,13 @@ def inverse_block(
     num_tokens = count_tokens(grid)
     sides = per_axis("block", block, len(grid))
     if num_tokens > MAX_TOKENS:
-        raise ValueError(f"grid {grid} has {num_tokens} tokens; at most {MAX_TOKENS} can be ranked")
+        raise ValueError(f"grid {grid} has {num_tokens} tokens; at most {MAX_TOKENS} are supported")
     count = resolve_count(num_tokens, ratio, num_masked, rounding)
     token = torch.arange(num_tokens, device=key.device)
     ranks = (random_words(key, num_tokens, sampler=_BLOCKS) << 16) | token
-    # Place of the block around each token in the order in which blocks are shown.
-    turn = torch.empty_like(ranks).scatter(1, ranks.argsort(dim=1), token.expand_as(ranks))
-    first = _lowest_around(turn.view(-1, *grid), sides).flatten(1)
+    # Rank of the block around each token, in the order in which blocks are added.
+    rank = torch.empty_like(ranks).scatter(1, ranks.argsort(dim=1), token.expand_as(ranks))
+    first = _lowest_around(rank.view(-1, *grid), sides).flatten(1)
     within = random_words(key, num_tokens, sampler=_LAST)
     order = ((first << 32) | within).argsort(dim=1, stable=True)
     return Mask.from_visible_ids(order[:, : num_tokens - count], grid)
@@ -79,7 +79,7 @@ def _lowest_around(values: Int64[Tensor, "batch *grid"], sides: Grid) -> Tensor:
     for axis, side in enumerate(sides, 1):
         padding = [0, 0] * (values.ndim - 1 - axis) + [side // 2, (side - 1) // 2]
         values = F.pad(values, padding, value=MAX_TOKENS)
-        covered = 1  # positions that a minimum is over; it doubles until it is the side
+        covered = 1  # width of the window minimum; it doubles until it reaches `side`
         while covered < side:
             step = min(covered, side - covered)
             length = values.shape[axis] - step

@@ -1,4 +1,4 @@
-"""Keys: what a mask is a function of."""
+"""Keys: the inputs that determine a mask."""
 
 from collections.abc import Sequence
 
@@ -36,14 +36,14 @@ class Key:
 
     @property
     def device(self) -> torch.device:
-        """Where the ids live, and the masks that are drawn from them."""
+        """Device of the ids, and of the masks drawn with this key."""
         return self.sample_ids.device
 
     def view(self, n: int) -> "Key":
         """Return the key of the `n`-th independent mask of the same samples.
 
-        Views are absolute: `key.view(2).view(1)` is `key.view(1)`, and `key.view(0)` is the key
-        that `masking.key` made.
+        Views are not cumulative: `key.view(2).view(1)` is `key.view(1)`. `key.view(0)` is the key
+        that `masking.key` returns.
 
         Raises:
             TypeError: `n` that is not an integer.
@@ -63,11 +63,11 @@ class Key:
 
 
 def key(sample_ids: Integer[Tensor, " batch"] | Sequence[int], *, seed: int, epoch: int = 0) -> Key:
-    """Name the masks of a batch: a mask is a pure function of (seed, epoch, sample id).
+    """Make the key of a batch: a mask is a pure function of (seed, epoch, sample id).
 
     Args:
-        sample_ids: One id per sample, anything that tells samples apart (a data set's index). The
-            masks are drawn on the device of this tensor.
+        sample_ids: One id per sample, such as its index in the data set. Masks are drawn on the
+            device of this tensor.
         seed: Any 64-bit integer, signed or unsigned.
         epoch: In [0, 2**32).
 
@@ -109,12 +109,12 @@ def fresh_key(
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
 ) -> Key:
-    """Make a key whose seed comes from PyTorch's random state, for masks nobody needs again.
+    """Make a key with a random seed, for masks that need not be drawn again.
 
     Args:
         batch_size: Number of samples; their ids are 0, 1, 2, ...
-        device: Where the masks are drawn. The seed never leaves it: no synchronisation.
-        generator: Source of the seed, living on `device`; PyTorch's default one if `None`.
+        device: Where the masks are drawn. The seed stays there, so nothing is synchronised.
+        generator: Random generator for the seed, on `device`; PyTorch's default one if `None`.
 
     Raises:
         TypeError: A batch size that is not an integer.
@@ -137,6 +137,4 @@ def check_key(key: object) -> None:
         TypeError: Anything else, such as the sample ids themselves.
     """
     if not isinstance(key, Key):
-        raise TypeError(
-            f"samplers take a Key, made of ids by masking.key(ids, seed=...); got {key!r}"
-        )
+        raise TypeError(f"samplers take a Key, such as masking.key(ids, seed=0); got {key!r}")

@@ -1,4 +1,4 @@
-"""`Mask`: which tokens of a batch are hidden.
+"""`Mask`: which tokens of a batch are masked.
 
 Axes: batch; tokens (of the whole grid, row-major, prefix tokens excluded); visible; masked.
 """
@@ -19,9 +19,9 @@ from mimkit_kernels import split_positions
 class Mask:
     """Which tokens of every sample the encoder sees (visible) and which it does not (masked).
 
-    Every sample of a batch masks the same number of tokens, so batches stay rectangular. A mask
-    is a pytree of tensors: it goes through `torch.compile`, DDP and `DataLoader` as it is. Make one
-    with a sampler or with `Mask.from_*`; the constructor itself checks nothing.
+    Every sample of a batch has the same number of masked tokens, so batches are rectangular. A mask
+    is a pytree of tensors: `torch.compile`, DDP and `DataLoader` accept it. Make one with a sampler
+    or with `Mask.from_*`; the constructor itself checks nothing.
 
     Attributes:
         visible_ids: Row-major positions that the encoder sees, ascending in every row.
@@ -48,19 +48,20 @@ class Mask:
 
         Args:
             is_masked: One boolean per grid position.
-            num_masked: Masked tokens per sample, where they are known. Without it they are counted,
-                which a compiled graph cannot do and which synchronises a GPU.
+            num_masked: Masked tokens per sample, if known. If `None` they are counted, which
+                synchronises a GPU and is not possible in a compiled graph.
 
         Raises:
             TypeError: Not booleans.
-            ValueError: Samples that mask different numbers of tokens; names the first odd one.
+            ValueError: Samples with different numbers of masked tokens; the message names the
+                first sample that differs.
         """
         _check_tensor("is_masked", is_masked)
         if is_masked.dtype != torch.bool:
             raise TypeError(f"is_masked must be boolean (True = masked); got {is_masked.dtype}")
         grid = as_sizes("grid", tuple(is_masked.shape[1:]))
         flat = is_masked.flatten(1)
-        if num_masked is None or _values_are_at_hand(flat):
+        if num_masked is None or _can_read_values(flat):
             counts = flat.sum(dim=1).tolist()
             expected = num_masked if num_masked is not None else counts[0] if counts else 0
             odd = next((row for row, count in enumerate(counts) if count != expected), None)
@@ -76,12 +77,12 @@ class Mask:
     def from_noise(
         cls, noise: Float[Tensor, "batch tokens"], grid: Sequence[int], num_masked: int
     ) -> "Mask":
-        """Keep the tokens with the lowest noise visible; among equals, those of lower index.
+        """Keep the tokens with the lowest noise visible; of equal values, the lower index.
 
         Raises:
             TypeError: A count that is not an integer.
             ValueError: A shape that is not [batch, tokens of the grid], a count outside
-                [0, tokens], or (on a CPU) a noise that is not a number.
+                [0, tokens], or (on a CPU) NaN.
 
         Source:
             MAE, arXiv:2111.06377; facebookresearch/mae `random_masking`, which sorts unstably and
@@ -101,8 +102,8 @@ class Mask:
             )
         if not 0 <= num_masked <= num_tokens:
             raise ValueError(f"num_masked must be in [0, {num_tokens}]; got {num_masked}")
-        if _values_are_at_hand(noise) and bool(noise.isnan().any()):
-            raise ValueError("noise holds values that are not a number; they have no order")
+        if _can_read_values(noise) and bool(noise.isnan().any()):
+            raise ValueError("noise must not contain NaN, which cannot be sorted")
         lowest = noise.argsort(dim=1, stable=True)[:, : num_tokens - num_masked]
         is_masked = torch.ones_like(noise, dtype=torch.bool).scatter(1, lowest, False)
         return cls._from_flat(is_masked, grid, num_masked)
@@ -129,7 +130,7 @@ class Mask:
             )
         ids = ids.long()
         low, high = (
-            (int(ids.min()), int(ids.max())) if ids.numel() and _values_are_at_hand(ids) else (0, 0)
+            (int(ids.min()), int(ids.max())) if ids.numel() and _can_read_values(ids) else (0, 0)
         )
         if low < 0 or high >= num_tokens:
             raise ValueError(
@@ -139,9 +140,9 @@ class Mask:
         is_masked = is_masked.scatter(1, ids, False)
         num_masked = num_tokens - ids.shape[1]
         counts = is_masked.sum(dim=1)
-        if _values_are_at_hand(ids) and not bool((counts == num_masked).all()):
+        if _can_read_values(ids) and not bool((counts == num_masked).all()):
             row = int((counts != num_masked).nonzero()[0])
-            raise ValueError(f"sample {row} names a position twice: {ids[row].tolist()}")
+            raise ValueError(f"ids of a sample must differ; sample {row} has {ids[row].tolist()}")
         return cls._from_flat(is_masked, grid, num_masked)
 
     @classmethod
@@ -155,10 +156,10 @@ class Mask:
         """Mask the union of axis-aligned boxes.
 
         Args:
-            boxes: Per box the first position of every axis, then the position after the last one
-                of every axis, in tokens: (top, left, bottom, right) on two axes.
+            boxes: Per box, the start on every axis, then the end (exclusive) on every axis, in
+                tokens: (top, left, bottom, right) on two axes.
             grid: Tokens per axis.
-            num_masked: Masked tokens per sample, where they are known (see `from_bool`).
+            num_masked: Masked tokens per sample, if known (see `from_bool`).
 
         Raises:
             TypeError: Bounds that are not integers.
@@ -179,7 +180,7 @@ class Mask:
                 f"got {tuple(boxes.shape)}"
             )
         start, stop = boxes[..., :axes], boxes[..., axes:]
-        if _values_are_at_hand(boxes):
+        if _can_read_values(boxes):
             limit = torch.tensor(grid, device=boxes.device)
             wrong = ((start < 0) | (stop < start) | (stop > limit)).any(dim=2)
             if bool(wrong.any()):
@@ -242,7 +243,7 @@ class Mask:
 
     @property
     def device(self) -> torch.device:
-        """Where the ids live."""
+        """Device of the ids."""
         return self.visible_ids.device
 
     @property
@@ -253,7 +254,7 @@ class Mask:
 
     @property
     def restore_ids(self) -> Int64[Tensor, "batch tokens"]:
-        """Where each position stands among the visible, then the masked tokens.
+        """Index of each grid position among the visible tokens followed by the masked ones.
 
         `torch.cat([visible, masked], 1)` indexed by it along axis 1 is in grid order.
         """
@@ -262,7 +263,7 @@ class Mask:
         return torch.empty_like(order).scatter(1, order, slots)
 
     def refine(self, k: int | Sequence[int]) -> "Mask":
-        """Split every token into `k` per axis, all masked or all visible as the token was.
+        """Split every token into `k` tokens per axis, which are masked if the token is.
 
         Example:
             >>> Mask.from_bool(torch.tensor([[True, False]])).refine(2).is_masked
@@ -294,14 +295,16 @@ class Mask:
         merged = f"n {' '.join(names)} ({' '.join(f'{axis}1' for axis in names)})"
         sizes = {f"{axis}1": factor for axis, factor in zip(names, factors, strict=True)}
         cells = rearrange(self.is_masked, f"n {split} -> {merged}", **sizes)
-        if _values_are_at_hand(cells) and not torch.equal(cells.any(-1), cells.all(-1)):
+        if _can_read_values(cells) and not torch.equal(cells.any(-1), cells.all(-1)):
             row, *cell = (cells.any(-1) != cells.all(-1)).nonzero()[0].tolist()
-            raise ValueError(f"cell {tuple(cell)} of sample {row} is partly masked: not refined")
+            raise ValueError(
+                f"cell {tuple(cell)} of sample {row} is partly masked; coarsen needs whole cells"
+            )
         num_masked = self.num_masked // count_tokens(factors)
         return Mask._from_flat(cells.any(-1).flatten(1), coarse_grid, num_masked)
 
     def complement(self) -> "Mask":
-        """Swap visible and masked: `~mask`, spelled for `torch.compile`, which cannot trace `~`."""
+        """Swap visible and masked tokens: `~mask`, which `torch.compile` cannot trace."""
         return Mask(self.masked_ids, self.visible_ids, self.grid)
 
     def __invert__(self) -> "Mask":
@@ -329,11 +332,11 @@ class Mask:
         return Mask(self.visible_ids.pin_memory(), self.masked_ids.pin_memory(), self.grid)
 
     def equal(self, other: "Mask") -> bool:
-        """Whether both hide the same positions of the same grid in every sample."""
+        """Whether both mask the same positions of the same grid in every sample."""
         return self.grid == other.grid and torch.equal(self.visible_ids, other.visible_ids)
 
     def expand(self, batch_size: int) -> "Mask":
-        """Share a mask of one sample among `batch_size` samples, without a copy.
+        """Repeat a mask of one sample `batch_size` times, without a copy.
 
         Raises:
             ValueError: A mask of several samples.
@@ -347,10 +350,10 @@ class Mask:
         )
 
     def validate(self) -> None:
-        """Check that ids are ascending and name every position of the grid exactly once.
+        """Check that ids are ascending and contain every position of the grid exactly once.
 
         Raises:
-            ValueError: Anything else, naming the first odd sample.
+            ValueError: If they are not; the message names the first wrong sample.
         """
         order = torch.cat([self.visible_ids, self.masked_ids], dim=1)
         positions = torch.arange(self.num_tokens, device=self.device)
@@ -384,8 +387,8 @@ def _check_integers(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be integers; got {value.dtype}")
 
 
-def _values_are_at_hand(tensor: Tensor) -> bool:
-    """Whether looking at values costs no synchronisation and breaks no graph."""
+def _can_read_values(tensor: Tensor) -> bool:
+    """Whether values can be read without a synchronisation or a graph break."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

@@ -1,4 +1,4 @@
-"""Multi-block masks: a context that is seen, and several blocks to predict from it.
+"""Multi-block masks: a visible context, and several target blocks to predict from it.
 
 Axes: batch; targets; height, width (of the last two axes of the grid).
 """
@@ -17,17 +17,17 @@ from mimkit.masking._key import Key
 from mimkit.masking._mask import Mask
 from mimkit.masking._philox import MAX_TOKENS, random_words
 
-_TARGETS, _CONTEXT, _ORDER = 7, 8, 9  # numbers of the three streams in the public format
-_BINS = 256  # of aspect ratios, and of areas
+_TARGETS, _CONTEXT, _ORDER = 7, 8, 9  # stream numbers in the public format
+_BINS = 256  # values of the aspect ratio and of the context area
 
 
 @container
 class MultiBlock:
-    """What I-JEPA predicts from what.
+    """The context and the targets of I-JEPA.
 
     Attributes:
-        context: The encoder sees its visible tokens; none of them is in a target.
-        targets: Each masks the tokens of one block; blocks may overlap one another.
+        context: Its visible tokens are the input of the encoder; none of them is in a target.
+        targets: One mask per block; its masked tokens are the block. Blocks may overlap.
     """
 
     context: Mask
@@ -46,28 +46,28 @@ def multiblock(
 ) -> MultiBlock:
     """Draw several target blocks, and a large context block without their tokens.
 
-    All counts follow from the grid and the options alone, not from the batch. A target is the
-    smallest rectangle of its aspect ratio that holds its count, with one end of one outer column
-    left out where it would hold more. The context keeps as many tokens as are free of targets in
-    any draw; where more are, the ones that it leaves out are outside of the context block first,
-    then any, uniformly. On three axes blocks are the same all along the first one.
+    All counts depend on the grid and the options only, not on the batch. A target is the smallest
+    rectangle of its aspect ratio that has enough tokens; surplus tokens are dropped from one end of
+    an outer column. The context has as many tokens as are free of targets in every draw. Where more
+    tokens are free, those outside of the context block are dropped first, then others uniformly at
+    random. On a grid of three axes, blocks are constant along the first axis.
 
     Args:
-        key: What the masks are functions of.
+        key: Seed, epoch and sample ids (see `masking.key`).
         grid: Tokens per axis; at most 65536 in all.
         num_targets: Number of target blocks.
         target_ratio: Fraction of tokens in a target.
         aspect: Smallest and largest ratio of a target's height to its width.
         context_scale: Smallest and largest area of the context block, as a fraction of the grid.
-        num_context: Tokens of the context on the last two axes; all that are sure to be free if
-            `None`.
+        num_context: Context tokens on the last two axes; if `None`, as many as are free of targets
+            in every draw.
 
     Returns:
         Masks on the device of `key`.
 
     Raises:
-        ValueError: Targets that may leave no context (or less than `num_context`), bounds that are
-            out of order, or too many tokens.
+        ValueError: Targets that may leave no context (or less than `num_context`), a lower bound
+            above its upper bound, or too many tokens.
 
     Source:
         I-JEPA, arXiv:2301.08243, section 3, and facebookresearch/ijepa `MaskCollator`, which never
@@ -95,8 +95,8 @@ def multiblock(
     kept = free if num_context is None else num_context
     if not 1 <= kept <= free:
         raise ValueError(
-            f"{num_targets} targets of {area} of {count_tokens(plane)} tokens are sure to leave "
-            f"{max(free, 0)} to the context, which needs {kept if num_context else 'at least 1'}; "
+            f"{num_targets} targets of {area} of {count_tokens(plane)} tokens may leave only "
+            f"{max(free, 0)} for the context, which needs {kept if num_context else 'at least 1'}; "
             "pass fewer or smaller targets"
         )
     low, high = map(math.log, aspect)
@@ -115,19 +115,19 @@ def multiblock(
 def _draw_targets(
     key: Key, plane: Sequence[int], num_targets: int, area: int, log_low: float, log_high: float
 ) -> Bool[Tensor, "batch targets height width"]:
-    """Read aspect ratio, top, left and the corner to leave out of each target from four words."""
+    """Draw the targets; four words each give aspect ratio, top, left and the corner to cut."""
     height, width = plane
     words = random_words(key, 4 * num_targets, sampler=_TARGETS).unflatten(1, (num_targets, 4))
     aspect_word, top_word, left_word, corner = words.unbind(2)
     heights, widths = _sides(area, plane, log_low, log_high, key.device)
     bins = aspect_word * _BINS >> 32
     h, w = heights[bins], widths[bins]
-    # word * n >> 32 is uniform on [0, n) without a float: the last row and column included.
+    # word * n >> 32 is uniform on [0, n), in integers.
     row = _offsets(top_word * (height - h + 1) >> 32, height)
     column = _offsets(left_word * (width - w + 1) >> 32, width)
     h, w = h[..., None], w[..., None]
     inside = ((row >= 0) & (row < h)).unsqueeze(3) & ((column >= 0) & (column < w)).unsqueeze(2)
-    # The block's tokens in column-major order from a corner at random; the surplus comes last.
+    # Number the block's tokens in column-major order from a random corner; the surplus is last.
     up, right = (corner & 1).bool()[..., None], (corner & 2).bool()[..., None]
     row, column = torch.where(up, h - 1 - row, row), torch.where(right, w - 1 - column, column)
     place = column.unsqueeze(2) * h.unsqueeze(3) + row.unsqueeze(3)
@@ -137,7 +137,7 @@ def _draw_targets(
 def _sides(
     area: int, plane: Sequence[int], log_low: float, log_high: float, device: torch.device
 ) -> tuple[Int64[Tensor, " bins"], Int64[Tensor, " bins"]]:
-    """Height and width of the smallest rectangle of `area` tokens or more, by aspect bin."""
+    """Return the sides, by aspect bin, of the smallest rectangle of at least `area` tokens."""
     height, width = plane
     step = (log_high - log_low) / _BINS
     ideal = [math.sqrt(area * math.exp(log_low + (i + 0.5) * step)) for i in range(_BINS)]
@@ -152,7 +152,7 @@ def _draw_context(
     kept: int,
     scale: tuple[float, float],
 ) -> Bool[Tensor, "batch height width"]:
-    """Keep free tokens inside of a random block first, then free ones outside of it."""
+    """Keep free tokens, first those inside of a random block, then those outside of it."""
     height, width = in_target.shape[1:]
     step = (scale[1] - scale[0]) / _BINS
     roots = [math.sqrt(scale[0] + (i + 0.5) * step) for i in range(_BINS)]

@@ -10,16 +10,21 @@ Every random decision of a sampler is a 32-bit word of the counter-based generat
                                                    inverse_block, 6 weighted,
                                                    7 to 9 multiblock
 
-`uniform` ranks the tokens of a sample by `(word << 16) | token`; the lowest stay visible, and
-`complementary` deals them out in that order. So a mask is a function of (seed, epoch, sample id)
-alone, the same on every device and for any batching. `blockwise` reads area, aspect ratio, top and
-left of its n-th block from the four words of block n of stream 2, and ranks by stream 3 the tokens
-that it masks singly. `inverse_block` ranks its blocks by stream 4, and the tokens of the block that
-it shows in part by stream 5. `weighted` reads a token's clock from stream 6, `multiblock` the n-th
-target (aspect ratio, top, left, corner) from the four words of block n of stream 7, its context
-block (scale, top, left) from stream 8, and ranks the context's tokens by stream 9. `tube` is
-`uniform` with units as long as the shared axes. A change of any of this is a new version of the
-format.
+So a mask is a function of (seed, epoch, sample id) alone, the same on every device and for any
+batching. The samplers use the words as follows:
+
+- `uniform` sorts the tokens of a sample by `(word << 16) | token`. The lowest stay visible.
+  `complementary` splits the tokens in that order. `tube` is `uniform` with a unit that spans the
+  shared axes.
+- `blockwise`: the four words of counter block n of stream 2 give area, aspect ratio, top and left
+  of the n-th block. Stream 3 sorts the tokens that are masked one at a time.
+- `inverse_block`: stream 4 sorts the blocks, stream 5 the tokens of the last block.
+- `weighted`: stream 6 gives one exponential random number per token.
+- `multiblock`: the four words of counter block n of stream 7 give the n-th target (aspect ratio,
+  top, left, corner). Stream 8 gives the context block (scale, top, left), and stream 9 sorts the
+  tokens of the context.
+
+A change of any of this is a new version of the format.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Random123.
 """
@@ -34,14 +39,14 @@ __all__ = ["FORMAT_VERSION", "MAX_TOKENS", "philox4x32", "random_words", "stream
 
 FORMAT_VERSION = 1
 MAX_TOKENS = 1 << 16
-UNIFORM, SQUARE = 0, 1  # numbers of the samplers
+UNIFORM, SQUARE = 0, 1  # sampler numbers
 
 
 def stream_of(key: Key, sampler: int) -> int:
     """Return the stream of a sampler for the view of `key`.
 
     Raises:
-        TypeError: What is no key.
+        TypeError: Not a key.
     """
     check_key(key)
     return (sampler << 8) | key.view_index

@@ -1,7 +1,7 @@
-"""`RaggedMask`: samples of a batch that hide different numbers of tokens, on grids of their own.
+"""`RaggedMask`: masks of samples that differ in grid or in number of masked tokens.
 
-Axes: samples; tokens of all samples one behind the other (packed): of the whole grids, row-major,
-prefix tokens excluded; visible; masked.
+Axes: samples; tokens (of all samples, concatenated; row-major, prefix tokens excluded); visible;
+masked.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,21 +21,21 @@ from mimkit.masking._mask import Mask
 
 @container
 class RaggedMask:
-    """Which tokens of every sample the encoder sees, where samples differ in number or in grid.
+    """Which tokens the encoder sees, for samples that differ in grid or in number of tokens.
 
-    What belongs to tokens is packed: the rows of the first sample, then those of the second, and so
-    on, without padding. So a batch may hold images of different sizes, each with its own grid.
-    Like `Mask`, it is a pytree of tensors; counts and grids are its context, known without a look
-    at the device (a compiled graph is for one set of them). Make one with `ragged`,
-    `RaggedMask.cat` or `RaggedMask.from_*`; the constructor itself checks nothing.
+    Tokens are packed: the rows of the first sample, then those of the second, and so on, without
+    padding. So a batch may contain images of different sizes, each with its own grid. Like `Mask`,
+    it is a pytree of tensors. Counts and grids are its context: they are known on the host, and a
+    compiled graph is specialised to them. Make one with `ragged`, `RaggedMask.cat` or
+    `RaggedMask.from_*`; the constructor itself checks nothing.
 
     Attributes:
         visible_ids: Row-major positions in each sample's grid that the encoder sees, ascending.
         masked_ids: The other positions, ascending within each sample.
-        cu_visible: Where each sample's visible ids begin, and their number at the end.
-        cu_masked: The same of the masked ids.
+        cu_visible: Start of each sample's visible ids, and the total number at the end.
+        cu_masked: The same for the masked ids.
         grids: Tokens per axis of each sample.
-        num_visible: Visible tokens of each sample.
+        num_visible: Number of visible tokens of each sample.
 
     Example:
         >>> wide, tall = torch.tensor([[False, True]]), torch.tensor([[True], [True], [False]])
@@ -57,13 +57,14 @@ class RaggedMask:
     def from_bool(
         cls, is_masked: Bool[Tensor, "samples *grid"] | Sequence[Bool[Tensor, "..."]]
     ) -> "RaggedMask":
-        """Make a mask from booleans, True = masked: one tensor, or one a sample with its own grid.
+        """Make a mask from booleans, True = masked: one tensor, or one tensor per sample.
 
-        Masked tokens are counted, which a compiled graph cannot do and which synchronises a GPU.
+        Masked tokens are counted, which synchronises a GPU and is not possible in a compiled
+        graph.
 
         Raises:
             TypeError: Not booleans.
-            ValueError: No sample, or one without an axis.
+            ValueError: No samples, or a sample without an axis.
         """
         samples = list(is_masked)
         odd = next((sample for sample in samples if sample.dtype != torch.bool), None)
@@ -90,11 +91,11 @@ class RaggedMask:
     def from_visible_ids(
         cls, ids: Sequence[Int[Tensor, "_"]], grids: Sequence[Sequence[int]]
     ) -> "RaggedMask":
-        """Make a mask from the row-major positions that stay visible in each sample, in any order.
+        """Make a mask from the row-major positions that are visible in each sample, in any order.
 
         Raises:
             TypeError: Ids that are not integers.
-            ValueError: Another number of grids than of samples, or (on a CPU) ids that are out of
+            ValueError: Different numbers of grids and samples, or (on a CPU) ids that are out of
                 range or repeated.
 
         Example:
@@ -103,16 +104,16 @@ class RaggedMask:
             tensor([0, 3, 1])
         """
         if len(ids) != len(grids):
-            raise ValueError(f"{len(ids)} samples need as many grids; got {len(grids)}")
+            raise ValueError(f"{len(ids)} samples need {len(ids)} grids; got {len(grids)}")
         pairs = zip(ids, grids, strict=True)
         return cls.cat([Mask.from_visible_ids(one.unsqueeze(0), grid) for one, grid in pairs])
 
     @classmethod
     def cat(cls, masks: Sequence["Mask | RaggedMask"]) -> "RaggedMask":
-        """Put masks of any grids and counts behind one another, each with all of its samples.
+        """Concatenate the samples of masks with any grids and counts.
 
         Raises:
-            ValueError: No mask.
+            ValueError: No masks.
 
         Example:
             >>> from mimkit import masking
@@ -158,18 +159,18 @@ class RaggedMask:
 
     @property
     def num_tokens(self) -> tuple[int, ...]:
-        """Positions of each sample's grid."""
+        """Number of positions in each sample's grid."""
         return tuple(count_tokens(grid) for grid in self.grids)
 
     @property
     def num_masked(self) -> tuple[int, ...]:
-        """Masked tokens of each sample."""
+        """Number of masked tokens of each sample."""
         counts = zip(self.num_tokens, self.num_visible, strict=True)
         return tuple(tokens - visible for tokens, visible in counts)
 
     @property
     def device(self) -> torch.device:
-        """Where the ids live."""
+        """Device of the ids."""
         return self.visible_ids.device
 
     @property
@@ -179,12 +180,12 @@ class RaggedMask:
 
     @property
     def visible_rows(self) -> Int64[Tensor, " visible"]:
-        """Where visible tokens stand among all tokens of all samples."""
+        """Row of each visible token among the packed tokens of all samples."""
         return self.visible_ids + self._starts(self.cu_visible, self.visible_ids)
 
     @property
     def masked_rows(self) -> Int64[Tensor, " masked"]:
-        """Where masked tokens stand among all tokens of all samples."""
+        """Row of each masked token among the packed tokens of all samples."""
         return self.masked_ids + self._starts(self.cu_masked, self.masked_ids)
 
     def _starts(self, cumulative: Tensor, ids: Tensor) -> Tensor:
@@ -192,10 +193,10 @@ class RaggedMask:
         return _spread(starts, cumulative.diff(), len(ids))
 
     def split_visible(self, packed: Tensor, *, num_prefix: int = 0) -> tuple[Tensor, ...]:
-        """Split rows of visible tokens, behind `num_prefix` others each, into samples.
+        """Split packed rows into samples: `num_prefix` rows and the visible tokens of each.
 
         Raises:
-            ValueError: Another number of rows.
+            ValueError: A wrong number of rows.
 
         Example:
             >>> mask = RaggedMask.from_bool([torch.tensor([False, True]), torch.tensor([False])])
@@ -208,7 +209,7 @@ class RaggedMask:
         """Split rows of masked tokens into samples.
 
         Raises:
-            ValueError: Another number of rows.
+            ValueError: A wrong number of rows.
         """
         return _split(packed, self.num_masked)
 
@@ -229,7 +230,7 @@ class RaggedMask:
         return [Mask(v.unsqueeze(0), m.unsqueeze(0), grid) for v, m, grid in samples]
 
     def complement(self) -> "RaggedMask":
-        """Swap visible and masked: `~mask`, spelled for `torch.compile`, which cannot trace `~`."""
+        """Swap visible and masked tokens: `~mask`, which `torch.compile` cannot trace."""
         return RaggedMask(
             self.masked_ids,
             self.visible_ids,
@@ -277,7 +278,7 @@ class RaggedMask:
         )
 
     def equal(self, other: "RaggedMask") -> bool:
-        """Whether both hide the same positions of the same grids in every sample."""
+        """Whether both mask the same positions of the same grids in every sample."""
         return (
             (self.grids, self.num_visible) == (other.grids, other.num_visible)
             and torch.equal(self.visible_ids, other.visible_ids)
@@ -285,10 +286,10 @@ class RaggedMask:
         )
 
     def validate(self) -> None:
-        """Check that counts fit, and that ids are ascending and fill every sample's grid.
+        """Check the counts, and that each sample's ids are ascending and fill its grid.
 
         Raises:
-            ValueError: Anything else, naming the first odd sample.
+            ValueError: If they do not; the message names the first wrong sample.
         """
         for name, ids, cumulative, counts in (
             ("visible", self.visible_ids, self.cu_visible, self.num_visible),
@@ -303,7 +304,7 @@ class RaggedMask:
             try:
                 mask.validate()
             except ValueError as error:
-                raise ValueError(f"of a ragged mask's sample {row}: {error}") from None
+                raise ValueError(f"in sample {row} of a ragged mask: {error}") from None
 
     def __repr__(self) -> str:
         return (
@@ -321,23 +322,23 @@ def ragged(
     num_masked: int | Sequence[int] | None = None,
     **options: Any,
 ) -> RaggedMask:
-    """Draw masks of different ratios, counts or grids: each sample's is what it would be alone.
+    """Draw masks of different ratios, counts or grids; each equals the mask drawn alone.
 
     Args:
         sampler: Any sampler, such as `uniform` or `blockwise`.
-        key: What the masks are a function of.
-        grids: Tokens per axis: one grid for all, or one a sample.
-        ratios: Fraction of tokens to mask, in [0, 1]: one for all, or one a sample.
-        num_masked: Tokens to mask, instead of `ratios`.
-        options: For the sampler, as they are.
+        key: Seed, epoch and sample ids (see `masking.key`).
+        grids: Tokens per axis: one grid for all samples, or one per sample.
+        ratios: Fraction of tokens to mask, in [0, 1]: one for all samples, or one per sample.
+        num_masked: Number of tokens to mask, instead of `ratios`.
+        options: Further keyword arguments of the sampler.
 
     Returns:
         A mask on the device of `key`.
 
     Raises:
-        TypeError: A sampler that returns something else than a `Mask`.
-        ValueError: Another number of grids, ratios or counts than of samples, or what the sampler
-            raises.
+        TypeError: A sampler that does not return a `Mask`.
+        ValueError: A number of grids, ratios or counts that is not the number of samples, or what
+            the sampler raises.
 
     Example:
         >>> from mimkit import masking
@@ -370,33 +371,21 @@ def ragged(
     return RaggedMask.cat([masks[row] for row in range(key.batch_size)])
 
 
-def behind_prefix(mask: RaggedMask, num_prefix: int) -> RaggedMask:
-    """Count `num_prefix` tokens in front of each sample's as visible, on grids of one axis."""
-    if num_prefix == 0:
-        return mask
-    prefix = torch.arange(num_prefix, device=mask.device)
-    visible = mask.split_visible(mask.visible_ids + num_prefix)
-    return RaggedMask._pack(
-        torch.cat([ids for sample in visible for ids in (prefix, sample)]),
-        mask.masked_ids + num_prefix,
-        [(num_prefix + count,) for count in mask.num_tokens],
-        [num_prefix + count for count in mask.num_visible],
-    )
-
-
 def _per_sample(name: str, value: Any, key: Key, *, one: bool) -> Sequence[Any]:
-    """Spread one value over all samples, or check that there is one for each."""
+    """Repeat one value for all samples, or check that there is one for each."""
     if one:
         return [value] * key.batch_size
     if len(value) != key.batch_size:
-        raise ValueError(f"{key.batch_size} samples need as many {name}; got {len(value)}")
+        raise ValueError(f"{key.batch_size} samples need {key.batch_size} {name}; got {len(value)}")
     values: Sequence[Any] = value
     return values
 
 
 def _split(packed: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
     if len(packed) != sum(counts):
-        raise ValueError(f"samples of {tuple(counts)} rows have {sum(counts)}; got {len(packed)}")
+        raise ValueError(
+            f"samples of {tuple(counts)} rows need {sum(counts)} rows; got {len(packed)}"
+        )
     parts: tuple[Tensor, ...] = packed.split(list(counts))
     return parts
 
@@ -406,7 +395,7 @@ def _cumulate(counts: Sequence[int], device: torch.device) -> Int64[Tensor, " sa
 
 
 def _spread(values: Tensor, counts: Tensor, total: int) -> Tensor:
-    """Repeat each sample's value for each of its tokens; `total` spares a synchronisation."""
+    """Repeat each sample's value for each of its tokens; `total` avoids a synchronisation."""
     return values.repeat_interleave(counts, output_size=total)
 
 

@@ -1,4 +1,4 @@
-"""Samplers: from a key to a mask. Integers only, no loop over samples, no hidden state."""
+"""Samplers that return a mask for a key: integers only, no loop over samples, no state."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -26,7 +26,7 @@ def uniform(
     """Mask tokens uniformly at random, the same number in every sample.
 
     Args:
-        key: What the mask is a function of.
+        key: Seed, epoch and sample ids (see `masking.key`).
         grid: Tokens per axis; at most 65536 units in all.
         ratio: Fraction of units to mask, in [0, 1].
         num_masked: Tokens to mask, instead of `ratio`; a multiple of the tokens in a unit.
@@ -43,7 +43,7 @@ def uniform(
 
     Source:
         MAE, arXiv:2111.06377, section 3 "Masking"; with `unit`, SimMIM, arXiv:2111.09886, section
-        3.2. The authors draw from a global generator; here the key decides.
+        3.2. The authors draw from a global generator; here a mask depends on the key only.
 
     Example:
         >>> from mimkit import masking
@@ -54,7 +54,7 @@ def uniform(
     units = divide("grid", grid, unit, "unit")
     num_units, tokens_per_unit = count_tokens(units), count_tokens(grid) // count_tokens(units)
     if num_units > MAX_TOKENS:
-        raise ValueError(f"grid {grid} has {num_units} units; at most {MAX_TOKENS} can be ranked")
+        raise ValueError(f"grid {grid} has {num_units} units; at most {MAX_TOKENS} are supported")
     if num_masked is not None:
         num_masked = resolve_count(count_tokens(grid), None, num_masked, rounding)
     if num_masked is not None and num_masked % tokens_per_unit:
@@ -70,12 +70,13 @@ def uniform(
 
 
 def gridwise(key: Key, grid: Sequence[int], *, keep_every: int | Sequence[int] = 2) -> Mask:
-    """Keep one token visible in every `keep_every` per axis, the same ones in every sample.
+    """Keep every `keep_every`-th token per axis visible, the same tokens in every sample.
 
     Args:
-        key: Gives the batch size and the device; nothing here is random.
+        key: Gives the batch size and the device; this mask is not random.
         grid: Tokens per axis.
-        keep_every: Step between visible tokens: 2 keeps a quarter of an even 2-axis grid.
+        keep_every: Step between visible tokens: 2 keeps a quarter of a grid of even height and
+            width.
 
     Source:
         MAE, arXiv:2111.06377, table 1f "grid"; not in the released code.
@@ -105,10 +106,11 @@ def square(
     """Mask one box of `side` tokens per axis.
 
     Args:
-        key: What a random position is a function of.
+        key: Seed, epoch and sample ids (see `masking.key`), for a random position.
         grid: Tokens per axis.
         side: Side of the box in tokens; one integer, or one per axis.
-        position: In the middle (rounded towards the origin), or uniformly anywhere it fits.
+        position: "center" (rounded towards the origin), or "random": uniform over all places where
+            the box fits.
 
     Raises:
         ValueError: A box that does not fit in the grid, or an unknown position.
@@ -132,7 +134,7 @@ def square(
         start = start.expand(key.batch_size, -1)
     elif position == "random":
         words = random_words(key, len(grid), sampler=SQUARE)
-        # word * n >> 32 is uniform on [0, n) without a float.
+        # word * n >> 32 is uniform on [0, n), in integers.
         start = (words * torch.tensor([space + 1 for space in room], device=key.device)) >> 32
     else:
         raise ValueError(f'position must be "center" or "random"; got {position!r}')

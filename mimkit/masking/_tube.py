@@ -1,4 +1,4 @@
-"""Tubes: masks that are the same all along some axes, as along the time of a video."""
+"""Tube masks: constant along some axes, such as the time axis of a video."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -22,20 +22,20 @@ def tube(
     """Mask tubes uniformly at random: whole lines, or planes, of tokens along the shared axes.
 
     Args:
-        key: What the mask is a function of.
+        key: Seed, epoch and sample ids (see `masking.key`).
         grid: Tokens per axis; at most 65536 tubes.
         ratio: Fraction of tubes to mask, in [0, 1].
         num_masked: Tokens to mask, instead of `ratio`; a multiple of the tokens in a tube.
         rounding: How `ratio` becomes a count (see `num_masked`).
-        shared_axes: Axes along which the mask does not change, the first one of a video's (time,
-            height, width); negative ones count from the last.
+        shared_axes: Axes along which the mask is constant; 0 is the time of a video's (time,
+            height, width). Negative axes count from the last.
 
     Returns:
-        A mask on the device of `key`: what `uniform` draws for units as long as the shared axes.
+        A mask on the device of `key`, equal to `uniform` with a unit that spans the shared axes.
 
     Raises:
-        ValueError: An axis that the grid does not have or that is named twice, and what `uniform`
-            refuses, such as a ratio of a single tube.
+        ValueError: An axis that the grid does not have or that is repeated, or what `uniform`
+            raises, such as for a ratio with a single tube.
 
     Source:
         VideoMAE, arXiv:2203.12602, section 3.3 "tube masking".

@@ -13,7 +13,7 @@ from mimkit.masking._key import Key
 from mimkit.masking._mask import Mask
 from mimkit.masking._philox import MAX_TOKENS, random_words
 
-_RACE = 6  # number of the sampler in the public format
+_WEIGHTED = 6  # stream number in the public format
 
 
 def weighted(
@@ -27,26 +27,27 @@ def weighted(
 ) -> Mask:
     """Mask tokens in proportion to weights, the same number in every sample.
 
-    Masked tokens are drawn one after the other without replacement, each with a probability of its
-    weight over the weights that are left. That order is the one of arrival in a race of exponential
-    clocks whose rates are the weights (the Gumbel top-k trick), so no loop is needed. Tokens of
-    weight 0 are masked only when all others are, all alike.
+    Masked tokens are drawn one after the other without replacement, each with a probability
+    proportional to its weight. This needs no loop: exponential random numbers whose rates are the
+    weights, sorted, have that order (the Gumbel top-k trick). Tokens of weight 0 are masked only
+    after all others, uniformly at random.
 
     Args:
-        key: What the mask is a function of, together with the weights.
+        key: Seed, epoch and sample ids (see `masking.key`).
         grid: Tokens per axis; at most 65536 in all.
         ratio: Fraction of tokens to mask, in [0, 1].
-        weights: One per token, not negative, of any scale; equal ones are uniform masking.
+        weights: One per token, not negative, of any scale; equal weights give uniform masking.
         num_masked: Tokens to mask, instead of `ratio`.
         rounding: How `ratio` becomes a count (see `num_masked`).
 
     Returns:
-        A mask on the device of `key`. It goes through a logarithm: the same bits on every run of
-        one device, not of all devices.
+        A mask on the device of `key`. It depends on a logarithm: every run on one device gives the
+        same mask, but devices may differ.
 
     Raises:
         ValueError: Both or neither of `ratio` and `num_masked`, a count that does not fit, too many
-            tokens, weights of another shape or (on a CPU) negative or not finite ones.
+            tokens, weights of the wrong shape, or (on a CPU) weights that are negative or not
+            finite.
 
     Source:
         Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006.
@@ -60,7 +61,7 @@ def weighted(
     grid = as_sizes("grid", grid)
     num_tokens = count_tokens(grid)
     if num_tokens > MAX_TOKENS:
-        raise ValueError(f"grid {grid} has {num_tokens} tokens; at most {MAX_TOKENS} can be ranked")
+        raise ValueError(f"grid {grid} has {num_tokens} tokens; at most {MAX_TOKENS} are supported")
     count = resolve_count(num_tokens, ratio, num_masked, rounding)
     if tuple(weights.shape) != (key.batch_size, num_tokens):
         raise ValueError(
@@ -69,12 +70,12 @@ def weighted(
         )
     if weights.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_weights(weights)
-    words = random_words(key, num_tokens, sampler=_RACE)
-    clocks = -torch.log((words.double() + 0.5) / 2**32)
-    # Infinite arrivals (weight 0) are ties, which a stable second sort leaves in the first's order.
-    first = clocks.argsort(dim=1, stable=True)
-    arrivals = (clocks / weights.detach().double()).gather(1, first)
-    order = first.gather(1, arrivals.argsort(dim=1, stable=True))
+    words = random_words(key, num_tokens, sampler=_WEIGHTED)
+    exponential = -torch.log((words.double() + 0.5) / 2**32)
+    # Weights of 0 give infinite times. The stable second sort keeps these ties in random order.
+    first = exponential.argsort(dim=1, stable=True)
+    times = (exponential / weights.detach().double()).gather(1, first)
+    order = first.gather(1, times.argsort(dim=1, stable=True))
     return Mask.from_visible_ids(order[:, count:], grid)
 
 

@@ -1,7 +1,7 @@
 """Masks as the published code draws them, bug for bug: counts may differ within a batch.
 
-Every sampler loops over samples in Python, and is a pure function of its key, too; `ijepa` of the
-whole key, not of each sample's part of it.
+Every sampler loops over samples in Python. A mask depends on seed, epoch and sample id only; a mask
+of `ijepa` depends on all sample ids of the batch.
 """
 
 import math
@@ -21,7 +21,7 @@ from mimkit.masking._key import Key, check_key
 __all__ = ["beit", "cae", "ijepa", "ijepa_targets", "mmpretrain"]
 
 _ATTEMPTS = 10  # per block, as published
-_PATIENCE = 10_000  # blocks in a row that came to nothing, after which none ever will
+_PATIENCE = 10_000  # unsuccessful blocks in a row after which the loop counts as endless
 
 
 def beit(
@@ -35,10 +35,10 @@ def beit(
     max_block: int | None = None,
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> Bool[Tensor, "batch *grid"]:
-    """Draw BEiT's block-wise masks, which may fall short of the count.
+    """Draw BEiT's block-wise masks, which may mask fewer tokens than asked for.
 
     Args:
-        key: What the masks are a function of.
+        key: Seed, epoch and sample ids (see `masking.key`).
         grid: Tokens on two axes.
         ratio: Fraction of tokens to mask, in [0, 1].
         num_masked: Tokens to mask at most, instead of `ratio`.
@@ -54,8 +54,8 @@ def beit(
         ValueError: A grid without two axes, or a count that does not fit.
 
     Source:
-        BEiT, arXiv:2106.08254, algorithm 1; microsoft/unilm `beit/masking_generator.py`. Of 75
-        tokens on a 14 x 14 grid a third of its masks miss one or more.
+        BEiT, arXiv:2106.08254, algorithm 1; microsoft/unilm `beit/masking_generator.py`. With
+        75 tokens on a 14 x 14 grid, a third of its masks miss one or more.
 
     Example:
         >>> from mimkit import masking
@@ -85,7 +85,7 @@ def cae(
 
     Raises:
         ValueError: A grid without two axes, a count that does not fit, or a grid on which no block
-            does: there the published loop never ends.
+            fits, where the published loop never ends.
 
     Source:
         CAE, arXiv:2202.03026; Atten4Vis/CAE `MaskingGenerator`.
@@ -119,8 +119,8 @@ def mmpretrain(
     Arguments as in `beit`; counts are exact.
 
     Raises:
-        ValueError: A grid without two axes, a count that does not fit, or one that the tokens
-            within reach cannot fill: there the published loop never ends.
+        ValueError: A grid without two axes, a count that does not fit, or one above the number of
+            tokens that can be masked, where the published loop never ends.
 
     Source:
         open-mmlab/mmpretrain `BEiTMaskGenerator`, in its configurations of BEiT, BEiT v2, CAE and
@@ -151,29 +151,31 @@ def ijepa(
     context_scale: tuple[float, float] = (0.85, 1.0),
     min_keep: int = 10,
 ) -> Bool[Tensor, "batch *grid"]:
-    """Draw what I-JEPA hides from its context encoder.
+    """Draw the tokens that I-JEPA hides from its context encoder.
 
-    Block sizes are those of the whole batch, and the context's tokens are cut, in row-major order,
-    to the fewest of the batch. So a mask depends on the batch that it is drawn in, the bottom of
-    the image is seldom seen, the less the larger the batch, and the last row and column never are.
+    All samples of a batch share their block sizes. The context tokens of every sample are cut, in
+    row-major order, to the smallest number in the batch. So a mask depends on the rest of its
+    batch, and the bottom of the image is rarely visible, the more rarely the larger the batch. The
+    last row and column are never visible.
 
     Args:
-        key: What the masks are a function of, all its sample ids together.
+        key: Seed, epoch and sample ids (see `masking.key`); a mask depends on all of the ids.
         grid: Tokens on two axes.
         num_targets: Target blocks of each sample.
-        target_scale: Smallest and largest area of a target, as a fraction of the grid.
-        aspect: Smallest and largest ratio of a target's height to its width, which grows with its
-            area: one random number decides both.
-        context_scale: Smallest and largest area of the context block.
-        min_keep: Tokens that a block must exceed; targets give way to it one by one.
+        target_scale: Smallest and largest area of a target, as fractions of the grid.
+        aspect: Smallest and largest ratio of a target's height to its width. One random number
+            determines both area and ratio.
+        context_scale: Smallest and largest area of the context block, as fractions of the grid.
+        min_keep: A block must have more tokens than this. If the context has fewer, it ignores the
+            targets one by one.
 
     Returns:
         True = not in the context; counts are equal within a batch. `ijepa_targets` draws the
-        targets that belong to it.
+        targets of the same masks.
 
     Raises:
-        ValueError: A grid without two axes of two tokens or more, or one on which no block exceeds
-            `min_keep` tokens: there the published loop never ends.
+        ValueError: A grid without two axes of two tokens or more, or one on which no block has more
+            than `min_keep` tokens, where the published loop never ends.
 
     Source:
         I-JEPA, arXiv:2301.08243; facebookresearch/ijepa `src/masks/multiblock.py`, with the options
@@ -221,7 +223,7 @@ def _draw_ijepa(
     context_scale: tuple[float, float],
     min_keep: int,
 ) -> tuple[Bool[Tensor, "batch *grid"], Bool[Tensor, "batch targets *grid"]]:
-    """Return context and targets, True = inside."""
+    """Return context and targets as booleans, True = inside."""
     height, width = _two_axes(grid)
     check_key(key)
     check_interval("aspect", aspect)
@@ -230,7 +232,7 @@ def _draw_ijepa(
     if as_integer("num_targets", num_targets) < 1:
         raise ValueError(f"num_targets must be at least 1; got {num_targets}")
     if min(height, width) < 2:
-        raise ValueError(f"published blocks need two rows and columns or more; got grid {grid}")
+        raise ValueError(f"ijepa needs a grid of at least two rows and columns; got {grid}")
     state = (*key.seed_and_epoch.tolist(), key.view_index)
     of_batch = random.Random(repr((*state, key.sample_ids.tolist())))
     target_size = _block_size(of_batch, (height, width), target_scale, aspect)
@@ -260,7 +262,7 @@ def _block_size(
     scale: tuple[float, float],
     aspect: tuple[float, float],
 ) -> tuple[int, int]:
-    """Draw a size from a single random number; at most one less than the grid on each axis."""
+    """Draw height and width from a single random number; both are smaller than the grid."""
     share = rng.random()
     area = int(grid[0] * grid[1] * (scale[0] + share * (scale[1] - scale[0])))
     ratio = aspect[0] + share * (aspect[1] - aspect[0])
@@ -275,7 +277,7 @@ def _place_block(
     taken: Sequence[np.ndarray],
     min_keep: int,
 ) -> np.ndarray:
-    """Draw places until more than `min_keep` tokens are free, after 20 misses of one block less."""
+    """Draw positions until more than `min_keep` tokens are free; ignore a block per 20 failures."""
     (height, width), (h, w) = grid, size
     for miss in range(_PATIENCE):
         top, left = rng.randrange(height - h), rng.randrange(width - w)
@@ -309,16 +311,16 @@ def draw_blocks(
         count: Tokens to mask.
         limits: Smallest area, and largest number of tokens that a block may newly mask.
         aspect: Smallest and largest aspect ratio.
-        exact: Whether to go on after a block that came to nothing, as CAE does and BEiT does not.
-        skip_last: Whether the last row and column are out of reach, as in mmpretrain.
+        exact: Whether to continue after an unsuccessful block, as CAE does and BEiT does not.
+        skip_last: Whether the last row and column are never masked, as in mmpretrain.
 
     Raises:
-        ValueError: The loop would never end, or aspect ratios that are out of order or range.
+        ValueError: Options with which the loop never ends, or aspect ratios out of order or range.
     """
     check_interval("aspect", aspect)
     (height, width), (min_block, max_block) = grid, limits
     is_masked = np.zeros(grid, dtype=bool)
-    masked, fruitless = 0, 0
+    masked, failures = 0, 0
     while masked < count:
         most = min(count - masked, max_block)
         new = 0
@@ -337,11 +339,11 @@ def draw_blocks(
                 break
         if new == 0 and not exact:
             break
-        fruitless = 0 if new else fruitless + 1
-        if fruitless == _PATIENCE:
+        failures = 0 if new else failures + 1
+        if failures == _PATIENCE:
             raise ValueError(
                 f"the published loop does not end on grid {grid}: no block of {min_block} tokens "
-                "or more fits what is left"
+                "or more fits in the remaining tokens"
             )
         masked += new
     return is_masked
@@ -350,7 +352,7 @@ def draw_blocks(
 def _per_sample(
     key: Key, grid: Sequence[int], draw: Callable[[random.Random, tuple[int, int]], np.ndarray]
 ) -> Bool[Tensor, "batch *grid"]:
-    """Draw a mask for every sample, from a generator that its key seeds."""
+    """Draw a mask for every sample, from a generator seeded by its part of the key."""
     check_key(key)
     height, width = _two_axes(grid)
     seed_and_epoch = key.seed_and_epoch.tolist()
@@ -365,5 +367,5 @@ def _per_sample(
 def _two_axes(grid: Sequence[int]) -> tuple[int, int]:
     sizes = as_sizes("grid", grid)
     if len(sizes) != 2:
-        raise ValueError(f"the published masks have two axes; got grid {sizes}")
+        raise ValueError(f"the published samplers need a grid of two axes; got {sizes}")
     return sizes[0], sizes[1]

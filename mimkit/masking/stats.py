@@ -1,8 +1,8 @@
-"""Statistics of masks and samplers: how often a position is hidden, how far it is from the seen.
+"""Statistics of masks and samplers: marginal probabilities and SimMIM's average distance.
 
-The average distance (AvgDist) is SimMIM's measure of how hard a mask is. In pixels, beside the
-top-1 accuracy on ImageNet-1K after fine-tuning that the papers print (SimMIM: Swin-B, 192 px, 100
-epochs; MAE: ViT-L, 224 px, 800 epochs):
+The average distance (AvgDist) is SimMIM's measure of how hard a mask is. The table gives it in
+pixels, with the top-1 accuracy on ImageNet-1K after fine-tuning from the papers (SimMIM: Swin-B,
+192 px, 100 epochs; MAE: ViT-L, 224 px, 800 epochs):
 
 | mask                         | ratio | AvgDist | top-1 |
 |------------------------------|-------|---------|-------|
@@ -20,9 +20,9 @@ epochs; MAE: ViT-L, 224 px, 800 epochs):
 | MAE, grid                    | .75   | 5.95    | 84.0  |
 | MAE, random                  | .75   | 10.2    | 84.9  |
 
-Accuracy is best between 10 and 20 pixels in both papers. Distances are of the samplers of this
-package, random ones an average of up to 1500 masks. SimMIM's accuracies are quoted from notes
-on the paper, not from the paper itself.
+Accuracy is best between 10 and 20 pixels in both papers. The distances were computed with the
+samplers of this package, those of random masks as an average over up to 1500 masks. SimMIM's
+accuracies are quoted from notes on the paper, not from the paper itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,17 +40,17 @@ _SAMPLES_AT_ONCE = 256
 
 
 def average_distance(mask: Mask, patch_size: int | Sequence[int]) -> Float64[Tensor, ""]:
-    """Average the Euclidean distance from masked pixels to their nearest visible pixel.
+    """Return the mean Euclidean distance from a masked pixel to its nearest visible pixel.
 
     Args:
         mask: Masks; at least one token of each is visible.
         patch_size: Pixels per token; one integer, or one per axis.
 
     Returns:
-        Pixels, between centers: 1 for neighbors. 0 where nothing is masked.
+        In pixels, between pixel centers: 1 for adjacent pixels. 0 if nothing is masked.
 
     Raises:
-        ValueError: A mask without visible tokens, from which no distance can be measured.
+        ValueError: A mask without visible tokens.
 
     Source:
         SimMIM, arXiv:2111.09886, section 4.1.2 "AvgDist"; not in the released code.
@@ -61,9 +61,9 @@ def average_distance(mask: Mask, patch_size: int | Sequence[int]) -> Float64[Ten
         tensor(2.5000, dtype=torch.float64)
     """
     if mask.num_visible == 0:
-        raise ValueError(f"no distance can be measured in a mask without visible tokens: {mask}")
+        raise ValueError(f"average_distance needs visible tokens; got {mask}")
     patch = per_axis("patch_size", patch_size, len(mask.grid))
-    # One sample at a time: small enough to stay in a CPU's cache.
+    # One sample at a time, which stays in the cache of a CPU.
     total = sum(_masked_distances(one, patch).double().sum() for one in mask.is_masked)
     num_pixels = mask.num_masked * count_tokens(patch) * mask.batch_size
     return torch.as_tensor(total, dtype=torch.float64) / max(num_pixels, 1)
@@ -82,10 +82,10 @@ def marginals(
     Args:
         sampler: `sampler(key, grid, *arguments, **options)`.
         grid: Tokens per axis.
-        arguments: What the sampler takes besides: its ratio, say.
-        num_samples: Masks to draw; the standard error is at most `0.5 / sqrt(num_samples)`.
-        seed: Of their keys.
-        options: What the sampler takes by name.
+        arguments: Further positional arguments of the sampler, such as its ratio.
+        num_samples: Number of masks; the standard error is at most `0.5 / sqrt(num_samples)`.
+        seed: Seed of the keys.
+        options: Keyword arguments of the sampler.
 
     Returns:
         Fractions of masks.
@@ -108,9 +108,9 @@ def marginals(
 def _masked_distances(
     is_masked: Bool[Tensor, "*grid"], patch: Sequence[int]
 ) -> Float[Tensor, "*spatial"]:
-    """Return each pixel's distance to the nearest visible one: 0 for visible pixels."""
-    # Squares, exact in integers. All pixels of a visible patch are visible, so the nearest one of a
-    # patch is found axis by axis, and so is the nearest patch.
+    """Return the distance of each pixel to the nearest visible one; 0 for visible pixels."""
+    # Squared distances are exact in integers. All pixels of a patch are visible or none, so the
+    # distance transform is separable: one axis after the other.
     sizes = [tokens * pixels for tokens, pixels in zip(is_masked.shape, patch, strict=True)]
     squares = is_masked.long() * sum(size**2 for size in sizes)
     for axis, pixels in enumerate(patch):
@@ -121,7 +121,7 @@ def _masked_distances(
 def _nearest_along(
     squares: Int64[Tensor, "*sizes"], axis: int, pixels: int
 ) -> Int64[Tensor, "*larger_sizes"]:
-    """Expand one axis from tokens to pixels: the least square over its tokens."""
+    """Expand one axis from tokens to pixels; take the smallest squared distance over its tokens."""
     tokens = squares.movedim(axis, 0)
     position = torch.arange(len(tokens) * pixels, device=squares.device)
     position = position.view(-1, *[1] * (tokens.ndim - 1))

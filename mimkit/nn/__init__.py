@@ -1,4 +1,4 @@
-"""Modules built from the rooms below."""
+"""Encoders, decoders and heads for masked image modelling."""
 
 from mimkit.nn._convvit import ConvViT
 from mimkit.nn._convvit_detector import ConvViTDetector

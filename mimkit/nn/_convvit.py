@@ -1,11 +1,11 @@
-"""The hybrid encoder of ConvMAE: two stages of convolutions, one of transformer blocks.
+"""ConvMAE's hybrid encoder: two convolution stages, then a transformer stage.
 
-Under a mask all stages work on packed cells, the fine positions below the visible tokens of the
-last stage; without one, on the whole feature map, which is one large cell.
+With a mask, the convolution stages run on packed cells: the fine positions inside each visible
+token of the last stage. Without a mask, they run on the whole feature map, stored as one cell.
 
 Axes: batch; channels; height, width; cells (visible tokens of the mask; 1 for a whole map); cell
-(positions of a cell, row-major); positions (of all cells); visible; tokens (visible, or all of the
-grid without a mask); dim.
+(positions of a cell, row-major); positions (of all cells); visible; tokens (the visible ones with a
+mask, all of the grid without); dim.
 """
 
 import math
@@ -19,9 +19,9 @@ from jaxtyping import Bool, Float, Int32
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._grids import Grid, divide, per_axis, sides_of
+from mimkit._checks import as_floats, check_even, check_mask, check_stacked
+from mimkit._grids import Grid, divide, per_axis, reach_of, sides_of
 from mimkit.conv import packed_depthwise_conv2d
-from mimkit.conv._depthwise import reach_of
 from mimkit.masking import Mask
 from mimkit.nn._layers import (
     NORM_EPS,
@@ -33,10 +33,9 @@ from mimkit.nn._layers import (
     xavier_linear,
 )
 from mimkit.patches import gather_visible, neighbors, pack_cells, sincos_positions
-from mimkit.patches._patchify import as_floats, check_even, check_mask, check_stacked
 
 STAGES = 3
-CONV_NORM_EPS = 1e-5  # of the convolution stages and all embeddings; the authors' oversight
+CONV_NORM_EPS = 1e-5  # in convolution stages and embeddings, where the authors left the default
 
 Value = TypeVar("Value", int, float)
 Triple = tuple[Value, Value, Value]
@@ -44,12 +43,12 @@ Triple = tuple[Value, Value, Value]
 
 @dataclass(frozen=True)
 class Layout:
-    """How the positions of a stage lie in memory.
+    """Memory layout of a stage's positions.
 
     Attributes:
         cell: Positions per axis of a cell.
         around: The neighbors of every cell; `None` for a whole feature map, which is one cell.
-        hidden: Positions of a whole feature map that convolutions see as zeros.
+        hidden: Positions of a whole feature map that convolutions read as zeros.
     """
 
     cell: Grid
@@ -58,12 +57,12 @@ class Layout:
 
 
 class CellProjection(nn.Module):
-    """Convolution whose stride is its kernel, on cells that it divides.
+    """Convolution with kernel size equal to stride, applied inside each cell.
 
     Args:
         in_dim: Width of the input.
         dim: Width of the output.
-        stride: Positions per axis that become one.
+        stride: Stride and kernel size per axis; must divide the cell.
     """
 
     def __init__(self, *, in_dim: int, dim: int, stride: Grid) -> None:
@@ -76,9 +75,9 @@ class CellProjection(nn.Module):
     def forward(
         self, cells: Float[Tensor, "batch cells cell in_dim"], cell: Grid
     ) -> Float[Tensor, "batch cells smaller dim"]:
-        """Project `stride` positions of a cell to one."""
+        """Project every `stride` block of positions to one position."""
         height, width = self.stride
-        # Channels stay the fastest axis, so that whole rows move.
+        # Channels stay the innermost axis: the copy moves contiguous rows.
         patches = rearrange(
             cells,
             "b v (y p x q) c -> b v (y x) (p q c)",
@@ -92,7 +91,7 @@ class CellProjection(nn.Module):
 
 
 class CellEmbed(nn.Module):
-    """Coarser positions: a projection, a LayerNorm and a GELU."""
+    """Downsample cells: strided projection, LayerNorm, GELU."""
 
     def __init__(self, *, in_dim: int, dim: int, stride: Grid) -> None:
         super().__init__()
@@ -102,12 +101,12 @@ class CellEmbed(nn.Module):
     def forward(
         self, cells: Float[Tensor, "batch cells cell in_dim"], cell: Grid
     ) -> Float[Tensor, "batch cells smaller dim"]:
-        """Embed the positions of every cell."""
+        """Downsample every cell."""
         return F.gelu(self.norm(self.proj(cells, cell)))
 
 
 class DepthwiseConv(nn.Module):
-    """Depth-wise convolution that sees zeros outside the cells."""
+    """Depth-wise convolution that reads positions outside the cells as zeros."""
 
     def __init__(self, *, dim: int, kernel_size: int) -> None:
         super().__init__()
@@ -119,7 +118,7 @@ class DepthwiseConv(nn.Module):
     def forward(
         self, cells: Float[Tensor, "batch cells cell dim"], layout: Layout
     ) -> Float[Tensor, "batch cells cell dim"]:
-        """Mix each position with those around it."""
+        """Convolve every position with its neighborhood."""
         if layout.around is not None:
             return packed_depthwise_conv2d(
                 cells, self.weight, self.bias, layout.around, cell=layout.cell
@@ -137,8 +136,8 @@ class ConvBlock(nn.Module):
     """Transformer block with a depth-wise convolution in place of attention.
 
     Source:
-        ConvMAE, arXiv:2205.03892, section 3.1; Alpha-VL/ConvMAE `CBlock`, whose convolutions of
-        size 1 are linear layers here.
+        ConvMAE, arXiv:2205.03892, section 3.1; Alpha-VL/ConvMAE `CBlock`, whose 1x1 convolutions
+        are linear layers here.
     """
 
     def __init__(
@@ -152,13 +151,13 @@ class ConvBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=CONV_NORM_EPS)
         self.mlp = Mlp(dim=dim, hidden_dim=int(dim * mlp_ratio))
         for layer in (self.mlp.fc1, self.mlp.fc2):
-            layer.reset_parameters()  # the authors leave convolutions at PyTorch's default
+            layer.reset_parameters()  # PyTorch's default, as for the authors' 1x1 convolutions
         self.drop_path = DropPath(drop_path)
 
     def forward(
         self, cells: Float[Tensor, "batch cells cell dim"], layout: Layout
     ) -> Float[Tensor, "batch cells cell dim"]:
-        """Mix positions with those around them, then transform each."""
+        """Apply the block: depth-wise convolution, then an MLP."""
         mixed = self.conv2(self.depthwise(self.conv1(self.norm1(cells)), layout))
         cells = cells + self.drop_path(mixed)
         transformed = self.mlp(self.norm2(cells).flatten(1, 2)).view_as(cells)
@@ -167,7 +166,7 @@ class ConvBlock(nn.Module):
 
 
 class ConvStage(nn.Module):
-    """Embedding of finer cells, then convolution blocks."""
+    """Downsampling embedding, then convolution blocks."""
 
     def __init__(
         self,
@@ -194,16 +193,16 @@ class ConvStage(nn.Module):
         mask: Mask | None,
         hidden: Bool[Tensor, "batch 1 positions 1"] | None = None,
     ) -> tuple[Float[Tensor, "batch cells smaller dim"], Grid]:
-        """Embed and mix cells.
+        """Downsample cells and apply the blocks.
 
         Args:
-            cells: Finer cells.
-            cell: Their positions per axis.
-            mask: Which tokens of the last stage they belong to; `None` for a whole feature map.
-            hidden: Positions of a whole feature map, at this stage, that nothing may see.
+            cells: Output of the stage before, or pixels.
+            cell: Positions per axis of such a cell.
+            mask: Mask on the grid of the last stage; `None` for a whole feature map.
+            hidden: Masked positions of a whole feature map at the resolution of this stage.
 
         Returns:
-            The cells, with zeros for what is hidden, and the positions per axis that they have now.
+            The new cells, zero at hidden positions, and their positions per axis.
         """
         cells = self.embed(cells, cell)
         cell = divide("cell", cell, self.stride, "stride")
@@ -220,41 +219,40 @@ class ConvStage(nn.Module):
 
 
 class ConvViT(nn.Module):
-    """Convolutions at fine scales, transformer blocks at the coarse one, on visible cells only.
+    """Hybrid encoder: two convolution stages, then transformer blocks, on visible cells only.
 
     Args:
         image_size: Pixels per axis: an integer means a square image, a tuple height and width.
         patch_sizes: Stride of each of the three stages: one integer, or one per axis. A token of
-            the last stage, which is what a mask hides, covers their product.
+            the last stage covers as many pixels as their product; masks are on this grid.
         in_channels: Channels of the images.
         dim: Width of each stage.
         depth: Number of blocks of each stage.
-        heads: Attention heads of the last stage; divides its width.
-        mlp_ratio: Hidden width of each stage's MLPs over its width.
-        kernel_size: Side of the depth-wise filters, an odd number.
-        drop_path: Fraction of samples whose residual branches the last block leaves out in
-            training; the other blocks less, linearly from 0 over all stages.
-        multi_scale: Whether the outputs of the first two stages are added to the last one's.
-        masked_conv: Whether convolutions see zeros in place of hidden positions. Without, they run
-            on the whole image and see what the mask hides: the paper's ablation, not an encoder of
-            visible patches.
+        heads: Attention heads of the last stage; must divide its width.
+        mlp_ratio: Ratio of MLP hidden width to width, for each stage.
+        kernel_size: Kernel size of the depth-wise convolutions; odd.
+        drop_path: Stochastic depth rate of the last block, in [0, 1). Rates rise linearly from 0
+            over the blocks of all stages.
+        multi_scale: Whether to add the projected outputs of the first two stages to the output.
+        masked_conv: Whether convolutions read masked positions as zeros. `False` is an ablation of
+            the paper: convolutions run on the whole image, so masked pixels reach the output.
         pool: What `pool` returns: the "mean" of the tokens, or the first "token", as the authors'
             fine-tuning does without `--global_pool`.
         pool_norm: Whether the last LayerNorm comes after pooling (`fc_norm`) instead of before
             (`norm`).
-        learn_positions: Whether the position table, sine-cosine at first, is trained.
+        learn_positions: Whether the position table, initialised as sine-cosine, is trained.
         num_classes: Width of `head`, a linear classifier for pooled tokens; 0 for none.
 
     Attributes:
         grid: Tokens per axis of the last stage: the grid of masks.
-        fine_grid: Tokens per axis of the first stage. A mask of this grid hides some positions of
-            every token: the paper's ablation. All tokens are then encoded, at full cost.
-        num_prefix_tokens: Tokens in front of the patch tokens: none.
+        fine_grid: Tokens per axis of the first stage. A mask on this grid is an ablation of the
+            paper: it hides a part of every token, so all tokens are encoded, at full cost.
+        num_prefix_tokens: Number of prefix tokens: 0.
 
     Source:
         ConvMAE, arXiv:2205.03892, sections 3.1 to 3.3; Alpha-VL/ConvMAE `models_convmae.py`,
-        `models_convvit.py`, which take images of 224 pixels only, compute every position of the
-        first two stages and drop three quarters of them afterwards.
+        `models_convvit.py`. The authors' code takes images of 224 pixels only. It computes every
+        position of the first two stages, then drops the masked ones.
 
     Example:
         >>> from mimkit import masking
@@ -337,19 +335,20 @@ class ConvViT(nn.Module):
     def forward(
         self, images: Float[Tensor, "batch channels height width"], mask: Mask | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
-        """Encode images: their visible cells under a mask, all of them without one.
+        """Encode the visible patches, or all patches without a mask.
 
         Args:
             images: Images of the size that the encoder was built for.
-            mask: Which tokens of the last stage are visible; or which of the first.
+            mask: Mask on `grid`, or on `fine_grid` (see Attributes).
 
         Returns:
-            One token per (visible) patch in ascending order of position, after the last norm; all
-            of them under a mask of the first stage.
+            One token per encoded patch, in ascending order of position, after the last norm. With
+            a mask on `fine_grid`, all patches are encoded.
 
         Raises:
-            TypeError: A `RaggedMask`.
-            ValueError: Images of another size or number of channels, or a mask that does not fit.
+            TypeError: If the mask is a `RaggedMask`.
+            ValueError: If the images have another size or number of channels, or the mask another
+                grid or batch size.
         """
         if mask is not None:
             check_even(mask)
@@ -369,7 +368,7 @@ class ConvViT(nn.Module):
         return encoded
 
     def pool(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch dim"]:
-        """Summarise encoded tokens in one vector per sample, as `pool` of the constructor says."""
+        """Pool encoded tokens to one vector per sample, by the constructor's `pool`."""
         pooled = tokens[:, 0] if self._pool == "token" else mean_of_tokens(tokens)
         summary: Tensor = self.fc_norm(pooled)
         return summary
@@ -377,7 +376,12 @@ class ConvViT(nn.Module):
     def _embed(
         self, images: Tensor, mask: Mask | None, partial: Mask | None = None
     ) -> tuple[Float[Tensor, "batch tokens dim"], list[Float[Tensor, "batch tokens dim"]]]:
-        """Run the convolution stages; return tokens without positions, and what is added later."""
+        """Run the convolution stages.
+
+        Returns:
+            The tokens without position embeddings, and the projected outputs of the first two
+            stages (none without `multi_scale`).
+        """
         if mask is None:
             cells = rearrange(as_floats(images), "b c h w -> b 1 (h w) c")
             cell = self.image_size
@@ -392,7 +396,7 @@ class ConvViT(nn.Module):
         return self.embed_proj(self.embed(cells, cell).flatten(1, 2)), fused
 
     def _hidden(self, partial: Mask, stage: int) -> Bool[Tensor, "batch 1 positions 1"]:
-        """Find the positions of a stage that hold nothing visible of the first one."""
+        """Return the positions of a stage that contain no visible position of the first stage."""
         height, width = product([(1, 1), *self.strides[1 : stage + 1]])
         pattern = "b (y p) (x q) -> b 1 (y x) 1 (p q)"
         return rearrange(partial.is_masked, pattern, p=height, q=width).all(dim=-1)
@@ -415,12 +419,12 @@ def check_stages(**values: Sequence[object]) -> None:
     """Check that every setting has one value per stage.
 
     Raises:
-        ValueError: One that has not.
+        ValueError: If a setting has another number of values.
     """
     for name, value in values.items():
         if not isinstance(value, Sequence) or len(value) != STAGES:
             raise ValueError(
-                f"{name} must hold one value for each of {STAGES} stages; got {value!r}"
+                f"{name} must have one value for each of the {STAGES} stages; got {value!r}"
             )
 
 
@@ -428,7 +432,7 @@ def hide(
     cells: Float[Tensor, "batch cells cell dim"],
     hidden: Bool[Tensor, "batch cells cell 1"] | None,
 ) -> Float[Tensor, "batch cells cell dim"]:
-    """Put zeros in place of hidden positions, if there are any."""
+    """Set hidden positions to zero; `hidden=None` leaves the cells as they are."""
     return cells if hidden is None else cells.masked_fill(hidden, 0)
 
 
@@ -438,7 +442,7 @@ def product(strides: Sequence[Grid]) -> Grid:
 
 
 def init_as_convolution(weight: Tensor, bias: Tensor) -> None:
-    """Initialise as PyTorch does a convolution, where the authors leave that as it is."""
+    """Initialise a convolution's weight and bias as PyTorch does by default."""
     bound = 1 / math.sqrt(weight[0].numel())
     nn.init.uniform_(weight, -bound, bound)
     nn.init.uniform_(bias, -bound, bound)

@@ -1,4 +1,4 @@
-"""ConvMAE's encoder as a detector's backbone: windows, some global layers, four feature maps.
+"""ConvMAE's encoder as a detection backbone: window and global attention, four feature maps.
 
 Axes: batch; channels; height, width; windows; tokens (of the grid, or of a window); dim; heads.
 """
@@ -20,21 +20,22 @@ class ConvViTDetector(ConvViT):
 
     Args:
         image_size: Pixels per axis: an integer means a square image, a tuple height and width.
-        window: Tokens per axis of the windows that most layers attend in; divides the grid.
-        global_layers: Layers of the last stage that attend to the whole grid.
-        patch_sizes: As in `ConvViT`, and so are all other arguments.
+        window: Tokens per axis of an attention window; must divide the grid.
+        global_layers: Indices of the last stage's blocks with global instead of window attention.
+        patch_sizes: Stride of each of the three stages, as in `ConvViT`.
         in_channels: Channels of the images.
         dim: Width of each stage.
         depth: Number of blocks of each stage.
         heads: Attention heads of the last stage.
-        mlp_ratio: Hidden width of each stage's MLPs over its width.
-        kernel_size: Side of the depth-wise filters.
-        drop_path: Fraction of samples whose residual branches the last block leaves out.
+        mlp_ratio: Ratio of MLP hidden width to width, for each stage.
+        kernel_size: Kernel size of the depth-wise convolutions; odd.
+        drop_path: Stochastic depth rate of the last block, in [0, 1), as in `ConvViT`.
 
     Source:
         ConvMAE, arXiv:2205.03892, section 3.4 "object detection"; Alpha-VL/ConvMAE `ConvViTDet`.
-        Windowed layers share one table of relative positions, global ones another. There is no last
-        norm; the fourth feature map is the third one max-pooled. The position table is frozen.
+        All window layers share one relative position table, all global layers another. There is no
+        last norm; the fourth feature map is the third one, max-pooled. The position table is
+        frozen.
 
     Example:
         >>> import torch
@@ -72,7 +73,7 @@ class ConvViTDetector(ConvViT):
         )
         if any(not 0 <= layer < depth[-1] for layer in global_layers):
             raise ValueError(
-                f"global_layers must be in [0, {depth[-1]}), the layers of the last stage; "
+                f"global_layers must be in [0, {depth[-1]}), the blocks of the last stage; "
                 f"got {tuple(global_layers)}"
             )
         self.norm = nn.Identity()
@@ -88,7 +89,7 @@ class ConvViTDetector(ConvViT):
         """Return the feature maps E1 to E4, from fine to coarse.
 
         Raises:
-            ValueError: Images of another size or number of channels.
+            ValueError: If the images have another size or number of channels.
         """
         self._check(images, None)
         cells, cell = rearrange(images, "b c h w -> b 1 (h w) c"), self.image_size
@@ -107,7 +108,7 @@ class ConvViTDetector(ConvViT):
     def _attend(
         self, block: nn.Module, tokens: Tensor, bias: Tensor, is_global: bool
     ) -> Float[Tensor, "batch tokens dim"]:
-        """Run a block on the whole grid, or on each window by itself."""
+        """Apply a block with global or window attention."""
         if is_global:
             whole: Tensor = block(tokens, attn_bias=bias)
             return whole

@@ -1,8 +1,8 @@
-"""Decoders and heads: from latents to predictions for the masked positions.
+"""Decoders and the pixel head: from latents to predictions for the masked positions.
 
 Axes: batch; prefix; visible; masked; tokens (of the whole grid); dim (decoder's), in_dim
-(encoder's); patch (the values of one patch). Under a `RaggedMask`: rows (of all samples, one sample
-behind the other).
+(encoder's); patch (the values of one patch). With a `RaggedMask`: rows (of all samples,
+concatenated).
 """
 
 from collections.abc import Sequence
@@ -12,32 +12,40 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import mimkit_kernels as kernels
+from mimkit._checks import check_mask, check_rows
 from mimkit._grids import Grid, as_sizes, count_tokens, sides_of
 from mimkit.masking import Mask, RaggedMask
 from mimkit.nn._layers import NORM_EPS, CrossAttention, Mlp, TransformerBlock, xavier_linear
-from mimkit.nn._packing import alike_together, pack, positions_at, reorder, undo, weave
+from mimkit.nn._packing import (
+    interleave,
+    inverse_order,
+    order_by_length,
+    pack,
+    positions_at,
+    reorder,
+)
 from mimkit.patches import sincos_positions
-from mimkit.patches._patchify import check_mask
-from mimkit.patches._tokens import check_rows, take_rows
 
 
 class MAEDecoder(nn.Module):
-    """Self-attention decoder over visible and mask tokens that returns the masked positions.
+    """Self-attention decoder over visible and mask tokens; returns the masked positions.
 
     Args:
         grid: Tokens per axis.
         in_dim: Width of the latents.
         dim: Width of the decoder.
         depth: Number of blocks.
-        heads: Attention heads; divides `dim`.
-        mlp_ratio: Hidden width of each MLP over `dim`.
-        num_prefix: Prefix tokens of the latents, which take part as they are.
+        heads: Attention heads; must divide `dim`.
+        mlp_ratio: Ratio of MLP hidden width to `dim`.
+        num_prefix: Prefix tokens of the latents; the blocks attend to them too.
 
     Source:
         MAE, arXiv:2111.06377, section 3 "MAE decoder"; facebookresearch/mae `forward_decoder`.
-        There tokens are put back in grid order and every position is predicted. Blocks do not care
-        about order, so here the masked tokens stay behind the visible ones and no token moves; what
-        the visible ones would become is left out from the last attention on. Numbers are the same.
+        The authors restore grid order and predict every position. Transformer blocks do not depend
+        on token order, so here the mask tokens follow the visible ones and nothing is reordered.
+        The last block computes queries and MLP for the masked tokens only. The numbers are the
+        same.
 
     Example:
         >>> from mimkit import masking
@@ -78,20 +86,20 @@ class MAEDecoder(nn.Module):
         mask: Mask | RaggedMask,
         query_ids: Int64[Tensor, "batch queries"] | None = None,
     ) -> Float[Tensor, "batch queries dim"] | Float[Tensor, "rows_of_masked dim"]:
-        """Decode the masked positions, or those that are asked for.
+        """Decode the masked positions, or the positions in `query_ids`.
 
         Args:
-            latent: Prefix tokens, then visible tokens in ascending order of position; packed under
-                a `RaggedMask`, as is the result then.
-            mask: The mask that they were encoded under; a `RaggedMask` may have any grids.
-            query_ids: Positions to return, visible ones too; the masked ones if `None`.
+            latent: Prefix tokens, then visible tokens in ascending order of position. With a
+                `RaggedMask`, latents and result are packed.
+            mask: The mask that was used to encode; a `RaggedMask` may have any grids.
+            query_ids: Positions to return, masked or visible; `None` for the masked ones.
 
         Returns:
-            One token per masked position, ascending, or per query, after the last norm.
+            One token per masked position in ascending order, or one per query, after the last norm.
 
         Raises:
-            ValueError: A mask of another grid, latents that do not fit it, or queries under a
-                `RaggedMask`.
+            ValueError: If the mask has another grid, if the latents do not fit the mask, or if
+                `query_ids` is given with a `RaggedMask`.
         """
         if isinstance(mask, RaggedMask):
             if query_ids is not None:
@@ -111,14 +119,15 @@ class MAEDecoder(nn.Module):
         if query_ids is None:
             tokens = tokens[:, tokens.shape[1] - mask.num_masked :]
         else:
-            tokens = take_rows(tokens, mask.restore_ids.gather(1, query_ids) + self.num_prefix)
+            places = mask.restore_ids.gather(1, query_ids) + self.num_prefix
+            tokens = kernels.gather_tokens(tokens, places, 0)
         decoded: Tensor = self.norm(tokens)
         return decoded
 
     def _decode_packed(self, latent: Tensor, mask: RaggedMask) -> Tensor:
         num_latents = [self.num_prefix + count for count in mask.num_visible]
         check_rows("latent", latent, mask, sum(num_latents), self.embed.in_features)
-        order = alike_together(mask)
+        order = order_by_length(mask)
         latent, mask = reorder(latent, num_latents, order), mask[order]
         prefix_position = self.pos_embed[0, : self.num_prefix]
         visible, masked = (
@@ -128,47 +137,47 @@ class MAEDecoder(nn.Module):
                 (mask.masked_ids, mask.num_masked),
             )
         )
-        seen = self.embed(latent) + weave(
+        seen = self.embed(latent) + interleave(
             [prefix_position] * mask.batch_size, mask.split_visible(visible)
         )
         hidden = self.mask_token[0] + masked
-        tokens = weave(
+        tokens = interleave(
             mask.split_visible(seen, num_prefix=self.num_prefix), mask.split_masked(hidden)
         ).unsqueeze(0)
         lengths = [self.num_prefix + count for count in mask.num_tokens]
-        whole = pack(lengths, tokens.device)
-        asked = pack(lengths, tokens.device, num_queries=mask.num_masked)
+        all_tokens = pack(lengths, tokens.device)
+        only_masked = pack(lengths, tokens.device, num_queries=mask.num_masked)
         for index, block in enumerate(self.blocks, 1):
-            tokens = block(tokens, packing=asked if index == len(self.blocks) else whole)
+            tokens = block(tokens, packing=only_masked if index == len(self.blocks) else all_tokens)
         if not self.blocks:
-            tokens = asked.last(tokens)
-        return reorder(self.norm(tokens)[0], mask.num_masked, undo(order))
+            tokens = only_masked.last(tokens)
+        return reorder(self.norm(tokens)[0], mask.num_masked, inverse_order(order))
 
     def _positions_on(self, grid: Grid) -> Float[Tensor, "tokens dim"]:
-        own = self.pos_embed[0, self.num_prefix :]
+        table = self.pos_embed[0, self.num_prefix :]
         if grid == self.grid:
-            return own
-        return sincos_positions(own.shape[1], grid).to(own)
+            return table
+        return sincos_positions(table.shape[1], grid).to(table)
 
 
 class CrossDecoder(nn.Module):
-    """Decoder whose queries attend to the visible tokens, and not to each other.
+    """Cross-attention decoder: queries attend to the visible tokens, not to each other.
 
-    Without self-attention no position depends on which others are decoded: a random subset of the
-    masked positions can be trained on, at a cost in proportion.
+    Without self-attention, a prediction does not depend on which other positions are decoded.
+    Training can therefore decode a random subset of the masked positions, at proportional cost.
 
     Args:
         grid: Tokens per axis.
         in_dim: Width of the latents.
         dim: Width of the decoder.
         depth: Number of blocks.
-        heads: Attention heads; divides `dim`.
-        mlp_ratio: Hidden width of each MLP over `dim`.
-        num_prefix: Prefix tokens of the latents, which are attended to as well.
+        heads: Attention heads; must divide `dim`.
+        mlp_ratio: Ratio of MLP hidden width to `dim`.
+        num_prefix: Prefix tokens of the latents; queries attend to them too.
 
     Source:
-        CrossMAE, arXiv:2401.14391, section 3. There each block reads its own learned mix of all
-        encoder layers; here all read the encoder's output.
+        CrossMAE, arXiv:2401.14391, section 3. In the paper each block attends to its own learned
+        combination of all encoder layers; here all blocks attend to the encoder's output.
 
     Example:
         >>> from mimkit import masking
@@ -208,7 +217,7 @@ class CrossDecoder(nn.Module):
         mask: Mask,
         query_ids: Int64[Tensor, "batch queries"] | None = None,
     ) -> Float[Tensor, "batch queries dim"]:
-        """Decode the masked positions, or those that are asked for; as `MAEDecoder` does."""
+        """Decode the masked positions, or the positions in `query_ids`, as in `MAEDecoder`."""
         check_latent(latent, mask, self.grid, self.num_prefix)
         query_ids = mask.masked_ids if query_ids is None else query_ids
         queries = self.mask_token + F.embedding(query_ids, self.pos_embed[0])
@@ -224,8 +233,8 @@ class CrossBlock(nn.Module):
 
     Args:
         dim: Width of a token.
-        heads: Attention heads; divides `dim`.
-        mlp_ratio: Hidden width of the MLP over `dim`.
+        heads: Attention heads; must divide `dim`.
+        mlp_ratio: Ratio of MLP hidden width to `dim`.
     """
 
     def __init__(self, *, dim: int, heads: int, mlp_ratio: float = 4.0) -> None:
@@ -241,7 +250,7 @@ class CrossBlock(nn.Module):
         queries: Float[Tensor, "batch queries dim"],
         context: Float[Tensor, "batch tokens dim"],
     ) -> Float[Tensor, "batch queries dim"]:
-        """Let each query look at the context, then transform it."""
+        """Apply the block: cross-attention to the context, then an MLP."""
         context = self.norm_context(context)
         queries = queries + self.cross_attn(self.norm1(queries), context, context)
         out: Tensor = queries + self.mlp(self.norm2(queries))
@@ -254,15 +263,15 @@ def check_latent(
     grid: tuple[int, ...],
     num_prefix: int,
 ) -> None:
-    """Check that latents were encoded under a mask.
+    """Check that the latents' shape fits the mask and the grid.
 
     Raises:
-        ValueError: A mask of another grid, or latents that do not fit it.
+        ValueError: If the mask has another grid, or the latents another number of tokens.
     """
     check_mask(mask, grid, latent)
     if latent.shape[1] != num_prefix + mask.num_visible:
         raise ValueError(
-            f"latent must hold {num_prefix} prefix and {mask.num_visible} visible tokens; "
+            f"latent must have {num_prefix} prefix and {mask.num_visible} visible tokens; "
             f"got {tuple(latent.shape)}"
         )
 

@@ -1,4 +1,4 @@
-"""The discrete VAE of DALL-E, whose codes are the tokens that BEiT and CAE predict.
+"""DALL-E's discrete VAE. BEiT and CAE predict its codes.
 
 Axes: batch; channels; height, width (pixels); rows, columns (of codes); vocabulary.
 """
@@ -11,15 +11,15 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mimkit._checks import as_floats
 from mimkit._containers import container
 from mimkit._grids import divide
-from mimkit.patches._patchify import as_floats
 
-_EPS = 0.1  # how far pixels are kept from 0 and 1, where the logit is infinite
+_EPS = 0.1  # distance of mapped pixels from 0 and 1, where the logit is infinite
 
 
 def map_pixels(images: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Bring pixels from [0, 1] into [0.1, 0.9], as the networks read them.
+    """Map pixels from [0, 1] to [0.1, 0.9], the range of the networks.
 
     Source:
         DALL-E, arXiv:2102.12092, appendix A.3; openai/DALL-E `map_pixels`.
@@ -32,7 +32,7 @@ def map_pixels(images: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 
 def unmap_pixels(pixels: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Undo `map_pixels`; what leaves [0, 1] is clipped.
+    """Undo `map_pixels`, and clip to [0, 1].
 
     Example:
         >>> unmap_pixels(torch.tensor([0.1, 0.5, 1.0]))
@@ -42,7 +42,7 @@ def unmap_pixels(pixels: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 
 class _Block(nn.Module):
-    """Residual block of four convolutions, their sum scaled down."""
+    """Residual block of four convolutions, with a constant gain on the residual branch."""
 
     def __init__(
         self, in_dim: int, out_dim: int, kernels: tuple[int, int, int, int], gain: float
@@ -66,7 +66,7 @@ class _Block(nn.Module):
 def _conv(in_dim: int, out_dim: int, kernel: int) -> nn.Conv2d:
     layer = nn.Conv2d(in_dim, out_dim, kernel, padding=kernel // 2)
     assert layer.bias is not None
-    # As published: normal, by the inputs of a unit.
+    # As in the released code: normal with standard deviation fan_in ** -0.5.
     nn.init.normal_(layer.weight, std=(in_dim * kernel**2) ** -0.5)
     nn.init.zeros_(layer.bias)
     return layer
@@ -80,15 +80,15 @@ def _trunk(
     resize: tuple[str, Callable[[], nn.Module]],
     out_dim: int,
 ) -> nn.Sequential:
-    """Put groups of blocks behind a stem, with a change of resolution between two groups.
+    """Build a stem, groups of blocks with a change of resolution between them, and an output layer.
 
     Args:
         stem: The first layer.
-        widths: What the stem gives, then the width of each group.
-        depth: Blocks of a group.
-        kernels: Sizes of a block's four convolutions.
-        resize: Name and maker of the layer between groups.
-        out_dim: Width of the last layer.
+        widths: Output width of the stem, then of each group.
+        depth: Blocks per group.
+        kernels: Kernel sizes of a block's four convolutions.
+        resize: Name and constructor of the layer between groups.
+        out_dim: Output width of the last layer.
     """
     gain = ((len(widths) - 1) * depth) ** -2
     layers: list[tuple[str, nn.Module]] = [("input", stem)]
@@ -105,7 +105,7 @@ def _trunk(
 
 
 class DiscreteEncoder(nn.Module):
-    """Convolutional network from pixels, as `map_pixels` gives them, to logits of the codes."""
+    """Convolutional encoder from pixels, mapped by `map_pixels`, to logits over codes."""
 
     def __init__(
         self, *, in_channels: int, dim: int, groups: int, depth: int, vocabulary_size: int
@@ -123,13 +123,13 @@ class DiscreteEncoder(nn.Module):
     def forward(
         self, pixels: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch vocabulary rows columns"]:
-        """Return the logits of each position's codes."""
+        """Return logits over codes at each position."""
         logits: Tensor = self.blocks(pixels)
         return logits
 
 
 class DiscreteDecoder(nn.Module):
-    """Convolutional network from (soft) one-hot codes to mean and log scale of each pixel."""
+    """Convolutional decoder from one-hot (or soft) codes to mean and log scale of each pixel."""
 
     def __init__(
         self,
@@ -154,19 +154,19 @@ class DiscreteDecoder(nn.Module):
     def forward(
         self, codes: Float[Tensor, "batch vocabulary rows columns"]
     ) -> Float[Tensor, "batch two_channels height width"]:
-        """Return the means of the pixels' logits, then the logarithms of their scales."""
+        """Return the parameters of the logit-Laplace distribution: means, then log scales."""
         statistics: Tensor = self.blocks(codes)
         return statistics
 
 
 @container
 class DiscreteVAEOutput:
-    """What a training pass gives.
+    """Output of a training step.
 
     Attributes:
-        loss: Reconstruction loss and weighted divergence.
-        reconstruction_loss: Negative log-likelihood of a pixel value, in nats.
-        divergence: Of the codes' distributions from the uniform one, in nats a position.
+        loss: Reconstruction loss plus weighted divergence.
+        reconstruction_loss: Mean negative log-likelihood per pixel value, in nats.
+        divergence: KL divergence of the code distributions from uniform, in nats per position.
         images: The reconstruction, in [0, 1].
         ids: The most likely code of each position.
     """
@@ -183,20 +183,20 @@ class DiscreteVAE(nn.Module):
 
     Args:
         in_channels: Channels of the images.
-        dim: Width at full resolution; every group of the encoder doubles it.
-        groups: Groups of blocks; resolution is halved between two, so a code stands for
-            `2 ** (groups - 1)` pixels an axis.
-        depth: Blocks of a group.
+        dim: Width at full resolution; every further group of the encoder doubles it.
+        groups: Groups of blocks. Resolution is halved between groups, so a code covers
+            `2 ** (groups - 1)` pixels per axis.
+        depth: Blocks per group.
         vocabulary_size: Number of codes.
         stem_dim: Width of a code's embedding in the decoder.
-        has_decoder: Whether there is a decoder; making tokens needs none.
+        has_decoder: Whether to build the decoder; `encode` does not need it.
 
     Attributes:
-        stride: Pixels that a code stands for, per axis.
+        stride: Pixels per code, per axis.
 
     Source:
-        DALL-E, arXiv:2102.12092, appendix A; openai/DALL-E `Encoder`, `Decoder`, which the defaults
-        are. Training there is not published as code; see `forward`.
+        DALL-E, arXiv:2102.12092, appendix A; openai/DALL-E `Encoder`, `Decoder`, whose sizes are
+        the defaults. OpenAI did not release its training code; see `forward`.
 
     Example:
         >>> vae = DiscreteVAE(dim=8, groups=3, depth=1, vocabulary_size=16, stem_dim=8)
@@ -218,7 +218,7 @@ class DiscreteVAE(nn.Module):
     ) -> None:
         super().__init__()
         if dim % 4:
-            raise ValueError(f"dim must be a multiple of 4; got {dim}")
+            raise ValueError(f"dim must be divisible by 4; got {dim}")
         self.in_channels = in_channels
         self.vocabulary_size = vocabulary_size
         self.stride = 1 << (groups - 1)
@@ -252,8 +252,8 @@ class DiscreteVAE(nn.Module):
             images: Pixels in [0, 1], or uint8.
 
         Raises:
-            ValueError: Images of another number of channels, or a size that the stride does not
-                divide.
+            ValueError: If the images have another number of channels, or a size that is not
+                divisible by the stride.
         """
         return self._logits(images).argmax(dim=1)
 
@@ -261,7 +261,7 @@ class DiscreteVAE(nn.Module):
     def decode(
         self, ids: Int64[Tensor, "batch rows columns"]
     ) -> Float[Tensor, "batch channels height width"]:
-        """Return the images, in [0, 1], that codes stand for."""
+        """Decode codes to images in [0, 1]."""
         codes = F.one_hot(ids, self.vocabulary_size).movedim(-1, 1).float()
         mean, _ = self._statistics(codes)
         return unmap_pixels(mean.sigmoid())
@@ -274,17 +274,17 @@ class DiscreteVAE(nn.Module):
         divergence_weight: float = 0.0,
         hard: bool = True,
     ) -> DiscreteVAEOutput:
-        """Code and decode images, to be trained.
+        """Encode and decode images, and compute the training loss.
 
         Args:
             images: Pixels in [0, 1].
-            temperature: Of the Gumbel softmax: low is close to one-hot.
-            divergence_weight: How much the codes' divergence from uniform adds to the loss.
-            hard: Whether the decoder sees one-hot codes, with the gradient of the soft ones
-                (straight-through), or the soft ones.
+            temperature: Temperature of the Gumbel softmax; a low one gives nearly one-hot codes.
+            divergence_weight: Weight of the KL divergence from uniform in the loss.
+            hard: Whether the decoder reads one-hot codes with a straight-through gradient, or the
+                soft ones.
 
         Raises:
-            ValueError: As `encode` does.
+            ValueError: If the images do not fit (see `encode`), or there is no decoder.
 
         Source:
             DALL-E, arXiv:2102.12092, section 2.1 and appendix A.3: Gumbel-softmax relaxation, and
@@ -294,13 +294,13 @@ class DiscreteVAE(nn.Module):
         codes = F.gumbel_softmax(logits, tau=temperature, hard=hard, dim=1)
         mean, log_scale = self._statistics(codes)
         target = map_pixels(images)
-        # -log of a Laplace density of the pixel's logit, the pixel's own share of it left in.
+        # Negative log-density of the logit-Laplace distribution, with its constant terms.
         error = (target.logit() - mean).abs() * torch.exp(-log_scale)
-        density = log_scale + error + torch.log(2 * target * (1 - target))
-        log_share = logits.log_softmax(dim=1)
-        entropy = -(log_share.exp() * log_share).sum(dim=1).mean()
+        nll = log_scale + error + torch.log(2 * target * (1 - target))
+        log_probs = logits.log_softmax(dim=1)
+        entropy = -(log_probs.exp() * log_probs).sum(dim=1).mean()
         divergence = torch.log(entropy.new_tensor(self.vocabulary_size)) - entropy
-        reconstruction_loss = density.float().mean()
+        reconstruction_loss = nll.float().mean()
         loss = reconstruction_loss + divergence_weight * divergence.float()
         return DiscreteVAEOutput(
             loss,

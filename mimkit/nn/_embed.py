@@ -1,8 +1,8 @@
-"""From patches to tokens.
+"""Patch embedding.
 
-Axes: batch; channels; *spatial; tokens (visible, or all of the grid without a mask); patch (the
-values of one patch); dim. Under a `RaggedMask`: rows (tokens of all samples, one sample behind the
-other).
+Axes: batch; channels; *spatial; tokens (the visible ones with a mask, all of the grid without);
+patch (the values of one patch); dim. With a `RaggedMask`: rows (tokens of all samples,
+concatenated).
 """
 
 import math
@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mimkit._checks import Order, as_floats, check_stacked
 from mimkit._grids import Grid, count_tokens, sides_of
 from mimkit.masking import Mask, RaggedMask
 from mimkit.patches import gather_patches, patchify
-from mimkit.patches._patchify import Order, as_floats, check_stacked
 
 Images: TypeAlias = (
     Float[Tensor, "batch channels *spatial"] | Sequence[Float[Tensor, "channels ..."]]
@@ -25,33 +25,34 @@ Images: TypeAlias = (
 
 
 class PatchProjection(nn.Module):
-    """Linear map from patches to tokens, with the weight of the convolution that it equals."""
+    """Linear projection of patches, with its weight stored in convolution layout."""
 
     def __init__(self, *, in_channels: int, patch: Sequence[int], dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim, in_channels, *patch))
         self.bias = nn.Parameter(torch.empty(dim))
         nn.init.xavier_uniform_(self.weight.view(dim, -1))
-        # MAE leaves the bias at the default of a convolution.
+        # MAE leaves the bias at PyTorch's default for a convolution.
         bound = 1 / math.sqrt(in_channels * count_tokens(patch))
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(
         self, patches: Float[Tensor, "*tokens patch"], order: Order = "c p1 p2"
     ) -> Float[Tensor, "*tokens dim"]:
-        """Project patches, whose values come in `order`."""
+        """Project patches whose values are in `order`."""
         weight = self.weight if order == "c p1 p2" else self.weight.movedim(1, -1)
         return F.linear(patches, weight.flatten(1), self.bias)
 
 
 class PatchEmbed(nn.Module):
-    """Embed patches: all of them, or under a mask the visible ones and nothing else.
+    """Patch embedding that computes only the visible patches when a mask is given.
 
     Args:
         patch_size: Pixels per patch: an integer means a square patch, a tuple one side per axis.
         in_channels: Channels of the images.
         dim: Width of a token.
         order: Order in which the values of a patch are loaded and summed (see `patches.patchify`).
+            It changes rounding only.
 
     Source:
         timm `PatchEmbed` (a convolution over all patches, parameters `proj.weight`, `proj.bias`);
@@ -84,9 +85,10 @@ class PatchEmbed(nn.Module):
         images: Images,
         mask: Mask | RaggedMask | None = None,
     ) -> Float[Tensor, "batch tokens dim"] | Float[Tensor, "rows dim"]:
-        """Embed the visible patches, in ascending order of position; all without a mask.
+        """Embed the visible patches in ascending order of position, or all without a mask.
 
-        Those under a `RaggedMask`, which also takes a list of images of any sizes, come packed.
+        With a `RaggedMask`, images may also be a list of different sizes; the tokens of all samples
+        are then concatenated.
         """
         return self._embed(images, mask, self.patch_size)
 

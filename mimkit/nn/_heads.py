@@ -1,4 +1,4 @@
-"""Heads that score classes of a large vocabulary."""
+"""Prediction heads over a large vocabulary."""
 
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from mimkit.losses import linear_cross_entropy
 
 
 class TokenHead(nn.Linear):
-    """Linear head from tokens to the codes of a tokenizer.
+    """Linear head from tokens to logits over a tokenizer's codes.
 
     Args:
         dim: Width of a token.
@@ -39,16 +39,18 @@ class TokenHead(nn.Linear):
         | Float32[Tensor, ""]
         | tuple[Float32[Tensor, ""], Float32[Tensor, ""]]
     ):
-        """Return the logits; with a target the mean cross-entropy, without the logits in memory.
+        """Return logits, or with a target the mean cross-entropy.
+
+        The cross-entropy is computed without holding all logits in memory.
 
         Args:
             x: Tokens.
-            target: The right code of each.
-            return_accuracy: Whether to return, behind the cross-entropy, the share of tokens whose
-                most likely code is right.
+            target: Code of each token.
+            return_accuracy: Whether to also return the top-1 accuracy, as a fraction.
 
         Raises:
-            ValueError: A target of another shape, or (on a CPU) codes out of range.
+            ValueError: If the target has another shape, or (on a CPU) codes out of range, or if
+                `return_accuracy` is set without a target.
         """
         if target is None:
             if return_accuracy:

@@ -1,4 +1,4 @@
-"""Patches of a CNN's feature map in the place of patches of pixels.
+"""Hybrid patch embedding: patches of a CNN's feature map instead of pixels.
 
 Axes: batch; channels; height, width (pixels); tokens; dim.
 """
@@ -9,10 +9,10 @@ from einops import repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mimkit._checks import check_stacked
 from mimkit._grids import Grid, per_axis
 from mimkit.masking import Mask, RaggedMask
 from mimkit.nn._embed import Images, PatchEmbed
-from mimkit.patches._patchify import check_stacked
 
 
 class ConvStem(nn.Sequential):
@@ -20,11 +20,11 @@ class ConvStem(nn.Sequential):
 
     Args:
         in_channels: Channels of the images.
-        channels: Channels behind each convolution, which halves the resolution.
+        channels: Output channels of each convolution; each has stride 2.
 
     Attributes:
         out_channels: Channels of the feature map.
-        stride: Pixels per axis of one of its positions.
+        stride: Total stride: pixels per axis of one feature-map position.
 
     Example:
         >>> import torch
@@ -43,11 +43,11 @@ class ConvStem(nn.Sequential):
 
 
 class HybridEmbed(PatchEmbed):
-    """Embed patches of a stem's feature map.
+    """Patch embedding of a stem's feature map.
 
     Args:
-        stem: From images to feature maps, with attributes `out_channels` and `stride`.
-        patch_size: Positions of the map per patch, per axis.
+        stem: Module from images to feature maps, with attributes `out_channels` and `stride`.
+        patch_size: Feature-map positions per patch, per axis.
         dim: Width of a token.
 
     Attributes:
@@ -55,8 +55,8 @@ class HybridEmbed(PatchEmbed):
 
     Source:
         Dosovitskiy et al., arXiv:2010.11929, section 3.1 "Hybrid Architecture" (a ResNet, patches
-        of 1x1). Under a mask, hidden pixels are 0 for the stem, whose filters overlap: so none of
-        them reaches a visible token.
+        of 1x1). With a mask, masked pixels are set to 0 before the stem: its filters overlap, and
+        would otherwise leak masked pixels into visible tokens.
     """
 
     def __init__(self, *, stem: Any, patch_size: Grid, dim: int) -> None:
@@ -71,13 +71,13 @@ class HybridEmbed(PatchEmbed):
         images: Images,
         mask: Mask | RaggedMask | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
-        """Embed the visible patches, in ascending order of position; all without a mask.
+        """Embed the visible patches in ascending order of position, or all without a mask.
 
         Raises:
-            TypeError: A `RaggedMask`.
+            TypeError: If the mask is a `RaggedMask`.
         """
         if isinstance(mask, RaggedMask):
-            raise TypeError("a stem takes a Mask, of one count and one grid; got a RaggedMask")
+            raise TypeError("an encoder with a stem takes a Mask; got a RaggedMask")
         images = check_stacked(images)
         if mask is not None:
             down, across = self.patch_size

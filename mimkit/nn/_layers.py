@@ -1,4 +1,4 @@
-"""The transformer block and what it is made of.
+"""The transformer block and its parts.
 
 Axes: batch; tokens; dim; heads; head_dim.
 """
@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 from mimkit.nn._packing import Packing
 
-NORM_EPS = 1e-6  # of every LayerNorm in MAE's models (PyTorch's default is 1e-5)
+NORM_EPS = 1e-6  # epsilon of every LayerNorm in MAE's models (PyTorch's default is 1e-5)
 
 QKVBias = bool | Literal["qv"]
 
 
 def xavier_linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
-    """Make a linear layer with Xavier-uniform weight and zero bias, as MAE initialises its own."""
+    """Make a linear layer with MAE's initialisation: Xavier-uniform weight, zero bias."""
     layer = nn.Linear(in_features, out_features, bias=bias)
     nn.init.xavier_uniform_(layer.weight)
     if bias:
@@ -27,11 +27,11 @@ def xavier_linear(in_features: int, out_features: int, *, bias: bool = True) -> 
     return layer
 
 
-# Where bfloat16 products are native, they beat the backward of PyTorch's fused attention at the
-# lengths that MIM uses (50 to 200 tokens), and round less: gradients of CAE-B's query biases are
-# off by 1 %, not 5 %. Where they are emulated, it is the other way round. With a learned bias,
-# PyTorch has no fused attention for a CPU, and its fallback is slower than the products in float32.
-# `benchmarks/bench_attention.py` has the numbers.
+# On a CPU with native bfloat16, plain matrix products have a faster backward than PyTorch's fused
+# attention at MIM's sequence lengths (50 to 200 tokens). They also round less: gradients of CAE-B's
+# query biases are off by 1 % instead of 5 %. Where bfloat16 is emulated, fused attention is faster.
+# With a learned bias, PyTorch has no fused attention on a CPU, and its fallback is slower than
+# plain products in float32. Numbers: `benchmarks/bench_attention.py`.
 _CPU_HAS_BFLOAT16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
@@ -41,10 +41,10 @@ def attend(
     value: Float[Tensor, "batch heads tokens head_dim"],
     bias: Float[Tensor, "#batch heads queries tokens"] | None = None,
 ) -> Float[Tensor, "batch heads queries head_dim"]:
-    """Softmax attention, with `bias` added to its logits.
+    """Softmax attention, with `bias` added to the logits.
 
-    Plain matrix products on a CPU, for bfloat16 if it has it, for other types with a bias; else
-    PyTorch's fused operator.
+    Uses PyTorch's `scaled_dot_product_attention`, except on a CPU: there plain matrix products are
+    used for bfloat16 where it is native, and for other dtypes with a bias.
     """
     if bias is not None:
         bias = bias.to(query.dtype)
@@ -55,8 +55,8 @@ def attend(
     logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     if bias is not None:
         logits = logits + bias
-    mixed: Tensor = logits.softmax(dim=-1) @ value
-    return mixed
+    attended: Tensor = logits.softmax(dim=-1) @ value
+    return attended
 
 
 def attend_packed(
@@ -65,10 +65,10 @@ def attend_packed(
     value: Float[Tensor, "1 heads tokens head_dim"],
     packing: Packing,
 ) -> Float[Tensor, "1 queries dim"]:
-    """Softmax attention within each of the samples that lie packed in one sequence, heads merged.
+    """Softmax attention inside each sample of a packed sequence; returns merged heads.
 
-    On a GPU one call of variable length, where each sample has a query (fused operators need one);
-    else one call for all neighbors of the same length, so that nothing is padded there either.
+    On a GPU this is one variable-length call, if every sample has a query (fused operators need
+    one). Otherwise it is one call per run of samples with equal lengths. Nothing is padded.
     """
     if query.device.type == "cuda" and min(packing.num_queries) > 0:
         return _attend_nested(query, key, value, packing)
@@ -78,14 +78,14 @@ def attend_packed(
         part.split([samples * length for samples, _, length in runs], dim=2)
         for part in (key, value)
     )
-    mixed = [
-        merge_heads(attend(*(_apart(part, samples) for part in parts))).flatten(0, 1)
+    attended = [
+        merge_heads(attend(*(_split_samples(part, samples) for part in parts))).flatten(0, 1)
         for (samples, _, _), *parts in zip(runs, queries, keys, values, strict=True)
     ]
-    return torch.cat(mixed).unsqueeze(0)
+    return torch.cat(attended).unsqueeze(0)
 
 
-def _apart(
+def _split_samples(
     rows: Float[Tensor, "1 heads rows head_dim"], samples: int
 ) -> Float[Tensor, "samples heads tokens head_dim"]:
     return rearrange(rows, "1 h (s n) d -> s h n d", s=samples)
@@ -99,18 +99,18 @@ def _attend_nested(query: Tensor, key: Tensor, value: Tensor, packing: Packing) 
         )
         return nested.transpose(1, 2)
 
-    mixed = F.scaled_dot_product_attention(
+    attended = F.scaled_dot_product_attention(
         nest(query, packing.query_offsets, packing.num_queries),
         nest(key, packing.offsets, packing.lengths),
         nest(value, packing.offsets, packing.lengths),
     )
-    return rearrange(mixed.transpose(1, 2).values(), "n h d -> 1 n (h d)")
+    return rearrange(attended.transpose(1, 2).values(), "n h d -> 1 n (h d)")
 
 
 def split_heads(
     tokens: Float[Tensor, "batch tokens dim"], heads: int
 ) -> Float[Tensor, "batch heads tokens head_dim"]:
-    """Cut the width into heads."""
+    """Split the width into heads."""
     return rearrange(tokens, "b n (h d) -> b h n d", h=heads)
 
 
@@ -122,17 +122,17 @@ def merge_heads(
 
 
 def check_heads(dim: int, heads: int) -> None:
-    """Check that `dim` can be cut into `heads`.
+    """Check that `dim` is divisible by `heads`.
 
     Raises:
-        ValueError: It cannot.
+        ValueError: If it is not.
     """
     if heads < 1 or dim % heads:
-        raise ValueError(f"dim={dim} cannot be cut into heads={heads} of equal width")
+        raise ValueError(f"dim={dim} is not divisible by heads={heads}")
 
 
 class _QKVProjection(nn.Linear):
-    """The fused projection without a bias of its own; one may come with the call."""
+    """Fused QKV projection without a bias parameter; `forward` takes one as an argument."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, 3 * dim, bias=False)
@@ -147,13 +147,13 @@ class Attention(nn.Module):
 
     Args:
         dim: Width of a token.
-        heads: Attention heads; divides `dim`.
-        qkv_bias: What has a bias: `True` for queries, keys and values (timm's `qkv.bias`), `False`
-            for none, "qv" for all but the keys (BEiT's `q_bias` and `v_bias`), whose bias softmax
-            would not see.
+        heads: Attention heads; must divide `dim`.
+        qkv_bias: Which projections have a bias: `True` for queries, keys and values (timm's
+            `qkv.bias`), `False` for none, "qv" for queries and values (BEiT's `q_bias` and
+            `v_bias`). A key bias has no effect: softmax cancels it.
 
     Raises:
-        ValueError: Another `qkv_bias`, or a width that the heads do not divide.
+        ValueError: If `qkv_bias` is something else, or `dim` is not divisible by `heads`.
     """
 
     def __init__(self, *, dim: int, heads: int, qkv_bias: QKVBias = True) -> None:
@@ -178,21 +178,21 @@ class Attention(nn.Module):
         attn_bias: Float[Tensor, "#batch heads tokens tokens"] | None = None,
         packing: Packing | None = None,
     ) -> Float[Tensor, "batch queries dim"]:
-        """Mix tokens of each sample, for the last `num_queries` of them only if that is given."""
+        """Apply self-attention; with `num_queries`, return the last `num_queries` tokens only."""
         projected = self._project(tokens)
-        # Cut so that the three gradients are put side by side in one copy.
+        # This way of splitting lets backward concatenate the three gradients in one copy.
         parts = rearrange(projected, "b n (t h d) -> b n t h d", t=3, h=self.heads)
         query, key, value = (part.transpose(1, 2) for part in parts.unbind(2))
         if packing is not None:
             query = split_heads(packing.last(projected.chunk(3, dim=-1)[0]), self.heads)
-            answers: Tensor = self.proj(attend_packed(query, key, value, packing))
-            return answers
+            packed: Tensor = self.proj(attend_packed(query, key, value, packing))
+            return packed
         if num_queries is not None:
             first = tokens.shape[1] - num_queries
             query = query[:, :, first:]
             attn_bias = None if attn_bias is None else attn_bias[:, :, first:]
-        mixed: Tensor = self.proj(merge_heads(attend(query, key, value, attn_bias)))
-        return mixed
+        out: Tensor = self.proj(merge_heads(attend(query, key, value, attn_bias)))
+        return out
 
     def _project(self, tokens: Tensor) -> Tensor:
         if self.q_bias is None or self.v_bias is None:
@@ -204,7 +204,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of queries to other tokens; keys have no bias, which softmax would not see."""
+    """Cross-attention. Keys have no bias: softmax would cancel it."""
 
     def __init__(self, *, dim: int, heads: int) -> None:
         super().__init__()
@@ -221,32 +221,32 @@ class CrossAttention(nn.Module):
         key: Float[Tensor, "batch tokens dim"],
         value: Float[Tensor, "batch tokens dim"],
     ) -> Float[Tensor, "batch queries dim"]:
-        """Answer each query by a mix of the values whose keys fit it."""
-        return self.answer(self.q(query), self.k(key), self.v(value))
+        """Project and attend from queries to keys and values."""
+        return self.attend_projected(self.q(query), self.k(key), self.v(value))
 
-    def answer(
+    def attend_projected(
         self,
         query: Float[Tensor, "batch queries dim"],
         key: Float[Tensor, "batch tokens dim"],
         value: Float[Tensor, "batch tokens dim"],
     ) -> Float[Tensor, "batch queries dim"]:
-        """As `forward`, of what `q`, `k` and `v` made already."""
-        mixed = attend(*(split_heads(tokens, self.heads) for tokens in (query, key, value)))
-        answer: Tensor = self.proj(merge_heads(mixed))
-        return answer
+        """Apply `forward` to inputs that `q`, `k` and `v` have already projected."""
+        attended = attend(*(split_heads(tokens, self.heads) for tokens in (query, key, value)))
+        out: Tensor = self.proj(merge_heads(attended))
+        return out
 
-    def shares(
+    def attention_weights(
         self, query: Float[Tensor, "batch queries dim"], key: Float[Tensor, "batch tokens dim"]
     ) -> Float[Tensor, "batch heads queries tokens"]:
-        """Return how much of each token goes into each answer: to look at, not to train."""
+        """Return the attention weights, for visualisation."""
         queries, keys = (split_heads(t, self.heads) for t in (self.q(query), self.k(key)))
         logits = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-2, -1)
-        shares: Tensor = logits.softmax(dim=-1)
-        return shares
+        weights: Tensor = logits.softmax(dim=-1)
+        return weights
 
 
 class Mlp(nn.Module):
-    """Two linear layers around an exact GELU."""
+    """Two linear layers with an exact GELU between them."""
 
     def __init__(self, *, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -256,28 +256,28 @@ class Mlp(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "batch tokens dim"]
     ) -> Float[Tensor, "batch tokens dim"]:
-        """Transform each token by itself."""
+        """Apply the MLP to each token."""
         out: Tensor = self.fc2(F.gelu(self.fc1(tokens)))
         return out
 
 
 class DropPath(nn.Module):
-    """Leave out a residual branch for some samples while training, and scale up the others.
+    """Stochastic depth: in training, drop a residual branch for random samples, rescale the others.
 
     Args:
-        rate: Fraction of samples to leave out, in [0, 1).
+        rate: Probability of dropping a sample, in [0, 1).
     """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         if not 0 <= rate < 1:
-            raise ValueError(f"drop_path must be a fraction in [0, 1); got {rate}")
+            raise ValueError(f"drop_path must be in [0, 1); got {rate}")
         self.rate = rate
 
     def forward(
         self, branch: Float[Tensor, "batch ..."], packing: Packing | None = None
     ) -> Float[Tensor, "batch ..."]:
-        """Drop whole samples of `branch`, which may lie packed in a batch of one."""
+        """Drop whole samples of `branch`; with `packing`, the samples of a packed sequence."""
         if self.rate == 0 or not self.training:
             return branch
         if packing is not None:
@@ -297,19 +297,18 @@ class TransformerBlock(nn.Module):
 
     Args:
         dim: Width of a token.
-        heads: Attention heads; divides `dim`.
-        mlp_ratio: Hidden width of the MLP over `dim`.
-        drop_path: Fraction of samples whose residual branches are left out in training.
+        heads: Attention heads; must divide `dim`.
+        mlp_ratio: Ratio of MLP hidden width to `dim`.
+        drop_path: Stochastic depth rate, in [0, 1).
         norm_eps: Epsilon of both LayerNorms.
-        layer_scale: What the learned factors of both residual branches (`gamma_1`, `gamma_2`) are
-            at first; `None` for no factors.
-        qkv_bias: `True` for biases of queries, keys and values, `False` for none; "qv" for all but
-            the keys.
+        layer_scale: Initial value of layer scale (`gamma_1`, `gamma_2`); `None` for no layer scale.
+        qkv_bias: `True` for biases of queries, keys and values, `False` for none, "qv" for queries
+            and values only.
 
     Source:
         Dosovitskiy et al., arXiv:2010.11929, section 3.1; timm 0.3.2 `Block`, which MAE uses with
-        epsilon 1e-6. Weights are initialised as MAE does (Xavier uniform). Layer scale and "qv" as
-        in BEiT, arXiv:2106.08254, and so in SimMIM's ViT and CAE; paths are dropped after scaling.
+        epsilon 1e-6. Weights are initialised as in MAE (Xavier uniform). Layer scale and "qv" as in
+        BEiT, arXiv:2106.08254, and so in SimMIM's ViT and CAE. Drop path comes after layer scale.
 
     Example:
         >>> TransformerBlock(dim=32, heads=4)(torch.randn(2, 5, 32)).shape
@@ -343,35 +342,34 @@ class TransformerBlock(nn.Module):
         attn_bias: Float[Tensor, "#batch heads tokens tokens"] | None = None,
         packing: Packing | None = None,
     ) -> Float[Tensor, "batch queries dim"]:
-        """Mix tokens, then transform each.
+        """Apply the block: self-attention, then an MLP.
 
         Args:
             tokens: All tokens of each sample.
-            num_queries: Return the last so many tokens only, and do no work on what the others
-                would become; all tokens if `None`.
-            attn_bias: Added to the logits of attention: relative positions.
-            packing: Where samples of unequal lengths lie in a batch of one, and how many tokens of
-                each to return.
+            num_queries: Compute and return the last `num_queries` tokens only; all if `None`.
+            attn_bias: Added to the attention logits, such as a relative position bias.
+            packing: Sample boundaries if `tokens` is a packed sequence, and how many tokens of each
+                sample to return.
         """
         kept = tokens if num_queries is None else tokens[:, tokens.shape[1] - num_queries :]
         if packing is not None:
             kept = packing.last(tokens)
-        mixed = self.attn(self.norm1(tokens), num_queries, attn_bias, packing)
-        kept = kept + self.drop_path(scale(mixed, self.gamma_1), packing)
+        attended = self.attn(self.norm1(tokens), num_queries, attn_bias, packing)
+        kept = kept + self.drop_path(scale(attended, self.gamma_1), packing)
         transformed = scale(self.mlp(self.norm2(kept)), self.gamma_2)
         out: Tensor = kept + self.drop_path(transformed, packing)
         return out
 
 
 def make_layer_scale(dim: int, value: float | None) -> nn.Parameter | None:
-    """Make the learned factors of a residual branch, one a channel, if there is a first value."""
+    """Make a layer-scale parameter, one value per channel; `None` for no layer scale."""
     return None if value is None else nn.Parameter(torch.full((dim,), value))
 
 
 def scale(
     branch: Float[Tensor, "batch tokens dim"], gamma: Float[Tensor, " dim"] | None
 ) -> Float[Tensor, "batch tokens dim"]:
-    """Multiply a residual branch by its learned factors, if it has any."""
+    """Apply layer scale to a residual branch, if there is one."""
     return branch if gamma is None else gamma * branch
 
 
@@ -379,10 +377,10 @@ def mean_of_tokens(tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "
     """Average the tokens of each sample.
 
     Raises:
-        ValueError: There are none.
+        ValueError: If there are no tokens.
     """
     if tokens.shape[1] == 0:
-        raise ValueError("no patch token is left to pool: the mask hides them all")
+        raise ValueError("mean pooling needs a patch token: the mask hides all of them")
     return tokens.mean(dim=1)
 
 
@@ -390,7 +388,7 @@ def drop_path_rates(drop_path: float, depth: int) -> list[float]:
     """Return the rate of each block, rising linearly from 0 to `drop_path`.
 
     Raises:
-        ValueError: A negative depth.
+        ValueError: If the depth is negative.
     """
     if depth < 0:
         raise ValueError(f"depth must not be negative; got {depth}")

@@ -1,4 +1,4 @@
-"""Classifiers on frozen tokens."""
+"""Probes: classifiers on frozen tokens."""
 
 import torch
 from jaxtyping import Float
@@ -8,17 +8,17 @@ from mimkit.nn._layers import NORM_EPS, CrossAttention
 
 
 class AttentiveProbe(nn.Module):
-    """Classify frozen tokens: one learned query attends to them, then BatchNorm and a linear layer.
+    """Attentive probe: a learned query attends to frozen tokens, then BatchNorm and a linear layer.
 
     Args:
         dim: Width of the tokens.
-        heads: Attention heads; divides `dim`.
+        heads: Attention heads; must divide `dim`.
         num_classes: Number of classes.
 
     Source:
         CAE, arXiv:2202.03026, section 4.2 "attentive probing"; Atten4Vis/CAE `run_attentive.py`:
-        no residual, no MLP, BatchNorm without affine. As released it fails to run, and normalises
-        by batch statistics in evaluation too; this one uses the running ones there.
+        no residual, no MLP, BatchNorm without affine parameters. The released code does not run as
+        it is. It also normalises by batch statistics in evaluation; this class uses running ones.
 
     Example:
         >>> AttentiveProbe(dim=32, heads=4, num_classes=10)(torch.randn(8, 17, 32)).shape
@@ -38,7 +38,7 @@ class AttentiveProbe(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch classes"]:
-        """Return the logits of each sample."""
+        """Return class logits."""
         query = self.norm_q(self.query_token).expand(tokens.shape[0], -1, -1)
         answer = self.cross_attn(query, self.norm_k(tokens), self.norm_v(tokens))
         logits: Tensor = self.head(self.fc_norm(answer.squeeze(1)))
@@ -48,6 +48,6 @@ class AttentiveProbe(nn.Module):
     def attention(
         self, tokens: Float[Tensor, "batch tokens dim"]
     ) -> Float[Tensor, "batch heads tokens"]:
-        """Return how much the query attends to each token: shares that add up to 1 in each head."""
+        """Return the query's attention weights over the tokens; they sum to 1 for each head."""
         query = self.norm_q(self.query_token).expand(tokens.shape[0], -1, -1)
-        return self.cross_attn.shares(query, self.norm_k(tokens)).squeeze(2)
+        return self.cross_attn.attention_weights(query, self.norm_k(tokens)).squeeze(2)

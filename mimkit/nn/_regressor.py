@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mimkit._checks import check_even
 from mimkit.masking import Mask
 from mimkit.nn._decoders import check_latent
 from mimkit.nn._layers import (
@@ -22,19 +23,18 @@ from mimkit.nn._layers import (
     scale,
 )
 from mimkit.patches import gather_masked, gather_visible
-from mimkit.patches._patchify import check_even
 from mimkit_kernels import regressor_inputs
 
 
 class RegressorBlock(nn.Module):
-    """Cross-attention of queries to visible latents and to the queries themselves, then an MLP.
+    """Block of the regressor: queries attend to visible latents and queries, then an MLP.
 
     Args:
         dim: Width of a token.
-        heads: Attention heads; divides `dim`.
-        mlp_ratio: Hidden width of the MLP over `dim`.
-        layer_scale: First value of the factors of both residual branches; `None` for none.
-        drop_path: Fraction of samples whose residual branches are left out in training.
+        heads: Attention heads; must divide `dim`.
+        mlp_ratio: Ratio of MLP hidden width to `dim`.
+        layer_scale: Initial value of layer scale; `None` for no layer scale.
+        drop_path: Stochastic depth rate, in [0, 1).
     """
 
     def __init__(
@@ -65,19 +65,19 @@ class RegressorBlock(nn.Module):
         visible_positions: Float[Tensor, "batch visible dim"],
         mask: Mask | None = None,
     ) -> Float[Tensor, "batch queries dim"]:
-        """Bring the queries one step on.
+        """Apply the block: cross-attention, then an MLP.
 
         Args:
-            queries: One token per masked position; with `mask`, one for all.
+            queries: One token per masked position; with `mask`, one mask token for all of them.
             visible: Latents of the visible positions.
             query_positions: Position embeddings of the queries; with `mask`, of the whole grid.
             visible_positions: Position embeddings of the visible tokens.
-            mask: Which positions are masked, where one query stands for all of them.
+            mask: Which positions are masked, if `queries` is a single mask token.
         """
-        attend = self._attend if mask is None else partial(self._attend_from_one, mask)
-        mixed = attend(queries, visible, query_positions, visible_positions)
-        queries = queries + self.drop_path(scale(mixed, self.gamma_1))
-        queries = self.norm2(queries)  # published so: the norm is part of the residual stream
+        attend = self._attend if mask is None else partial(self._attend_from_mask_token, mask)
+        attended = attend(queries, visible, query_positions, visible_positions)
+        queries = queries + self.drop_path(scale(attended, self.gamma_1))
+        queries = self.norm2(queries)  # as released: the norm is part of the residual stream
         out: Tensor = queries + self.drop_path(scale(self.mlp(queries), self.gamma_2))
         return out
 
@@ -86,30 +86,35 @@ class RegressorBlock(nn.Module):
     ) -> Tensor:
         norms = (self.norm_q, self.norm_k, self.norm_v)
         parameters = [parameter for norm in norms for parameter in (norm.weight, norm.bias)]
-        # Positions say where to look, not what is found there: values have none.
+        # Position embeddings are added to queries and keys, not to values.
         query, key, value = regressor_inputs(
             visible, queries, visible_positions, query_positions, parameters, NORM_EPS
         )
-        mixed: Tensor = self.cross_attn(query, key, value)
-        return mixed
+        attended: Tensor = self.cross_attn(query, key, value)
+        return attended
 
-    def _attend_from_one(
-        self, mask: Mask, token: Tensor, visible: Tensor, positions: Tensor, seen: Tensor
+    def _attend_from_mask_token(
+        self,
+        mask: Mask,
+        mask_token: Tensor,
+        visible: Tensor,
+        positions: Tensor,
+        visible_positions: Tensor,
     ) -> Tensor:
-        """As `_attend` where all queries are one token, in fewer products.
+        """Compute `_attend` for queries that are all the mask token, with fewer matrix products.
 
-        Its query and key depend on its position alone, and are made once for all images; its value
-        does not even depend on that, and is made once.
+        The query and key projections of a masked position depend only on the position, so they are
+        computed once for all images. The value projection is the same for all masked positions.
         """
-        attention, placed = self.cross_attn, token + positions
+        attention, tokens = self.cross_attn, mask_token + positions
         query, key = (
-            gather_masked(of_position.expand(len(visible), -1, -1), mask)
-            for of_position in (attention.q(self.norm_q(placed)), attention.k(self.norm_k(placed)))
+            gather_masked(projected.expand(len(visible), -1, -1), mask)
+            for projected in (attention.q(self.norm_q(tokens)), attention.k(self.norm_k(tokens)))
         )
-        value = attention.v(self.norm_v(token)).expand_as(query)
-        key = torch.cat([attention.k(self.norm_k(visible + seen)), key], dim=1)
+        value = attention.v(self.norm_v(mask_token)).expand_as(query)
+        key = torch.cat([attention.k(self.norm_k(visible + visible_positions)), key], dim=1)
         value = torch.cat([attention.v(self.norm_v(visible)), value], dim=1)
-        return attention.answer(query, key, value)
+        return attention.attend_projected(query, key, value)
 
 
 class ContextRegressor(nn.Module):
@@ -118,16 +123,15 @@ class ContextRegressor(nn.Module):
     Args:
         dim: Width of a token.
         depth: Number of blocks.
-        heads: Attention heads; divides `dim`.
-        mlp_ratio: Hidden width of each MLP over `dim`.
-        layer_scale: First value of the factors of every residual branch; `None` for none.
-        drop_path: Fraction of samples whose residual branches the last block leaves out in
-            training; the other blocks less, linearly from 0.
+        heads: Attention heads; must divide `dim`.
+        mlp_ratio: Ratio of MLP hidden width to `dim`.
+        layer_scale: Initial value of layer scale; `None` for no layer scale.
+        drop_path: Stochastic depth rate of the last block, in [0, 1). Rates rise linearly from 0.
 
     Source:
         CAE, arXiv:2202.03026, section 3.2 "latent contextual regressor"; Atten4Vis/CAE
-        `VisionTransformerRegressor`. The visible latents stay as they are; the queries change from
-        block to block, and stand among keys and values as they are then.
+        `VisionTransformerRegressor`. Every block updates the queries and leaves the visible latents
+        unchanged. Keys and values are the visible latents and the current queries.
 
     Example:
         >>> import torch
@@ -164,10 +168,10 @@ class ContextRegressor(nn.Module):
         query_positions: Float[Tensor, "batch queries dim"],
         visible_positions: Float[Tensor, "batch visible dim"],
     ) -> Float[Tensor, "batch queries dim"]:
-        """Turn queries into predicted latents.
+        """Predict the latents of the queries.
 
         Args:
-            queries: What stands for the masked positions at first: a mask token for each.
+            queries: Initial tokens of the masked positions, usually copies of a mask token.
             visible: Latents of the visible positions, without prefix tokens.
             query_positions: Position embeddings of the queries.
             visible_positions: Position embeddings of the visible tokens.
@@ -176,7 +180,7 @@ class ContextRegressor(nn.Module):
             One latent per query, after the last norm.
 
         Raises:
-            ValueError: Positions of other shapes than their tokens.
+            ValueError: If position embeddings and their tokens differ in shape.
         """
         for name, tokens, table in (
             ("query", queries, query_positions),
@@ -184,8 +188,8 @@ class ContextRegressor(nn.Module):
         ):
             if tokens.shape != table.shape:
                 raise ValueError(
-                    f"{name} positions must have the shape of their tokens, {tuple(tokens.shape)}; "
-                    f"got {tuple(table.shape)}"
+                    f"{name} positions must have the shape of the {name} tokens, "
+                    f"{tuple(tokens.shape)}; got {tuple(table.shape)}"
                 )
         for block in self.blocks:
             queries = block(queries, visible, query_positions, visible_positions)
@@ -199,14 +203,14 @@ class ContextRegressor(nn.Module):
         positions: Float[Tensor, "tokens dim"],
         mask: Mask,
     ) -> Float[Tensor, "batch queries dim"]:
-        """Predict all masked latents from one mask token, as CAE does, in fewer products.
+        """Predict all masked latents from one mask token, with fewer matrix products.
 
-        The same as `forward` with a copy of the mask token for every query, but for rounding. Hooks
-        on the blocks see it, those on the regressor do not: where FSDP2 spreads the regressor by
-        itself, tell it by `register_fsdp_forward_method`.
+        Equals `forward` with a copy of the mask token for every query, up to rounding. This is not
+        `forward`, so hooks on the regressor do not run (hooks on its blocks do). If FSDP2 shards
+        the regressor as a unit of its own, call `register_fsdp_forward_method` for this method.
 
         Args:
-            mask_token: What stands for a masked position at first.
+            mask_token: Initial token of every masked position.
             visible: Latents of the visible positions, without prefix tokens.
             positions: Position embeddings of the whole grid.
             mask: Which positions are masked.
@@ -215,8 +219,8 @@ class ContextRegressor(nn.Module):
             One latent per masked position, after the last norm.
 
         Raises:
-            TypeError: A `RaggedMask`.
-            ValueError: Visible latents or positions that do not fit the mask.
+            TypeError: If the mask is a `RaggedMask`.
+            ValueError: If visible latents or positions do not fit the mask.
 
         Example:
             >>> import torch
@@ -241,16 +245,15 @@ class ContextRegressor(nn.Module):
 
 
 class CAEDecoder(nn.Module):
-    """Self-attention among the predicted latents of the masked positions, and nothing else.
+    """CAE's decoder: self-attention among the predicted latents of the masked positions.
 
     Args:
         dim: Width of a token.
-        depth: Number of blocks; with 0, only the last norm is left.
-        heads: Attention heads; divides `dim`.
-        mlp_ratio: Hidden width of each MLP over `dim`.
-        layer_scale: First value of the factors of every residual branch; `None` for none.
-        drop_path: Fraction of samples whose residual branches the last block leaves out in
-            training; the other blocks less, linearly from 0.
+        depth: Number of blocks; 0 leaves only the last norm.
+        heads: Attention heads; must divide `dim`.
+        mlp_ratio: Ratio of MLP hidden width to `dim`.
+        layer_scale: Initial value of layer scale; `None` for no layer scale.
+        drop_path: Stochastic depth rate of the last block, in [0, 1). Rates rise linearly from 0.
 
     Source:
         CAE, arXiv:2202.03026, section 3.2 "decoder"; Atten4Vis/CAE `VisionTransformerDecoder`.
@@ -291,7 +294,7 @@ class CAEDecoder(nn.Module):
         latent: Float[Tensor, "batch queries dim"],
         positions: Float[Tensor, "batch queries dim"],
     ) -> Float[Tensor, "batch queries dim"]:
-        """Decode latents, whose position embeddings are added first."""
+        """Add position embeddings to the latents, then decode them."""
         tokens = latent + positions
         for block in self.blocks:
             tokens = block(tokens)

@@ -1,4 +1,4 @@
-"""Relative position biases of attention, as in BEiT and Swin.
+"""Relative position bias, as in BEiT and Swin.
 
 Axes: heads; positions (rows of the table); tokens (of the grid); prefix (the class token, if any).
 """
@@ -10,28 +10,27 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._grids import as_sizes, count_tokens
+from mimkit._checks import check_mask
+from mimkit._grids import NUM_CLASS_ROWS, as_sizes, count_tokens
 from mimkit.masking import Mask
-from mimkit.patches._patchify import check_mask
-
-NUM_CLASS_ROWS = 3  # from class to patches, from patches to class, from class to itself
 
 
 class RelativePositionBias(nn.Module):
-    """A learned number for each head and offset between two tokens, added to attention's logits.
+    """Relative position bias: a learned value per head and offset, added to attention logits.
 
     Args:
         grid: Tokens per axis.
         heads: Attention heads.
-        class_token: Whether a class token stands in front.
+        class_token: Whether the first token is a class token.
 
     Attributes:
-        table: One row per offset from key to query, row-major from the most negative one; then,
-            with a class token, class to patch, patch to class, class to class. Zero at first.
+        table: One row per offset from key to query, row-major, most negative first. With a class
+            token, three more rows: class to patch, patch to class, class to class. Initialised to
+            zero.
 
     Source:
-        Swin, arXiv:2103.14030, equation 4; BEiT, arXiv:2106.08254, `RelativePositionBias`, which
-        stores the constant index beside the table; here it is no part of the state.
+        Swin, arXiv:2103.14030, equation 4; BEiT, arXiv:2106.08254, `RelativePositionBias`. The
+        authors also save the constant index; here it is not part of the state dict.
 
     Example:
         >>> RelativePositionBias(grid=(2, 3), heads=4, class_token=True)().shape
@@ -55,9 +54,9 @@ class RelativePositionBias(nn.Module):
         self.register_buffer("index", index, persistent=False)
 
     def forward(self, mask: Mask | None = None) -> Float[Tensor, "#batch heads tokens tokens"]:
-        """Return the bias between all tokens, or under a mask between the visible ones."""
+        """Return the bias between all tokens, or with a mask between the visible ones."""
         index = self.index if mask is None else self._visible_index(mask)
-        # Heads first, so that each has its matrix in one piece.
+        # Heads first, so that the matrix of each head is contiguous.
         bias = self.table.T.contiguous().index_select(1, index.flatten())
         if mask is None:
             return bias.view(1, len(bias), *index.shape)
@@ -70,7 +69,7 @@ class RelativePositionBias(nn.Module):
 
 
 def relative_index(grid: Sequence[int]) -> Int64[Tensor, "tokens tokens"]:
-    """Return which row of a table holds the offset between two tokens: [query, key].
+    """Return the table row of the offset between every two tokens, indexed [query, key].
 
     Example:
         >>> relative_index((1, 2))

@@ -1,7 +1,9 @@
-"""SimMIM's prediction heads: linear, two layers, and Swin backwards.
+"""SimMIM's prediction heads: linear, MLP and inverse Swin.
 
-Axes: batch; tokens (of the encoder's grid, or some of them); cells (what a head's output stands
-for); dim; out.
+A point is the unit of prediction: a pixel, or a pixel of a downsampled target.
+
+Axes: batch; tokens (of the encoder's grid, or some of them); cells (positions of a head's output,
+each with a block of predicted points); dim; out.
 """
 
 import math
@@ -18,7 +20,7 @@ from mimkit.patches import gather_masked, patchify, unpatchify
 
 HeadName = Literal["linear", "mlp", "inverse_swin_t", "inverse_swin_b"]
 
-# Width and blocks of Swin's stages, and heads, from the last stage to the first.
+# Widths, depths and heads of Swin's stages, from the last stage to the first.
 _INVERSE = {
     "inverse_swin_t": ((768, 384, 192, 96), (2, 6, 2, 2), (24, 12, 6, 3)),
     "inverse_swin_b": ((1024, 512, 256, 128), (2, 18, 2, 2), (32, 16, 8, 4)),
@@ -26,21 +28,21 @@ _INVERSE = {
 
 
 class InverseSwin(nn.Module):
-    """Swin backwards: every stage behind the first one splits a token into 2x2 of half the width.
+    """Inverse Swin: Swin stages with patch splitting, which doubles resolution and halves width.
 
     Args:
         grid: Tokens per axis of the encoder's output.
-        in_dim: Their width.
+        in_dim: Width of the encoder's output.
         dim: Width of each stage.
         depth: Blocks of each stage.
         heads: Attention heads of each stage.
         window: Tokens per axis of a window, as in `SwinTransformer`.
-        out_dim: Values predicted for each cell of the last stage.
+        out_dim: Values predicted for each token of the last stage.
 
     Source:
-        SimMIM, arXiv:2111.09886, section 4.1.3 and table 2 "inverse Swin-T", "inverse Swin-B";
-        neither described further there nor in the released code. This is our reading: the stages of
-        Swin in reverse order, a learned split in the place of the merging.
+        SimMIM, arXiv:2111.09886, section 4.1.3 and table 2 "inverse Swin-T", "inverse Swin-B".
+        Neither the paper nor the released code describes them further. This is our reading: Swin's
+        stages in reverse order, with a learned patch splitting in place of patch merging.
 
     Example:
         >>> import torch
@@ -83,7 +85,7 @@ class InverseSwin(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "batch tokens in_dim"]
     ) -> Float[Tensor, "batch cells out_dim"]:
-        """Predict the cells, row-major, from all tokens of the grid."""
+        """Predict all cells, in row-major order, from all tokens of the grid."""
         tokens = self.embed(tokens)
         for stage in self.stages:
             _, tokens = stage(tokens)
@@ -92,28 +94,29 @@ class InverseSwin(nn.Module):
 
 
 class SimMIMHead(nn.Module):
-    """SimMIM's prediction head: from the encoder's tokens to the points of masked patches.
+    """SimMIM's prediction head: from encoder tokens to predicted points of masked patches.
 
-    A token may stand for many patches (Swin), for one (ViT), or for a part of one.
+    A token may cover many patches (Swin), one patch (ViT), or a part of one.
 
     Args:
         name: "linear", "mlp" (two layers), "inverse_swin_t" or "inverse_swin_b".
         grid: Tokens per axis of the encoder's output.
-        dim: Their width.
-        token: What one of them stands for: predicted points per axis.
-        patch: Points per axis of a patch, which is what a mask is of. Tokens consist of whole
-            patches, or patches of whole tokens.
-        values: Values of a point: 3 for a pixel of a color image.
+        dim: Width of the encoder's output.
+        token: Predicted points per axis of a token.
+        patch: Predicted points per axis of a patch; masks are on the grid of patches. A token must
+            consist of whole patches, or a patch of whole tokens.
+        values: Values per point: 3 for a pixel of a color image.
         window: Tokens per axis of an inverse Swin's windows.
-        finest: Fewest points per axis that a token of an inverse Swin is split down to.
+        finest: An inverse Swin splits tokens until another split would leave fewer than this many
+            points per axis.
 
     Raises:
-        ValueError: An unknown name, or an inverse Swin with nothing to split.
+        ValueError: If the name is unknown, or if an inverse Swin has nothing to split.
 
     Source:
         SimMIM, arXiv:2111.09886, section 3.2 "prediction head" and table 2; microsoft/SimMIM, a
-        convolution of size 1 and `PixelShuffle`, which gives every point of the image. Where
-        nothing but its own token goes into a patch, here only the masked ones are predicted.
+        1x1 convolution and `PixelShuffle`, which predict every point of the image. Where a patch
+        depends on its own token alone, only the masked patches are predicted here.
 
     Example:
         >>> import torch
@@ -146,7 +149,7 @@ class SimMIMHead(nn.Module):
         elif name == "mlp":
             self.predict = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, points))
         else:
-            self.predict, cell = _invert_swin(name, grid, dim, token, values, window, finest)
+            self.predict, cell = _inverse_swin(name, grid, dim, token, values, window, finest)
         self.mixes_tokens = isinstance(self.predict, InverseSwin)
         self.cell, self.patch = cell, patch
         self.cell_grid = tuple(
@@ -156,7 +159,7 @@ class SimMIMHead(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "batch tokens dim"], mask: Mask
     ) -> Float[Tensor, "batch masked patch_values"]:
-        """Predict the masked patches, in the order "c p1 p2" each.
+        """Predict the masked patches, each in the order "c p1 p2".
 
         Args:
             tokens: All tokens of the encoder, without prefix tokens.
@@ -169,20 +172,20 @@ class SimMIMHead(nn.Module):
         return gather_masked(points_of_patches(cells, self.cell_grid, self.cell, self.patch), mask)
 
 
-def _invert_swin(
+def _inverse_swin(
     name: str, grid: Grid, dim: int, token: Grid, values: int, window: int, finest: int
 ) -> tuple[InverseSwin, Grid]:
-    """Make an inverse Swin of as many stages as tokens can be split; and its cells' points."""
+    """Build an inverse Swin with as many splits as tokens allow; also return points per cell."""
     widths, depth, heads = _INVERSE[name]
     if len(grid) != 2:
-        raise ValueError(f"head {name!r} takes tokens on two axes; got grid {grid}")
+        raise ValueError(f"head {name!r} needs a grid of two axes; got grid {grid}")
     cell, splits = token, 0
     while splits < len(depth) - 1 and _splits_evenly(cell, finest):
         cell, splits = (cell[0] // 2, cell[1] // 2), splits + 1
     if splits == 0:
         raise ValueError(
-            f"head {name!r} has nothing to split: a token stands for {token[0]}x{token[1]} "
-            "predicted points; choose a linear or an mlp head, or a finer target"
+            f"head {name!r} has nothing to split: a token covers {token[0]}x{token[1]} "
+            'predicted points; choose the head "linear" or "mlp", or a finer target'
         )
     head = InverseSwin(
         grid=grid,
@@ -203,13 +206,14 @@ def _splits_evenly(cell: Grid, finest: int) -> bool:
 def points_of_patches(
     cells: Float[Tensor, "batch cells cell_values"], grid: Grid, cell: Grid, patch: Grid
 ) -> Float[Tensor, "batch patches patch_values"]:
-    """Sort predicted points from cells into patches, for each patch in the order "c p1 p2".
+    """Regroup predicted points from cells to patches, each patch in the order "c p1 p2".
 
     Args:
-        cells: Points of row-major cells, each in `torch.nn.PixelShuffle`'s order "c p1 p2".
+        cells: Row-major cells, each with its points in `torch.nn.PixelShuffle`'s order "c p1 p2".
         grid: Cells per axis.
         cell: Points per axis of a cell.
-        patch: Points per axis of a patch; cells consist of whole patches, or patches of cells.
+        patch: Points per axis of a patch. A cell must consist of whole patches, or a patch of whole
+            cells.
     """
     if cell == patch:
         return cells

@@ -1,4 +1,4 @@
-"""The Swin Transformer: attention in shifted windows, a coarser grid after every stage.
+"""The Swin Transformer: shifted-window attention, and patch merging between stages.
 
 Axes: batch; channels; height, width (pixels); tokens (of a stage's grid); windows; inside (tokens
 of a window); dim.
@@ -12,20 +12,20 @@ from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from mimkit._checks import check_even
 from mimkit._grids import Grid, as_integer, count_tokens, divide, per_axis, sides_of
 from mimkit.masking import Mask, RaggedMask
 from mimkit.nn._embed import Images, PatchEmbed
 from mimkit.nn._layers import DropPath, Mlp, attend, check_heads, drop_path_rates
 from mimkit.nn._relative import RelativePositionBias
-from mimkit.nn._vit import fill_in
-from mimkit.patches._patchify import check_even
+from mimkit.nn._vit import insert_mask_tokens
 
 _NORM_EPS = 1e-5
-_NOT_NEIGHBORS = -100.0  # added to logits between tokens that only the roll brought together
+_NOT_NEIGHBORS = -100.0  # added to logits between tokens that only the roll made neighbors
 
 
 class SwinTransformer(nn.Module):
-    """Swin Transformer, which can encode mask tokens in the place of masked patches.
+    """Swin Transformer that can replace masked patches by a mask token.
 
     Args:
         image_size: Pixels per axis; an integer means a square image.
@@ -34,24 +34,23 @@ class SwinTransformer(nn.Module):
         dim: Width of a token in the first stage; every further stage doubles it.
         depth: Blocks of each stage.
         heads: Attention heads of each stage.
-        window: Tokens per axis of a window. A grid whose shorter side is no longer than that has
-            windows of that side, unshifted.
-        mlp_ratio: Hidden width of each MLP over its input's.
-        drop_path: Fraction of samples whose residual branches the last block leaves out in
-            training; the other blocks less, linearly from 0.
+        window: Tokens per axis of a window. If the shorter side of a stage's grid is not larger
+            than the window, the windows have that side and are not shifted.
+        mlp_ratio: Ratio of MLP hidden width to width.
+        drop_path: Stochastic depth rate of the last block, in [0, 1). Rates rise linearly from 0.
         num_classes: Width of `head`, a linear classifier for pooled tokens; 0 for none.
 
     Attributes:
-        grid: Patches per axis, which is what a mask is for.
+        grid: Patches per axis: the grid of masks.
         out_grid: Tokens per axis after the last stage.
-        stride: Pixels per axis of such a token.
-        dim: Its width.
-        num_prefix_tokens: 0: there is no class token.
+        stride: Pixels per axis of an output token.
+        dim: Width of an output token.
+        num_prefix_tokens: Number of prefix tokens: 0.
 
     Source:
         Swin, arXiv:2103.14030; microsoft/SimMIM `swin_transformer.py`, with its initialization.
-        There every shifted block rolls the map and cuts it into windows, and undoes both; here
-        tokens stay in the order of the windows, and move once between two blocks.
+        The authors roll the feature map and partition it into windows in every shifted block, and
+        undo both. Here tokens stay in window order and are reordered once between two blocks.
 
     Example:
         >>> encoder = SwinTransformer(image_size=(32, 64), dim=16, depth=(2, 2), heads=(2, 4),
@@ -86,11 +85,11 @@ class SwinTransformer(nn.Module):
         window = as_integer("window", window)
         self.image_size = sides_of("image_size", image_size)
         if len(self.image_size) != 2:
-            raise ValueError(f"Swin takes images of two axes; got image_size={image_size}")
+            raise ValueError(f"Swin needs images of two axes; got image_size={image_size}")
         patch = per_axis("patch_size", patch_size, 2)
         self.grid = divide("image size", self.image_size, patch, "patch size")
         merged = 2 ** (len(depth) - 1)
-        self.out_grid = divide("patch grid", self.grid, merged, "what the stages merge")
+        self.out_grid = divide("patch grid", self.grid, merged, "total patch merging")
         self.stride = tuple(side * merged for side in patch)
         self.dim = dim * merged
         self.num_prefix_tokens = 0
@@ -120,19 +119,20 @@ class SwinTransformer(nn.Module):
         *,
         mask_token: Float[Tensor, "*masked dim"] | None = None,
     ) -> Float[Tensor, "batch tokens out_dim"]:
-        """Encode images, masked patches replaced by the mask token.
+        """Encode images, with masked patches replaced by the mask token.
 
         Args:
             images: Images of the size that the encoder was built for.
-            mask: Which patches are visible; the others are not read.
-            mask_token: Stands for each masked patch, behind the patch embedding.
+            mask: Mask on `grid`; pixels of masked patches are not read.
+            mask_token: Replaces the embedding of each masked patch.
 
         Returns:
             One token per position of `out_grid`, after the last norm.
 
         Raises:
-            ValueError: Images of another size or number of channels, a mask that does not fit, or
-                one of mask and mask token without the other.
+            TypeError: If the mask is a `RaggedMask`.
+            ValueError: If the images have another size or number of channels, if the mask does not
+                fit, or if only one of `mask` and `mask_token` is given.
         """
         tokens = self._embed(images, mask, mask_token)
         for stage in self.layers:
@@ -143,7 +143,7 @@ class SwinTransformer(nn.Module):
     def features(
         self, images: Float[Tensor, "batch channels height width"]
     ) -> list[Float[Tensor, "batch dim grid_height grid_width"]]:
-        """Return the feature map of every stage before it is merged, as detectors take them."""
+        """Return the feature map of every stage, before patch merging, for dense prediction."""
         tokens = self._embed(images, None, None)
         maps = []
         for index, stage in enumerate(self.layers):
@@ -166,15 +166,15 @@ class SwinTransformer(nn.Module):
         if mask is not None and mask_token is None:
             raise ValueError("Swin cannot leave tokens out: pass a mask_token with the mask")
         tokens: Tensor = self.patch_embed(images, mask)
-        return tokens if mask_token is None else fill_in(tokens, mask, mask_token)
+        return tokens if mask_token is None else insert_mask_tokens(tokens, mask, mask_token)
 
 
 class _NormedPatchEmbed(PatchEmbed):
-    """Patch embedding with a LayerNorm behind it."""
+    """Patch embedding followed by a LayerNorm."""
 
     def __init__(self, *, patch_size: Sequence[int], in_channels: int, dim: int) -> None:
-        # Sums of 48 values round with their order. In this one, the loss of the authors' reference
-        # vectors has the same sign as theirs at the one pixel that lies on the kink of L1.
+        # The order of summation changes rounding. In the golden vectors one residual of the L1 loss
+        # is zero up to rounding; with this order its gradient has the same sign as the authors'.
         super().__init__(patch_size=patch_size, in_channels=in_channels, dim=dim, order="p1 p2 c")
         bound = (in_channels * count_tokens(patch_size)) ** -0.5
         nn.init.uniform_(self.proj.weight, -bound, bound)  # a convolution's default
@@ -188,7 +188,7 @@ class _NormedPatchEmbed(PatchEmbed):
 
 
 class SwinStage(nn.Module):
-    """Blocks on one grid, every second one with shifted windows, and the way to the next grid.
+    """Blocks on one grid, every second one with shifted windows, then a change of resolution.
 
     Args:
         grid: Tokens per axis.
@@ -196,16 +196,16 @@ class SwinStage(nn.Module):
         depth: Number of blocks.
         heads: Attention heads.
         window: Tokens per axis of a window.
-        mlp_ratio: Hidden width of each MLP over its input's.
-        drop_path: One rate per block.
-        resample: What makes the tokens of the next stage: `PatchMerging` or `PatchSplitting`.
+        mlp_ratio: Ratio of MLP hidden width to `dim`.
+        drop_path: Stochastic depth rate of each block.
+        resample: Layer to the next stage's grid: `PatchMerging`, `PatchSplitting` or none.
 
     Raises:
-        ValueError: Windows that do not fit the grid.
+        ValueError: If the grid is not divisible into windows.
     """
 
-    moves: Tensor
-    moves_back: Tensor
+    permutations: Tensor
+    inverse_permutations: Tensor
 
     def __init__(
         self,
@@ -240,30 +240,36 @@ class SwinStage(nn.Module):
             *(window_order(grid, window, shift if i % 2 else 0).flatten() for i in range(depth)),
             rows,
         ]
-        # The k-th token of the new order stands where in the old one?
-        moves = [old.argsort()[new] for old, new in zip(orders, orders[1:], strict=False)]
-        self.register_buffer("moves", torch.stack(moves), persistent=False)
-        self.register_buffer("moves_back", self.moves.argsort(dim=1), persistent=False)
+        # For each position in the new order, the position of the same token in the old order.
+        permutations = torch.stack(
+            [old.argsort()[new] for old, new in zip(orders, orders[1:], strict=False)]
+        )
+        self.register_buffer("permutations", permutations, persistent=False)
+        self.register_buffer("inverse_permutations", permutations.argsort(dim=1), persistent=False)
         self.downsample = resample(grid=grid, dim=dim) if resample else None
 
     def forward(
         self, tokens: Float[Tensor, "batch tokens dim"]
     ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch next next_dim"]]:
-        """Mix row-major tokens; return them, and those of the next stage, row-major again."""
+        """Apply the blocks to row-major tokens.
+
+        Returns:
+            The tokens of this stage and those of the next stage, both row-major.
+        """
         for index, block in enumerate(self.blocks):
-            tokens = block(self._move(tokens, index))
-        tokens = self._move(tokens, -1)
+            tokens = block(self._permute(tokens, index))
+        tokens = self._permute(tokens, -1)
         return tokens, tokens if self.downsample is None else self.downsample(tokens)
 
-    def _move(self, tokens: Tensor, index: int) -> Tensor:
-        moved: Tensor = _Permute.apply(  # type: ignore[no-untyped-call]
-            tokens, self.moves[index], self.moves_back[index]
+    def _permute(self, tokens: Tensor, index: int) -> Tensor:
+        permuted: Tensor = _Permute.apply(  # type: ignore[no-untyped-call]
+            tokens, self.permutations[index], self.inverse_permutations[index]
         )
-        return moved
+        return permuted
 
 
 class _Permute(torch.autograd.Function):
-    """Take the tokens in another order; backward takes them back instead of adding them up."""
+    """Permute tokens; backward gathers by the inverse permutation instead of scatter-adding."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -277,7 +283,7 @@ class _Permute(torch.autograd.Function):
 
 
 class SwinBlock(nn.Module):
-    """Transformer block whose attention stays inside windows; tokens come in their order."""
+    """Transformer block with window attention; tokens are in window order."""
 
     def __init__(
         self,
@@ -300,25 +306,25 @@ class SwinBlock(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "batch tokens dim"]
     ) -> Float[Tensor, "batch tokens dim"]:
-        """Mix tokens inside windows, then transform each."""
+        """Apply the block: window attention, then an MLP."""
         tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))
         out: Tensor = tokens + self.drop_path(self.mlp(self.norm2(tokens)))
         return out
 
 
 class WindowAttention(nn.Module):
-    """Self-attention inside windows, with relative positions.
+    """Self-attention inside windows, with a relative position bias.
 
     Args:
         grid: Tokens per axis.
         dim: Width of a token.
         heads: Attention heads.
         window: Tokens per axis of a window.
-        shift: How far windows are shifted; those at the edge then hold tokens of opposite sides,
-            which do not see each other.
+        shift: Shift of the windows in tokens. Windows at the edge then contain tokens from opposite
+            sides of the image, which do not attend to each other.
     """
 
-    apart: Tensor | None
+    shift_mask: Tensor | None
 
     def __init__(self, *, grid: Grid, dim: int, heads: int, window: int, shift: int) -> None:
         super().__init__()
@@ -328,35 +334,35 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.tokens_inside = window**2
         self.rel_pos_bias = RelativePositionBias(grid=(window, window), heads=heads)
-        apart = opposite_sides(grid, window, shift) if shift else None
-        self.register_buffer("apart", apart, persistent=False)
+        mask = shifted_window_mask(grid, window, shift) if shift else None
+        self.register_buffer("shift_mask", mask, persistent=False)
 
     def forward(
         self, tokens: Float[Tensor, "batch tokens dim"]
     ) -> Float[Tensor, "batch tokens dim"]:
-        """Mix the tokens of each window, which follow each other."""
+        """Attend inside each window; the tokens of a window are consecutive."""
         bias = self.rel_pos_bias()
-        if self.apart is None:  # all windows alike
+        if self.shift_mask is None:  # all windows have the same bias
             pattern = "b (w n) (three h d) -> three (b w) h n d"
         else:
-            bias = (bias + self.apart).flatten(0, 1).unsqueeze(0)
+            bias = (bias + self.shift_mask).flatten(0, 1).unsqueeze(0)
             pattern = "b (w n) (three h d) -> three b (w h) n d"
         query, key, value = rearrange(
             self.qkv(tokens), pattern, three=3, h=self.heads, n=self.tokens_inside
         ).unbind(0)
         windows = tokens.shape[1] // self.tokens_inside
-        mixed = attend(query, key, value, bias).view(
+        attended = attend(query, key, value, bias).view(
             len(tokens), windows, self.heads, self.tokens_inside, query.shape[-1]
         )
-        out: Tensor = self.proj(rearrange(mixed, "b w h n d -> b (w n) (h d)"))
+        out: Tensor = self.proj(rearrange(attended, "b w h n d -> b (w n) (h d)"))
         return out
 
 
 class PatchMerging(nn.Module):
-    """Merge 2x2 tokens to one of twice the width.
+    """Patch merging: 2x2 tokens to one token of twice the width.
 
     Source:
-        Swin, arXiv:2103.14030, section 3.1; the four are ordered column by column.
+        Swin, arXiv:2103.14030, section 3.1. The four tokens are concatenated column by column.
     """
 
     def __init__(self, *, grid: Grid, dim: int) -> None:
@@ -368,14 +374,14 @@ class PatchMerging(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "batch tokens dim"]
     ) -> Float[Tensor, "batch merged merged_dim"]:
-        """Merge row-major tokens to row-major tokens."""
+        """Merge row-major tokens; the result is row-major."""
         quads = rearrange(tokens, "b (y i x j) d -> b (y x) (j i d)", y=self.grid[0] // 2, i=2, j=2)
         merged: Tensor = self.reduction(self.norm(quads))
         return merged
 
 
 class PatchSplitting(nn.Module):
-    """Split a token into 2x2 of half the width: the way back from `PatchMerging`."""
+    """Patch splitting: one token to 2x2 tokens of half the width, the reverse of `PatchMerging`."""
 
     def __init__(self, *, grid: Grid, dim: int) -> None:
         super().__init__()
@@ -386,16 +392,16 @@ class PatchSplitting(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "batch tokens dim"]
     ) -> Float[Tensor, "batch split split_dim"]:
-        """Split row-major tokens to row-major tokens."""
+        """Split row-major tokens; the result is row-major."""
         quads: Tensor = self.expansion(self.norm(tokens))
         return rearrange(quads, "b (y x) (i j d) -> b (y i x j) d", y=self.grid[0], i=2, j=2)
 
 
 def fit_window(grid: Grid, window: int) -> tuple[int, int]:
-    """Return side and shift of the windows of a grid: one unshifted window if no more fit.
+    """Return window side and shift for a grid; a window that reaches its shorter side is unshifted.
 
     Raises:
-        ValueError: Windows that do not fill the grid.
+        ValueError: If the grid is not divisible into windows.
 
     Example:
         >>> fit_window((12, 12), 6), fit_window((6, 6), 7), fit_window((4, 8), 7)
@@ -414,28 +420,32 @@ def fit_window(grid: Grid, window: int) -> tuple[int, int]:
 
 
 def window_order(grid: Grid, window: int, shift: int) -> Int64[Tensor, "windows inside"]:
-    """Return the row-major positions of the tokens of each window."""
+    """Return the row-major positions of each window's tokens."""
     positions = torch.arange(count_tokens(grid)).view(grid).roll((-shift, -shift), (0, 1))
-    return _cut(positions, window)
+    return _partition(positions, window)
 
 
-def opposite_sides(grid: Grid, window: int, shift: int) -> Float[Tensor, "windows 1 inside inside"]:
-    """Return what keeps tokens apart that shifted windows bring together from opposite sides."""
-    # Along an axis of the rolled map: inside, before the cut, behind it.
-    sides = [torch.zeros(size, dtype=torch.int64) for size in grid]
-    for side in sides:
-        side[-window:], side[-shift:] = 1, 2
-    regions = _cut(sides[0][:, None] * 3 + sides[1], window)
-    is_apart = regions[:, None, :, None] != regions[:, None, None, :]
-    return is_apart * _NOT_NEIGHBORS
+def shifted_window_mask(
+    grid: Grid, window: int, shift: int
+) -> Float[Tensor, "windows 1 inside inside"]:
+    """Shifted-window attention mask: -100 between tokens that only the roll made neighbors."""
+    # Label the regions of the rolled map: only tokens of the same region are neighbors.
+    regions = [torch.zeros(size, dtype=torch.int64) for size in grid]
+    for region in regions:
+        region[-window:], region[-shift:] = 1, 2
+    labels = _partition(regions[0][:, None] * 3 + regions[1], window)
+    differs = labels[:, None, :, None] != labels[:, None, None, :]
+    return differs * _NOT_NEIGHBORS
 
 
-def _cut(values: Int64[Tensor, "height width"], window: int) -> Int64[Tensor, "windows inside"]:
+def _partition(
+    values: Int64[Tensor, "height width"], window: int
+) -> Int64[Tensor, "windows inside"]:
     return rearrange(values, "(y i) (x j) -> (y x) (i j)", i=window, j=window)
 
 
 def initialize_swin(module: nn.Module) -> None:
-    """Initialise one module as Swin does: normal weights of deviation .02, no biases."""
+    """Initialise one module as Swin does: weights truncated normal with std 0.02, biases zero."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

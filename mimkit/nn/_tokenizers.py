@@ -1,4 +1,4 @@
-"""Tokenizers: from images to one of a few codes for each patch.
+"""A small patch tokenizer: k-means codes of image patches.
 
 Axes: batch; channels; *spatial; *grid; codes; patch (the values of one patch).
 """
@@ -9,18 +9,18 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from mimkit._checks import patch_statistics
 from mimkit._grids import as_sizes, count_tokens
 from mimkit.patches import grid_of, patchify, unpatchify
-from mimkit.targets._pixels import patch_statistics
 
-_CHUNK = 1 << 14  # patches whose distances to all codes are held at a time
+_CHUNK = 1 << 14  # patches per distance matrix, to bound memory
 
 
 class PatchTokenizer(nn.Module):
-    """Code each patch by the nearest of some typical patches, all of zero mean and unit variance.
+    """Tokenizer that codes each patch by its nearest k-means center, after normalisation.
 
-    A tokenizer that takes a second to fit, for small images and few codes; `DiscreteVAE` is the
-    published one.
+    Patches are normalised to zero mean and unit variance. For small images and small vocabularies
+    it fits in about a second; `DiscreteVAE` is the published tokenizer.
 
     Args:
         patch_size: Pixels per patch, per spatial axis.
@@ -30,7 +30,7 @@ class PatchTokenizer(nn.Module):
     Attributes:
         patch_size: As given.
         vocabulary_size: As given.
-        centers: The typical patches; zeros until `fit` finds them.
+        centers: The k-means centers; zeros before `fit`.
 
     Example:
         >>> tokenizer = PatchTokenizer(patch_size=(4, 4), in_channels=3, vocabulary_size=8)
@@ -58,22 +58,30 @@ class PatchTokenizer(nn.Module):
         iterations: int = 20,
         seed: int = 0,
     ) -> "PatchTokenizer":
-        """Find the typical patches by k-means (Lloyd's iterations from random patches).
+        """Fit the centers by k-means (Lloyd's iterations, initialised with random patches).
+
+        Args:
+            images: Images to fit to.
+            iterations: Number of Lloyd's iterations.
+            seed: Seed of the choice of the first centers.
+
+        Returns:
+            The tokenizer itself.
 
         Raises:
-            ValueError: Fewer patches than codes.
+            ValueError: If there are fewer patches than codes.
         """
         patches = self._normalized(images).flatten(0, -2)
         count = len(self.centers)
         if len(patches) < count:
-            raise ValueError(f"{count} codes need as many patches; got {len(patches)}")
+            raise ValueError(f"{count} codes need at least {count} patches; got {len(patches)}")
         order = torch.randperm(len(patches), generator=torch.Generator().manual_seed(seed))
         self.centers.copy_(patches[order[:count].to(patches.device)])
         for _ in range(iterations):
             ids = self._nearest(patches)
             sums = torch.zeros_like(self.centers).index_add_(0, ids, patches)
             sizes = torch.bincount(ids, minlength=count).unsqueeze(1)
-            # A code that no patch is nearest to stays where it is.
+            # A center without patches stays where it is.
             self.centers.copy_(torch.where(sizes > 0, sums / sizes.clamp(min=1), self.centers))
         return self
 
@@ -92,11 +100,12 @@ class PatchTokenizer(nn.Module):
         *,
         like: Float[Tensor, "batch channels *spatial"],
     ) -> Float[Tensor, "batch channels *spatial"]:
-        """Return the images that codes stand for.
+        """Decode codes to images.
 
         Args:
             ids: One code per patch.
-            like: Images whose patches lend their mean and deviation, which a code does not hold.
+            like: Images that give each patch its mean and standard deviation, since codes stand for
+                normalised patches.
         """
         mean, std = patch_statistics(patchify(like, self.patch_size))
         patches = self.centers[ids.flatten(1)] * std + mean
@@ -108,7 +117,7 @@ class PatchTokenizer(nn.Module):
         return (patches - mean) / std
 
     def _nearest(self, patches: Float[Tensor, "patches patch"]) -> Int64[Tensor, " patches"]:
-        # The patch's own norm is the same for all codes.
+        # argmin |p - c|^2 = argmax (p . c - |c|^2 / 2): |p|^2 is the same for all centers.
         offset = self.centers.square().sum(dim=1) / 2
         scores = [chunk @ self.centers.T - offset for chunk in patches.split(_CHUNK)]
         return torch.cat([score.argmax(dim=1) for score in scores])

@@ -1,8 +1,8 @@
-"""The Vision Transformer that encodes visible patches only.
+"""A Vision Transformer that encodes visible patches only.
 
-Axes: batch; channels; *spatial; visible; tokens (visible, or all of the grid without a mask);
-prefix (the class token, if any); dim. Under a `RaggedMask`: rows (tokens of all samples, one sample
-behind the other).
+Axes: batch; channels; *spatial; visible; tokens (the visible ones with a mask, all of the grid
+without); prefix (the class token, if any); dim. With a `RaggedMask`: rows (tokens of all samples,
+concatenated).
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mimkit._checks import check_num_images, check_stacked
 from mimkit._grids import Grid, divide, per_axis, sides_of
 from mimkit.masking import Mask, RaggedMask
 from mimkit.nn._embed import Images, PatchEmbed
@@ -25,16 +26,22 @@ from mimkit.nn._layers import (
     mean_of_tokens,
     xavier_linear,
 )
-from mimkit.nn._packing import alike_together, pack, positions_at, reorder, undo, weave
+from mimkit.nn._packing import (
+    interleave,
+    inverse_order,
+    order_by_length,
+    pack,
+    positions_at,
+    reorder,
+)
 from mimkit.nn._relative import RelativePositionBias
 from mimkit.patches import interpolate_positions, restore, sincos_positions
-from mimkit.patches._patchify import check_number, check_stacked
 
 
 class ViT(nn.Module):
-    """Vision Transformer whose encoder sees the visible patches only.
+    """Vision Transformer that encodes only the visible patches when a mask is given.
 
-    Parameter names and shapes are timm's, so are `interop`'s official ones.
+    Parameter names and shapes are timm's; `interop` converts the authors' checkpoints.
 
     Args:
         image_size: Pixels per axis: an integer means a square image, a tuple one to three axes.
@@ -42,35 +49,36 @@ class ViT(nn.Module):
         in_channels: Channels of the images.
         dim: Width of a token.
         depth: Number of blocks.
-        heads: Attention heads; divides `dim`.
-        mlp_ratio: Hidden width of each MLP over `dim`.
-        drop_path: Fraction of samples whose residual branches the last block leaves out in
-            training; the other blocks less, linearly from 0.
-        class_token: Whether a learned token stands in front of the patches.
+        heads: Attention heads; must divide `dim`.
+        mlp_ratio: Ratio of MLP hidden width to `dim`.
+        drop_path: Stochastic depth rate of the last block, in [0, 1). Rates rise linearly from 0.
+        class_token: Whether to prepend a learned class token.
         pool: What `pool` returns: the "mean" of the patch tokens, or the class "token".
         pool_norm: Whether the last LayerNorm comes after pooling (`fc_norm`, as in MAE's and timm's
-            fine-tuning by mean) instead of before (`norm`).
+            fine-tuning with mean pooling) instead of before (`norm`).
         absolute_positions: Whether position embeddings are added to the tokens.
-        learn_positions: Whether their table, sine-cosine at first, is trained.
-        first_axis: Which axis comes first in that table: "column" (MAE) or "row" (CAE).
-        relative_positions: Learned biases of attention for the offset between two tokens:
-            "shared" by all blocks, or each "block" its own.
-        layer_scale: What the learned factors of all residual branches are at first; `None` for no
-            factors.
-        qkv_bias: `True` for biases of queries, keys and values; "qv" for all but the keys.
+        learn_positions: Whether the position table, initialised as sine-cosine, is trained.
+        first_axis: Axis that fills the first half of a sine-cosine embedding: "column" (MAE) or
+            "row" (CAE).
+        relative_positions: Relative position bias: one "shared" by all blocks, one per "block", or
+            `None`.
+        layer_scale: Initial value of layer scale; `None` for no layer scale.
+        qkv_bias: `True` for biases of queries, keys and values, `False` for none, "qv" for queries
+            and values only.
         num_classes: Width of `head`, a linear classifier for pooled tokens; 0 for none.
-        stem: A CNN whose feature map is cut into patches instead of the image (`nn.ConvStem`, or
-            any module with `out_channels` and `stride`); `patch_size` then counts its positions.
+        stem: A CNN whose feature map is patchified instead of the image (`nn.ConvStem`, or any
+            module with `out_channels` and `stride`). `patch_size` then counts feature-map
+            positions.
 
     Attributes:
         grid: Tokens per axis.
-        num_prefix_tokens: Tokens in front of the patch tokens: 1 or 0.
+        num_prefix_tokens: Number of prefix tokens: 1 with a class token, else 0.
 
     Source:
         Dosovitskiy et al., arXiv:2010.11929; MAE, arXiv:2111.06377, appendix A.1;
-        facebookresearch/mae `models_mae.py`, `models_vit.py`. There all patches are embedded and
-        most then dropped; here the hidden ones are never read. Relative positions, layer scale and
-        "qv" as in BEiT, arXiv:2106.08254, and microsoft/SimMIM `vision_transformer.py`.
+        facebookresearch/mae `models_mae.py`, `models_vit.py`. The authors embed all patches, then
+        drop the masked ones; here masked patches are never read. Relative positions, layer scale
+        and "qv" as in BEiT, arXiv:2106.08254, and microsoft/SimMIM `vision_transformer.py`.
 
     Example:
         >>> from mimkit import masking
@@ -177,25 +185,28 @@ class ViT(nn.Module):
         *,
         mask_token: Float[Tensor, "*masked dim"] | None = None,
     ) -> Float[Tensor, "batch prefix_and_tokens dim"] | Float[Tensor, "rows dim"]:
-        """Encode images: their visible patches under a mask, all patches without one.
+        """Encode the visible patches, or all patches without a mask.
+
+        With a `RaggedMask`, a sample on another grid than the encoder's uses the sine-cosine table
+        of that grid, or the learned table interpolated to it.
 
         Args:
-            images: Images of the size that the encoder was built for; under a `RaggedMask` of any
-                size, also as a list.
+            images: Images of the size that the encoder was built for. With a `RaggedMask`, any
+                sizes; a list where they differ.
             mask: Which patches are visible.
-            mask_token: Stands for each masked patch, as in SimMIM: all tokens are then encoded. Or
-                [batch, masked, dim]: one token for each.
+            mask_token: Replaces the embedding of each masked patch, as in SimMIM; all patches are
+                then encoded. Also [batch, masked, dim]: one token per masked patch.
 
         Returns:
             The prefix tokens, then one token per encoded patch in ascending order of position,
-            after the last norm. Under a `RaggedMask` those of all samples, one behind the other
-            (`mask.split_visible` tells them apart): positions on another grid than the encoder's
-            are its own sine-cosine table there, or the learned one resampled.
+            after the last norm. With a `RaggedMask`, the tokens of all samples are concatenated;
+            `mask.split_visible` splits them.
 
         Raises:
-            TypeError: A list of images without a `RaggedMask`.
-            ValueError: Images of another size or number of channels, a mask that does not fit, a
-                mask token without a mask, or one, or relative positions, with a `RaggedMask`.
+            TypeError: If the images are a list and the mask is not a `RaggedMask`.
+            ValueError: If the images have another size or number of channels, if the mask does not
+                fit, if `mask_token` is given without a mask, or if a `RaggedMask` is used with a
+                `mask_token` or relative positions.
         """
         if isinstance(mask, RaggedMask):
             if mask_token is not None or len(self.rel_pos_bias):
@@ -210,10 +221,10 @@ class ViT(nn.Module):
             )
         tokens = self.patch_embed(images, mask)
         if mask_token is not None:
-            tokens, mask = fill_in(tokens, mask, mask_token), None
+            tokens, mask = insert_mask_tokens(tokens, mask, mask_token), None
         tokens = self._with_prefix_and_positions(tokens, mask)
         biases: list[Tensor | None] = [bias(mask) for bias in self.rel_pos_bias]
-        if len(biases) != len(self.blocks):  # none, or one that all blocks share
+        if len(biases) != len(self.blocks):  # no bias, or one shared by all blocks
             biases = (biases or [None]) * len(self.blocks)
         for block, bias in zip(self.blocks, biases, strict=True):
             tokens = block(tokens, attn_bias=bias)
@@ -221,8 +232,8 @@ class ViT(nn.Module):
         return encoded
 
     def _encode_packed(self, images: Images, mask: RaggedMask) -> Tensor:
-        check_number(images, mask)
-        order = alike_together(mask)
+        check_num_images(images, mask)
+        order = order_by_length(mask)
         mask, images = mask[order], [images[sample] for sample in order]
         tokens = self.patch_embed(images, mask)
         prefix = None if self.cls_token is None else self.cls_token[0]
@@ -233,21 +244,21 @@ class ViT(nn.Module):
             if prefix is not None:
                 prefix = prefix + self.pos_embed[0, : self.num_prefix_tokens]
         if prefix is not None:
-            tokens = weave([prefix] * mask.batch_size, mask.split_visible(tokens))
+            tokens = interleave([prefix] * mask.batch_size, mask.split_visible(tokens))
         lengths = [self.num_prefix_tokens + count for count in mask.num_visible]
         packing, tokens = pack(lengths, tokens.device), tokens.unsqueeze(0)
         for block in self.blocks:
             tokens = block(tokens, packing=packing)
-        return reorder(self.norm(tokens)[0], lengths, undo(order))
+        return reorder(self.norm(tokens)[0], lengths, inverse_order(order))
 
     def _positions_on(self, grid: Grid) -> Float[Tensor, "tokens dim"]:
         assert self.pos_embed is not None
-        own = self.pos_embed[0, self.num_prefix_tokens :]
+        table = self.pos_embed[0, self.num_prefix_tokens :]
         if grid == self.grid:
-            return own
+            return table
         if self._learn_positions:
-            return interpolate_positions(own, self.grid, grid)
-        return sincos_positions(self.dim, grid, first_axis=self._first_axis).to(own)
+            return interpolate_positions(table, self.grid, grid)
+        return sincos_positions(self.dim, grid, first_axis=self._first_axis).to(table)
 
     def _with_prefix_and_positions(self, tokens: Tensor, mask: Mask | None) -> Tensor:
         prefix: Tensor | None = self.cls_token
@@ -266,9 +277,11 @@ class ViT(nn.Module):
         tokens: Float[Tensor, "batch prefix_and_tokens dim"] | Float[Tensor, "rows dim"],
         mask: RaggedMask | None = None,
     ) -> Float[Tensor, "_ dim"]:
-        """Summarise encoded tokens in one vector per sample, as `pool` of the constructor says.
+        """Pool encoded tokens to one vector per sample, by the constructor's `pool`.
 
-        Tokens that were encoded under a `RaggedMask` come with it.
+        Args:
+            tokens: Encoded tokens, with their prefix tokens.
+            mask: The mask, if it was a `RaggedMask`.
         """
         if mask is not None:
             samples = mask.split_visible(tokens, num_prefix=self.num_prefix_tokens)
@@ -281,17 +294,17 @@ class ViT(nn.Module):
         return summary
 
 
-def fill_in(
+def insert_mask_tokens(
     tokens: Float[Tensor, "batch visible dim"],
     mask: Mask | None,
     mask_token: Float[Tensor, "*masked dim"],
 ) -> Float[Tensor, "batch tokens dim"]:
-    """Put visible tokens in their places, and a mask token (or one for each) in all others.
+    """Restore grid order, with a mask token (or one per position) at masked positions.
 
     Raises:
-        ValueError: No mask.
+        ValueError: If there is no mask.
     """
     if mask is None:
-        raise ValueError("a mask_token stands for masked patches: pass a mask with it")
+        raise ValueError("mask_token replaces masked patches: pass a mask with it")
     is_single = mask_token.numel() == mask_token.shape[-1]
     return restore(tokens, mask, mask_token.view(-1) if is_single else mask_token)

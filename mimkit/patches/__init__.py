@@ -1,4 +1,4 @@
-"""Images, patches and tokens: cutting, moving and placing them."""
+"""Images, patches and tokens: patchify, gather and restore, positions, packed cells."""
 
 from mimkit.patches._cells import neighbors, pack_cells, unpack_cells
 from mimkit.patches._patchify import gather_patches, grid_of, patchify, unpatchify

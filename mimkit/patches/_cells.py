@@ -1,7 +1,7 @@
-"""Packed cells: the positions of a fine grid below the visible tokens of a coarse one.
+"""Packed cells: the positions of a fine feature map inside the visible tokens of a coarse mask.
 
-Axes: batch; channels; height, width (of the fine grid); visible (cells, which are tokens of the
-mask); cell (positions of a cell, row-major); window (cells around a cell and itself, row-major).
+Axes: batch; channels; height, width (of the feature map); visible (cells, one per visible token);
+cell (positions inside a cell, row-major); window (a cell and the cells around it, row-major).
 """
 
 import math
@@ -9,30 +9,31 @@ from collections.abc import Sequence
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int32, Shaped
+from jaxtyping import Float, Int32
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimkit._grids import Grid, divide, per_axis
+from mimkit._checks import cell_of, check_even
+from mimkit._grids import per_axis
 from mimkit._settings import Settings
 from mimkit.masking import Mask
-from mimkit.patches._patchify import check_batch, check_even, gather_patches, unpatchify
+from mimkit.patches._patchify import gather_patches, unpatchify
 from mimkit.patches._tokens import restore
 
 
 def pack_cells(
     feature_map: Float[Tensor, "batch channels height width"], mask: Mask
 ) -> Float[Tensor, "batch visible cell channels"]:
-    """Take the visible cells out of a feature map that is finer than the mask.
+    """Gather the visible cells of a feature map that is finer than the mask.
 
     Packed order is cell by cell, not the ascending order of `mask.refine(k).visible_ids`.
 
     Args:
-        feature_map: Some positions per axis and token of the mask.
+        feature_map: Its size is a multiple of the mask's grid.
         mask: Which cells are visible.
 
     Raises:
-        ValueError: A feature map that the mask's grid does not divide, or of another batch size.
+        ValueError: A size that the mask's grid does not divide, or a different batch size.
 
     Example:
         >>> mask = Mask.from_visible_ids(torch.tensor([[1]]), (1, 2))
@@ -50,15 +51,15 @@ def unpack_cells(
     *,
     cell: int | Sequence[int] | None = None,
 ) -> Float[Tensor, "batch channels height width"]:
-    """Put packed cells back into a feature map that is zero wherever it is masked.
+    """Put packed cells back into a feature map that is zero at masked positions.
 
     Args:
-        cells: What `pack_cells` took.
-        mask: The mask that it was taken by.
+        cells: As `pack_cells` returns them.
+        mask: The mask that they were packed with.
         cell: Positions per axis of a cell; square cells if `None`.
 
     Raises:
-        ValueError: Cells that do not fit the mask, or whose positions are not those of `cell`.
+        ValueError: Cells that do not fit the mask, or that do not have the size `cell`.
 
     Example:
         >>> mask = Mask.from_visible_ids(torch.tensor([[1]]), (1, 2))
@@ -69,7 +70,9 @@ def unpack_cells(
     positions = cells.shape[2]
     size = per_axis("cell", math.isqrt(positions) if cell is None else cell, _axes(mask))
     if math.prod(size) != positions:
-        raise ValueError(f"cells hold {positions} positions, which are not those of cell={size}")
+        raise ValueError(
+            f"cells must hold {math.prod(size)} positions for cell={size}; got {positions}"
+        )
     patches = cells.flatten(2)
     tokens = restore(patches, mask, patches.new_zeros(patches.shape[2]))
     return unpatchify(tokens, mask.grid, size)
@@ -80,10 +83,10 @@ def neighbors(mask: Mask, *, reach: int = 1) -> Int32[Tensor, "batch visible win
 
     Args:
         mask: Which cells are visible.
-        reach: How many cells to look away on every side.
+        reach: Number of cells to include on every side.
 
     Returns:
-        Where each cell of the window stands in `mask.visible_ids`; -1 if masked or outside.
+        Index of each cell of the window in `mask.visible_ids`; -1 if masked or outside the grid.
 
     Raises:
         ValueError: A grid without exactly two axes, or a negative reach.
@@ -101,26 +104,16 @@ def neighbors(mask: Mask, *, reach: int = 1) -> Int32[Tensor, "batch visible win
     height, width = mask.grid
     slots = mask.restore_ids
     slots = slots.masked_fill(slots >= mask.num_visible, -1).view(-1, height, width)
-    framed = F.pad(slots, (reach, reach, reach, reach), value=-1)
+    padded = F.pad(slots, (reach, reach, reach, reach), value=-1)
     row_length = width + 2 * reach
-    # Token (y, x) is the first of its own window in the framed grid.
+    # In the padded grid, the window of token (y, x) begins at (y, x).
     ids = mask.visible_ids
     first = torch.div(ids, width, rounding_mode="floor") * row_length + ids % width
     step = torch.arange(2 * reach + 1, device=mask.device)
     window = (step.unsqueeze(1) * row_length + step).flatten()
     places = rearrange(first.unsqueeze(2) + window, "b v w -> b (v w)")
-    found = framed.flatten(1).gather(1, places)
+    found = padded.flatten(1).gather(1, places)
     return found.view(*ids.shape, len(window)).int()
-
-
-def cell_of(feature_map: Shaped[Tensor, "batch channels *spatial"], mask: Mask) -> Grid:
-    """Return the positions of a feature map per axis and token of the mask.
-
-    Raises:
-        ValueError: A mask of other axes, or a feature map that does not fit it.
-    """
-    check_batch(mask, feature_map)
-    return divide("feature map", feature_map.shape[2:], mask.grid, "the grid of the mask")
 
 
 def _axes(mask: Mask) -> int:

@@ -4,8 +4,8 @@ Axes: batch; channels; *spatial (one to three axes); tokens (row-major over the 
 patch (the values of one patch, in the chosen order).
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -13,24 +13,30 @@ from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
 import mimkit_kernels as kernels
+from mimkit._checks import (
+    Order,
+    channel_statistic,
+    check_mask,
+    check_pixels,
+    check_stacked,
+    each_sample,
+    is_channels_last,
+)
 from mimkit._grids import Grid, as_sizes, count_tokens, divide, per_axis
-from mimkit._settings import Settings
 from mimkit.masking import Mask, RaggedMask
-
-Order = Literal["p1 p2 c", "c p1 p2"]
 
 
 def grid_of(
     images: Shaped[Tensor, "batch channels *spatial"], patch_size: int | Sequence[int]
 ) -> Grid:
-    """Return the tokens per axis of `images` cut into patches.
+    """Return the number of patches of `images` per axis.
 
     Args:
         images: Images, or any signal of one to three spatial axes.
         patch_size: Pixels per patch; one integer, or one per spatial axis.
 
     Raises:
-        ValueError: A size that the patch does not divide, or no spatial axis.
+        ValueError: A size that the patch does not divide, or not one to three spatial axes.
 
     Example:
         >>> grid_of(torch.zeros(1, 3, 224, 192), 16)
@@ -55,9 +61,9 @@ def patchify(
     Args:
         images: Any number of channels, one to three spatial axes, any dtype.
         patch_size: Pixels per patch; one integer, or one per spatial axis.
-        order: Order of the values inside a patch: "p1 p2 c" is MAE's, channels fastest;
-            "c p1 p2" is that of convolution weights, and the faster one to load. On one or three
-            axes, "p1 p2" stands for all of them.
+        order: Order of the values inside a patch. In "p1 p2 c", MAE's order, channels vary
+            fastest. "c p1 p2" is the order of convolution weights, and faster to load. "p1 p2"
+            stands for all spatial axes, also where there are one or three.
 
     Raises:
         ValueError: A size that the patch does not divide, or an unknown order.
@@ -88,10 +94,10 @@ def unpatchify(
         patches: One vector per token of `grid`.
         grid: Tokens per axis.
         patch_size: Pixels per patch; one integer, or one per spatial axis.
-        order: The order that the patches were cut in.
+        order: The order that was passed to `patchify`.
 
     Raises:
-        ValueError: Patches that do not fill the grid, or whose length is no multiple of the patch.
+        ValueError: Patches that do not fit the grid or the patch size.
 
     Example:
         >>> images = torch.randn(2, 3, 8, 12)
@@ -124,24 +130,24 @@ def gather_patches(
     std: Sequence[float] | Tensor | None = None,
     order: Order = "p1 p2 c",
 ) -> Float[Tensor, "batch visible patch"] | Float[Tensor, "rows patch"]:
-    """Cut out the visible patches only; of contiguous images, no other pixel is read.
+    """Cut out the visible patches only; no other pixel of contiguous images is read.
 
     For the masked patches pass `~mask` (`mask.complement()` under `torch.compile`).
 
     Args:
-        images: Floats, or uint8 in [0, 255], which become float32 fractions in [0, 1] first. Under
-            a `RaggedMask` also a list, of images [channels, *spatial] of any sizes.
-        mask: Which patches to take; its grid is that of the images. Those of a `RaggedMask` come
-            packed, one sample behind the other.
+        images: Floats, or uint8 in [0, 255], which is converted to float32 in [0, 1] first. With a
+            `RaggedMask`, also a list of images [channels, *spatial] of any sizes.
+        mask: Which patches to take; its grid is that of the images. With a `RaggedMask`, the result
+            is packed: the patches of all samples, concatenated.
         patch_size: Pixels per patch; one integer, or one per spatial axis.
-        mean: One value per channel to subtract, in units of the (scaled) images.
-        std: One value per channel to divide by afterwards. Statistics are applied in float32 (or
-            float64, if the images are).
+        mean: One value per channel to subtract; from uint8 images, after the conversion.
+        std: One value per channel to divide by afterwards. Both are applied in float32 (in float64
+            if the images are).
         order: Order of the values inside a patch (see `patchify`).
 
     Raises:
         TypeError: Images that are neither floats nor uint8.
-        ValueError: A mask of another grid or batch size, or a wrong number of channel statistics.
+        ValueError: A mask that does not fit the images, or a wrong number of channel statistics.
 
     Example:
         >>> from mimkit.masking import Mask, RaggedMask
@@ -167,162 +173,6 @@ def gather_patches(
         std=channel_statistic("std", std, images),
         channels_last=is_channels_last(order),
     )
-
-
-def check_even(mask: object) -> None:
-    """Check that this is a mask, and that all its samples have one grid and one count.
-
-    Raises:
-        TypeError: A `RaggedMask`, or what is no mask at all.
-    """
-    if isinstance(mask, RaggedMask):
-        raise TypeError(f"this needs a Mask, of one grid and one count for all samples; got {mask}")
-    if not isinstance(mask, Mask):
-        raise TypeError(
-            f"mask must be a Mask, as Mask.from_bool and the samplers make it; got {describe(mask)}"
-        )
-
-
-def check_mask(mask: Mask, grid: Sequence[int], samples: Shaped[Tensor, "batch ..."]) -> None:
-    """Check that a mask belongs to samples with tokens of `grid`.
-
-    Raises:
-        TypeError: A `RaggedMask`.
-        ValueError: Another grid, or what `check_batch` raises.
-    """
-    check_even(mask)
-    if mask.grid != tuple(grid):
-        raise ValueError(f"the mask has grid {mask.grid}, but the input has grid {tuple(grid)}")
-    check_batch(mask, samples)
-
-
-def check_batch(mask: Mask, samples: Shaped[Tensor, "batch ..."]) -> None:
-    """Check that a mask has one row per sample, on their device.
-
-    Raises:
-        TypeError: A `RaggedMask`.
-        ValueError: Another batch size or device; with `mimkit.use(check=True)` also wrong ids.
-    """
-    check_even(mask)
-    if mask.batch_size != len(samples):
-        raise ValueError(
-            f"the mask has {mask.batch_size} samples, but the input has {len(samples)}"
-        )
-    check_device(mask, samples)
-
-
-def check_device(mask: Mask | RaggedMask, samples: Shaped[Tensor, "..."]) -> None:
-    """Check that a mask is where its samples are.
-
-    Raises:
-        TypeError: Samples that are no tensor.
-        ValueError: Another device; with `mimkit.use(check=True)` also wrong ids.
-    """
-    if not isinstance(samples, Tensor):
-        raise TypeError(f"the input must be a tensor; got {describe(samples)}")
-    if mask.device != samples.device:
-        raise ValueError(
-            f"the mask is on {mask.device}, but the input on {samples.device}: "
-            "draw it there, or move it with mask.to(device)"
-        )
-    if Settings.check:
-        mask.validate()
-
-
-def check_stacked(
-    images: Shaped[Tensor, "batch channels *spatial"] | Sequence[Tensor],
-) -> Shaped[Tensor, "batch channels *spatial"]:
-    """Check that images come in one tensor.
-
-    Raises:
-        TypeError: A list of them, or something else.
-    """
-    if isinstance(images, list | tuple):
-        raise TypeError("a list of images needs a RaggedMask; stack images of one size for a Mask")
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images must be a tensor; got {describe(images)}")
-    return images
-
-
-def check_pixels(images: Shaped[Tensor, "..."]) -> None:
-    """Check that pixels are of a type whose range is known.
-
-    Raises:
-        TypeError: Neither floats nor uint8.
-    """
-    if not (images.is_floating_point() or images.dtype == torch.uint8):
-        raise TypeError(f"images must be floats or uint8; got {images.dtype}")
-
-
-def as_floats(images: Shaped[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Return floats as they are, and uint8 as float32 fractions of 255.
-
-    Raises:
-        TypeError: Another type.
-    """
-    check_pixels(images)
-    return images / 255 if images.dtype == torch.uint8 else images
-
-
-def describe(value: object) -> str:
-    """Say in a few words what was passed."""
-    if isinstance(value, Tensor):
-        return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
-    return f"{type(value).__name__} {' '.join(repr(value).split()):.60}"
-
-
-def check_number(images: Shaped[Tensor, "batch ..."] | Sequence[Tensor], mask: RaggedMask) -> None:
-    """Check that there is an image for each sample of a mask.
-
-    Raises:
-        ValueError: Another number.
-    """
-    if len(images) != mask.batch_size:
-        raise ValueError(
-            f"the mask has {mask.batch_size} samples, but there are {len(images)} images"
-        )
-
-
-def each_sample(
-    images: Shaped[Tensor, "batch channels *spatial"] | Sequence[Shaped[Tensor, "channels ..."]],
-    mask: RaggedMask,
-) -> Iterator[tuple[Shaped[Tensor, "1 channels ..."], Mask]]:
-    """Pair each image with its mask, both as batches of one.
-
-    Raises:
-        ValueError: Another number of images than of masks.
-    """
-    check_number(images, mask)
-    for image, one in zip(images, mask.unbind(), strict=True):
-        yield image.unsqueeze(0), one
-
-
-def channel_statistic(
-    name: str, values: Sequence[float] | Tensor | None, images: Shaped[Tensor, "batch channels ..."]
-) -> list[float] | Tensor | None:
-    """Check that there is one value per channel, and return them: numbers as a list.
-
-    Raises:
-        ValueError: Another number of values than channels.
-    """
-    shape = () if values is None else torch.as_tensor(values).shape
-    if values is not None and shape != (images.shape[1],):
-        raise ValueError(
-            f"{name} must hold one value for each of {images.shape[1]} channels; "
-            f"got shape {tuple(shape)}"
-        )
-    return values if values is None or isinstance(values, Tensor) else list(values)
-
-
-def is_channels_last(order: str) -> bool:
-    """Whether `order` is "p1 p2 c".
-
-    Raises:
-        ValueError: An unknown order.
-    """
-    if order not in get_args(Order):
-        raise ValueError(f"order must be one of {get_args(Order)}; got {order!r}")
-    return order == "p1 p2 c"
 
 
 def _pattern(patch: Grid, order: Order) -> tuple[str, dict[str, int]]:

@@ -1,4 +1,4 @@
-"""Fixed position embeddings, and tables of them on other grids."""
+"""Fixed position embeddings, and interpolation of position tables to other grids."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def sincos_positions(
     first_axis: Literal["column", "row"] = "column",
     num_prefix: int = 0,
 ) -> Float32[Tensor, "prefix_and_tokens dim"]:
-    """Make fixed sine-cosine position embeddings, for any grid of one to three axes.
+    """Compute fixed sine-cosine position embeddings, for any grid of one to three axes.
 
     Every axis gets an equal share of the width: the sines, then the cosines, of its coordinate
     times `temperature ** (-k / n)` for k = 0 .. n-1.
@@ -31,19 +31,19 @@ def sincos_positions(
         temperature: Base of the wavelengths.
         first_axis: Which axis comes first in the width: "column" (the last axis; MAE, ConvMAE) or
             "row" (the first axis; CAE).
-        num_prefix: Rows of zeros in front, for tokens without a position.
+        num_prefix: Rows of zeros in front, for prefix tokens.
 
     Returns:
         One row per token, row-major, computed in float64 and rounded once.
 
     Raises:
-        ValueError: A width that the axes do not share evenly, an unknown first axis, or a
+        ValueError: A width that cannot be split evenly among the axes, an unknown first axis, or a
             temperature that is not positive.
 
     Source:
         MAE, facebookresearch/mae `get_2d_sincos_pos_embed`; CAE, Atten4Vis/CAE
-        `build_2d_sincos_position_embedding`, which scrambles positions where height and width
-        differ. Here they are right on every grid.
+        `build_2d_sincos_position_embedding`, whose positions are in the wrong order where height
+        and width differ. Here they are right on every grid.
 
     Example:
         >>> sincos_positions(4, (1, 2))
@@ -78,13 +78,13 @@ def interpolate_positions(
     *,
     num_prefix: int = 0,
 ) -> Float[Tensor, "prefix_and_new_tokens dim"]:
-    """Resample a table of position embeddings to another grid, bicubically.
+    """Resample a table of position embeddings to another grid, with bicubic interpolation.
 
     Args:
         table: One row per prefix token, then one per token of `old_grid`.
         old_grid: The grid that the table is for.
-        new_grid: The grid wanted, with as many axes.
-        num_prefix: Rows in front, which are kept as they are.
+        new_grid: The grid to resample to, with the same number of axes.
+        num_prefix: Rows in front that are not resampled.
 
     Raises:
         ValueError: A table that does not fit `old_grid`, or grids of different numbers of axes.
@@ -103,7 +103,7 @@ def interpolate_positions(
     if table.ndim != 2 or table.shape[0] != num_prefix + count_tokens(old_grid):
         raise ValueError(
             f"table must be [{num_prefix + count_tokens(old_grid)}, dim] for grid {old_grid} "
-            f"behind {num_prefix} prefix rows; got {tuple(table.shape)}"
+            f"after {num_prefix} prefix rows; got {tuple(table.shape)}"
         )
     prefix, tokens = table[:num_prefix], table[num_prefix:]
     if old_grid == new_grid:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mimkit._grids import as_sizes, count_tokens
 
 _LOWEST_GROWTH, _HIGHEST_GROWTH = 1.01, 1.5
-_SEARCH_STEPS = 20  # halvings of that interval: growth to 1e-6, as the authors have it
+_SEARCH_STEPS = 20  # bisection steps: growth to within 1e-6, as in the authors' code
 
 
 def interpolate_relative_positions(
@@ -22,25 +22,24 @@ def interpolate_relative_positions(
     *,
     num_extra: int = 0,
 ) -> Float[Tensor, "new_positions heads"]:
-    """Resample a table of relative position biases, bicubically on a geometric grid.
+    """Resample a table of relative position biases, with cubic splines on a geometric grid.
 
-    Offsets of the old table are placed at distances that grow geometrically, so that near ones stay
-    near and the farthest one reaches the farthest offset wanted.
+    The old offsets are placed at geometrically growing distances: small offsets keep about their
+    place, and the largest old offset is placed at the largest new one.
 
     Args:
         table: One row per offset on `old_grid`, then `num_extra` rows.
-        old_grid: Tokens per axis that the table is for: a window, or a whole grid.
-        new_grid: Tokens per axis wanted, with as many axes.
-        num_extra: Rows at the end (of a class token: 3), which are kept as they are.
+        old_grid: Tokens per axis of the window or the grid that the table is for.
+        new_grid: Tokens per axis to resample to, with the same number of axes.
+        num_extra: Rows at the end that are not resampled (3 for a class token).
 
     Raises:
         ValueError: A table that does not fit `old_grid`, or grids of different numbers of axes.
 
     Source:
         BEiT, microsoft/unilm; microsoft/SimMIM `utils.py` `remap_pretrained_keys_swin`, with
-        SciPy's `interp2d(kind="cubic")` on squares: an interpolating cubic spline without a knot at
-        the first and last inner point, constant beyond the ends. It is separable, so each axis is
-        resampled in turn.
+        SciPy's `interp2d(kind="cubic")` on square grids: a "not-a-knot" cubic spline, constant
+        beyond its ends. It is separable, so each axis is resampled in turn.
 
     Example:
         >>> interpolate_relative_positions(torch.randn(49, 2), (4, 4), (6, 5)).shape
@@ -70,27 +69,27 @@ def _plain_offsets(size: int) -> Float64[Tensor, " size"]:
 
 
 def _geometric_offsets(old: int, new: int) -> Float64[Tensor, " old"]:
-    """Place the old offsets so that the farthest one is where the farthest new one is."""
+    """Place the old offsets at growing distances, the largest one at the largest new offset."""
     low, high = _LOWEST_GROWTH, _HIGHEST_GROWTH
     for _ in range(_SEARCH_STEPS):
         growth = (low + high) / 2
         reach = (1 - growth ** (old // 2)) / (1 - growth)
         low, high = (low, growth) if reach > new // 2 else (growth, high)
     steps = growth ** torch.arange(old // 2, dtype=torch.float64)
-    far = steps.cumsum(dim=0)
-    return torch.cat([-far.flip(0), torch.zeros(1, dtype=torch.float64), far])
+    positive = steps.cumsum(dim=0)
+    return torch.cat([-positive.flip(0), torch.zeros(1, dtype=torch.float64), positive])
 
 
 def _spline_weights(
     at: Float64[Tensor, " old"], wanted: Float64[Tensor, " new"]
 ) -> Float64[Tensor, "new old"]:
-    """Return what each old value contributes to the interpolating spline at each wanted place."""
+    """Return the weight of each old value in the spline at each new position."""
     wanted = wanted.clamp(at[0], at[-1])
-    if len(at) < 4:  # too few for a cubic: the polynomial through all of them
+    if len(at) < 4:  # too few points for a cubic: the polynomial through all of them
         powers = torch.arange(len(at), dtype=torch.float64)
         return _solve(at[:, None] ** powers, wanted[:, None] ** powers)
-    # A cubic is four powers, and one more truncated cube for every knot inside. The first and last
-    # inner point are no knots.
+    # Basis of a cubic spline: four powers, and a truncated cube for every inner knot. The first and
+    # last inner points are not knots.
     knots = at[2:-2]
 
     def basis(x: Tensor) -> Tensor:
@@ -101,6 +100,6 @@ def _spline_weights(
 
 
 def _solve(known: Tensor, wanted: Tensor) -> Tensor:
-    """Return the weights by which rows of `known` make up those of `wanted`."""
+    """Solve `weights @ known = wanted` for the weights."""
     weights: Tensor = torch.linalg.solve(known, wanted, left=False)
     return weights

@@ -1,18 +1,17 @@
-"""Moving tokens: out of the whole sequence by a mask, and back.
+"""Gather the visible or masked tokens of a sequence, and restore the sequence.
 
-Axes: batch; prefix (class tokens and the like, which no mask touches); tokens (of the grid);
-visible; masked; dim. Under a `RaggedMask`: rows (tokens of all samples, one sample behind the
-other, each behind its prefix).
+Axes: batch; prefix (class tokens and the like, which are never masked); tokens (of the grid);
+visible; masked; dim. With a `RaggedMask`: rows (the tokens of all samples, concatenated; those of
+each sample come after its prefix tokens).
 """
 
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 import mimkit_kernels as kernels
+from mimkit._checks import check_batch, check_rows
 from mimkit.masking import Mask, RaggedMask
-from mimkit.masking._ragged import behind_prefix
-from mimkit.patches._patchify import check_batch, check_device
 
 
 def gather_visible(
@@ -21,12 +20,12 @@ def gather_visible(
     *,
     num_prefix: int = 0,
 ) -> Shaped[Tensor, "batch prefix_and_visible dim"] | Shaped[Tensor, "rows_of_visible dim"]:
-    """Take the prefix tokens and the visible tokens, in ascending order of position.
+    """Gather the prefix tokens and the visible tokens, in ascending order of position.
 
     Args:
-        tokens: The whole sequence; packed rows under a `RaggedMask`, as is the result then.
+        tokens: The whole sequence. With a `RaggedMask`, tokens and result are packed rows.
         mask: Which tokens are visible.
-        num_prefix: Tokens in front of the grid's.
+        num_prefix: Prefix tokens in front of the grid's tokens.
 
     Raises:
         ValueError: A sequence whose length or batch size does not fit the mask.
@@ -50,12 +49,12 @@ def gather_masked(
     *,
     num_prefix: int = 0,
 ) -> Shaped[Tensor, "batch prefix_and_masked dim"] | Shaped[Tensor, "rows_of_masked dim"]:
-    """Take the prefix tokens and the masked tokens, in ascending order of position.
+    """Gather the prefix tokens and the masked tokens, in ascending order of position.
 
     Args:
-        tokens: The whole sequence; packed rows under a `RaggedMask`, as is the result then.
+        tokens: The whole sequence. With a `RaggedMask`, tokens and result are packed rows.
         mask: Which tokens are masked.
-        num_prefix: Tokens in front of the grid's.
+        num_prefix: Prefix tokens in front of the grid's tokens.
 
     Raises:
         ValueError: A sequence whose length or batch size does not fit the mask.
@@ -87,11 +86,11 @@ def restore(
 
     Args:
         visible: Prefix tokens, then visible tokens, as `gather_visible` returns them.
-        mask: The mask that they were taken by.
-        fill: One vector for every masked position (a mask token), or one token for each.
-        positions: Position embeddings to add to all tokens; under a `RaggedMask`, one for each row
-            of the result.
-        num_prefix: Tokens in front of the grid's.
+        mask: The mask that they were gathered with.
+        fill: One vector for all masked positions (a mask token), or one vector per position.
+        positions: Position embeddings to add to all tokens; with a `RaggedMask`, one per row of the
+            result.
+        num_prefix: Prefix tokens in front of the grid's tokens.
 
     Returns:
         The whole sequence, in the promoted dtype of the inputs.
@@ -113,10 +112,11 @@ def restore(
         return _restore_rows(visible, mask, fill, positions, num_prefix)
     check_batch(mask, visible)
     _check_prefix(num_prefix)
-    if visible.ndim != 3 or visible.shape[1] != num_prefix + mask.num_visible:
+    length = num_prefix + mask.num_visible
+    if visible.ndim != 3 or visible.shape[1] != length:
         raise ValueError(
-            f"visible must be [batch, tokens, dim], of {num_prefix} prefix and {mask.num_visible} "
-            f"visible tokens; got {tuple(visible.shape)}"
+            f"visible must be [batch, {length}, dim] for {num_prefix} prefix and "
+            f"{mask.num_visible} visible tokens; got {tuple(visible.shape)}"
         )
     batch, _, dim = visible.shape
     if fill.shape not in ((dim,), (batch, mask.num_masked, dim)):
@@ -130,17 +130,10 @@ def restore(
         )
     for name, tensor in (("fill", fill), ("positions", positions)):
         if tensor is not None and tensor.device != visible.device:
-            raise ValueError(f"{name} is on {tensor.device}, but visible on {visible.device}")
+            raise ValueError(f"{name} is on {tensor.device}, but visible is on {visible.device}")
     return kernels.restore_tokens(
         visible, fill, mask.visible_ids, mask.masked_ids, positions, num_prefix
     )
-
-
-def take_rows(
-    tokens: Shaped[Tensor, "batch tokens dim"], ids: Int64[Tensor, "batch taken"]
-) -> Shaped[Tensor, "batch taken dim"]:
-    """Take the rows `ids` of each sample."""
-    return kernels.gather_tokens(tokens, ids, 0)
 
 
 def _gather(tokens: Tensor, mask: Mask, ids: Tensor, num_prefix: int) -> Tensor:
@@ -148,7 +141,7 @@ def _gather(tokens: Tensor, mask: Mask, ids: Tensor, num_prefix: int) -> Tensor:
     if tokens.ndim != 3 or tokens.shape[1] != num_prefix + mask.num_tokens:
         raise ValueError(
             f"tokens must be [batch, {num_prefix + mask.num_tokens}, dim] for grid {mask.grid} "
-            f"behind {num_prefix} prefix tokens; got {tuple(tokens.shape)}"
+            f"after {num_prefix} prefix tokens; got {tuple(tokens.shape)}"
         )
     return kernels.gather_tokens(tokens, ids, num_prefix)
 
@@ -159,15 +152,31 @@ def _check_prefix(num_prefix: int) -> None:
 
 
 def _gather_rows(tokens: Tensor, mask: RaggedMask, num_prefix: int) -> Tensor:
-    whole = behind_prefix(mask, num_prefix)
+    whole = _with_prefix(mask, num_prefix)
     check_rows("tokens", tokens, whole, sum(whole.num_tokens))
     return tokens.index_select(0, whole.visible_rows)
+
+
+def _with_prefix(mask: RaggedMask, num_prefix: int) -> RaggedMask:
+    """Add `num_prefix` visible tokens in front of each sample's tokens, on grids of one axis."""
+    if num_prefix == 0:
+        return mask
+    prefix = torch.arange(num_prefix, device=mask.device)
+    visible = mask.split_visible(mask.visible_ids + num_prefix)
+    return RaggedMask(
+        torch.cat([ids for sample in visible for ids in (prefix, sample)]),
+        mask.masked_ids + num_prefix,
+        mask.cu_visible + num_prefix * torch.arange(mask.batch_size + 1, device=mask.device),
+        mask.cu_masked,
+        tuple((num_prefix + count,) for count in mask.num_tokens),
+        tuple(num_prefix + count for count in mask.num_visible),
+    )
 
 
 def _restore_rows(
     visible: Tensor, mask: RaggedMask, fill: Tensor, positions: Tensor | None, num_prefix: int
 ) -> Tensor:
-    whole, dim = behind_prefix(mask, num_prefix), visible.shape[-1]
+    whole, dim = _with_prefix(mask, num_prefix), visible.shape[-1]
     check_rows("visible", visible, whole, len(whole.visible_ids))
     if fill.ndim == 1:
         fill = fill.expand(len(whole.masked_ids), -1)
@@ -180,23 +189,3 @@ def _restore_rows(
         return tokens
     check_rows("positions", positions, whole, len(order), dim)
     return tokens + positions
-
-
-def check_rows(
-    name: str,
-    rows: Shaped[Tensor, "rows ..."],
-    mask: RaggedMask,
-    expected: int,
-    dim: int | None = None,
-) -> None:
-    """Check the number of packed rows, their device, and their width if `dim` is given.
-
-    Raises:
-        ValueError: Others; with `mimkit.use(check=True)` also a wrong mask.
-    """
-    if rows.ndim < 2 or len(rows) != expected or dim not in (None, rows.shape[1]):
-        width = "..." if dim is None else dim
-        raise ValueError(
-            f"{name} must be [{expected}, {width}] for {mask}; got {tuple(rows.shape)}"
-        )
-    check_device(mask, rows)

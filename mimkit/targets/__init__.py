@@ -1,4 +1,4 @@
-"""What is predicted."""
+"""Prediction targets: pixels, classes, gradient histograms, tokens and features."""
 
 from mimkit.targets._classes import ChannelBins, ColorClusters
 from mimkit.targets._hog import HOG

@@ -1,4 +1,4 @@
-"""Targets that are classes: clusters of colors, bins of channels.
+"""Targets that are classes: color clusters, and bins of channel values.
 
 Axes: batch; channels; *spatial; masked (tokens); patch (the values of one patch); pixels (of a
 patch, row-major); clusters; points (colors to cluster).
@@ -13,27 +13,27 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
+from mimkit._checks import as_floats
 from mimkit.masking import Mask
-from mimkit.patches._patchify import as_floats
 from mimkit.targets._pixels import Pixels
 
 _POINTS_AT_ONCE = 1 << 16
 
 
 class ColorClusters:
-    """For every masked pixel the nearest of some colors, which k-means found in images.
+    """The index of the nearest color for each masked pixel; k-means finds the colors.
 
     Args:
         patch_size: Pixels per patch; one integer, or one per spatial axis.
         num_clusters: Number of colors.
 
     Attributes:
-        centers: The colors, once fitted or loaded.
-        uses_ground_truth: Whether `invert` looks at hidden pixels: it does not.
+        centers: The colors; `None` before `fit` or `load`.
+        uses_ground_truth: Whether `invert` reads masked pixels: False.
 
     Source:
         iGPT (Chen et al., 2020), 512 clusters; SimMIM, arXiv:2111.09886, table 5 "iGPT cluster";
-        neither's clusters are in SimMIM's released code.
+        the clusters are not in SimMIM's released code.
 
     Example:
         >>> images = torch.rand(4, 3, 8, 8)
@@ -66,15 +66,18 @@ class ColorClusters:
         Args:
             images: Floats, or uint8, which become fractions in [0, 1].
             initial: Centers to start from; drawn by k-means++ if `None`.
-            max_iterations: Most rounds of Lloyd's algorithm, which stops when no pixel moves.
-            generator: Of k-means++ (CPU).
+            max_iterations: Maximum number of iterations of Lloyd's algorithm. It stops earlier when
+                no pixel changes its cluster.
+            generator: Random generator for k-means++, on the CPU.
 
         Raises:
-            ValueError: Fewer pixels than clusters, or initial centers of another shape.
+            ValueError: Fewer pixels than clusters, or initial centers of the wrong shape.
         """
         points = as_floats(images).float().movedim(1, -1).flatten(0, -2)
         if len(points) < self.num_clusters:
-            raise ValueError(f"{len(points)} pixels do not make {self.num_clusters} clusters")
+            raise ValueError(
+                f"{self.num_clusters} clusters need at least as many pixels; got {len(points)}"
+            )
         if initial is None:
             initial = _plus_plus(points, self.num_clusters, generator)
         if initial.shape != (self.num_clusters, points.shape[1]):
@@ -89,7 +92,7 @@ class ColorClusters:
         """Write the colors to a file.
 
         Raises:
-            RuntimeError: Before `fit`.
+            RuntimeError: If called before `fit`.
         """
         torch.save({"centers": self._fitted(torch.device("cpu"))}, path)
 
@@ -97,7 +100,7 @@ class ColorClusters:
         """Read the colors from a file that `save` wrote.
 
         Raises:
-            ValueError: Another number of clusters.
+            ValueError: A file with a different number of clusters.
         """
         centers = torch.load(path, map_location="cpu", weights_only=True)["centers"]
         if len(centers) != self.num_clusters:
@@ -111,8 +114,8 @@ class ColorClusters:
         """Return the cluster of each masked pixel.
 
         Raises:
-            RuntimeError: Before `fit`.
-            ValueError: Images of another number of channels than those fitted on.
+            RuntimeError: If called before `fit`.
+            ValueError: Images with a different number of channels than the colors.
         """
         patches = Pixels(self.patch_size)(images, mask)
         centers = self._fitted(patches.device)
@@ -129,7 +132,7 @@ class ColorClusters:
         images: Shaped[Tensor, "batch channels *spatial"],
         mask: Mask,
     ) -> Float[Tensor, "batch masked patch"]:
-        """Return patches of the clusters' colors."""
+        """Return patches filled with the colors of the clusters."""
         return self._fitted(values.device)[values].flatten(2)
 
     def _fitted(self, device: torch.device) -> Tensor:
@@ -140,15 +143,15 @@ class ColorClusters:
 
 @dataclass(frozen=True)
 class ChannelBins:
-    """For every masked pixel and channel, which of some equal intervals its value is in.
+    """The index of the interval (bin) of each value of the masked pixels.
 
     Attributes:
         patch_size: Pixels per patch; one integer, or one per spatial axis.
-        num_bins: Number of intervals.
-        low: Where the first one begins; smaller values are in it too.
-        high: Where the last one ends; larger values are in it too. For uint8 images, `low` and
-            `high` are in fractions of 255.
-        uses_ground_truth: Whether `invert` looks at hidden pixels: it does not.
+        num_bins: Number of intervals, all of the same width.
+        low: Start of the first interval; smaller values are assigned to it too.
+        high: End of the last interval; larger values are assigned to it too. For uint8 images,
+            `low` and `high` are fractions of 255.
+        uses_ground_truth: Whether `invert` reads masked pixels: False.
 
     Source:
         SimMIM, arXiv:2111.09886, table 5 "per-channel 8-bin" and "256-bin"; not in the released
@@ -180,7 +183,9 @@ class ChannelBins:
         """Return the bins of the masked patches, in the order "p1 p2 c"."""
         patches = Pixels(self.patch_size)(images, mask)
         position = (patches - self.low) * (self.num_bins / (self.high - self.low))
-        return position.floor().clamp(0, self.num_bins - 1).long()  # in floats: no overflow
+        return (
+            position.floor().clamp(0, self.num_bins - 1).long()
+        )  # clamped as floats, which cannot overflow
 
     def invert(
         self,
@@ -188,7 +193,7 @@ class ChannelBins:
         images: Shaped[Tensor, "batch channels *spatial"],
         mask: Mask,
     ) -> Float[Tensor, "batch masked patch"]:
-        """Return patches of the centers of the bins."""
+        """Return patches filled with the centers of the bins."""
         return self.low + (values + 0.5) * ((self.high - self.low) / self.num_bins)
 
 
@@ -208,15 +213,15 @@ def _nearest(
 def _plus_plus(
     points: Float[Tensor, "points channels"], num_clusters: int, generator: torch.Generator | None
 ) -> Float[Tensor, "clusters channels"]:
-    """Draw initial centers, each point with a chance that grows with its distance to the others."""
+    """Draw initial centers with k-means++: far points have a higher probability."""
     first = int(torch.randint(len(points), (), generator=generator))
     chosen = [first]
     nearest = (points - points[first]).square().sum(dim=1)
     for _ in range(1, num_clusters):
-        # The running sum by hand: `multinomial` takes at most 2**24 points.
-        reach = nearest.double().cumsum(dim=0)
-        drawn = torch.rand((), generator=generator, dtype=torch.float64).to(reach) * reach[-1]
-        chosen.append(int(torch.searchsorted(reach, drawn, right=True).clamp(max=len(points) - 1)))
+        # Sampled from the cumulative sum, because `multinomial` takes at most 2**24 points.
+        sums = nearest.double().cumsum(dim=0)
+        drawn = torch.rand((), generator=generator, dtype=torch.float64).to(sums) * sums[-1]
+        chosen.append(int(torch.searchsorted(sums, drawn, right=True).clamp(max=len(points) - 1)))
         nearest = torch.minimum(nearest, (points - points[chosen[-1]]).square().sum(dim=1))
     return points[chosen]
 
@@ -238,6 +243,6 @@ def _lloyd(
         sums.index_add_(0, labels, points.double())
         centers = (sums / counts.clamp(min=1)[:, None]).to(points.dtype)
         empty = (counts == 0).nonzero().flatten()
-        # A center without points goes where the points are worst served.
+        # Empty clusters move to the points that are farthest from their centers.
         centers[empty] = points[distances.topk(len(empty)).indices]
     return centers

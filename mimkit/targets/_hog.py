@@ -14,32 +14,32 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimkit._checks import as_floats, check_mask
 from mimkit._grids import divide, per_axis
 from mimkit.masking import Mask
 from mimkit.patches import gather_masked, grid_of
-from mimkit.patches._patchify import as_floats, check_mask
 
 _EPS = 1e-5
 
 
 @dataclass(frozen=True)
 class HOG:
-    """Histograms of the orientations of gradients in the cells of the masked patches.
+    """Histograms of oriented gradients in the cells of the masked patches.
 
-    A histogram is made of each channel by itself: every pixel counts in one bin of orientation,
-    with the magnitude of its gradient (central differences, 0 at the border of the image). Its
-    Euclidean norm is brought to 1.
+    Each channel has its own histogram. Every pixel adds the magnitude of its gradient (central
+    differences, 0 at the border of the image) to one orientation bin. Each histogram is normalised
+    to an L2 norm of 1.
 
     Attributes:
         patch_size: Pixels per patch; one integer, or one per axis.
-        cell: Pixels per cell; one integer, or one per axis. Divides the patch.
-        num_bins: Intervals of orientation on half a turn.
-        uses_ground_truth: False; there is no way back to pixels.
+        cell: Pixels per cell; one integer, or one per axis. It must divide the patch.
+        num_bins: Number of orientation bins in [0, 180) degrees.
+        uses_ground_truth: False: `invert` is not possible.
 
     Source:
         Dalal and Triggs, 2005; MaskFeat, arXiv:2112.09133, section 3.2 (9 bins, cells of 8 pixels,
-        each channel by itself); numbers as scikit-image's `feature.hog` of single channels with
-        blocks of one cell and "L2" norm.
+        each channel separately). Values are those of scikit-image's `feature.hog` for single
+        channels, with blocks of one cell and "L2" norm.
 
     Example:
         >>> mask = Mask.from_bool(torch.tensor([[[True, False]]]))
@@ -62,11 +62,11 @@ class HOG:
         """Return the histograms of the masked patches: cells row-major, then channels, then bins.
 
         Raises:
-            ValueError: Cells that do not fill the patches, images of other than two axes, or a
-                mask that does not fit them.
+            ValueError: Cells that do not divide the patches, images without exactly two spatial
+                axes, or a mask that does not fit them.
         """
         if images.ndim != 4:
-            raise ValueError(f"images must have two axes; got shape {tuple(images.shape)}")
+            raise ValueError(f"images must have two spatial axes; got shape {tuple(images.shape)}")
         patch = per_axis("patch_size", self.patch_size, 2)
         cell = per_axis("cell", self.cell, 2)
         inside = divide("patch size", patch, cell, "cell")
@@ -84,7 +84,11 @@ class HOG:
     def invert(
         self, values: Tensor, images: Tensor, mask: Mask
     ) -> Float[Tensor, "batch masked patch"]:
-        """Refuse: gradients do not tell pixels."""
+        """Not possible: pixels cannot be computed from gradients.
+
+        Raises:
+            NotImplementedError: Always.
+        """
         raise NotImplementedError("HOG cannot be turned back into pixels")
 
     def _histograms(
@@ -94,8 +98,8 @@ class HOG:
         down, across = torch.zeros_like(images), torch.zeros_like(images)
         down[:, :, 1:-1] = images[:, :, 2:] - images[:, :, :-2]
         across[..., 1:-1] = images[..., 2:] - images[..., :-2]
-        turn = torch.atan2(down, across).remainder(math.pi) / math.pi  # in half turns
-        bins = (turn * self.num_bins).long().remainder(self.num_bins)
+        angle = torch.atan2(down, across).remainder(math.pi) / math.pi  # in units of 180 degrees
+        bins = (angle * self.num_bins).long().remainder(self.num_bins)
         votes = images.new_zeros(*images.shape[:2], self.num_bins, *images.shape[2:])
         votes.scatter_(2, bins.unsqueeze(2), torch.hypot(down, across).unsqueeze(2))
         cells = F.avg_pool2d(votes.flatten(0, 1), (height, width))

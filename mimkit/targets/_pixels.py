@@ -12,10 +12,9 @@ from einops import rearrange
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-import mimkit_kernels as kernels
+from mimkit._checks import Order, as_floats, check_even, patch_statistics
 from mimkit.masking import Mask
 from mimkit.patches import gather_patches, patchify
-from mimkit.patches._patchify import Order, as_floats, check_even
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,8 @@ class Pixels:
         patch_size: Pixels per patch; one integer, or one per spatial axis.
         order: Order of the values inside a patch (see `patches.patchify`).
         mean: One value per channel to subtract (see `patches.gather_patches`).
-        std: One value per channel to divide by.
-        uses_ground_truth: Whether `invert` looks at hidden pixels: it does not.
+        std: One value per channel to divide by afterwards.
+        uses_ground_truth: Whether `invert` reads masked pixels: False.
 
     Example:
         >>> from mimkit import masking
@@ -63,7 +62,7 @@ class Pixels:
         images: Shaped[Tensor, "batch channels *spatial"],
         mask: Mask,
     ) -> Float[Tensor, "batch masked patch"]:
-        """Return `values` as patches in units of the (scaled) images."""
+        """Undo `mean` and `std`: return patches in the range of the images (uint8: [0, 1])."""
         channels = images.shape[1]
         pixels = values.shape[2] // channels
         for statistic, apply in ((self.std, torch.mul), (self.mean, torch.add)):
@@ -80,19 +79,19 @@ class Pixels:
 
 @dataclass(frozen=True)
 class NormalizedPixels:
-    """The masked pixels, each patch brought to zero mean and unit variance ("norm-pix").
+    """The masked pixels, with each patch normalised to zero mean and unit variance ("norm-pix").
 
     Attributes:
         patch_size: Pixels per patch; one integer, or one per spatial axis.
         order: Order of the values inside a patch (see `patches.patchify`).
-        mean: One value per channel to subtract before (see `patches.gather_patches`).
-        std: One value per channel to divide by before.
-        uses_ground_truth: Whether `invert` looks at hidden pixels: it needs each masked patch's
-            own mean and standard deviation, so a picture made with it is not a pure prediction.
+        mean: One value per channel to subtract first (see `patches.gather_patches`).
+        std: One value per channel to divide by, before the patches are normalised.
+        uses_ground_truth: Whether `invert` reads masked pixels: True. It needs the mean and
+            standard deviation of each masked patch, so its result is not a pure prediction.
 
     Source:
         MAE, arXiv:2111.06377, section 3 "Reconstruction target"; facebookresearch/mae
-        `forward_loss`: variance divided by n - 1, epsilon 1e-6 inside the root.
+        `forward_loss`: variance divided by n - 1, epsilon 1e-6 inside the square root.
     """
 
     patch_size: int | Sequence[int]
@@ -115,7 +114,7 @@ class NormalizedPixels:
             >>> NormalizedPixels((1, 2))(images, mask)
             tensor([[[-0.7071,  0.7071]]])
         """
-        # Statistics first, in the order that pixels lie in memory; the asked-for order after.
+        # Statistics are computed in the order of memory; values are reordered afterwards.
         patches = Pixels(self.patch_size, "c p1 p2", self.mean, self.std)(images, mask)
         mean, std = patch_statistics(patches)
         normalized = (patches - mean) / std
@@ -129,10 +128,10 @@ class NormalizedPixels:
         images: Shaped[Tensor, "batch channels *spatial"],
         mask: Mask,
     ) -> Float[Tensor, "batch masked patch"]:
-        """Return patches in units of the images, with the true patches' mean and deviation.
+        """Undo the normalisation with the mean and standard deviation of the true patches.
 
         Raises:
-            ValueError: Values of another shape than the masked patches.
+            ValueError: Values whose shape is not that of the masked patches.
         """
         pixels = self._pixels(images, mask)
         if values.shape != pixels.shape:
@@ -149,17 +148,17 @@ class NormalizedPixels:
 
 
 class PCATarget:
-    """The largest principal components of the masked patches.
+    """Coefficients of the masked patches on their first principal components.
 
     Args:
         patch_size: Pixels per patch; one integer, or one per spatial axis.
-        num_components: How many components are kept.
+        num_components: Number of components.
         order: Order of the values inside a patch (see `patches.patchify`).
 
     Attributes:
-        center: Mean patch, once fitted.
-        components: Orthonormal rows, largest variance first, once fitted.
-        uses_ground_truth: Whether `invert` looks at hidden pixels: it does not.
+        center: Mean patch; `None` before `fit`.
+        components: Orthonormal rows, largest variance first; `None` before `fit`.
+        uses_ground_truth: Whether `invert` reads masked pixels: False.
 
     Source:
         MAE, arXiv:2111.06377, table 1d "PCA" (96 components); not in the released code.
@@ -192,15 +191,15 @@ class PCATarget:
         self.components: Float[Tensor, "components patch"] | None = None
 
     def fit(self, images: Shaped[Tensor, "batch channels *spatial"]) -> "PCATarget":
-        """Find the components of all patches of `images`.
+        """Compute the principal components of all patches of `images`.
 
         Raises:
-            ValueError: More components than values in a patch, or a single patch.
+            ValueError: More components than values in a patch, or fewer than two patches.
         """
         patches = patchify(as_floats(images), self.patch_size, order=self.order)
         patches = patches.flatten(0, 1).double()
         if len(patches) < 2:
-            raise ValueError(f"{len(patches)} patches have no components: fit on more")
+            raise ValueError(f"fit needs at least 2 patches; got {len(patches)}")
         if self.num_components > patches.shape[1]:
             raise ValueError(
                 f"{self.num_components} components do not fit patches of {patches.shape[1]} values"
@@ -218,7 +217,7 @@ class PCATarget:
         """Return the coefficients of the masked patches.
 
         Raises:
-            RuntimeError: Before `fit`.
+            RuntimeError: If called before `fit`.
         """
         patches = Pixels(self.patch_size, self.order)(images, mask)
         center, components = self._fitted(patches.device)
@@ -230,7 +229,7 @@ class PCATarget:
         images: Shaped[Tensor, "batch channels *spatial"],
         mask: Mask,
     ) -> Float[Tensor, "batch masked patch"]:
-        """Return the patches that the coefficients stand for."""
+        """Return the patches that have these coefficients."""
         center, components = self._fitted(values.device)
         return values @ components + center
 
@@ -238,25 +237,3 @@ class PCATarget:
         if self.center is None or self.components is None:
             raise RuntimeError("this PCATarget has no components yet: call fit(images) first")
         return self.center.to(device), self.components.to(device)
-
-
-def patch_statistics(
-    patches: Float[Tensor, "batch masked patch"],
-) -> tuple[Float[Tensor, "batch masked 1"], Float[Tensor, "batch masked 1"]]:
-    """Return mean and standard deviation of each patch, as MAE normalises by them.
-
-    Raises:
-        ValueError: Patches of a single value, whose unbiased variance does not exist.
-    """
-    check_can_normalize(patches)
-    return kernels.patch_statistics(patches)
-
-
-def check_can_normalize(patches: Float[Tensor, "batch masked patch"]) -> None:
-    """Check that patches have a variance.
-
-    Raises:
-        ValueError: Patches of a single value.
-    """
-    if patches.shape[-1] < 2:
-        raise ValueError("a patch of a single value cannot be normalised: its variance is 0 / 0")

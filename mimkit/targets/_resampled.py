@@ -1,4 +1,4 @@
-"""Pixel targets of another resolution or another normalisation than the image's own.
+"""Pixel targets at a lower resolution, or normalised by windows.
 
 Axes: batch; channels; *spatial; masked (tokens, or groups of them); patch (the values of one).
 """
@@ -14,25 +14,26 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimkit._checks import Order, as_floats, check_even
 from mimkit._grids import Grid, divide, per_axis
 from mimkit.masking import Mask
 from mimkit.patches import gather_masked, patchify, restore, unpatchify
-from mimkit.patches._patchify import Order, as_floats, check_even
 from mimkit.targets._pixels import Pixels
 
-_NORMALIZATION_EPS = 1e-6  # inside the root
+_NORMALIZATION_EPS = 1e-6  # inside the square root
 
 
 @dataclass(frozen=True)
 class DownsampledPixels:
-    """The means of squares of masked pixels.
+    """The means of square blocks of masked pixels.
 
     Attributes:
         patch_size: Pixels per patch; one integer, or one per spatial axis.
-        factor: Side of a square in pixels. It divides the patch; or the patch divides it, and then
-            masked patches must fill whole squares, of which each gives one row.
+        factor: Side of a square in pixels. It must divide the patch size, or be a multiple of it.
+            If it is a multiple, masked patches must fill whole squares, and each square gives one
+            row of the target.
         order: Order of the values inside a patch (see `patches.patchify`).
-        uses_ground_truth: Whether `invert` looks at hidden pixels: it does not.
+        uses_ground_truth: Whether `invert` reads masked pixels: False.
 
     Source:
         SimMIM, arXiv:2111.09886, section 4.1.4 "prediction resolutions"; not in the released code.
@@ -49,10 +50,11 @@ class DownsampledPixels:
     uses_ground_truth: ClassVar[bool] = False
 
     def group(self, mask: Mask) -> Mask:
-        """Return the mask of what is predicted: of patches, or of the squares that hold them.
+        """Return the mask of the predicted units: patches, or squares of several patches.
 
         Raises:
-            ValueError: Patches and squares that do not fill each other.
+            ValueError: A factor that does not fit the patch size, or (on a CPU) a square that is
+                only partly masked.
         """
         squares, patch = self._sizes(mask)
         return mask if squares == patch else mask.coarsen(divide("factor", squares, patch, "patch"))
@@ -75,7 +77,7 @@ class DownsampledPixels:
         images: Shaped[Tensor, "batch channels *spatial"],
         mask: Mask,
     ) -> Float[Tensor, "batch masked patch"]:
-        """Return patches in which every square has its mean."""
+        """Return patches in which every square is filled with its mean."""
         outer, patch = self._sizes(mask)
         factor = per_axis("factor", self.factor, len(outer))
         inside = divide("patch", outer, factor, "factor")
@@ -85,13 +87,13 @@ class DownsampledPixels:
         if outer == patch:
             return _in_order(means, self.order)
         group = self.group(mask)
-        nothing = means.new_zeros(len(values), group.num_visible, means[0, 0].numel())
-        squares = restore(nothing, group, means.flatten(2))
+        visible = means.new_zeros(len(values), group.num_visible, means[0, 0].numel())
+        squares = restore(visible, group, means.flatten(2))
         maps = unpatchify(squares, group.grid, outer, order="c p1 p2")
         return gather_masked(patchify(maps, patch, order=self.order), mask)
 
     def _sizes(self, mask: Mask) -> tuple[Grid, Grid]:
-        """Return the pixels of a row, and those of a patch."""
+        """Return the size in pixels of a predicted unit, and that of a patch."""
         check_even(mask)
         patch = per_axis("patch_size", self.patch_size, len(mask.grid))
         factor = per_axis("factor", self.factor, len(mask.grid))
@@ -103,18 +105,18 @@ class DownsampledPixels:
 
 @dataclass(frozen=True)
 class WindowNormalizedPixels:
-    """The masked pixels, each brought to zero mean and unit variance of the window around it.
+    """The masked pixels, each normalised by mean and variance of the window around it.
 
     Attributes:
         patch_size: Pixels per patch; one integer, or one per spatial axis.
-        window: Side of the window in pixels, odd; what of it lies outside the image is left out.
+        window: Side of the window in pixels, an odd number. Its part outside the image is ignored.
         order: Order of the values inside a patch (see `patches.patchify`).
-        uses_ground_truth: Whether `invert` looks at hidden pixels: it needs their windows' means
-            and standard deviations.
+        uses_ground_truth: Whether `invert` reads masked pixels: True. It needs the means and
+            standard deviations of their windows.
 
     Source:
         microsoft/Swin-Transformer `models/simmim.py` `norm_targets`, a port of SimMIM, whose own
-        release and paper have no such target. Windows are summed axis by axis here.
+        release and paper have no such target. Here windows are averaged axis by axis.
 
     Example:
         >>> mask = Mask.from_bool(torch.tensor([[[True]]]))
@@ -145,7 +147,7 @@ class WindowNormalizedPixels:
         images: Float[Tensor, "batch channels *spatial"],
         mask: Mask,
     ) -> Float[Tensor, "batch masked patch"]:
-        """Return patches in units of the images, with the true windows' mean and deviation."""
+        """Undo the normalisation with the mean and standard deviation of the true windows."""
         mean, std = (
             Pixels(self.patch_size, self.order)(statistic, mask)
             for statistic in self._statistics(as_floats(images).float())
@@ -156,8 +158,8 @@ class WindowNormalizedPixels:
         mean, mean_square, count = images, images.square(), torch.ones(())
         for axis, size in enumerate(images.shape[2:], 2):
             mean, mean_square = self._pool(mean, axis), self._pool(mean_square, axis)
-            position, reach = torch.arange(size), self.window // 2
-            inside = (position + reach + 1).clamp(max=size) - (position - reach).clamp(min=0)
+            position, radius = torch.arange(size), self.window // 2
+            inside = (position + radius + 1).clamp(max=size) - (position - radius).clamp(min=0)
             count = count.unsqueeze(-1) * inside
         unbiased = (count / (count - 1).clamp(min=1)).to(images.device)
         variance = ((mean_square - mean.square()) * unbiased).clamp(min=0)
@@ -178,7 +180,7 @@ class WindowNormalizedPixels:
 def _in_order(
     patches: Float[Tensor, "batch masked channels *points"], order: Order
 ) -> Float[Tensor, "batch masked patch"]:
-    """Flatten patches of points."""
+    """Flatten each patch to a vector in this order."""
     if order == "p1 p2 c":
         patches = patches.movedim(2, -1)
     return patches.flatten(2)

@@ -1,4 +1,4 @@
-"""Targets that another, frozen model makes.
+"""Targets computed by another, frozen model.
 
 Axes: batch; channels; *spatial; masked (tokens); dim; patch (the values of one patch).
 """
@@ -12,9 +12,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimkit._checks import check_even
 from mimkit.masking import Mask
 from mimkit.patches import gather_masked, patchify
-from mimkit.patches._patchify import check_even
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,11 +22,11 @@ class TokenTarget:
     """The codes of a tokenizer at the masked positions.
 
     Attributes:
-        encode: From images to one code per token: [batch, tokens], or [batch, *grid].
-        decode: From codes [batch, *grid] to images, if there is a way back.
+        encode: Function from images to one code per token: [batch, tokens] or [batch, *grid].
+        decode: Function from codes [batch, *grid] to images; only needed by `invert`.
         patch_size: Pixels per patch of the decoded images; only needed by `invert`.
-        uses_ground_truth: Whether `invert` looks at hidden pixels: it decodes the codes of visible
-            positions too, and a tokenizer sees around them.
+        uses_ground_truth: Whether `invert` reads masked pixels: True. It also decodes the codes of
+            visible positions, and these depend on pixels around them.
 
     Source:
         BEiT, arXiv:2106.08254, section 2.2; CAE, arXiv:2202.03026, section 3.
@@ -49,7 +49,7 @@ class TokenTarget:
         """Return the codes of the masked tokens.
 
         Raises:
-            ValueError: Codes of another grid than the mask's.
+            ValueError: Codes whose grid is not that of the mask.
         """
         return gather_masked(self._codes(images, mask).unsqueeze(2), mask).squeeze(2)
 
@@ -59,13 +59,13 @@ class TokenTarget:
         images: Float[Tensor, "batch channels *spatial"],
         mask: Mask,
     ) -> Float[Tensor, "batch masked patch"]:
-        """Return the masked patches of the image that the codes stand for.
+        """Decode the codes, and return the masked patches of the decoded images.
 
         Raises:
             NotImplementedError: A tokenizer without `decode` and `patch_size`.
         """
         if self.decode is None or self.patch_size is None:
-            raise NotImplementedError("codes need decode and patch_size to become pixels again")
+            raise NotImplementedError("invert needs a TokenTarget with decode and patch_size")
         codes = self._codes(images, mask).scatter(1, mask.masked_ids, values)
         with torch.no_grad():
             decoded = self.decode(codes.view(-1, *mask.grid))
@@ -78,21 +78,21 @@ class TokenTarget:
         is_other_grid = codes.ndim > 2 and tuple(codes.shape[1:]) != mask.grid
         if is_other_grid or codes.flatten(1).shape != (mask.batch_size, mask.num_tokens):
             raise ValueError(
-                f"the tokenizer gave codes {tuple(codes.shape)} where the mask is for "
-                f"{mask.batch_size} samples of grid {mask.grid}"
+                f"encode must return one code per token for {mask.batch_size} samples of grid "
+                f"{mask.grid}; got {tuple(codes.shape)}"
             )
         return codes.flatten(1)
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureTarget:
-    """What a frozen teacher makes of the masked patches.
+    """Features of a frozen teacher at the masked positions.
 
     Attributes:
-        teacher: From images to tokens: [batch, prefix + tokens, dim].
-        num_prefix: Tokens in front of the grid's, which are left out.
-        normalize: Whether each feature is brought to zero mean and unit variance over its width.
-        uses_ground_truth: False; there is no way back to pixels.
+        teacher: Function from images to tokens: [batch, prefix + tokens, dim].
+        num_prefix: Prefix tokens in front of the grid's tokens, which are dropped.
+        normalize: Whether to normalise each feature vector to zero mean and unit variance.
+        uses_ground_truth: False: `invert` is not possible.
 
     Source:
         MaskFeat, arXiv:2112.09133, section 3.2 "deep features"; normalised as in data2vec,
@@ -116,7 +116,7 @@ class FeatureTarget:
         """Return the features of the masked tokens.
 
         Raises:
-            ValueError: Tokens of another grid than the mask's.
+            ValueError: A number of tokens that does not fit the mask.
         """
         with torch.no_grad():
             tokens = self.teacher(images)[:, self.num_prefix :]
@@ -126,5 +126,9 @@ class FeatureTarget:
     def invert(
         self, values: Tensor, images: Tensor, mask: Mask
     ) -> Float[Tensor, "batch masked patch"]:
-        """Refuse: features do not tell pixels."""
+        """Not possible: pixels cannot be computed from features.
+
+        Raises:
+            NotImplementedError: Always.
+        """
         raise NotImplementedError("a teacher's features cannot be turned back into pixels")

@@ -1,4 +1,4 @@
-"""What every masked encoder must keep: hidden pixels stay hidden, samples stay apart."""
+"""Property tests of masked encoders: no leak of hidden pixels, no effect across samples."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,9 +14,9 @@ from mimkit.masking import Mask
 Encoder = Callable[..., Tensor]
 AnyMask = Mask | Bool[Tensor, "batch *grid"]
 
-# What is written over pixels: noise of the images' own size, and much larger.
+# Scales of the noise that replaces pixels: that of the images, and a much larger one.
 _SCALES = (1.0, 1e3)
-_ROUNDING = 1e-4  # of the largest value: another batch size may sum in another order
+_ROUNDING = 1e-4  # relative to the largest value; another batch size may sum in another order
 
 
 def assert_no_leak(
@@ -25,14 +25,15 @@ def assert_no_leak(
     """Check that no hidden pixel changes any output of `encoder(images, mask)`, bit for bit.
 
     Args:
-        encoder: Any callable that returns one tensor: tokens (visible ones or all, prefix tokens
-            first), a feature map [batch, channels, ...], or anything else, whose changes cannot be
-            placed. It runs twice and more, each time from the same random state.
-        images: Images on which to try.
-        mask: A `Mask`; or booleans, one per patch, True = masked, given to the encoder as is.
+        encoder: Any callable that returns one tensor. For tokens (visible or all, prefix tokens
+            first) and feature maps [batch, channels, ...], the message says where the output
+            changed. It is called at least twice, each time with the same random state.
+        images: Images to test with.
+        mask: A `Mask`, or booleans, one per patch, True = masked; passed to the encoder as it is.
 
     Raises:
-        AssertionError: A leak, with the masked patch that leaks, what it changes and how far away.
+        AssertionError: If a hidden pixel changes the output. The message names the masked patch,
+            what it changes, and at which distance.
 
     Example:
         >>> from mimkit import masking, nn
@@ -64,7 +65,8 @@ def assert_samples_isolated(
         mask: As in `assert_no_leak`; booleans may mask different numbers of tokens per sample.
 
     Raises:
-        AssertionError: A sample that reaches another, naming both.
+        AssertionError: If a sample changes the output of another one; the message names both.
+        ValueError: If there are fewer than two images.
 
     Example:
         >>> from mimkit import masking
@@ -75,7 +77,7 @@ def assert_samples_isolated(
         AssertionError: sample 0 reaches sample 1: ...
     """
     if len(images) < 2:
-        raise ValueError(f"two or more images are needed to tell samples apart; got {len(images)}")
+        raise ValueError(f"at least two images are needed; got {len(images)}")
     expected = _run(encoder, images, mask)
     if len(expected) != len(images):
         raise AssertionError(
@@ -90,20 +92,20 @@ def assert_samples_isolated(
             if other == sample or _bits_equal(output[other], expected[other]):
                 continue
             raise AssertionError(
-                f"sample {sample} reaches sample {other}: other pixels in the first change "
-                f"{_how_much(output[other], expected[other])} of the second's output; "
-                "expected none to change"
+                f"sample {sample} reaches sample {other}: changing the pixels of sample {sample} "
+                f"changes {_difference(output[other], expected[other])} in the output of sample "
+                f"{other}; expected none to change"
             )
 
 
 def assert_mask_equivariant(
     encoder: Encoder, images: Float[Tensor, "batch channels *spatial"], mask: Mask
 ) -> None:
-    """Check that outputs follow each sample and its own mask, and nothing that came before.
+    """Check that each output depends only on its own sample and mask, not on other calls or order.
 
-    A sample alone, and all samples in the opposite order, give the same outputs; and so does the
-    gradient of the images where the encoder runs with other masks before the backward pass (which
-    a mask in a global variable does not survive under activation checkpointing).
+    Outputs must be the same for a sample alone, for the batch, and for the batch in reverse order.
+    Image gradients must be the same if the encoder is called with other masks before the backward
+    pass. With activation checkpointing, a mask kept in a global variable fails this.
 
     Args:
         encoder: As in `assert_no_leak`, without dropout; its output has one row per sample.
@@ -111,7 +113,8 @@ def assert_mask_equivariant(
         mask: At least two different masks.
 
     Raises:
-        AssertionError: The first difference beyond rounding, with the sample.
+        AssertionError: At the first difference beyond rounding; the message names the sample.
+        ValueError: If there are fewer than two images, or all masks are equal.
 
     Example:
         >>> from mimkit import masking
@@ -119,31 +122,34 @@ def assert_mask_equivariant(
         >>> first = lambda images, mask: images.flatten(2)[:, :, mask.visible_ids[0]]
         >>> assert_mask_equivariant(first, torch.rand(2, 3, 4, 4), mask)
         Traceback (most recent call last):
-        AssertionError: the output of sample 1 is another one alone than in a batch of 2: ...
+        AssertionError: the output of sample 1 alone differs from that in a batch of 2: ...
     """
-    opposite = torch.arange(len(images) - 1, -1, -1, device=images.device)
-    if len(images) < 2 or mask[opposite].equal(mask):
-        raise ValueError(f"two or more images with different masks are needed; got {mask}")
+    reverse = torch.arange(len(images) - 1, -1, -1, device=images.device)
+    if len(images) < 2 or mask[reverse].equal(mask):
+        raise ValueError(
+            f"at least two images with different masks are needed; got {len(images)} images and "
+            f"{mask}"
+        )
     expected = _run(encoder, images, mask)
     for sample in range(len(images)):
         alone = _run(encoder, images[sample : sample + 1], mask[sample])
-        where = f"alone than in a batch of {len(images)}"
-        _assert_close(f"the output of sample {sample}", where, alone[0], expected[sample])
-    turned = _run(encoder, images[opposite], mask[opposite])[opposite]
+        where = f"from that in a batch of {len(images)}"
+        _assert_close(f"the output of sample {sample} alone", where, alone[0], expected[sample])
+    reordered = _run(encoder, images[reverse], mask[reverse])[reverse]
     for sample in range(len(images)):
-        where = "with the samples in the opposite order"
-        _assert_close(f"the output of sample {sample}", where, turned[sample], expected[sample])
+        where = "with the samples in reverse order"
+        _assert_close(f"the output of sample {sample}", where, reordered[sample], expected[sample])
     plain = _image_gradient(encoder, images, mask, between=None)
-    mixed = _image_gradient(encoder, images, mask, between=mask[opposite])
+    mixed = _image_gradient(encoder, images, mask, between=mask[reverse])
     for sample in range(len(images)):
-        where = "after a run with other masks before the backward pass"
+        where = "after a call with other masks before the backward pass"
         _assert_close(f"the gradient of sample {sample}", where, mixed[sample], plain[sample])
 
 
 def _image_gradient(
     encoder: Encoder, images: Tensor, mask: Mask, *, between: Mask | None
 ) -> Tensor:
-    """Gradient of a fixed random projection, with a run under `between` before the backward."""
+    """Image gradient of a fixed random projection; calls with `between` before the backward."""
     leaf = images.detach().clone().requires_grad_()
     with torch.enable_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
@@ -156,27 +162,29 @@ def _image_gradient(
         try:
             (grad,) = torch.autograd.grad(output, leaf, upstream, allow_unused=True)
         except CheckpointError as error:
-            raise AssertionError(f"the backward pass recomputes something else: {error}") from error
+            raise AssertionError(
+                f"recomputation in the backward pass gave another result: {error}"
+            ) from error
     return torch.zeros_like(images) if grad is None else grad
 
 
 def _assert_close(what: str, where: str, seen: Tensor, expected: Tensor) -> None:
     if seen.shape != expected.shape:
         raise AssertionError(
-            f"{what} has another shape {where}: expected {tuple(expected.shape)}; "
+            f"{what} differs in shape {where}: expected {tuple(expected.shape)}; "
             f"got {tuple(seen.shape)}"
         )
     bound = _ROUNDING * float(expected.abs().max()) if expected.numel() else 0.0
     if not bool(((seen - expected).abs() <= bound).all()):  # also catches nan
         raise AssertionError(
-            f"{what} is another one {where}: {_how_much(seen, expected)} differ, "
-            f"where rounding explains {bound:.2g}"
+            f"{what} differs {where}: {_difference(seen, expected)} differ; at most {bound:.2g} "
+            "is rounding"
         )
 
 
 def _run(encoder: Encoder, images: Tensor, mask: AnyMask) -> Tensor:
     with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)  # dropout and the like must not look like a leak
+        torch.manual_seed(0)  # so that dropout is not reported as a leak
         output = encoder(images, mask)
     if not isinstance(output, Tensor):
         raise TypeError(
@@ -194,7 +202,7 @@ def _describe_leak(
     expected: Tensor,
     scale: float,
 ) -> str:
-    """Say which masked patch leaks by itself, or which few do together."""
+    """Describe a leak: the masked patch that leaks alone, or a minimal set that leaks together."""
 
     def run(patches: Sequence[Sequence[int]]) -> Tensor:
         only = torch.zeros_like(is_masked)
@@ -211,23 +219,22 @@ def _describe_leak(
         named = ", ".join(f"{tuple(place)} of sample {sample}" for sample, *place in patches[:8])
         more = ", ..." if len(patches) > 8 else ""
         return (
-            f"hidden pixels reach the output: {len(patches)} masked patches, none of them without "
-            f"the others, {named}{more}, change {_how_much(output, expected)}; expected none to "
-            "change"
+            f"hidden pixels reach the output: {len(patches)} masked patches, but no fewer of them, "
+            f"{named}{more}, change {_difference(output, expected)}; expected none to change"
         )
     where = ""
     if len(expected) == len(images):
         where = _farthest(encoder, output[sample], expected[sample], mask, sample, place)
     return (
         f"hidden pixels reach the output: the masked patch {tuple(place)} of sample {sample} "
-        f"alone changes {_how_much(output, expected)}{where}; expected none to change"
+        f"alone changes {_difference(output, expected)}{where}; expected none to change"
     )
 
 
 def _smallest_leak(
     patches: list[list[int]], leaks: Callable[[list[list[int]]], bool]
 ) -> list[list[int]]:
-    """Find the first patch that leaks alone; else some of which none can be left out."""
+    """Find the first patch that leaks alone, else a minimal set that leaks together."""
     for patch in patches:
         if leaks([patch]):
             return [patch]
@@ -246,7 +253,7 @@ def _farthest(
     sample: int,
     place: Sequence[int],
 ) -> str:
-    """Say which patch is the farthest whose output changed, where outputs can be placed."""
+    """Name the farthest patch whose output changed, if outputs can be assigned to patches."""
     is_masked = _booleans(mask)[sample]
     grid = tuple(is_masked.shape)
     differs = output != expected
@@ -284,8 +291,8 @@ def _coordinates(token: int, grid: Grid) -> tuple[int, ...]:
     return tuple(reversed(coordinates))
 
 
-def _how_much(output: Tensor, expected: Tensor) -> str:
-    """Count the values that differ, and show the one that differs most."""
+def _difference(output: Tensor, expected: Tensor) -> str:
+    """Describe a difference: the number of values that differ, and the largest one."""
     differs = output != expected
     gap = (output - expected).abs().double()
     gap = gap.masked_fill(gap.isnan(), torch.inf)
@@ -321,7 +328,7 @@ def _bits_equal(a: Tensor, b: Tensor) -> bool:
         if wrong.any():
             first = wrong.nonzero()[0].tolist()
             raise AssertionError(
-                f"expected an output of numbers; {int(wrong.sum())} of {wrong.numel()} values of "
-                f"the encoder's are not a number, the first one at {first}"
+                f"expected a finite output; {int(wrong.sum())} of {wrong.numel()} values are not a "
+                f"number, the first one at {first}"
             )
     return torch.equal(a, b)

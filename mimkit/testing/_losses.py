@@ -1,4 +1,4 @@
-"""What a loss owes to gradient accumulation and to data parallelism."""
+"""Property test: a mean loss is exact under gradient accumulation and data parallelism."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,29 +13,30 @@ Loss = Callable[[Tensor, Tensor, Any], Tensor]
 Inputs = Callable[[Any], tuple[Tensor, Tensor]]
 
 _GRID, _NUM_MASKED = (3, 4), 7
-# Samples of each part, the smallest example first; equal parts are processes, too.
+# Samples in each part of a batch, smallest batch first. Equal parts also stand for processes.
 _SPLITS = [(1, 1), (1, 2), (1, 1, 1), (3, 3), (2, 2, 2), (1, 5), (1, 2, 3)]
-_TOLERANCE = 1e-5  # relative: sums in float32, in another order
+_TOLERANCE = 1e-5  # relative; float32 sums in another order
 
 
 def assert_reduction_exact(
     loss: Loss, *, inputs: Inputs | None = None, ragged: bool = False
 ) -> None:
-    """Check that a mean loss is the same for a whole batch as for its parts together.
+    """Check that the mean loss of a batch equals the mean over its parts.
 
-    Parts are the micro-batches of gradient accumulation, weighted by their samples, or the equal
-    shares of processes, whose gradients are averaged. Checked are the value and the gradient of a
-    weight that all samples share; and that a mask which hides nothing gives 0 and no gradient.
+    Parts are micro-batches of gradient accumulation, weighted by their number of samples, or the
+    equal parts of data-parallel processes, whose gradients are averaged. The value and the gradient
+    of a shared weight are compared. A mask without masked tokens must give a loss of 0 and a zero
+    gradient.
 
     Args:
-        loss: Called as `loss(prediction, target, mask)`, returns a scalar.
-        inputs: Makes prediction (floating-point) and target for a mask, one row per sample; random
-            numbers of [batch, masked, 5] if `None`.
-        ragged: Whether masks are a `RaggedMask`, with one row per masked token ([masked of all
-            samples, 5] if `inputs` is `None`) and samples that count the same.
+        loss: Called as `loss(prediction, target, mask)`; returns a scalar.
+        inputs: Function from a mask to prediction (floating-point) and target, one row per sample;
+            `None` for random values of shape [batch, masked, 5].
+        ragged: Whether to use a `RaggedMask`, with one row per masked token ([masked of all
+            samples, 5] if `inputs` is `None`). Every sample must have the same weight in the mean.
 
     Raises:
-        AssertionError: The first promise broken, for the smallest batch that breaks it.
+        AssertionError: At the first property that fails, for the smallest batch that shows it.
 
     Example:
         >>> from mimkit import losses
@@ -59,7 +60,7 @@ def assert_reduction_exact(
             _run(loss, _take(prediction, mask, i), _take(target, mask, i), mask[i]) for i in rows
         ]
         for what, expected, seen in zip(
-            ("value", "gradient"), whole, _together(parts, split), strict=True
+            ("value", "gradient"), whole, _weighted_mean(parts, split), strict=True
         ):
             _assert_same(what, expected, seen, split)
     mask = draw(2, 0)
@@ -75,7 +76,7 @@ def _mask(batch_size: int, num_masked: int) -> Mask:
 
 
 def _ragged_mask(batch_size: int, num_masked: int) -> RaggedMask:
-    """Mask up to `num_masked` tokens: a sample with fewer for each one in front of it."""
+    """Make a ragged mask: each sample masks two tokens fewer than the one before."""
     counts = [max(num_masked - 2 * sample, 0) for sample in range(batch_size)]
     return masking.ragged(uniform, key(range(batch_size), seed=0), _GRID, num_masked=counts)
 
@@ -89,21 +90,21 @@ def _take(values: Tensor, mask: Mask | RaggedMask, samples: Tensor) -> Tensor:
 
 def _random_inputs(mask: Mask | RaggedMask) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    # Samples of different size, so that a loss that weighs them wrongly shows.
-    size = torch.arange(1, mask.batch_size + 1)
+    # Another scale for each sample, so that wrong weights of samples change the mean.
+    scale = torch.arange(1, mask.batch_size + 1)
     if isinstance(mask, Mask):
         shape: tuple[int, ...] = (mask.batch_size, mask.num_masked, 5)
-        size = size.view(-1, 1, 1)
+        scale = scale.view(-1, 1, 1)
     else:
         shape = (len(mask.masked_ids), 5)
-        size = size.repeat_interleave(mask.cu_masked.diff()).view(-1, 1)
-    return torch.randn(shape, generator=generator) * size, torch.randn(shape, generator=generator)
+        scale = scale.repeat_interleave(mask.cu_masked.diff()).view(-1, 1)
+    return torch.randn(shape, generator=generator) * scale, torch.randn(shape, generator=generator)
 
 
 def _run(
     loss: Loss, prediction: Tensor, target: Tensor, mask: Mask | RaggedMask
 ) -> tuple[Tensor, Tensor]:
-    """Return the value, and the gradient of a weight that multiplies the last axis."""
+    """Return the loss, and its gradient with respect to a weight on the last axis."""
     weight = torch.ones(prediction.shape[-1]).to(prediction).requires_grad_()
     value = loss(prediction * weight, target, mask)
     if value.ndim:
@@ -112,7 +113,7 @@ def _run(
     return value.detach().double(), grad.double()
 
 
-def _together(
+def _weighted_mean(
     parts: Sequence[tuple[Tensor, Tensor]], split: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     shares = [size / sum(split) for size in split]
@@ -129,8 +130,8 @@ def _assert_same(what: str, expected: Tensor, seen: Tensor, split: Sequence[int]
         return
     kind = "micro-batches or processes" if len(set(split)) == 1 else "micro-batches"
     raise AssertionError(
-        f"expected the {what} of {sum(split)} samples, {_largest(expected)}, from parts of "
-        f"{tuple(split)} samples ({kind}); got {_largest(seen)}"
+        f"expected the {what} of {sum(split)} samples, {_largest(expected)}, as the mean over "
+        f"parts of {tuple(split)} samples ({kind}); got {_largest(seen)}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What an operator with a hand-written kernel owes its plain PyTorch reference."""
+"""Property test: an operator with a hand-written kernel equals its plain PyTorch reference."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,25 +9,25 @@ from torch.utils.checkpoint import checkpoint
 
 Function = Callable[..., Tensor]
 
-# Of the largest value of the reference, by the coarsest type among inputs and output.
+# Relative to the reference's largest value; by the least precise dtype of inputs and output.
 _TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1e-5}
 
 
 def assert_op_correct(op: Function, reference: Function, inputs: Sequence[Any]) -> None:
-    """Check a fast function against a plain one: values, gradients, and what training does to it.
+    """Check an operator against a reference: values, gradients, compilation, checkpoints, autocast.
 
-    Both are called as `f(*inputs)` and return one tensor. The reference runs in float64. Checked
-    are the value and the gradients of all floating-point inputs that require one; then that
-    `torch.compile(fullgraph=True)` and activation checkpointing change neither, and that under
-    autocast the type of the result is the reference's.
+    Both are called as `f(*inputs)` and return one tensor. The reference runs in float64. The value
+    and the gradients of all floating-point inputs that require one must agree: in eager mode, with
+    `torch.compile(fullgraph=True)` and with activation checkpointing. Under autocast, both must
+    return the same dtype.
 
     Args:
         op: The function to check.
-        reference: What is right; must be differentiable, and run in float64.
-        inputs: Arguments; tensors of any floating-point type up to float64.
+        reference: The correct function; must be differentiable and run in float64.
+        inputs: Arguments; tensors of any floating-point dtype up to float64.
 
     Raises:
-        AssertionError: The first difference, with the size that rounding would explain.
+        AssertionError: At the first difference larger than rounding.
 
     Example:
         >>> x = torch.randn(3, 5, requires_grad=True)
@@ -42,12 +42,12 @@ def assert_op_correct(op: Function, reference: Function, inputs: Sequence[Any]) 
         default=0.0,
     )
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
-    for name, way in (
+    for name, function in (
         ("", op),
         (" under torch.compile", compiled),
         (" under checkpoint", lambda *inputs: checkpoint(op, *inputs, use_reentrant=False)),
     ):
-        for (what, result), (_, right) in zip(_run(way, inputs), expected, strict=True):
+        for (what, result), (_, right) in zip(_run(function, inputs), expected, strict=True):
             _assert_close(what + name, result, right, tolerance)
     device = next(value.device.type for value in inputs if isinstance(value, Tensor))
     is_half = any(isinstance(v, Tensor) and v.dtype == torch.float16 for v in inputs)
@@ -55,7 +55,9 @@ def assert_op_correct(op: Function, reference: Function, inputs: Sequence[Any]) 
     with torch.autocast(device, dtype=low), torch.no_grad():
         ours, theirs = op(*inputs).dtype, reference(*inputs).dtype
     if ours != theirs:
-        raise AssertionError(f"under autocast expected {theirs}, as the reference's; got {ours}")
+        raise AssertionError(
+            f"expected {theirs}, the reference's dtype, under autocast; got {ours}"
+        )
 
 
 def _widened(value: Any) -> Any:
@@ -65,7 +67,7 @@ def _widened(value: Any) -> Any:
 
 
 def _run(function: Function, inputs: Sequence[Any]) -> list[tuple[str, Tensor]]:
-    """Return the value, and the gradients of a fixed random projection of it."""
+    """Return the value, and the input gradients of a fixed random projection of it."""
     value = function(*inputs)
     results = [("the value", value.detach())]
     leaves = [(i, v) for i, v in enumerate(inputs) if isinstance(v, Tensor) and v.requires_grad]
@@ -77,7 +79,7 @@ def _run(function: Function, inputs: Sequence[Any]) -> list[tuple[str, Tensor]]:
         tensors = [leaf for _, leaf in leaves]
         grads = torch.autograd.grad(value, tensors, upstream, allow_unused=True)
         for (i, leaf), grad in zip(leaves, grads, strict=True):
-            # What a function does not use has a gradient of zero.
+            # An unused input has a gradient of zero.
             grad = torch.zeros_like(leaf) if grad is None else grad
             results.append((f"the gradient of input {i}", grad))
     return results
@@ -99,5 +101,6 @@ def _assert_close(what: str, result: Tensor, expected: Tensor, tolerance: float)
         raise AssertionError(
             f"{what} is off by {float(errors.flatten()[worst]):.2g} at {place}: expected "
             f"{float(expected.flatten()[worst]):.6g}, got {float(result.flatten()[worst]):.6g}; "
-            f"rounding explains {bound:.2g} ({int(wrong.sum())} of {wrong.numel()} values are off)"
+            f"at most {bound:.2g} is rounding ({int(wrong.sum())} of {wrong.numel()} values "
+            "are off)"
         )

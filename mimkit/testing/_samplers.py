@@ -1,4 +1,4 @@
-"""What every random sampler must keep."""
+"""Property test of random mask samplers."""
 
 import math
 import random
@@ -18,12 +18,12 @@ from mimkit.masking import num_masked as count_masked
 Sampler = Callable[[Key, Grid, float], Mask]
 
 _BATCH = 64
-# Several samples by themselves: one alone may ask for what the whole batch happens to get.
+# Several single samples: one alone may happen to get the same mask as in the batch.
 _SPLIT = [1] * 8 + [5, _BATCH - 13]
 _MAX_DRAWN_TOKENS = 1 << 25
-_SHOWN = 8  # positions in a message
+_SHOWN = 8  # positions listed in an error message
 _GENERATORS = ("torch", "random", "numpy")
-_MAX_LINES = 1_000_000  # of Python in one call; vectorized samplers take a few hundred
+_MAX_LINES = 1_000_000  # Python lines run by one call; a vectorized sampler runs a few hundred
 
 
 def assert_sampler_conforms(
@@ -34,25 +34,28 @@ def assert_sampler_conforms(
     num_masked: int | None = None,
     least: float = 0.1,
 ) -> None:
-    """Check what a random sampler owes its users.
+    """Check the properties that every random sampler must have.
 
-    An end of drawing; valid masks of the asked count; a pure function of (seed, epoch, sample id),
-    whatever the batch size and order and the state of global generators; other masks for other
-    seeds, epochs and samples; and every position both masked and visible now and then.
+    Sampling ends. Masks are valid and have the requested count. They are a pure function of (seed,
+    epoch, sample id): independent of batch size, batch order and global random generators. Other
+    seeds, epochs and sample ids give other masks. Every position is masked in some masks and
+    visible in others.
 
     Args:
-        sampler: Called as `sampler(key, grid, ratio)`, returns a `Mask`.
+        sampler: Called as `sampler(key, grid, ratio)`; returns a `Mask`.
         grid: Tokens per axis.
         ratio: Fraction to mask, in (0, 1).
-        num_masked: The count to expect where it is not that of `masking.num_masked`, as for a
-            sampler of larger units.
-        least: How often a position must be masked, and visible, as a fraction of the mean of all
-            positions, in (0, 1]; less for a sampler that is uneven by design, as `blockwise` is at
-            high ratios. The smaller, the more masks are drawn, up to 33 million tokens, beyond
-            which only whole rows, columns, ... are sure to be found.
+        num_masked: Expected number of masked tokens, if it is not `masking.num_masked` of the
+            ratio, as for a sampler of larger units.
+        least: Smallest allowed rate at which a position is masked, and visible, as a fraction of
+            the mean rate, in (0, 1]. Lower it for a sampler that is uneven by design, as
+            `blockwise` is at high ratios. A smaller value draws more masks, up to 33 million
+            tokens; beyond that, only a whole row, column, ... that is never masked (or never
+            visible) is reported.
 
     Raises:
-        AssertionError: The first promise broken, with what was expected and what was seen.
+        AssertionError: At the first property that fails, with expected and actual values.
+        ValueError: If `least` is not in (0, 1].
 
     Example:
         >>> from mimkit import masking
@@ -98,7 +101,7 @@ def _draw(sampler: Sampler, k: Key, grid: Grid, ratio: float) -> Mask:
 
 @contextmanager
 def _bounded(grid: Grid) -> Iterator[None]:
-    """Stop Python code that runs for too many lines: not too long, which a busy machine might."""
+    """Stop code that runs too many Python lines; a time limit would depend on machine load."""
     left = _MAX_LINES
 
     def count(frame: FrameType, event: str, argument: Any) -> Any:
@@ -106,8 +109,8 @@ def _bounded(grid: Grid) -> Iterator[None]:
         left -= event == "line"
         if left < 0:
             raise AssertionError(
-                f"expected drawing to end; on grid {grid} {_BATCH} masks took more than "
-                f"{_MAX_LINES} lines, the last one in {frame.f_code.co_name}"
+                f"expected sampling to end; {_BATCH} masks of grid {grid} took more than "
+                f"{_MAX_LINES} lines of Python, the last one in {frame.f_code.co_name}"
             )
         return count
 
@@ -144,8 +147,8 @@ def _check_purity(
             n for n, a, b in zip(_GENERATORS, before, _global_states(), strict=True) if a != b
         ]
         raise AssertionError(
-            f"expected the global generators to be left alone; drawing {len(ids)} masks of grid "
-            f"{grid} advanced that of {' and '.join(changed)}"
+            f"expected global random generators to stay unchanged; drawing {len(ids)} masks of "
+            f"grid {grid} advanced that of {' and '.join(changed)}"
         )
 
 
@@ -161,20 +164,20 @@ def _check_batching(
     for name, of, seen, expected in cases:
         if not seen.equal(expected):
             raise AssertionError(
-                f"expected masks that do not depend on the batch's {name}; among {len(of)} of "
-                f"{len(ids)} samples, {_first_difference(seen, expected, of)}"
+                f"expected masks that do not depend on the batch's {name}; in a batch of {len(of)} "
+                f"of {len(ids)} samples, {_first_difference(seen, expected, of)}"
             )
 
 
 def _first_difference(seen: Mask, expected: Mask, ids: torch.Tensor) -> str:
-    """Name the first sample whose masks differ, and the first positions of both."""
+    """Describe the first sample whose masks differ."""
     differs = (seen.is_masked != expected.is_masked).flatten(1).any(dim=1)
     row = int(differs.nonzero()[0])
     both = [
         f"{mask.num_masked} positions, {mask.masked_ids[row, :_SHOWN].tolist()} ..."
         for mask in (expected, seen)
     ]
-    return f"sample id {int(ids[row])} first masked {both[0]}, then {both[1]}"
+    return f"sample id {int(ids[row])} masks {both[0]} the first time, then {both[1]}"
 
 
 def _check_variety(
@@ -189,13 +192,17 @@ def _check_variety(
         if _draw(sampler, other, grid, ratio).equal(drawn):
             first = drawn.masked_ids[0, :_SHOWN].tolist()
             raise AssertionError(
-                f"expected other masks for other {name}; all {_BATCH} are equal: of sample ids "
-                f"{int(ids[0])} and {int(other.sample_ids[0])} both masks begin with {first}"
+                f"expected other masks for other {name}; all {_BATCH} are equal: the masked ids "
+                f"of sample ids {int(ids[0])} and {int(other.sample_ids[0])} both start {first}"
             )
 
 
 def _check_support(sampler: Sampler, grid: Grid, ratio: float, drawn: Mask, least: float) -> None:
-    """Draw until a position of the least rate is missed with a probability below 1e-9."""
+    """Check that every position is masked and visible in some of many masks.
+
+    Enough masks are drawn that a position at the smallest allowed rate is missed with a probability
+    below 1e-9.
+    """
     if not (drawn.num_masked and drawn.num_visible):
         return
     rate = min(drawn.num_masked, drawn.num_visible) / drawn.num_tokens * least
@@ -209,13 +216,13 @@ def _check_support(sampler: Sampler, grid: Grid, ratio: float, drawn: Mask, leas
         first = tuple(missed.nonzero()[0].tolist()) if missed.any() else None
         if lines or (first and num_draws >= enough):
             raise AssertionError(
-                f"expected every position to be {name} sometimes; in {num_draws} draws "
+                f"expected every position to be {name} in some masks; in {num_draws} masks, "
                 f"{' and '.join(lines) or f'position {first}'} never was"
             )
 
 
 def _missed_lines(missed: torch.Tensor, *, least_positions: float) -> list[str]:
-    """Name the whole rows, columns, ... that were missed, if long enough to be sure of it."""
+    """List rows, columns, ... that were missed as a whole and are long enough to be significant."""
     return [
         f"index {index} of axis {axis}"
         for axis, size in enumerate(missed.shape)

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for what MIM code takes."""
+"""Hypothesis strategies for the inputs of MIM code: grids, ratios, keys, masks, images."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
 def grids(
     *, min_axes: int = 1, max_axes: int = 3, min_tokens: int = 2, max_tokens: int = 256
 ) -> st.SearchStrategy[Grid]:
-    """Draw grids, square ones and lines of 1 x N among them."""
+    """Draw grids of one to three axes, including square grids and lines of 1 x N."""
 
     def fits(grid: Grid) -> bool:
         return min_tokens <= count_tokens(grid) <= max_tokens
@@ -37,14 +37,14 @@ def grids(
 
 
 def ratios() -> st.SearchStrategy[float]:
-    """Draw fractions in (0, 1): the papers' own and any other with up to four decimals."""
+    """Draw masking ratios in (0, 1): those of the papers, or any with up to four decimals."""
     return st.sampled_from([0.25, 0.4, 0.5, 0.6, 0.75, 0.9]) | st.builds(
         lambda parts: parts / 10_000, st.integers(1, 9_999)
     )
 
 
 def keys(*, min_batch: int = 1, max_batch: int = 5) -> st.SearchStrategy[Key]:
-    """Draw keys with any 64-bit seed, any epoch and any (also negative or huge) sample ids."""
+    """Draw keys with any 64-bit seed, any epoch and any 64-bit sample ids, also negative ones."""
     ids = st.integers(-(2**63), 2**63 - 1)
     return st.builds(
         lambda sample_ids, seed, epoch: key(torch.tensor(sample_ids), seed=seed, epoch=epoch),
@@ -57,7 +57,7 @@ def keys(*, min_batch: int = 1, max_batch: int = 5) -> st.SearchStrategy[Key]:
 def masks(
     grid: Sequence[int] | None = None, *, batch_size: int | None = None
 ) -> st.SearchStrategy[Mask]:
-    """Draw masks, all-visible and all-masked ones among them."""
+    """Draw masks of any count, including all visible and all masked."""
 
     def of_grid(drawn: Grid) -> st.SearchStrategy[Mask]:
         num_tokens = count_tokens(drawn)
@@ -75,7 +75,7 @@ def images(
     channels: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> st.SearchStrategy[Tensor]:
-    """Draw random images that `patch_size` cuts into `grid`; uint8 ones where `dtype` says so."""
+    """Draw random images of `grid` patches of `patch_size` pixels, as floats or uint8."""
     patch = per_axis("patch_size", patch_size, len(grid))
     spatial = [size * pixels for size, pixels in zip(grid, patch, strict=True)]
     depth = st.integers(1, 5) if channels is None else st.just(channels)

@@ -2,6 +2,8 @@
 
 from recipes.engine.main import run
 from recipes.engine.masks import Masking
-from recipes.engine.run.config import Options, Preset, Recipe, Training
+from recipes.engine.run.config import Preset, Recipe, Training
 
-__all__ = ["Masking", "Options", "Preset", "Recipe", "Training", "run"]
+# Last: the function takes the place of the room of the same name in this namespace.
+
+__all__ = ["Masking", "Preset", "Recipe", "Training", "run"]

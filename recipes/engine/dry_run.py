@@ -10,21 +10,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from mimkit import masking
 from mimkit.masking import Mask
 from recipes.engine.data.sets import DataSet
-from recipes.engine.run.config import PretrainConfig, Recipe
-from recipes.engine.train import autocast, count_steps
+from recipes.engine.loop import Plan
+from recipes.engine.run.config import Recipe, RunConfig
 
 _GIB = 2**30
 # Weights, gradients and AdamW's two moments, all float32.
 _BYTES_PER_PARAMETER = 16
 
 
-def describe(recipe: Recipe, config: PretrainConfig, data: DataSet) -> str:
+def describe(recipe: Recipe, config: RunConfig, data: DataSet, plan: Plan) -> str:
     """Describe a run: configuration, parameters, FLOPs of an image, memory, steps."""
     with torch.device("meta"):
         model = recipe.build(config.model).train()
     encoder: Any = model.encoder
     flops, activations = measure(recipe, config, data, model)
-    _, num_steps = count_steps(config, data)
     num_parameters = count_parameters(model)
     batch_size = config.training.batch_size
     images_at_once = batch_size // config.accumulate
@@ -34,7 +33,7 @@ def describe(recipe: Recipe, config: PretrainConfig, data: DataSet) -> str:
             yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip(),
             "---",
             f"data          {data.name}: {len(data.train):,} images an epoch",
-            f"steps         {num_steps:,} of {batch_size:,} images",
+            f"steps         {plan.num_steps:,} of {batch_size:,} images",
             f"parameters    {num_parameters:,} "
             f"({sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained, "
             f"{count_parameters(encoder):,} in the encoder)",
@@ -49,9 +48,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def measure(
-    recipe: Recipe, config: PretrainConfig, data: DataSet, model: nn.Module
-) -> tuple[int, int]:
+def measure(recipe: Recipe, config: RunConfig, data: DataSet, model: nn.Module) -> tuple[int, int]:
     """Return FLOPs of a step on one image, and the bytes kept for its backward."""
     encoder: Any = model.encoder
     saved: dict[int, int] = {}
@@ -68,7 +65,7 @@ def measure(
     with (
         FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-        autocast(config),
+        config.autocast(),
     ):
         model(images, masks).loss.backward()
     return int(counter.get_total_flops()), sum(saved.values())

@@ -12,79 +12,99 @@ from recipes.engine.data.load import load_data
 from recipes.engine.data.sets import DataSet
 from recipes.engine.dry_run import describe
 from recipes.engine.errors import UserError
+from recipes.engine.loop import Plan, make_plan, run_steps
+from recipes.engine.pretrain import Pretraining, build_model
 from recipes.engine.report import print_summary, write_report
 from recipes.engine.run.checkpoint import find_origin
-from recipes.engine.run.cli import run_command
-from recipes.engine.run.config import Options, PretrainConfig, Recipe, resolve
-from recipes.engine.run.folder import RunFolder, default_path
-from recipes.engine.run.world import World, check_shard, check_shares, join
-from recipes.engine.train import (
-    build_model,
-    count_steps,
-    train,
+from recipes.engine.run.cli import FLAGS, Options, options_of, run_command
+from recipes.engine.run.config import (
+    Recipe,
+    RunConfig,
+    resolve,
     warn_of_short_schedule,
     warn_of_slow_precision,
 )
+from recipes.engine.run.folder import RunFolder, output_folder
+from recipes.engine.run.world import World, check_shard, check_shares, join, whole_weights
 
 
-def run(recipe: Recipe, description: str, arguments: Sequence[str] | None = None) -> int:
+def run(
+    recipe: Recipe,
+    description: str,
+    arguments: Sequence[str] | None = None,
+    *,
+    data: DataSet | None = None,
+) -> int:
     """Run a recipe.
 
     Args:
         recipe: The method.
         description: Text above the options of `--help`.
         arguments: Command line; that of the process if `None`.
+        data: Images to train on instead of those that `--data` names.
 
     Returns:
-        The exit code: 0, or 2 after a user's mistake, which is told on one line of stderr.
+        The exit code: 0, or 2 after a user's mistake, which is one line on stderr.
     """
     return run_command(
-        partial(_run, recipe),
-        recipe.options,
+        partial(_run, recipe, data),
+        options_type(recipe),
         name=recipe.name,
         description=description,
         arguments=arguments,
     )
 
 
-def _run(recipe: Recipe, options: Options) -> None:
-    config = resolve(options, recipe)
-    data = load_data(
-        config.data,
-        image_size=_image_size(config),
-        seed=config.seed,
-        crop_area=config.training.crop_area,
-        interpolation=config.training.interpolation,
-    )
+def options_type(recipe: Recipe) -> type[Options]:
+    """Derive the command line of a recipe from its first preset."""
+    preset = next(iter(recipe.presets.values()))
+    return options_of(preset.parts, (*FLAGS, "mask_ratio", *recipe.flags), Options)
+
+
+def _run(recipe: Recipe, given: DataSet | None, options: Options) -> None:
+    if given is not None:
+        options = dataclasses.replace(options, data=given.name)
+    config = resolve(options, recipe.name, recipe.presets, config_type=RunConfig)
+    data = _load(config) if given is None else given
     config = _with_channels(config, data)
-    _, num_steps = count_steps(config, data)
+    plan = make_plan(config, options, data.train)
     _check_fit(recipe, config)  # before a folder is made
     check_shard(options.shard)
     check_shares(config.training.batch_size, World(), accumulate=config.accumulate)
     warn_of_slow_precision(config)
     warn_of_short_schedule(config)
     if options.dry_run:
-        print(describe(recipe, config, data))
+        print(describe(recipe, config, data, plan))
         return
     with join(config.device) as world:
         check_shares(config.training.batch_size, world, accumulate=config.accumulate)
-        path = options.out or default_path(config)
+        path = output_folder(options.out, config)
         if not path.exists():
-            find_origin(options.resume, world, num_steps)  # so that a mistake leaves no folder
+            find_origin(options.resume, world, plan.num_steps)  # so that a mistake leaves no folder
         with RunFolder(path, config, world) as folder:
             summary = folder.read_summary()
             if summary is None:
-                weights = train(recipe, config, data, folder, options, world)
-                if world.is_main:
-                    model = build_model(recipe, config).eval()
-                    model.load_state_dict(weights)
-                    names = [data.train.describe(image) for image in folder.read_unreadable()]
-                    summary = write_report(recipe, config, data, folder, model, unreadable=names)
-            if world.is_main and summary is not None:
+                summary = _train(recipe, config, data, plan, folder, options)
+            if world.is_main:
                 print_summary(summary, folder)
 
 
-def _check_fit(recipe: Recipe, config: PretrainConfig) -> None:
+def _load(config: RunConfig) -> DataSet:
+    return load_data(
+        config.data,
+        image_size=config.image_size,
+        seed=config.seed,
+        crop_area=config.training.crop_area,
+        interpolation=config.training.interpolation,
+    )
+
+
+def _with_channels(config: RunConfig, data: DataSet) -> RunConfig:
+    model = dataclasses.replace(config.model, in_channels=data.in_channels)
+    return dataclasses.replace(config, model=model)
+
+
+def _check_fit(recipe: Recipe, config: RunConfig) -> None:
     """Check that a model of this shape can be made, and that masks fit it and what it predicts."""
     try:
         with torch.device("meta"):  # shapes alone
@@ -98,11 +118,21 @@ def _check_fit(recipe: Recipe, config: PretrainConfig) -> None:
         raise UserError(f"masks of preset {config.preset}: {error}") from error
 
 
-def _image_size(config: PretrainConfig) -> tuple[int, int]:
-    size: Any = config.model.image_size
-    return (size, size) if isinstance(size, int) else size
-
-
-def _with_channels(config: PretrainConfig, data: DataSet) -> PretrainConfig:
-    model = dataclasses.replace(config.model, in_channels=data.in_channels)
-    return dataclasses.replace(config, model=model)
+def _train(
+    recipe: Recipe,
+    config: RunConfig,
+    data: DataSet,
+    plan: Plan,
+    folder: RunFolder,
+    options: Options,
+) -> dict[str, Any]:
+    """Train from the last checkpoint on, evaluate, and return the summary."""
+    task = Pretraining(recipe, config, data, folder.world, shard=options.shard)
+    run_steps(task, plan, data.train, folder, options)
+    weights = whole_weights(task.model)
+    if not folder.world.is_main:
+        return {}
+    model = build_model(recipe, config).eval()
+    model.load_state_dict(weights)
+    names = [data.train.describe(image) for image in folder.read_unreadable()]
+    return write_report(recipe, config, data, folder, model, unreadable=names)

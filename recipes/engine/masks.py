@@ -7,9 +7,9 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from mimkit import masking
+from mimkit._checks import check_even
 from mimkit.masking import Key, Mask
-from mimkit.patches._patchify import check_even
-from recipes.engine.fields import check_choices
+from recipes.engine.fields import OpenFraction, PositiveInt, check_fields
 
 # Several masks an image, one after the other for the whole batch, as the models take them.
 Masks: TypeAlias = Mask | Sequence[Mask]
@@ -23,23 +23,20 @@ class Masking:
 
     Attributes:
         mask_ratio: Fraction of patches to mask, in (0, 1).
-        sampler: "uniform" draws patches one by one, "blockwise" in blocks; "gridwise" leaves every
-            second one of every second row visible.
+        sampler: How masks are drawn (table 1f): "uniform" patch by patch, "blockwise" in blocks;
+            "gridwise" leaves every second patch of every second row visible (ratio 0.75).
         views: Masks an image: a step costs as many passes, and loads each image once.
 
     Source:
         MAE, arXiv:2111.06377, table 1f.
     """
 
-    mask_ratio: float
+    mask_ratio: OpenFraction
     sampler: Sampler = "uniform"
-    views: int = 1
+    views: PositiveInt = 1
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        check_ratio(self.mask_ratio)
-        if self.views < 1:
-            raise ValueError(f"--views {self.views} is too small: give 1 or more")
+        check_fields(self)
         if self.sampler == "gridwise" and self.mask_ratio != 0.75:
             raise ValueError(
                 f"--sampler gridwise masks three patches in four: --mask-ratio {self.mask_ratio} "
@@ -64,18 +61,6 @@ def draw_views(
     if views == 1:
         return draw(key, grid)
     return [draw(key.view(view), grid) for view in range(views)]
-
-
-def check_ratio(mask_ratio: float) -> None:
-    """Check that a fraction of patches is masked, and one left.
-
-    Raises:
-        ValueError: It is not in (0, 1).
-    """
-    if not 0 < mask_ratio < 1:
-        raise ValueError(
-            f"--mask-ratio {mask_ratio} is out of range: give a fraction between 0 and 1"
-        )
 
 
 def take_rows(masks: Masks, rows: Tensor) -> Masks:

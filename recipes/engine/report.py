@@ -12,10 +12,10 @@ from mimkit import masking, viz
 from recipes.engine.data.sets import DataSet, ProbeData
 from recipes.engine.errors import UserError
 from recipes.engine.masks import first
+from recipes.engine.pretrain import build_model, scalars
 from recipes.engine.probes import Features, evaluate, raw_pixels
-from recipes.engine.run.config import PretrainConfig, Recipe
+from recipes.engine.run.config import Recipe, RunConfig
 from recipes.engine.run.folder import RunFolder
-from recipes.engine.train import autocast, build_model, scalars
 
 _PROBE_NAMES = {"knn": "k-NN", "linear": "linear", "attentive": "attentive"}
 _BATCH = 256
@@ -23,7 +23,7 @@ _BATCH = 256
 
 def write_report(
     recipe: Recipe,
-    config: PretrainConfig,
+    config: RunConfig,
     data: DataSet,
     folder: RunFolder,
     model: nn.Module,
@@ -67,25 +67,25 @@ def draw_curves(folder: RunFolder) -> None:
 
 @torch.no_grad()
 def draw_reconstructions(
-    recipe: Recipe, config: PretrainConfig, data: DataSet, folder: RunFolder, model: nn.Module
+    recipe: Recipe, config: RunConfig, data: DataSet, folder: RunFolder, model: nn.Module
 ) -> None:
     """Draw held-out pictures: as they are, masked, and reconstructed tile by tile."""
     encoder: Any = model.encoder
     height, width = encoder.image_size
-    rows = []
+    rows, share = [], 0.0
     for number, picture in enumerate(tiled_pictures(data, encoder.image_size)):
         ids = torch.arange(len(picture.tiles)) + (number << 32)
         mask = first(config.masking.draw(masking.key(ids, seed=config.seed), encoder.grid))
+        share = mask.num_masked / mask.num_tokens
         patch_size = height // mask.grid[0], width // mask.grid[1]  # not always the encoder's
-        with autocast(config):
+        with config.autocast():
             filled = recipe.reconstruct(
                 model, picture.inputs.to(config.device), mask.to(config.device)
             )
         masked = viz.show_masked(picture.tiles, mask, patch_size)
         shown = (picture.tiles, masked, picture.from_inputs(filled))
         rows.append([picture.join(tiles) for tiles in shown])
-    percent = f"{config.masking.mask_ratio:.0%}"
-    captions = ["input (not trained on)", f"masked, {percent}", "reconstruction"]
+    captions = ["input (not trained on)", f"masked, {share:.0%}", "reconstruction"]
     note = f"{_tile_note(encoder)} and filled in by itself.\n{_note(recipe, model)}"
     viz.panel(rows, captions, note=note).save(folder.path / "reconstructions.png")
 
@@ -96,14 +96,14 @@ def _note(recipe: Recipe, model: nn.Module) -> str:
 
 @torch.no_grad()
 def draw_more_pictures(
-    recipe: Recipe, config: PretrainConfig, data: DataSet, folder: RunFolder, model: nn.Module
+    recipe: Recipe, config: RunConfig, data: DataSet, folder: RunFolder, model: nn.Module
 ) -> None:
     """Draw what the recipe shows of held-out pictures beside reconstructions."""
     encoder: Any = model.encoder
     for name, draw in recipe.pictures.items():
         rows, captions = [], []
         for picture in tiled_pictures(data, encoder.image_size):
-            with autocast(config):
+            with config.autocast():
                 columns = draw(model, picture.inputs.to(config.device))
             captions = ["input (not trained on)", *columns]
             shown = (picture.tiles, *(picture.from_inputs(tiles) for tiles in columns.values()))
@@ -157,7 +157,7 @@ def _tile_note(encoder: Any) -> str:
 
 @torch.no_grad()
 def score_held_out(
-    recipe: Recipe, config: PretrainConfig, probe: ProbeData, model: nn.Module
+    recipe: Recipe, config: RunConfig, probe: ProbeData, model: nn.Module
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Score the model and trivial predictors on images it was not trained on, fixed masks.
 
@@ -170,7 +170,7 @@ def score_held_out(
     for start, images in _batches(probe.test_images, config):
         ids = torch.arange(start, start + len(images), device=images.device)
         mask = first(config.masking.draw(masking.key(ids, seed=config.seed).view(1), encoder.grid))
-        with autocast(config):
+        with config.autocast():
             numbers = scalars(model(images, mask))
         trivial = recipe.baselines(model, images, mask)
         names |= dict.fromkeys(["loss", *trivial])
@@ -182,7 +182,7 @@ def score_held_out(
 
 
 def run_probes(
-    recipe: Recipe, config: PretrainConfig, probe: ProbeData, model: nn.Module
+    recipe: Recipe, config: RunConfig, probe: ProbeData, model: nn.Module
 ) -> dict[str, dict[str, float]]:
     """Probe the trained encoder, the same encoder untrained, and raw pixels."""
     untrained = build_model(recipe, config).eval()
@@ -196,12 +196,12 @@ def run_probes(
     return {kind: {name: scores[name][kind] for name in features} for kind in _PROBE_NAMES}
 
 
-def encoder_features(model: nn.Module, config: PretrainConfig) -> Features:
+def encoder_features(model: nn.Module, config: RunConfig) -> Features:
     """Return pooled features and tokens of the encoder, which sees whole images."""
     encoder: Any = model.encoder
 
     def features(images: Tensor) -> tuple[Tensor, Tensor]:
-        with autocast(config):
+        with config.autocast():
             tokens = encoder(images.to(config.device)).float()
         return encoder.pool(tokens), tokens
 
@@ -239,7 +239,7 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     print(f"pictures, curves, weights and numbers: {folder.path}")
 
 
-def _batches(images: Tensor, config: PretrainConfig) -> Iterator[tuple[int, Tensor]]:
+def _batches(images: Tensor, config: RunConfig) -> Iterator[tuple[int, Tensor]]:
     for start in range(0, len(images), _BATCH):
         yield start, images[start : start + _BATCH].to(config.device)
 

@@ -1,4 +1,4 @@
-"""Depth-wise convolution of what is visible: packed equals dense."""
+"""Depth-wise convolution of visible positions: packed equals dense."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ Case = tuple[Tensor, Mask, tuple[int, int], Tensor, Tensor | None]
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """A feature map, a mask, the positions of a cell, filters and biases."""
+    """Draw a feature map, a mask, the size of a cell, filters and biases."""
     feature_map, mask, cell = draw(masked_maps())
     kernel = draw(st.tuples(*[st.sampled_from([1, 3, 5, 7, 9])] * 2))
     generator, channels = draw(generators()), feature_map.shape[1]
@@ -27,14 +27,14 @@ def cases(draw: st.DrawFn) -> Case:
     return feature_map, mask, cell, weight, bias if draw(st.booleans()) else None
 
 
-def enough_reach(weight: Tensor, cell: tuple[int, int]) -> int:
+def needed_reach(weight: Tensor, cell: tuple[int, int]) -> int:
     return max(-(-(k // 2) // size) for k, size in zip(weight.shape[2:], cell, strict=True))
 
 
 def packed(
     feature_map: Tensor, mask: Mask, cell: tuple[int, int], weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    around = neighbors(mask, reach=enough_reach(weight, cell))
+    around = neighbors(mask, reach=needed_reach(weight, cell))
     return packed_depthwise_conv2d(pack_cells(feature_map, mask), weight, bias, around, cell=cell)
 
 
@@ -54,17 +54,17 @@ def gradients(convolve, case: Case) -> list[Tensor]:
 
 
 @given(cases())
-def test_packed_is_dense_at_the_visible_positions(case):
+def test_packed_equals_dense_at_the_visible_positions(case):
     torch.testing.assert_close(packed(*case), dense(*case))
 
 
 @given(cases())
-def test_packed_gradients_are_the_dense_ones(case):
+def test_packed_gradients_equal_dense_ones(case):
     for ours, theirs in zip(gradients(packed, case), gradients(dense, case), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
-def extreme(num_visible: int) -> Case:
+def case_with(num_visible: int) -> Case:
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(2, 12, generator=generator)
     mask = Mask.from_noise(noise, (3, 4), 12 - num_visible)
@@ -74,15 +74,15 @@ def extreme(num_visible: int) -> Case:
 
 
 @pytest.mark.parametrize("num_visible", [0, 1, 11, 12])
-def test_hardly_anything_and_everything_visible(num_visible):
-    case = extreme(num_visible)
+def test_packed_equals_dense_for_extreme_numbers_of_visible_tokens(num_visible):
+    case = case_with(num_visible)
     torch.testing.assert_close(packed(*case), dense(*case))
     for ours, theirs in zip(gradients(packed, case), gradients(dense, case), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_nothing_hidden_is_a_plain_convolution():
-    feature_map, mask, cell, weight, bias = extreme(12)
+def test_without_masked_positions_it_is_a_plain_convolution():
+    feature_map, mask, cell, weight, bias = case_with(12)
     plain = torch.nn.functional.conv2d(feature_map, weight, bias, padding=(2, 3), groups=3)
     torch.testing.assert_close(
         unpack_cells(packed(feature_map, mask, cell, weight, bias), mask, cell=cell), plain
@@ -90,7 +90,7 @@ def test_nothing_hidden_is_a_plain_convolution():
 
 
 @given(cases(), generators())
-def test_hidden_positions_change_no_bit(case, generator):
+def test_masked_positions_do_not_change_the_output(case, generator):
     feature_map, mask, cell, weight, bias = case
     hidden = mask.refine(cell).is_masked.unsqueeze(1)
     noise = torch.randn(feature_map.shape, dtype=torch.float64, generator=generator)
@@ -120,8 +120,8 @@ def test_first_and_second_derivatives_are_right(convolve, with_bias):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lower_precision_stays_near_and_keeps_its_dtype(dtype):
-    case = extreme(6)
+def test_lower_precision_is_close_and_keeps_its_dtype(dtype):
+    case = case_with(6)
     low = tuple(x.to(dtype) if isinstance(x, Tensor) else x for x in case)
     out = packed(*low)
     assert out.dtype == dtype
@@ -134,14 +134,14 @@ def test_lower_precision_stays_near_and_keeps_its_dtype(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_autocast_casts_as_a_convolution_does(dtype):
-    case = tuple(x.to(dtype) if isinstance(x, Tensor) else x for x in extreme(6))
+    case = tuple(x.to(dtype) if isinstance(x, Tensor) else x for x in case_with(6))
     with torch.autocast("cpu", torch.bfloat16):
         assert packed(*case).dtype == dense(*case).dtype
 
 
 @pytest.mark.untyped
-def test_it_is_traced_into_one_graph():
-    case = tuple(x.float() if isinstance(x, Tensor) else x for x in extreme(6))
+def test_it_compiles_into_one_graph():
+    case = tuple(x.float() if isinstance(x, Tensor) else x for x in case_with(6))
     compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*case), packed(*case))
     for ours, theirs in zip(gradients(compiled, case), gradients(packed, case), strict=True):
@@ -149,22 +149,22 @@ def test_it_is_traced_into_one_graph():
 
 
 def test_it_works_under_vmap():
-    feature_map, mask, cell, weight, bias = extreme(6)
+    feature_map, mask, cell, weight, bias = case_with(6)
     weights = torch.stack([weight, weight.flip(3)])
     both = torch.vmap(lambda w: packed(feature_map, mask, cell, w, bias))(weights)
     one_by_one = [packed(feature_map, mask, cell, w, bias) for w in weights]
     torch.testing.assert_close(both, torch.stack(one_by_one))
 
 
-def test_forward_mode_is_refused_in_one_sentence():
-    feature_map, mask, cell, weight, bias = extreme(6)
+def test_forward_mode_raises():
+    feature_map, mask, cell, weight, bias = case_with(6)
     with pytest.raises(RuntimeError, match="(?i)forward"):
         torch.func.jvp(
             lambda x: packed(x, mask, cell, weight, bias), (feature_map,), (feature_map,)
         )
 
 
-FEATURES, MASK, CELL, WEIGHT, BIAS = extreme(6)
+FEATURES, MASK, CELL, WEIGHT, BIAS = case_with(6)
 CELLS, AROUND = pack_cells(FEATURES, MASK), neighbors(MASK, reach=2)
 
 
@@ -189,7 +189,7 @@ CELLS, AROUND = pack_cells(FEATURES, MASK), neighbors(MASK, reach=2)
         ),
         (
             lambda: packed_depthwise_conv2d(CELLS[:1], WEIGHT, BIAS, AROUND, cell=CELL),
-            r"\(2, 6\) cells.*\(1, 6\)",
+            r"neighbors \(2, 6, 25\).*cells \(1, 6, 6, 3\)",
         ),
         (
             lambda: packed_depthwise_conv2d(CELLS, WEIGHT[:2], BIAS, AROUND, cell=CELL),
@@ -203,6 +203,6 @@ CELLS, AROUND = pack_cells(FEATURES, MASK), neighbors(MASK, reach=2)
         (lambda: masked_depthwise_conv2d(FEATURES[:1], WEIGHT, BIAS, MASK), "2 samples.* has 1"),
     ],
 )
-def test_what_does_not_fit_is_repeated_in_the_error(call, message):
+def test_errors_repeat_what_was_passed(call, message):
     with pytest.raises(ValueError, match=message):
         call()

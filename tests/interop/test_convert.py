@@ -1,4 +1,4 @@
-"""Names: from the authors' checkpoints to mimkit's, and back."""
+"""Conversion of checkpoints: from the authors' names to mimkit's, and back."""
 
 from functools import partial
 
@@ -61,35 +61,36 @@ def inner(left: dict[str, Tensor], right: dict[str, Tensor]) -> Tensor:
 
 
 @st.composite
-def parts(draw: st.DrawFn, names: list[str]) -> list[str]:
+def subsets(draw: st.DrawFn, names: list[str]) -> list[str]:
     return draw(st.lists(st.sampled_from(names), unique=True, max_size=len(names)))
 
 
 @given(methods, st.data())
-def test_any_part_goes_in_and_comes_out_as_it_was(method, data):
-    come, go = CONVERTERS[method]
+def test_any_subset_of_a_state_dict_round_trips(method, data):
+    to_ours, to_theirs = CONVERTERS[method]
     official = OFFICIAL[method]
-    part = {name: official[name] for name in data.draw(parts(sorted(official)))}
-    converted = come(part)
+    subset = {name: official[name] for name in data.draw(subsets(sorted(official)))}
+    converted = to_ours(subset)
     assert converted.dropped == ()
-    back = go(converted)
+    back = to_theirs(converted)
     assert back.dropped == ()
-    assert list(back) == list(part)
-    assert all(torch.equal(back[name], part[name]) for name in part)
+    assert list(back) == list(subset)
+    assert all(torch.equal(back[name], subset[name]) for name in subset)
 
 
 @given(methods, generators(), st.data())
 def test_converters_are_each_others_adjoint(method, generator, data):
-    """`<from(x), y> == <x, to(y)>`: what renames weights renames gradients."""
-    come, go = CONVERTERS[method]
+    """`<from(x), y> == <x, to(y)>`, so converters also apply to gradients."""
+    to_ours, to_theirs = CONVERTERS[method]
     official = OFFICIAL[method]
-    names = data.draw(parts(sorted(official)))
+    names = data.draw(subsets(sorted(official)))
     x = {name: torch.randn(official[name].shape, generator=generator) for name in names}
-    y = {name: torch.randn(value.shape, generator=generator) for name, value in come(x).items()}
-    torch.testing.assert_close(inner(come(x), y), inner(x, go(y)))
+    ours = to_ours(x)
+    y = {name: torch.randn(value.shape, generator=generator) for name, value in ours.items()}
+    torch.testing.assert_close(inner(ours, y), inner(x, to_theirs(y)))
 
 
-def test_the_official_names_load_into_the_model_and_nothing_is_left():
+def test_an_official_checkpoint_has_all_parameters_of_the_model_and_no_others():
     model = MAE(
         MAEConfig(
             image_size=64,
@@ -107,7 +108,7 @@ def test_the_official_names_load_into_the_model_and_nothing_is_left():
     assert to_official("mae", model.state_dict()).keys() == OFFICIAL["mae"].keys()
 
 
-def test_what_is_left_out_has_the_name_that_it_came_with():
+def test_dropped_tensors_are_listed_with_their_original_names():
     table = "encoder.rel_pos_bias.relative_position_bias_table"
     alone = from_official("simmim_vit_finetune", {table: torch.zeros(9, 2)})
     assert (dict(alone), alone.dropped) == ({}, (table,))
@@ -118,7 +119,7 @@ def test_what_is_left_out_has_the_name_that_it_came_with():
         assert converted.dropped == ("encoder.mask_token", "decoder.0.bias")
 
 
-def test_a_pre_training_checkpoint_gives_its_encoder():
+def test_a_pre_training_checkpoint_loads_into_the_encoder():
     converted = from_official("mae_vit", OFFICIAL["mae"])
     encoder = ViT(image_size=64, patch_size=8, dim=48, depth=2, heads=3)
     encoder.load_state_dict(converted)
@@ -129,7 +130,7 @@ def test_a_pre_training_checkpoint_gives_its_encoder():
 
 
 @pytest.mark.parametrize("method", ["mae", "mae_vit"])
-def test_names_without_counterpart_are_dropped_and_named(method):
+def test_names_without_counterpart_are_dropped_and_listed(method):
     known = next(iter(OFFICIAL[method]))
     extra = {"optimizer_state": torch.zeros(1), "normal.weight": torch.zeros(1)}
     converted = from_official(method, {known: torch.zeros(1)} | extra)
@@ -139,21 +140,21 @@ def test_names_without_counterpart_are_dropped_and_named(method):
 
 
 @pytest.mark.parametrize("method", sorted(CONVERTERS))
-def test_the_model_is_taken_out_of_its_checkpoint(method):
-    come, go = CONVERTERS[method]
+def test_the_state_dict_is_found_inside_a_checkpoint(method):
+    to_ours, to_theirs = CONVERTERS[method]
     weights = OFFICIAL[method]
-    expected = come(weights)
+    expected = to_ours(weights)
     for checkpoint in (
         {"model": weights, "epoch": 3, "optimizer": {"state": {}}},
         {"model": {"model": weights}},
     ):
-        converted = come(checkpoint)
+        converted = to_ours(checkpoint)
         assert converted.dropped == ()
         assert converted.keys() == expected.keys()
-    assert go({"model": expected}).keys() == weights.keys()
+    assert to_theirs({"model": expected}).keys() == weights.keys()
 
 
-def test_converting_leaves_the_input_and_its_values_alone():
+def test_converting_does_not_change_its_input():
     weights = dict(OFFICIAL["mae"])
     names = list(weights)
     converted = from_official("mae", weights)
@@ -163,7 +164,7 @@ def test_converting_leaves_the_input_and_its_values_alone():
 
 @pytest.mark.untyped
 @pytest.mark.parametrize("convert", [from_official, to_official])
-def test_an_unknown_method_is_named_with_the_known_ones(convert):
+def test_the_error_for_an_unknown_method_lists_the_known_ones(convert):
     with pytest.raises(ValueError, match=r"'mae'.*'mae_vit'.*'beit'"):
         convert("beit", {})
 
@@ -183,17 +184,17 @@ def test_timm_models_that_compute_something_else_are_refused(name):
         from_timm(OFFICIAL["timm"] | {name: torch.zeros(1)})
 
 
-def test_a_convmae_checkpoint_gives_its_fine_tuning_encoder():
-    """Without what the authors drop: decoder and fusions of scales."""
+def test_a_convmae_checkpoint_loads_into_the_fine_tuning_encoder():
+    """The decoder and the multi-scale fusions are dropped, as in the authors' code."""
     official = OFFICIAL["convmae"]
     converted = from_official("convmae_vit", official)
     encoder = ConvViT(image_size=64, dim=(16, 24, 40), depth=(2, 2, 2), heads=4)
     encoder.load_state_dict(converted)
-    gone = ("decoder", "mask_token", "stage1_output_decode", "stage2_output_decode")
-    assert set(converted.dropped) == {name for name in official if name.startswith(gone)}
+    dropped = ("decoder", "mask_token", "stage1_output_decode", "stage2_output_decode")
+    assert set(converted.dropped) == {name for name in official if name.startswith(dropped)}
 
 
-def test_a_detectors_index_buffer_is_dropped_and_named():
+def test_a_detectors_index_buffer_is_dropped_and_listed():
     name = "windowed_rel_pos_bias.relative_position_index"
     converted = from_official("convmae_det", OFFICIAL["convmae_det"] | {name: torch.zeros(16, 16)})
     assert converted.dropped == (name,)

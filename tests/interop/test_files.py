@@ -1,4 +1,4 @@
-"""Checkpoint files, read without running what is in them."""
+"""`load_checkpoint` reads checkpoint files without running code from them."""
 
 import argparse
 import os
@@ -52,17 +52,17 @@ def test_maes_checkpoints_with_their_arguments_are_read(tmp_path):
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path):
-    trap = tmp_path / "made by the file"
+    trap = tmp_path / "created by the checkpoint"
     torch.save({"model": WEIGHTS, "extra": RunsCode(trap)}, tmp_path / "trap.pth")
     with pytest.raises(pickle.UnpicklingError):
         load_checkpoint(tmp_path / "trap.pth")
     assert not trap.exists()
-    # The trap itself works: without the guard it would have sprung.
+    # Without the protection, the same file does run code.
     torch.load(tmp_path / "trap.pth", weights_only=False)
     assert trap.exists()
 
 
-def test_arguments_are_allowed_to_us_alone(tmp_path):
+def test_namespaces_are_allowed_in_load_checkpoint_only(tmp_path):
     torch.save({"args": argparse.Namespace()}, tmp_path / "args.pth")
     load_checkpoint(tmp_path / "args.pth")
     with pytest.raises(pickle.UnpicklingError):
@@ -70,6 +70,6 @@ def test_arguments_are_allowed_to_us_alone(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["missing.pth", "missing.safetensors"])
-def test_a_missing_file_is_named(tmp_path, name):
+def test_the_error_for_a_missing_file_has_its_name(tmp_path, name):
     with pytest.raises(FileNotFoundError, match=name):
         load_checkpoint(tmp_path / name)

@@ -1,7 +1,7 @@
-"""timm's Vision Transformers under a mimkit mask.
+"""timm's Vision Transformers with a mimkit mask, and conversion of their weights.
 
-timm needs torchvision, which is not installed where torch is a CPU build: there a stand-in with the
-attributes of timm's class is run, and the tests of timm itself are skipped.
+timm needs torchvision, which is not installed beside a CPU build of torch. There, a stand-in with
+the attributes of timm's class is tested, and the tests of timm itself are skipped.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ GRID = (4, 4)
 
 
 class VisionTransformer(nn.Module):
-    """The parts of timm's `VisionTransformer` that run between image and tokens."""
+    """A stand-in with the parts of timm's `VisionTransformer` that `wrap_timm` uses."""
 
     def __init__(self, *, prefix: int = 1) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class VisionTransformer(nn.Module):
         return tokens[:, self.num_prefix_tokens :].mean(dim=1)
 
 
-def timms(**options: Any) -> nn.Module:
+def timm_vit(**options: Any) -> nn.Module:
     module = pytest.importorskip(
         "timm.models.vision_transformer",
         reason="timm cannot be imported (it needs torchvision)",
@@ -65,16 +65,16 @@ def timms(**options: Any) -> nn.Module:
 MODELS = {
     "stand-in": VisionTransformer,
     "stand-in, no prefix": lambda: VisionTransformer(prefix=0),
-    "timm": timms,
-    "timm, layer scale and registers": lambda: timms(init_values=0.1, reg_tokens=2),
-    "timm, no class token": lambda: timms(class_token=False, global_pool="avg"),
-    "timm, norm before the blocks": lambda: timms(pre_norm=True),
-    "timm, class token without position": lambda: timms(no_embed_class=True),
+    "timm": timm_vit,
+    "timm, layer scale and registers": lambda: timm_vit(init_values=0.1, reg_tokens=2),
+    "timm, no class token": lambda: timm_vit(class_token=False, global_pool="avg"),
+    "timm, norm before the blocks": lambda: timm_vit(pre_norm=True),
+    "timm, class token without position": lambda: timm_vit(no_embed_class=True),
 }
 
 
-def encode_by_hand(model: Any, images: Tensor, mask: Mask) -> Tensor:
-    """Sample by sample: all tokens get their position, then the hidden ones are deleted."""
+def encode_each_sample(model: Any, images: Tensor, mask: Mask) -> Tensor:
+    """Reference: sample by sample, embed all tokens, then delete the masked ones."""
     rows = []
     for image, hidden in zip(images, mask.is_masked.flatten(1), strict=True):
         tokens = model._pos_embed(model.patch_embed(image[None]))
@@ -90,7 +90,7 @@ def images() -> Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_a_wrapped_model_without_a_mask_is_forward_features(name, images):
+def test_a_wrapped_model_without_a_mask_equals_forward_features(name, images):
     model = MODELS[name]()
     encoder = wrap_timm(model)
     assert encoder.num_prefix_tokens == model.num_prefix_tokens
@@ -108,14 +108,14 @@ def test_a_wrapped_model_encodes_the_visible_tokens(name, images):
     mask = masking.uniform(masking.key([0, 1], seed=0), GRID, 0.6)
     encoded = encoder(images, mask)
     assert encoded.shape == (2, model.num_prefix_tokens + mask.num_visible, 12)
-    expected = encode_by_hand(model, images, mask)
+    expected = encode_each_sample(model, images, mask)
     torch.testing.assert_close(encoded, expected, rtol=1e-4, atol=1e-5)
     assert encoder.pool(encoded).shape == (2, 12)
 
 
 @given(masks(grid=GRID, batch_size=2))
 @torch.no_grad()
-def test_hidden_pixels_do_not_reach_a_wrapped_model(mask):
+def test_hidden_pixels_do_not_reach_the_output_of_a_wrapped_model(mask):
     encoder = wrap_timm(VisionTransformer())
     images = torch.randn(2, 3, 16, 16)
     hidden = mask.refine(4).is_masked.unsqueeze(1)
@@ -124,10 +124,10 @@ def test_hidden_pixels_do_not_reach_a_wrapped_model(mask):
 
 
 @torch.no_grad()
-def test_mimkits_weights_compute_the_same_in_timm(images):
+def test_mimkits_weights_give_the_same_output_in_timm(images):
     ours = ViT(image_size=16, patch_size=4, dim=12, depth=2, heads=3, num_classes=5, pool="token")
     plain.randomize(ours)
-    model = timms(num_classes=5)
+    model = timm_vit(num_classes=5)
     converted = to_timm(ours.state_dict())
     assert converted.dropped == ()
     model.load_state_dict(converted)
@@ -139,8 +139,8 @@ def test_mimkits_weights_compute_the_same_in_timm(images):
 
 
 @torch.no_grad()
-def test_timms_weights_compute_the_same_in_mimkit(images):
-    model = timms(num_classes=5, global_pool="avg")
+def test_timms_weights_give_the_same_output_in_mimkit(images):
+    model = timm_vit(num_classes=5, global_pool="avg")
     ours = ViT(image_size=16, patch_size=4, dim=12, depth=2, heads=3, num_classes=5, pool_norm=True)
     converted = from_timm(model.state_dict())
     assert converted.dropped == ()
@@ -160,8 +160,8 @@ def test_gradients_reach_the_wrapped_models_weights(images):
 
 
 @pytest.mark.untyped
-def test_other_models_cannot_be_wrapped():
-    with pytest.raises(TypeError, match=r"Linear is no timm.*'patch_embed', '_pos_embed'"):
+def test_models_that_cannot_be_wrapped_are_refused():
+    with pytest.raises(TypeError, match=r"got Linear without .*'patch_embed', '_pos_embed'"):
         wrap_timm(nn.Linear(2, 2))
     model = VisionTransformer()
     model.patch_drop = nn.Dropout(0.5)
@@ -173,7 +173,7 @@ def test_other_models_cannot_be_wrapped():
 @pytest.mark.untyped
 def test_a_mask_of_another_grid_is_refused(images):
     encoder = wrap_timm(VisionTransformer())
-    # As many tokens, but other places.
+    # The same number of tokens on another grid.
     mask = masking.uniform(masking.key([0, 1], seed=0), (2, 8), 0.5)
     with pytest.raises(ValueError, match=r"\(2, 8\).*\(4, 4\)"):
         encoder(images, mask)

@@ -1,11 +1,12 @@
-"""Compile launches ahead of time for GPUs that are not there, and read what came out.
+"""Compile launches ahead of time, without a GPU, and read figures from the compiled code.
 
-`record` runs a launcher on meta tensors and keeps what it would have launched, with the very
-specialisation of the run time: alignment, divisibility by 16, arguments equal to 1, constants.
+`record` runs a launcher on meta tensors and keeps its launches. They are compiled with the same
+specialization as at run time: alignment, divisibility by 16, arguments equal to 1, constants.
 """
 
 import re
 import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch that a launcher asked for."""
+    """A launch: kernel, arguments and compile options."""
 
     kernel: Any
     arguments: dict[str, Any]
@@ -37,19 +38,19 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """Name of the kernel's function, without what all have in common."""
+        """Name of the kernel's function, without underscore and `_kernel`."""
         return str(self.kernel.fn.__name__).strip("_").removesuffix("_kernel")
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What the compiler made of a launch.
+    """Static figures of a compiled launch.
 
     Attributes:
-        registers: Of a thread (vector registers on AMD).
-        local: Bytes of stack plus instructions that access local memory.
-        load_bits: Width of the widest load from global memory, per thread.
-        store_bits: Width of the widest store to it.
+        registers: Registers of a thread (vector registers on AMD).
+        local: Bytes of stack, plus the number of instructions that access local memory.
+        load_bits: Width of a thread's widest load from global memory.
+        store_bits: Width of a thread's widest store to global memory.
     """
 
     registers: int
@@ -77,30 +78,72 @@ def record(call: Callable[[], Any]) -> list[Launch]:
 
 
 def compile_launch(launch: Launch, target: str, *, aligned: bool = True) -> Figures:
-    """Compile one launch for "sm_<n>" or "gfx<n>"."""
+    """Compile one launch for "sm_<n>" or "gfx<n>", and return its figures."""
+    code = _compile(launch, target, aligned=aligned)
+    return _read_cubin(code["cubin"]) if "cubin" in code else _read_amdgcn(code["amdgcn"])
+
+
+def memory_order(launch: Launch, target: str) -> list[tuple[str, int]]:
+    """Return a compiled launch's accesses to global memory and its barriers, in program order.
+
+    Returns:
+        Pairs of "load", "store" or "barrier" and the bits that one thread moves (0 for a barrier).
+    """
+    code = _compile(launch, target)
+    if "cubin" in code:
+        patterns = {"load": r"\bLDG\S*", "store": r"\bSTG\S*", "barrier": r"\bBAR\.SYNC"}
+        text, width = _disassemble(code["cubin"], "-sass"), _width
+    else:
+        patterns = {
+            "load": r"\b(?:global|buffer|s)_load_\w+",
+            "store": r"\b(?:global|buffer)_store_\w+",
+            "barrier": r"\bs_barrier\b",
+        }
+        text, width = code["amdgcn"], _width_amd
+    found = [
+        (match.start(), kind, 0 if kind == "barrier" else width(match.group()))
+        for kind, pattern in patterns.items()
+        for match in re.finditer(pattern, text)
+    ]
+    return [(kind, bits) for _, kind, bits in sorted(found)]
+
+
+def _compile(launch: Launch, target: str, *, aligned: bool = True) -> dict[str, Any]:
+    """Compile one launch, and return its code after each stage of the compiler."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    parameters = {parameter.name: parameter for parameter in launch.kernel.params}
-    signature, constants, attributes = {}, {}, {}
-    for i, (name, parameter) in enumerate(parameters.items()):
-        value, specialized = launch.arguments[name], not parameter.do_not_specialize
-        is_one = isinstance(value, int) and value == 1 and specialized
-        if parameter.is_constexpr or value is None or is_one:
-            signature[name], constants[name] = "constexpr", value
-            continue
-        signature[name] = _type_of(value)
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def describe(value: Any, path: tuple[int, ...], specialized: bool) -> Any:
+        """Return the type of an argument; record constants and divisibility by 16."""
+        if isinstance(value, tuple):
+            parts = [describe(part, (*path, i), specialized) for i, part in enumerate(value)]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        if value is None or (isinstance(value, int) and value == 1 and specialized):
+            constants[path] = value
+            return "constexpr"
         is_aligned = aligned if isinstance(value, Tensor) else _divides(16, value) and specialized
         if is_aligned:
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            attributes[path] = [["tt.divisibility", 16]]
+        return _type_of(value)
+
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+        else:
+            specialized = not parameter.do_not_specialize
+            signature[parameter.name] = describe(value, (i,), specialized)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     if target.startswith("sm_"):
         gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-        compiled = triton.compile(source, target=gpu, options=launch.options)
-        return _read_cubin(compiled.asm["cubin"])
-    compiled = triton.compile(source, target=GPUTarget("hip", target, 64), options=launch.options)
-    return _read_amdgcn(compiled.asm["amdgcn"])
+    else:
+        gpu = GPUTarget("hip", target, 64)
+    return dict(triton.compile(source, target=gpu, options=launch.options).asm)
 
 
 def _divides(divisor: int, value: Any) -> bool:
@@ -118,35 +161,32 @@ def _type_of(value: Any) -> str:
 
 
 def _read_cubin(cubin: bytes) -> Figures:
-    import tempfile
+    usage, sass = (_disassemble(cubin, flag) for flag in ("-res-usage", "-sass"))
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    # A kernel that spills may report few registers, so accesses to local memory count too.
+    local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    return Figures(
+        registers,
+        stack + local,
+        _widest(_width, r"\bLDG\S*", sass),
+        _widest(_width, r"\bSTG\S*", sass),
+    )
 
+
+def _disassemble(cubin: bytes, flag: str) -> str:
     import triton
 
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True)
-            for flag in ("-res-usage", "-sass")
-        )
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups())
-    # A spilling kernel may report few registers: count accesses to local memory too.
-    local = len(re.findall(r"\b(?:LDL|STL)\b", sass.stdout))
-    return Figures(
-        registers,
-        stack + local,
-        _widest(r"\bLDG\S*", sass.stdout),
-        _widest(r"\bSTG\S*", sass.stdout),
-    )
+        result = subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True)
+    return result.stdout
 
 
-def _widest(pattern: str, sass: str) -> int:
-    widths = [0]
-    for instruction in re.findall(pattern, sass):
-        width = re.search(r"\.(?:[US]?(8|16|64|128|256))\b", instruction)
-        widths.append(int(width.group(1)) if width else 32)
-    return max(widths)
+def _width(instruction: str) -> int:
+    width = re.search(r"\.(?:[US]?(8|16|64|128|256))\b", instruction)
+    return int(width.group(1)) if width else 32
 
 
 def _read_amdgcn(assembly: str) -> Figures:
@@ -158,13 +198,16 @@ def _read_amdgcn(assembly: str) -> Figures:
     return Figures(
         count("vgpr_count"),
         spilled + private,
-        _widest_amd("load", assembly),
-        _widest_amd("store", assembly),
+        _widest(_width_amd, r"(?:global|buffer)_load_\w+", assembly),
+        _widest(_width_amd, r"(?:global|buffer)_store_\w+", assembly),
     )
 
 
-def _widest_amd(kind: str, assembly: str) -> int:
-    bits = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
-    bits |= {"ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "short": 16, "short_d16": 16}
-    found = re.findall(rf"(?:global|buffer)_{kind}_(\w+)", assembly)
-    return max((bits.get(width, 16) for width in found), default=0)
+def _width_amd(instruction: str) -> int:
+    if words := re.search(r"_dword(?:x(\d+))?$", instruction):
+        return 32 * int(words.group(1) or 1)
+    return 8 if "byte" in instruction else 16
+
+
+def _widest(width: Callable[[str], int], pattern: str, code: str) -> int:
+    return max(map(width, re.findall(pattern, code)), default=0)

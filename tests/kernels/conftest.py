@@ -1,4 +1,4 @@
-"""Kernels run on a GPU where there is one, else in Triton's interpreter, in its own process."""
+"""Tests marked `launches` run on a GPU, or in child processes with Triton's interpreter."""
 
 import pytest
 import torch

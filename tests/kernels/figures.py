@@ -1,32 +1,59 @@
-"""The static figures of the kernels: `python -m tests.kernels.figures [KERNEL ...]` records them.
+"""Static figures of the compiled kernels: `python -m tests.kernels.figures [KERNEL ...]`.
 
-Those of CI's Triton are in `kernels/README.md`; an older Triton has a file of its own beside it.
+The command compiles the launches of all kernels, or of some, for four GPUs and records the figures
+in `recorded/triton-<version>.csv`. Each version of Triton has its own file.
 
 A test file `test_<kernel>.py` lists its launches in `LAUNCHES`: a name, and a call of the launcher
-on meta tensors. The first one is compiled in the quick tier.
+on meta tensors. The quick tier compiles the first one.
 """
 
+import csv
 import importlib
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import pytest
 
 from tests.kernels.aot import TARGETS, Figures, compile_launch, record
 
-NEWEST = "3.9"  # CI's Triton
-KERNELS = Path(__file__).resolve().parents[2] / "kernels"
-START, END = "<!-- figures -->", "<!-- end of figures -->"
+NEWEST = "3.9"  # the version that CI installs
+RECORDED = Path(__file__).parent / "recorded"
+QUICK_TARGETS = ("sm_90", "gfx942")
+# Figures of patch releases of Triton and of its compilers differ by up to this factor.
+SLACK = 1.2
 
 
-def table_file() -> Path:
-    """Return the file of the installed Triton's table."""
+class Key(NamedTuple):
+    """Names a compiled launch; the first columns of a file of figures."""
+
+    kernel: str
+    launch: str
+    case: str
+    target: str
+
+
+def figures_file() -> Path:
+    """Return the file of figures of the installed version of Triton."""
     import triton
 
-    version = ".".join(triton.__version__.split(".")[:2])
-    return KERNELS / ("README.md" if version == NEWEST else f"figures_triton_{version}.md")
+    return RECORDED / f"triton-{'.'.join(triton.__version__.split('.')[:2])}.csv"
+
+
+@cache
+def read_figures() -> dict[Key, Figures]:
+    """Return the recorded figures; those of the newest Triton if this version has no file."""
+    file = figures_file() if figures_file().exists() else RECORDED / f"triton-{NEWEST}.csv"
+    with file.open(newline="") as lines:
+        _, *rows = csv.reader(lines)
+    return {
+        Key(*row[:4]): Figures(
+            registers=int(row[4]), local=0, load_bits=int(row[5]), store_bits=int(row[6])
+        )
+        for row in rows
+    }
 
 
 @cache
@@ -40,65 +67,66 @@ def all_launches() -> dict[tuple[str, str], Callable[[], Any]]:
     return launches
 
 
-def quick_launches() -> list[tuple[str, str]]:
-    """Return the first case of every kernel."""
-    first: dict[str, tuple[str, str]] = {}
-    for kernel, case in all_launches():
-        first.setdefault(kernel, (kernel, case))
-    return list(first.values())
+def compiled_cases(launches: Mapping[str, Any]) -> list[Any]:
+    """Return pairs of case and target to compile; all but the first case only in the long tier."""
+    first = next(iter(launches))
+    return [
+        pytest.param(
+            case,
+            target,
+            id=f"{case}-{target}",
+            marks=() if case == first and target in QUICK_TARGETS else pytest.mark.full,
+        )
+        for case in launches
+        for target in TARGETS
+    ]
 
 
-def measure(kernel: str, case: str, target: str) -> Iterator[tuple[tuple[str, str, str], Figures]]:
-    """Compile all launches of a case, and yield ((kernel, launch, case), figures)."""
+def measure(kernel: str, case: str, target: str) -> Iterator[tuple[Key, Figures]]:
+    """Compile all launches of a case for a target."""
     for launch in record(all_launches()[kernel, case]):
-        yield (kernel, launch.name, case), compile_launch(launch, target)
+        yield Key(kernel, launch.name, case, target), compile_launch(launch, target)
 
 
-def read_table() -> dict[tuple[str, str, str], dict[str, Figures]]:
-    """Return the recorded figures by (kernel, launch, case) and target.
-
-    Those of the newest Triton, where the installed one has none of its own.
-    """
-    file = table_file() if table_file().exists() else KERNELS / "README.md"
-    text = file.read_text().split(START)[1].split(END)[0]
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
-    table = {}
-    for kernel, launch, case, *cells in rows:
-        figures = {}
-        for target, cell in zip(TARGETS, cells, strict=True):
-            registers, load, store = map(int, re.findall(r"\d+", cell))
-            figures[target] = Figures(registers, 0, load, store)
-        table[kernel.strip("` "), launch.strip(), case.strip()] = figures
-    return table
+def check_case(kernel: str, case: str, target: str) -> None:
+    """Assert that no figure of a case is worse than recorded."""
+    for key, figures in measure(kernel, case, target):
+        recorded = read_figures().get(key)
+        assert recorded is not None, f"no figures of {key}: run python -m tests.kernels.figures"
+        check_figures(key, figures, recorded)
 
 
-def write_table(kernels: Sequence[str]) -> None:
-    """Compile all launches of some kernels for every target, and renew their rows of the table."""
-    file = table_file()
-    rows: dict[tuple[str, ...], list[str]] = {}
+def check_figures(key: Key, figures: Figures, recorded: Figures) -> None:
+    """Assert that figures are not worse than the recorded ones, and that nothing is spilled."""
+    assert figures.local == 0, f"{key} uses the stack or local memory: {figures}"
+    assert figures.registers <= recorded.registers * SLACK + 4, (key, figures, recorded)
+    assert figures.load_bits >= recorded.load_bits, (key, figures, recorded)
+    assert figures.store_bits >= recorded.store_bits, (key, figures, recorded)
+
+
+def write_figures(kernels: Iterable[str]) -> None:
+    """Compile all launches of some kernels for every target, and replace their rows of the file."""
+    kernels = set(kernels)
+    names = [kernel for kernel, _ in all_launches()]
+    found = {
+        key: figures
+        for key, figures in (read_figures() if figures_file().exists() else {}).items()
+        if key.kernel in names and key.kernel not in kernels
+    }
     for kernel, case in all_launches():
         for target in TARGETS if kernel in kernels else ():
-            for (_, launch, _), figures in measure(kernel, case, target):
-                assert figures.local == 0, f"{kernel}, {case}, {target}: local memory, {figures}"
-                cell = f"{figures.registers}, {figures.load_bits}, {figures.store_bits}"
-                rows.setdefault((f"`{kernel}`", launch, case), []).append(cell)
-    if not file.exists():
-        title = f"# Static figures, {file.stem.removeprefix('figures_').replace('_', ' ')}"
-        file.write_text(f"{title}\n\nAs explained in `README.md`.\n\n{START}\n{END}\n")
-    before, rest = file.read_text().split(START)
-    table, after = rest.split(END)
-    for line in table.splitlines():
-        if line.startswith("| `"):
-            *names, _, _, _, _ = cells = line.strip("| ").split(" | ")
-            if names[0].strip("`") not in kernels:
-                rows[tuple(names)] = cells[len(names) :]
-    header = ["kernel", "launch", "case", *TARGETS]
-    order = [f"`{kernel}`" for kernel, _ in all_launches()]
-    kept = sorted((row for row in rows if row[0] in order), key=lambda row: order.index(row[0]))
-    lines = [header, ["---"] * len(header), *([*row, *rows[row]] for row in kept)]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    file.write_text(f"{before}{START}\n{text}\n{END}{after}")
+            for key, figures in measure(kernel, case, target):
+                assert figures.local == 0, f"{key} uses the stack or local memory: {figures}"
+                found[key] = figures
+                print(*key, figures, flush=True)
+    RECORDED.mkdir(exist_ok=True)
+    with figures_file().open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*Key._fields, "registers", "load_bits", "store_bits"])
+        for key in sorted(found, key=lambda key: names.index(key.kernel)):
+            figures = found[key]
+            writer.writerow([*key, figures.registers, figures.load_bits, figures.store_bits])
 
 
 if __name__ == "__main__":
-    write_table(sys.argv[1:] or sorted({kernel for kernel, _ in all_launches()}))
+    write_figures(sys.argv[1:] or {kernel for kernel, _ in all_launches()})

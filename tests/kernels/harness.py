@@ -1,4 +1,4 @@
-"""What the kernels' tests share: where they run, guard bands, poisoned outputs, layouts."""
+"""Helpers of the kernel tests: device, guard bands, poisoned outputs, layouts, comparisons."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mimkit
+from mimkit_kernels._dispatch import HAS_TRITON
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
@@ -23,20 +24,29 @@ launches = pytest.mark.launches
 needs_gpu = pytest.mark.skipif(
     not ON_GPU, reason="needs a GPU: torch.cuda.is_available() is False, or the interpreter is on"
 )
-# Ten drawn cases a property in the quick tier: a program takes the interpreter 0.1 s.
+compiles = pytest.mark.skipif(
+    INTERPRETED or not HAS_TRITON,
+    reason="ahead-of-time compilation needs Triton, and fails in a process with the interpreter",
+)
+# Ten examples of a property in the quick tier, or five: the interpreter needs 0.1 s per program.
 few = settings(max_examples=max(settings.default.max_examples * 2 // 5, 1))
+very_few = settings(max_examples=max(settings.default.max_examples // 5, 1))
+# Tests that the quick tier leaves out, but not on a GPU, where they are fast.
+long_tier = () if ON_GPU else pytest.mark.full
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-# Relative to the largest value. The interpreter truncates to bfloat16: a whole unit, not half.
+# Relative to the largest value. The interpreter truncates to bfloat16, so it errs by a whole unit.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 GUARD = 64  # elements; keeps 16-byte alignment
 
+# For tests of operators that take seconds per dtype.
+DTYPES = (torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=long_tier))
 float_dtypes = st.sampled_from(FLOATS)
 layouts = st.sampled_from(["contiguous", "contiguous", "unaligned", "strided", "transposed"])
 
 
 def poison(dtype: torch.dtype) -> float | int:
-    """Return a value that spoils every result it gets into."""
+    """Return a value that makes every result it enters wrong."""
     if dtype.is_floating_point:
         return float("nan")
     return {torch.uint8: 171, torch.bool: 1}.get(dtype, torch.iinfo(dtype).min // 2 + 171)
@@ -66,9 +76,9 @@ def laid_out(tensor: Tensor, layout: str = "contiguous") -> Tensor:
 
 @contextmanager
 def poisoned_outputs() -> Iterator[None]:
-    """Give launchers outputs full of poison, between guard bands; check both afterwards.
+    """Replace `torch.empty` in launchers by poisoned memory between guard bands.
 
-    Launchers allocate with `torch.empty`, called by that name; on a GPU too.
+    On exit, check that the guard bands are unchanged and no output value is still poisoned.
     """
     made: list[tuple[Tensor, Tensor, Tensor]] = []
     real = torch.empty
@@ -78,7 +88,7 @@ def poisoned_outputs() -> Iterator[None]:
             return real(size, dtype=dtype, device=device)
         shape = torch.Size(size)
         buffer, inner = guarded_buffer(shape.numel(), dtype, device)
-        # The launcher gets memory of its own: what autograd returns must not be a view.
+        # A tensor on the same memory that is not a view, which autograd does not accept.
         output = real(0, dtype=dtype, device=device)
         output.set_(buffer.untyped_storage(), GUARD, shape)
         made.append((buffer, inner, output))
@@ -89,31 +99,31 @@ def poisoned_outputs() -> Iterator[None]:
     for buffer, inner, _ in made:
         n = inner.numel()
         for band in (buffer[:GUARD], buffer[GUARD + n :]):
-            assert bool(is_poison(band).all()), "a kernel wrote outside of its output"
+            assert bool(is_poison(band).all()), "a kernel wrote outside its output"
         if inner.dtype not in (torch.uint8, torch.bool):
-            assert not bool(is_poison(inner).any()), "a kernel left a part of its output unwritten"
+            assert not bool(is_poison(inner).any()), "a kernel did not write all of its output"
 
 
 def is_poison(values: Tensor) -> Tensor:
-    """Whether values are still those of `poison`."""
+    """Return which values still equal `poison`."""
     if values.dtype.is_floating_point:
         return values.isnan()
     return values == poison(values.dtype)
 
 
 def assert_near(result: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """Compare to within the rounding of `dtype`, relative to the largest expected value."""
+    """Assert equality within the rounding of `dtype`, relative to the largest expected value."""
     assert result.shape == expected.shape
     assert bool(result.isfinite().all() if result.is_floating_point() else True)
     if not expected.numel():
         return
     error = (result.double() - expected.double()).abs().max().item()
     bound = TOLERANCE[dtype] * max(expected.double().abs().max().item(), 1e-3)
-    assert error <= bound, f"off by {error:.3g}; {bound:.3g} is rounding"
+    assert error <= bound, f"error {error:.3g}, tolerance {bound:.3g}"
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return a tensor without memory, to record launches with."""
+    """Return a meta tensor, for recording launches."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
@@ -123,7 +133,7 @@ def random(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def by_reference(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the same function in plain PyTorch."""
+    """Return the function with the plain PyTorch path."""
 
     def reference(*inputs: Any) -> Tensor:
         with mimkit.use("reference"):

@@ -1,4 +1,4 @@
-"""The kernel that draws block-wise masks: the same bits as on a CPU."""
+"""Block-wise sampler: the kernel gives exactly the masks of the reference."""
 
 import math
 
@@ -16,7 +16,9 @@ from mimkit_kernels.blockwise_sample import (
     blockwise_sample_op,
     blockwise_sample_reference,
 )
-from tests.kernels.harness import DEVICE, few, launches, meta, needs_gpu, poisoned_outputs
+from tests.kernels.figures import check_case, compiled_cases
+from tests.kernels.harness import DEVICE, compiles, few, launches, meta, needs_gpu, poisoned_outputs
+from tests.kernels.interpreter import interpreted, run_in_interpreter
 from tests.strategies import keys
 
 LOG_ASPECT = (math.log(0.3), -math.log(0.3))
@@ -39,7 +41,7 @@ shapes = st.sampled_from([(1, 1), (1, 13), (7, 1), (3, 4), (5, 9), (14, 14)]).fl
 @few
 @given(keys(max_batch=2), shapes, st.sampled_from([1, 4, 16]), st.sampled_from([0, 5]))
 @example(masking.key([5], seed=-1, epoch=(1 << 32) - 1).view(255), ((14, 14), 98), 16, 0)
-def test_the_kernel_draws_the_bits_of_the_cpu(key, shape, min_block, more):
+def test_kernel_gives_the_same_masks_as_the_reference(key, shape, min_block, more):
     grid, count = shape
     blocks = (min_block, min_block + more if more else max(count, 1))
     streams = (2 << 8 | key.view_index, 3 << 8 | key.view_index)
@@ -55,7 +57,7 @@ def test_the_kernel_draws_the_bits_of_the_cpu(key, shape, min_block, more):
 
 
 @launches
-def test_the_public_sampler_takes_the_kernel_also_in_a_graph():
+def test_public_sampler_uses_the_kernel_eager_and_compiled():
     key = masking.key(torch.tensor([1 << 40, -7], device=DEVICE), seed=3, epoch=2).view(1)
     with mimkit.use("reference"):
         expected = masking.blockwise(key, (6, 8), 0.5, min_block=4)
@@ -65,7 +67,7 @@ def test_the_public_sampler_takes_the_kernel_also_in_a_graph():
         assert compiled(key, (6, 8), 0.5, min_block=4).equal(expected)
 
 
-def test_more_tokens_than_the_kernel_sorts_are_an_error_only_if_it_was_asked_for():
+def test_too_many_tokens_are_an_error_only_if_the_kernel_is_required():
     key = masking.key([0], seed=0)
     with mimkit.use("triton"), pytest.raises(ValueError, match="does not take 1089 tokens"):
         masking.blockwise(key, (33, 33), 0.5)
@@ -74,7 +76,7 @@ def test_more_tokens_than_the_kernel_sorts_are_an_error_only_if_it_was_asked_for
 
 @needs_gpu
 @pytest.mark.parametrize("side", [1, 7, 14, 28, 64])
-def test_masks_are_bit_for_bit_the_same_on_a_gpu(side):
+def test_masks_on_gpu_and_cpu_are_identical(side):
     ids = torch.arange(64) * 104729 - (1 << 50)
     for seed, epoch in ((0, 0), (-1, 7), ((1 << 64) - 1, (1 << 32) - 1)):
         count = side * side // 2
@@ -88,7 +90,18 @@ def test_masks_are_bit_for_bit_the_same_on_a_gpu(side):
 
 
 @pytest.mark.parametrize("op", [blockwise_sample_op, blockwise_reference_op])
-def test_the_registrations_hold(op):
+def test_operators_pass_opcheck(op):
     key = masking.key([3, 1 << 40], seed=-5)
     inputs = (key.sample_ids, key.seed_and_epoch, 2, 3, 6, 7, 20, 16, 20, *LOG_ASPECT, 32)
     torch.library.opcheck(op, inputs)
+
+
+@interpreted
+def test_kernels_are_correct_in_the_interpreter(selection):
+    run_in_interpreter(selection, __file__)
+
+
+@compiles
+@pytest.mark.parametrize(("case", "target"), compiled_cases(LAUNCHES))
+def test_static_figures_are_not_worse_than_recorded(case, target):
+    check_case("blockwise_sample", case, target)

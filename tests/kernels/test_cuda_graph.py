@@ -1,4 +1,4 @@
-"""A whole step captured in a CUDA graph: nothing synchronises, nothing depends on values."""
+"""A training step in a CUDA graph: nothing synchronizes or depends on values."""
 
 import torch
 
@@ -10,7 +10,7 @@ from tests.kernels.harness import needs_gpu
 
 
 @needs_gpu
-def test_a_captured_step_replays_with_new_keys():
+def test_captured_step_replays_with_new_keys():
     key = masking.key(torch.arange(8, device="cuda"), seed=0)
     images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8, device="cuda")
     statistics = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}

@@ -1,4 +1,4 @@
-"""Which path a call takes, and what must not happen on the way."""
+"""The choice between kernel and reference."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ CPU = torch.empty(0)
 
 
 class OnGPU:
-    """Stands in for a tensor on a GPU."""
+    """Stand-in for a tensor on a GPU."""
 
     is_cuda, device = True, torch.device("cuda")
 
@@ -26,7 +26,7 @@ def nothing() -> None:
     return None
 
 
-def test_a_device_decides_by_itself():
+def test_device_decides_by_default():
     assert not takes_kernel("name", CPU, nothing)
     assert takes_kernel("name", OnGPU(), nothing)
     assert not takes_kernel("name", OnGPU(), lambda: "such tensors")
@@ -34,19 +34,19 @@ def test_a_device_decides_by_itself():
         assert not takes_kernel("name", OnGPU(), nothing)
 
 
-def test_use_is_undone_at_the_end_of_its_block():
+def test_use_restores_the_previous_settings():
     before = Settings.backend
     with mimkit.use("reference", check=True), mimkit.use("triton"):
         assert Settings.backend == "triton"
     assert Settings.backend == before
 
 
-def test_an_unknown_backend_is_repeated_in_the_error():
+def test_error_names_an_unknown_backend():
     with pytest.raises(ValueError, match="'cuda'"):
         mimkit.use("cuda")
 
 
-def test_without_triton_a_gpu_takes_the_reference_and_says_so_once(monkeypatch):
+def test_without_triton_a_gpu_uses_the_reference_and_warns_once(monkeypatch):
     monkeypatch.setattr(_dispatch, "HAS_TRITON", False)
     _dispatch._warn_without_triton.cache_clear()
     with pytest.warns(UserWarning, match="Triton is not installed") as caught:
@@ -58,12 +58,12 @@ def test_without_triton_a_gpu_takes_the_reference_and_says_so_once(monkeypatch):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes CPU tensors")
-def test_kernels_asked_for_on_a_cpu_are_an_error():
+def test_requiring_kernels_on_a_cpu_is_an_error():
     with mimkit.use("triton"), pytest.raises(ValueError, match="tensors on cpu: it needs tensors"):
         kernels.gather_tokens(torch.zeros(1, 2, 3), torch.tensor([[0]]), 0)
 
 
-def test_importing_and_running_on_a_cpu_does_not_import_triton():
+def test_import_and_cpu_calls_do_not_import_triton():
     code = (
         "import sys, torch, mimkit_kernels as k\n"
         "k.gather_tokens(torch.zeros(1, 2, 3), torch.tensor([[0]]), 0)\n"
@@ -80,11 +80,11 @@ def take(tokens: torch.Tensor) -> torch.Tensor:
 
 
 @launches
-def test_transforms_are_right_or_refused_never_a_silent_zero():
+def test_transforms_are_correct_or_raise():
     tangent = torch.randn_like(TOKENS)
     _, derivative = torch.func.jvp(take, (TOKENS,), (tangent,))
     assert torch.equal(derivative, take(tangent))
-    # Where the kernel is asked for, it is an error.
+    # If the kernel is required, a transform is an error.
     with mimkit.use("triton"):
         with pytest.raises(ValueError, match=r"torch\.func transforms"):
             torch.func.jvp(take, (TOKENS,), (tangent,))
@@ -95,7 +95,7 @@ def test_transforms_are_right_or_refused_never_a_silent_zero():
         assert torch.equal(dual.tangent, take(tangent))
 
 
-def test_transforms_take_the_reference_even_on_a_gpu():
+def test_transforms_use_the_reference_even_on_a_gpu():
     seen = []
 
     def look(x: torch.Tensor) -> torch.Tensor:
@@ -111,7 +111,7 @@ def test_transforms_take_the_reference_even_on_a_gpu():
 
 
 @needs_gpu
-def test_more_than_two_to_the_31_values_are_addressed_right():
+def test_offsets_beyond_2_to_the_31_are_correct():
     images = torch.zeros(14_300, 3, 224, 224, dtype=torch.uint8, device=DEVICE)
     assert images.numel() > 1 << 31
     images[-1, :, -16:, -16:] = 255

@@ -1,4 +1,4 @@
-"""The kernel that cuts patches out of images, and the one that puts their gradients back."""
+"""Gathering patches of images, and the gradient of the images."""
 
 import math
 
@@ -19,11 +19,14 @@ from mimkit_kernels.gather_patches import (
     gather_patches_op,
     scatter_patches_op,
 )
+from tests.kernels.figures import check_case, compiled_cases
 from tests.kernels.harness import (
     DEVICE,
+    DTYPES,
     FLOATS,
     assert_near,
     by_reference,
+    compiles,
     few,
     gradients,
     laid_out,
@@ -33,6 +36,7 @@ from tests.kernels.harness import (
     poisoned_outputs,
     random,
 )
+from tests.kernels.interpreter import interpreted, run_in_interpreter
 from tests.strategies import generators
 
 
@@ -66,7 +70,7 @@ LAUNCHES = {
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Draw images, ids and a patch: one to three axes, sizes that are no powers of 2."""
+    """Draw images, ids and a patch size: one to three axes, sizes that are not powers of 2."""
     axes = draw(st.integers(1, 3))
     grid = draw(st.tuples(*[st.integers(1, 3)] * axes))
     patch = draw(st.tuples(*[st.sampled_from([1, 2, 3, 5, 8])] * axes))
@@ -82,7 +86,7 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, tuple[int, ...]]:
 @launches
 @few
 @given(cases(), st.sampled_from(list(NAMES)), layouts, st.booleans(), st.booleans())
-def test_patches_are_the_references(case, dtype, layout, channels_last, with_statistics):
+def test_patches_match_the_reference(case, dtype, layout, channels_last, with_statistics):
     images, ids, patch = case
     images = (images * 50 + 100).clamp(0, 255) if dtype == torch.uint8 else images
     images, ids = laid_out(images.to(dtype), layout), laid_out(ids)
@@ -104,7 +108,7 @@ def test_patches_are_the_references(case, dtype, layout, channels_last, with_sta
 @launches
 @few
 @given(cases(), st.sampled_from(FLOATS), st.booleans(), st.booleans())
-def test_the_gradient_of_images_is_zero_where_nothing_was_taken(case, dtype, channels_last, scaled):
+def test_gradient_of_images_matches_the_reference(case, dtype, channels_last, scaled):
     images, ids, patch = case
     images, ids = laid_out(images.to(dtype)), laid_out(ids)
     std = [1.5 + c for c in range(images.shape[1])] if scaled else None
@@ -121,8 +125,8 @@ def test_the_gradient_of_images_is_zero_where_nothing_was_taken(case, dtype, cha
 
 
 @launches
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_the_op_keeps_what_training_needs(dtype):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_operator_works_in_training(dtype):
     mask = masking.uniform(masking.key([0, 1], seed=0), (2, 3), 0.5).to(DEVICE)
     images = torch.randn(2, 3, 8, 12, device=DEVICE).to(dtype).requires_grad_()
 
@@ -134,7 +138,7 @@ def test_the_op_keeps_what_training_needs(dtype):
 
 
 @launches
-def test_a_patch_larger_than_a_tile_is_cut_in_parts():
+def test_patch_larger_than_a_tile():
     images = torch.randn(1, 9, 20, 300, device=DEVICE)
     ids = torch.tensor([[1]], device=DEVICE)
     for channels_last in (False, True):
@@ -146,7 +150,7 @@ def test_a_patch_larger_than_a_tile_is_cut_in_parts():
 
 
 @launches
-def test_the_gradient_can_be_differentiated_again():
+def test_second_derivative_is_correct():
     images = torch.randn(1, 2, 4, 4, device=DEVICE, requires_grad=True)
     ids = torch.tensor([[0, 3]], device=DEVICE)
     with mimkit.use("triton"):
@@ -159,8 +163,8 @@ def test_the_gradient_can_be_differentiated_again():
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("dtype", NAMES, ids=str)
-def test_the_registrations_hold(dtype, channels_last):
+@pytest.mark.parametrize("dtype", [torch.uint8, *DTYPES], ids=str)
+def test_operators_pass_opcheck(dtype, channels_last):
     images = torch.randn(2, 3, 4, 6).mul(50).to(dtype)
     if dtype != torch.uint8:
         images.requires_grad_()
@@ -173,7 +177,18 @@ def test_the_registrations_hold(dtype, channels_last):
     )
 
 
-def test_an_empty_batch_gives_no_patches():
+def test_empty_batch_gives_no_patches():
     ids = torch.empty(0, 2, dtype=torch.int64)
     patches = gather_patches_op(torch.empty(0, 3, 4, 4), ids, [2, 2], None, None, True)
     assert patches.shape == (0, 2, 12)
+
+
+@interpreted
+def test_kernels_are_correct_in_the_interpreter(selection):
+    run_in_interpreter(selection, __file__)
+
+
+@compiles
+@pytest.mark.parametrize(("case", "target"), compiled_cases(LAUNCHES))
+def test_static_figures_are_not_worse_than_recorded(case, target):
+    check_case("gather_patches", case, target)

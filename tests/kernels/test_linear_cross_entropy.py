@@ -1,4 +1,4 @@
-"""The kernel that turns a chunk's logits into losses, hits and gradients in place."""
+"""Linear cross-entropy: the kernel that replaces logits by gradients in place."""
 
 import pytest
 import torch
@@ -17,11 +17,15 @@ from mimkit_kernels.linear_cross_entropy import (
     linear_cross_entropy_op,
     softmax_gradient_reference,
 )
+from tests.kernels.aot import memory_order, record
+from tests.kernels.figures import check_case, compiled_cases
 from tests.kernels.harness import (
     DEVICE,
+    DTYPES,
     FLOATS,
     assert_near,
     by_reference,
+    compiles,
     few,
     float_dtypes,
     laid_out,
@@ -29,6 +33,7 @@ from tests.kernels.harness import (
     meta,
     random,
 )
+from tests.kernels.interpreter import interpreted, run_in_interpreter
 from tests.strategies import generators
 
 
@@ -53,7 +58,7 @@ LAUNCHES = {
     st.sampled_from([1.0, 30.0]),
     generators(),
 )
-def test_losses_hits_and_gradients_are_the_references(rows, words, dtype, scale, generator):
+def test_losses_accuracies_and_gradients_match_the_reference(rows, words, dtype, scale, generator):
     logits = (scale * random(generator, rows, words)).to(dtype)
     target = torch.randint(words, (rows,), generator=generator)
     right = [torch.full((rows,), float("nan"), device=DEVICE) for _ in range(2)]
@@ -71,7 +76,7 @@ def test_losses_hits_and_gradients_are_the_references(rows, words, dtype, scale,
 
 
 @launches
-def test_of_equal_logits_the_first_counts():
+def test_first_of_equal_logits_is_the_prediction():
     logits = torch.zeros(2, 8, device=DEVICE)
     losses, hits = torch.zeros(2, device=DEVICE), torch.zeros(2, device=DEVICE)
     _launch(logits, torch.tensor([0, 1], device=DEVICE), losses, hits)
@@ -79,7 +84,7 @@ def test_of_equal_logits_the_first_counts():
 
 
 @launches
-def test_a_target_that_is_no_word_spoils_the_loss():
+def test_target_outside_the_vocabulary_gives_nan():
     logits = torch.zeros(2, 8, device=DEVICE)
     losses, hits = torch.zeros(2, device=DEVICE), torch.zeros(2, device=DEVICE)
     _launch(logits, torch.tensor([-1, 8], device=DEVICE), losses, hits)
@@ -87,8 +92,8 @@ def test_a_target_that_is_no_word_spoils_the_loss():
 
 
 @launches
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_the_loss_keeps_what_training_needs(dtype, monkeypatch):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_loss_works_in_training(dtype, monkeypatch):
     monkeypatch.setitem(_CHUNK_VALUES, DEVICE.type, 5 * 37)
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (
@@ -104,9 +109,24 @@ def test_the_loss_keeps_what_training_needs(dtype, monkeypatch):
         assert_op_correct(loss, by_reference(loss), [x, weight, bias])
 
 
+@compiles
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_target_logit_is_loaded_before_the_row_is_overwritten(target):
+    """After the last barrier, only wide loads may follow, those of the second loop.
+
+    There each thread loads and overwrites the same addresses of the row. The narrow load of the
+    target's logit would race with the stores of other warps.
+    """
+    (launch,) = record(LAUNCHES["float32"])
+    order = memory_order(launch, target)
+    last_barrier = max(i for i, (kind, _) in enumerate(order) if kind == "barrier")
+    assert {bits for kind, bits in order[:last_barrier] if kind == "load"} >= {32, 128}
+    assert {bits for kind, bits in order[last_barrier:] if kind == "load"} == {128}
+
+
 @pytest.mark.parametrize("needs_gradient", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_registrations_hold(dtype, needs_gradient):
+def test_operators_pass_opcheck(dtype, needs_gradient):
     x, weight = torch.randn(4, 3).to(dtype), torch.randn(7, 3).to(dtype)
     for leaf in (x, weight):
         leaf.requires_grad_(needs_gradient)
@@ -117,3 +137,14 @@ def test_the_registrations_hold(dtype, needs_gradient):
     inputs = (torch.tensor(2.0), x.detach(), weight.detach(), *(torch.randn(3, 2) for _ in "xwb"))
     torch.library.opcheck(linear_cross_entropy_backward_op, inputs)
     assert torch.equal(_scale(*inputs)[0], 2 * inputs[3])
+
+
+@interpreted
+def test_kernels_are_correct_in_the_interpreter(selection):
+    run_in_interpreter(selection, __file__)
+
+
+@compiles
+@pytest.mark.parametrize(("case", "target"), compiled_cases(LAUNCHES))
+def test_static_figures_are_not_worse_than_recorded(case, target):
+    check_case("linear_cross_entropy", case, target)

@@ -1,5 +1,6 @@
-"""The kernels that take tokens out of sequences and put them back."""
+"""Gathering and restoring tokens."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,11 +24,14 @@ from mimkit_kernels.move_tokens import (
     scatter_tokens_op,
     sum_tokens_op,
 )
+from tests.kernels.figures import check_case, compiled_cases
 from tests.kernels.harness import (
     DEVICE,
+    DTYPES,
     FLOATS,
     assert_near,
     by_reference,
+    compiles,
     few,
     float_dtypes,
     gradients,
@@ -38,11 +42,12 @@ from tests.kernels.harness import (
     poisoned_outputs,
     random,
 )
+from tests.kernels.interpreter import interpreted, run_in_interpreter
 from tests.strategies import generators
 
 
 def at_imagenet(dtype: torch.dtype, kind: str) -> None:
-    """Encoder tokens of width 768 are gathered, decoder tokens of width 512 restored."""
+    """Gather encoder tokens of width 768, or restore decoder tokens of width 512."""
     ids, masked_ids = (meta(256, n, dtype=torch.int64) for n in (49, 147))
     match kind:
         case "gather":
@@ -70,7 +75,7 @@ LAUNCHES = {
 
 @st.composite
 def sequences(draw: st.DrawFn) -> dict[str, Any]:
-    """Draw sizes, and a split of the positions; nothing visible and nothing masked among them."""
+    """Draw sizes and a split of the positions, which may leave no visible or no masked ones."""
     batch, length, prefix = (
         draw(st.integers(1, 3)),
         draw(st.integers(1, 7)),
@@ -87,7 +92,7 @@ def sequences(draw: st.DrawFn) -> dict[str, Any]:
 @launches
 @few
 @given(sequences(), float_dtypes, layouts)
-def test_taken_tokens_and_their_gradient_are_the_references(case, dtype, layout):
+def test_gathered_tokens_and_gradient_match_the_reference(case, dtype, layout):
     batch, length, dim = case["shape"]
     tokens = random(case["generator"], batch, case["prefix"] + length, dim).to(dtype)
     tokens, ids = laid_out(tokens, layout), laid_out(case["visible_ids"])
@@ -107,7 +112,7 @@ def test_taken_tokens_and_their_gradient_are_the_references(case, dtype, layout)
 @launches
 @few
 @given(sequences(), float_dtypes, float_dtypes, layouts, st.booleans(), st.booleans())
-def test_restored_tokens_and_all_gradients_are_the_references(
+def test_restored_tokens_and_gradients_match_the_reference(
     case, dtype, fill_dtype, layout, fills_each, adds_positions
 ):
     (batch, _, dim), prefix, generator = case["shape"], case["prefix"], case["generator"]
@@ -139,7 +144,7 @@ def test_restored_tokens_and_all_gradients_are_the_references(
 
 
 @launches
-def test_many_rows_are_summed_in_two_stages_the_same_way_each_time(monkeypatch):
+def test_sums_in_two_stages_are_deterministic(monkeypatch):
     monkeypatch.setattr("mimkit_kernels.move_tokens._SUM_PARTS", 3)
     tokens = torch.randn(2, 3 + 50, 130, device=DEVICE)
     ids = torch.rand(2, 50, device=DEVICE).argsort(dim=1)[:, :41]
@@ -151,8 +156,8 @@ def test_many_rows_are_summed_in_two_stages_the_same_way_each_time(monkeypatch):
 
 
 @launches
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_moving_keeps_what_training_needs(dtype):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_operators_work_in_training(dtype):
     mask = masking.uniform(masking.key([0, 1], seed=0), (2, 3), 0.5).to(DEVICE)
     tokens = torch.randn(2, 7, 5, device=DEVICE).to(dtype).requires_grad_()
     fill = torch.randn(5, device=DEVICE).to(dtype).requires_grad_()
@@ -167,7 +172,7 @@ def test_moving_keeps_what_training_needs(dtype):
 
 
 @launches
-def test_gathering_can_be_differentiated_again():
+def test_second_derivative_of_gather_is_correct():
     tokens = torch.randn(1, 4, 2, device=DEVICE, requires_grad=True)
     ids = torch.tensor([[2, 0]], device=DEVICE)
     with mimkit.use("triton"):
@@ -179,8 +184,8 @@ def test_gathering_can_be_differentiated_again():
     torch.testing.assert_close(second, expected)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_the_registrations_hold(dtype):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_operators_pass_opcheck(dtype):
     visible_ids, masked_ids = torch.tensor([[2, 0], [1, 3]]), torch.tensor([[1, 3], [0, 2]])
     tokens = torch.randn(2, 5, 3).to(dtype).requires_grad_()
     visible = torch.randn(2, 3, 3).to(dtype).requires_grad_()
@@ -192,3 +197,14 @@ def test_the_registrations_hold(dtype):
         fill = fill.to(dtype).requires_grad_()
         inputs = (visible, fill, visible_ids, masked_ids, positions, 1)
         torch.library.opcheck(restore_tokens_op, inputs)
+
+
+@interpreted
+def test_kernels_are_correct_in_the_interpreter(selection):
+    run_in_interpreter(selection, __file__, Path(__file__).with_name("test_dispatch.py"))
+
+
+@compiles
+@pytest.mark.parametrize(("case", "target"), compiled_cases(LAUNCHES))
+def test_static_figures_are_not_worse_than_recorded(case, target):
+    check_case("move_tokens", case, target)

@@ -1,4 +1,4 @@
-"""The kernels that convolve packed cells, and sum the gradient of the filter."""
+"""Depth-wise convolution of packed cells, and the gradient of the filter."""
 
 import pytest
 import torch
@@ -19,20 +19,25 @@ from mimkit_kernels.packed_depthwise_conv import (
     packed_depthwise_conv_op,
     weight_gradient_op,
 )
+from tests.kernels.figures import check_case, compiled_cases
 from tests.kernels.harness import (
     DEVICE,
     FLOATS,
     assert_near,
     by_reference,
+    compiles,
     few,
     gradients,
     laid_out,
     launches,
     layouts,
+    long_tier,
     meta,
     poisoned_outputs,
     random,
+    very_few,
 )
+from tests.kernels.interpreter import interpreted, run_in_interpreter
 from tests.strategies import generators
 
 NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in FLOATS}
@@ -62,7 +67,7 @@ LAUNCHES = {
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None, Tensor, tuple[int, int]]:
-    """Draw cells, a filter, a bias, neighbors and the size of a cell."""
+    """Draw cells, a filter, a bias, neighbors and a cell size."""
     generator = draw(generators())
     grid = draw(st.tuples(st.integers(1, 2), st.integers(1, 3)))
     cell = draw(st.tuples(*[st.integers(1, 3)] * 2))
@@ -80,9 +85,9 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None, Tensor, tuple
 
 
 @launches
-@few
+@very_few  # the test of gradients launches the same kernel twice per example
 @given(cases(), st.sampled_from(FLOATS), layouts)
-def test_convolutions_are_the_references(case, dtype, layout):
+def test_convolution_matches_the_reference(case, dtype, layout):
     cells, weight, bias, around, cell = case
     cells, weight = laid_out(cells.to(dtype), layout), laid_out(weight.to(dtype))
     bias, around = None if bias is None else laid_out(bias.to(dtype)), laid_out(around)
@@ -98,7 +103,7 @@ def test_convolutions_are_the_references(case, dtype, layout):
 @launches
 @few
 @given(cases(), st.sampled_from(FLOATS))
-def test_gradients_are_the_references(case, dtype):
+def test_gradients_match_the_reference(case, dtype):
     cells, weight, bias, around, cell = case
     leaves = [laid_out(x.to(dtype)) for x in (cells, weight, bias) if x is not None]
     around = laid_out(around)
@@ -116,7 +121,7 @@ def test_gradients_are_the_references(case, dtype):
 
 
 @launches
-def test_more_cells_than_a_program_sums_are_added_up_the_same_every_time():
+def test_sums_over_many_cells_are_deterministic():
     mask = masking.uniform(masking.key([0, 1], seed=0), (5, 4), num_masked=2).to(DEVICE)
     cells = torch.randn(2, mask.num_visible, 2, 5, device=DEVICE)
     grad, around = torch.randn_like(cells), neighbors(mask)
@@ -130,13 +135,17 @@ def test_more_cells_than_a_program_sums_are_added_up_the_same_every_time():
 
 
 @launches
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_the_op_keeps_what_training_needs(dtype):
-    mask = masking.uniform(masking.key([0], seed=0), (2, 2), 0.25).to(DEVICE)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, *(pytest.param(dtype, marks=long_tier) for dtype in FLOATS[1:])],
+    ids=str,
+)
+def test_operator_works_in_training(dtype):
+    mask = masking.uniform(masking.key([0], seed=0), (1, 3), num_masked=1).to(DEVICE)
     around = neighbors(mask)
     leaves = [
         torch.randn(shape, device=DEVICE).to(dtype).requires_grad_()
-        for shape in ((1, 3, 4, 6), (6, 1, 3, 3), (6,))
+        for shape in ((1, 2, 4, 6), (6, 1, 3, 3), (6,))
     ]
 
     def convolve(cells: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -147,7 +156,7 @@ def test_the_op_keeps_what_training_needs(dtype):
 
 
 @launches
-def test_the_gradients_can_be_differentiated_again():
+def test_second_derivatives_match_the_reference():
     mask = masking.uniform(masking.key([0], seed=0), (1, 2), num_masked=0).to(DEVICE)
     around = neighbors(mask)
     generator = torch.Generator().manual_seed(0)
@@ -168,7 +177,7 @@ def test_the_gradients_can_be_differentiated_again():
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_the_registrations_hold(with_bias):
+def test_operators_pass_opcheck(with_bias):
     mask = masking.uniform(masking.key([0, 1], seed=0), (2, 3), 0.5)
     cells = torch.randn(2, 3, 2, 4, requires_grad=True)
     weight = torch.randn(4, 1, 3, 3, requires_grad=True)
@@ -186,10 +195,21 @@ def test_the_registrations_hold(with_bias):
         ({"cells": torch.bfloat16}, "bfloat16 with a filter of torch.float32"),
     ],
 )
-def test_what_the_kernel_does_not_take_is_named(change, message):
+def test_error_names_unsupported_inputs(change, message):
     mask = masking.uniform(masking.key([0], seed=0), (2, 2), 0.5)
     cells = torch.randn(1, 2, 4, 3).to(change["cells"])
     weight = torch.randn(3, 1, 3, 3)
     weight = weight.double() if cells.dtype == torch.float64 else weight
     with mimkit.use("triton"), pytest.raises(ValueError, match=message):
         kernels.packed_depthwise_conv(cells, weight, None, neighbors(mask), (2, 2))
+
+
+@interpreted
+def test_kernels_are_correct_in_the_interpreter(selection):
+    run_in_interpreter(selection, __file__)
+
+
+@compiles
+@pytest.mark.parametrize(("case", "target"), compiled_cases(LAUNCHES))
+def test_static_figures_are_not_worse_than_recorded(case, target):
+    check_case("packed_depthwise_conv", case, target)

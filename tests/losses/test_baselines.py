@@ -1,4 +1,4 @@
-"""What predictors that learn nothing score."""
+"""Losses of trivial predictors."""
 
 import math
 
@@ -27,16 +27,16 @@ drawn_images = masked_images(max_tokens=20).filter(
 )
 
 
-def in_units_of_the_target(
+def visible_targets(
     pictures: Tensor, mask: Mask, patch: tuple[int, ...], order: str, normalize: str | None
 ) -> Tensor:
-    """The visible patches, as the target would have them."""
+    """Return the visible patches with the normalisation of the target."""
     target_type = NormalizedPixels if normalize else Pixels
     return target_type(patch, order)(pictures, mask.complement())
 
 
 def nearest_by_brute_force(mask: Mask, visible: Tensor) -> Tensor:
-    """The visible patch at the least distance in the grid; among equals, the first."""
+    """Return the nearest visible patch in the grid; of several, the first."""
     places = torch.cartesian_prod(*map(torch.arange, mask.grid)).view(mask.num_tokens, -1)
     predictions = []
     for row in range(mask.batch_size):
@@ -61,10 +61,10 @@ def test_every_baseline_is_a_finite_float32_number(drawn, order, normalize, kind
 
 
 @given(drawn_images, orders, st.sampled_from(["patch", None]), st.sampled_from(KINDS))
-def test_zero_and_nearest_are_the_loss_of_those_predictions(drawn, order, normalize, kind):
+def test_zero_and_nearest_match_the_loss_of_these_predictions(drawn, order, normalize, kind):
     pictures, mask, patch = drawn
     scores = baselines(pictures, mask, patch, normalize=normalize, kind=kind, order=order)
-    visible = in_units_of_the_target(pictures, mask, patch, order, normalize)
+    visible = visible_targets(pictures, mask, patch, order, normalize)
     nearest = nearest_by_brute_force(mask, visible)
     for name, prediction in {"zero": torch.zeros_like(nearest), "nearest": nearest}.items():
         expected = masked_pixel_loss(
@@ -89,14 +89,14 @@ def test_mean_color_predicts_the_mean_of_the_visible_pixels(drawn, order):
 
 @given(drawn_images, orders, st.sampled_from(["patch", None]))
 def test_interpolation_is_never_worse_than_zero(drawn, order, normalize):
-    """Its factor is the best one for the hidden target, and might be 0."""
+    """Its factor is the best one for the masked target, which may be 0."""
     pictures, mask, patch = drawn
     scores = baselines(pictures, mask, patch, normalize=normalize, order=order)
     assert scores["interpolated"] <= scores["zero"] * (1 + 1e-4) + 1e-6
 
 
-def test_zero_scores_the_share_of_the_variance():
-    """Of P values with unbiased variance 1 the mean square is (P - 1) / P."""
+def test_the_loss_of_zero_is_the_variance_of_a_normalised_patch():
+    """The mean square of P values with unbiased variance 1 is (P - 1) / P."""
     mask = masking.uniform(masking.key(range(4), seed=0), (4, 4), 0.75)
     for patch, channels in [(4, 3), (2, 1)]:
         images = torch.rand(4, channels, 4 * patch, 4 * patch)
@@ -116,7 +116,7 @@ def test_a_constant_image_is_predicted_perfectly(axes):
     assert scores["zero"] > 0.1
 
 
-def test_a_smooth_image_is_interpolated_better_than_copied():
+def test_interpolation_is_best_for_a_smooth_image():
     along = torch.linspace(0, math.pi, 64)
     images = (along.sin()[:, None] * along.cos()[None]).expand(4, 3, 64, 64)
     mask = masking.uniform(masking.key(range(4), seed=0), (16, 16), 0.5)
@@ -125,8 +125,8 @@ def test_a_smooth_image_is_interpolated_better_than_copied():
     assert scores["interpolated"] < 0.05 * scores["mean_color"]
 
 
-def test_hidden_pixels_are_favoured_by_one_factor_only():
-    """Scaling the hidden pixels scales the best interpolation's score with them, no more."""
+def test_interpolation_uses_masked_pixels_for_one_factor_only():
+    """If masked pixels are scaled, the loss of the interpolation scales with their square."""
     mask = masking.uniform(masking.key([0], seed=0), (4, 4), 0.5)
     images = torch.rand(1, 1, 16, 16)
     hidden = mask.refine(4).is_masked.unsqueeze(1)
@@ -135,7 +135,7 @@ def test_hidden_pixels_are_favoured_by_one_factor_only():
     torch.testing.assert_close(three["interpolated"], 9 * one["interpolated"], rtol=1e-4, atol=0)
 
 
-def test_statistics_and_bytes_are_scored_like_the_loss():
+def test_mean_std_and_uint8_images_are_treated_as_in_the_loss():
     mask = masking.uniform(masking.key([0, 1], seed=0), (4, 4), 0.75)
     pictures = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     statistics = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}

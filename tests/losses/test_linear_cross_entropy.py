@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary, chunk by chunk."""
+"""Cross-entropy over a large vocabulary, in chunks."""
 
 import pytest
 import torch
@@ -13,7 +13,9 @@ from tests.strategies import generators
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 5), st.integers(1, 17))
 
 
-@pytest.fixture(params=[1, 40, 1 << 21], ids=["one row a chunk", "several rows", "one chunk"])
+@pytest.fixture(
+    params=[1, 40, 1 << 21], ids=["one row per chunk", "several rows per chunk", "one chunk"]
+)
 def _chunk(request, monkeypatch):
     monkeypatch.setitem(_CHUNK_VALUES, "cpu", request.param)
 
@@ -33,7 +35,7 @@ def plain(x, weight, bias, target):
 
 @pytest.mark.usefixtures("_chunk")
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_loss_and_gradients_are_those_of_the_whole(has_bias):
+def test_loss_and_gradients_match_those_without_chunks(has_bias):
     @given(sizes, generators())
     def check(size, generator):
         x, weight, bias, target = inputs(*size, generator, torch.float32)
@@ -51,7 +53,7 @@ def test_loss_and_gradients_are_those_of_the_whole(has_bias):
 
 
 class Cut(torch.autograd.Function):
-    """Lets a value through, and no gradient back."""
+    """Return the value unchanged, with no gradient."""
 
     @staticmethod
     def forward(ctx, value):
@@ -62,14 +64,14 @@ class Cut(torch.autograd.Function):
         return None
 
 
-def test_a_loss_whose_gradient_is_cut_off_gives_none():
+def test_without_an_incoming_gradient_there_is_none():
     x, weight, bias, target = inputs(3, 2, 5, torch.Generator().manual_seed(0))
     Cut.apply(linear_cross_entropy(x, weight, bias, target)).backward()
     assert all(leaf.grad is None for leaf in (x, weight, bias))
 
 
 @given(sizes, generators())
-def test_accuracy_is_the_share_of_rows_that_are_right(size, generator):
+def test_accuracy_is_the_fraction_of_correct_rows(size, generator):
     x, weight, bias, target = inputs(*size, generator)
     loss, accuracy = linear_cross_entropy(x, weight, bias, target, return_accuracy=True)
     hits = F.linear(x, weight, bias).argmax(dim=1) == target
@@ -98,8 +100,8 @@ def test_no_rows_give_zero_with_zero_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_in_half_precision_many_rows_lose_nothing(dtype):
-    """25088 rows: a gradient divided by their number would vanish in float16."""
+def test_gradients_of_many_rows_in_half_precision(dtype):
+    """A gradient divided by 25088 rows would underflow in float16."""
     rows = 25088
     x = torch.ones(rows, 2, dtype=dtype, requires_grad=True)
     weight = torch.zeros(16, 2, dtype=dtype, requires_grad=True)
@@ -143,7 +145,7 @@ def test_rows_may_have_any_number_of_axes():
     assert torch.equal(shaped, expected)
 
 
-def test_transforms_see_the_plain_loss():
+def test_function_transforms_match_autograd():
     x, weight, _, target = inputs(3, 2, 5, torch.Generator().manual_seed(0))
     grad = torch.func.grad(lambda x: linear_cross_entropy(x, weight, None, target))(x)
     (expected,) = torch.autograd.grad(linear_cross_entropy(x, weight, None, target), x)
@@ -154,7 +156,7 @@ def test_transforms_see_the_plain_loss():
     torch.testing.assert_close(tangent.double(), expected.sum(), rtol=1e-5, atol=1e-7)
 
 
-def test_a_second_derivative_is_refused_in_one_sentence():
+def test_a_second_derivative_raises():
     x, weight, bias, target = inputs(3, 2, 5, torch.Generator().manual_seed(0))
     (grad,) = torch.autograd.grad(
         linear_cross_entropy(x, weight, bias, target), x, create_graph=True
@@ -173,15 +175,19 @@ X, WEIGHT, BIAS, TARGET = torch.randn(3, 2), torch.randn(5, 2), torch.randn(5), 
         ((X, WEIGHT, BIAS, TARGET.int()), TypeError, "int64; got torch.int32"),
         ((X[:, :1], WEIGHT, BIAS, TARGET), ValueError, r"\(3, 1\) and \(5, 2\)"),
         ((X, WEIGHT, BIAS[:1], TARGET), ValueError, r"bias must be \[5\]; got \(1,\)"),
-        ((X, WEIGHT, BIAS, TARGET[:1]), ValueError, r"\(3,\); got \(1,\)"),
+        (
+            (X, WEIGHT, BIAS, TARGET[:1]),
+            ValueError,
+            r"\(3,\), one word for each row of x; got \(1,\)",
+        ),
         ((X, WEIGHT.to("meta"), BIAS, TARGET), ValueError, r"one device; got \['cpu', 'meta'\]"),
     ],
 )
-def test_what_does_not_fit_is_repeated_in_the_error(arguments, error, message):
+def test_errors_repeat_what_was_passed(arguments, error, message):
     with pytest.raises(error, match=message):
         linear_cross_entropy(*arguments)
 
 
-def test_targets_that_are_no_words_are_found_on_a_cpu():
+def test_targets_out_of_range_raise_on_a_cpu():
     with pytest.raises(ValueError, match=r"targets must be in \[0, 5\); got 0 to 7"):
         linear_cross_entropy(X, WEIGHT, BIAS, torch.tensor([0, 7, 1]))

@@ -54,7 +54,7 @@ def masked_rows(values: Tensor, mask: Mask) -> Tensor:
 
 
 @given(some_masks, names, st.lists(st.integers(1, 4), max_size=2), generators())
-def test_losses_are_their_formulas(mask, name, value_shape, generator):
+def test_losses_match_their_formulas(mask, name, value_shape, generator):
     loss, formula = LOSSES[name]
     shape = (mask.batch_size, mask.num_masked, *value_shape)
     prediction, target = both(generator, *shape)
@@ -71,7 +71,7 @@ def test_losses_are_their_formulas(mask, name, value_shape, generator):
 
 
 @given(some_masks, names, st.booleans(), st.booleans(), generators())
-def test_of_whole_sequences_the_masked_tokens_are_taken(mask, name, whole_p, whole_t, generator):
+def test_of_whole_sequences_the_masked_tokens_are_used(mask, name, whole_p, whole_t, generator):
     loss, _ = LOSSES[name]
     prediction, target = both(generator, mask.batch_size, mask.num_tokens, 2, 3)
     expected = loss(masked_rows(prediction, mask), masked_rows(target, mask), mask)
@@ -84,7 +84,7 @@ def test_of_whole_sequences_the_masked_tokens_are_taken(mask, name, whole_p, who
 
 
 @given(some_masks, names, generators())
-def test_one_number_per_token_is_enough(mask, name, generator):
+def test_tokens_may_be_single_numbers(mask, name, generator):
     loss, _ = LOSSES[name]
     prediction, target = both(generator, mask.batch_size, mask.num_tokens)
     expected = loss(prediction.unsqueeze(2), target.unsqueeze(2), mask)
@@ -102,7 +102,7 @@ def test_visible_tokens_have_no_gradient(mask, name, generator):
 
 
 @given(some_masks, betas, generators())
-def test_smooth_l1_turns_at_beta(mask, beta, generator):
+def test_smooth_l1_changes_at_beta(mask, beta, generator):
     prediction, target = both(generator, mask.batch_size, mask.num_masked, 3)
     ours = masked_smooth_l1(prediction, target, mask, beta=beta)
     expected = smooth((prediction - target).double(), beta).mean()
@@ -110,7 +110,7 @@ def test_smooth_l1_turns_at_beta(mask, beta, generator):
 
 
 @given(some_masks, st.integers(1, 5), st.booleans(), st.floats(0.1, 10), generators())
-def test_the_cosine_loss_is_pytorchs_of_the_masked_tokens(mask, dim, whole, length, generator):
+def test_the_cosine_loss_matches_pytorch_on_the_masked_tokens(mask, dim, whole, length, generator):
     prediction, target = both(generator, mask.batch_size, mask.num_tokens, dim)
     rows = [masked_rows(values, mask).flatten(0, 1) for values in (prediction, target)]
     expected = F.cosine_embedding_loss(*rows, torch.ones(len(rows[0])))
@@ -131,7 +131,7 @@ def test_the_cosine_loss_of_an_empty_mask_or_of_zeros_is_finite():
     assert zeros.grad.isfinite().all()
 
 
-def test_gradients_are_those_of_the_plain_losses():
+def test_gradients_match_those_of_pytorch():
     mask = masking.uniform(masking.key([0, 1], seed=0), (4, 4), 0.75)
     prediction = torch.randn(2, 12, 6, requires_grad=True)
     target = torch.randn(2, 12, 6)
@@ -147,14 +147,14 @@ def test_gradients_are_those_of_the_plain_losses():
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_losses_accumulate_in_float32_whatever_the_inputs(name, dtype):
+def test_losses_accumulate_in_float32_for_any_dtype(name, dtype):
     loss, formula = LOSSES[name]
     mask = Mask.from_bool(torch.ones(2, 64, dtype=torch.bool))
     prediction = torch.full((2, 64, 600), 3.0).to(dtype).requires_grad_()
     target = torch.zeros_like(prediction)
     value = loss(prediction, target, mask)
     assert value.dtype == torch.float32
-    # 76800 nines: neither float16 (65504 at most) nor bfloat16 (8 bits) could add them up.
+    # 76800 nines: neither float16 (at most 65504) nor bfloat16 (8 bits) can sum them.
     expected = float(formula(torch.tensor(3.0)))
     assert value.item() == pytest.approx(expected, rel=1e-6)
     value.backward()
@@ -195,15 +195,15 @@ def test_equal_micro_batches_average_to_the_batch(mask, name, parts, generator):
     prediction, target = both(generator, masks_of_batch.batch_size, mask.num_masked, 3)
     whole = loss(prediction, target, masks_of_batch)
     chunks = zip(prediction.chunk(parts), target.chunk(parts), strict=True)
-    shares = [loss(*chunk, mask) for chunk in chunks]
-    torch.testing.assert_close(sum(shares) / parts, whole, rtol=1e-6, atol=1e-7)
+    losses = [loss(*chunk, mask) for chunk in chunks]
+    torch.testing.assert_close(sum(losses) / parts, whole, rtol=1e-6, atol=1e-7)
     by_sample = loss(prediction, target, masks_of_batch, reduction="sample")
     torch.testing.assert_close(by_sample.mean(), whole, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.untyped
-def test_nothing_is_broadcast():
-    """One channel against three would score without an error, and wrongly."""
+def test_there_is_no_broadcasting():
+    """Broadcasting one channel to three would give a wrong loss without an error."""
     mask = masking.uniform(masking.key([0, 1], seed=0), (2, 2), 0.5)
     gray, color = torch.randn(2, 2, 16), torch.randn(2, 2, 48)
     for loss, _ in LOSSES.values():
@@ -228,7 +228,7 @@ def test_nothing_is_broadcast():
     st.sampled_from(["mean", "sample", "none"]),
     generators(),
 )
-def test_the_pixel_loss_scores_against_the_target(
+def test_the_pixel_loss_matches_target_and_loss(
     drawn, order, normalize, kind, reduction, generator
 ):
     pictures, mask, patch = drawn
@@ -264,7 +264,7 @@ def test_the_pixel_loss_scores_against_the_target(
 
 
 def per_sample_combined(normalize: str | None) -> Tensor:
-    """The authors' batch masks 13 and 14 patches: one loss per sample, weighed by its count."""
+    """Weight the loss of each sample by its count: the authors' batch masks 13 and 14 patches."""
     arrays = golden("mae_loss")
     pictures, prediction = arrays.tensor("in/imgs"), arrays.tensor("in/pred")
     is_masked = arrays.tensor("in/mask").bool()
@@ -279,17 +279,17 @@ def per_sample_combined(normalize: str | None) -> Tensor:
     return total / is_masked.sum()
 
 
-def test_the_normalised_pixel_loss_is_the_authors():
+def test_the_normalised_pixel_loss_matches_the_authors():
     expected = golden("mae_loss").tensor("out/loss_normpix")
     torch.testing.assert_close(per_sample_combined("patch"), expected, rtol=2e-5, atol=0)
 
 
-def test_the_raw_pixel_loss_is_the_authors():
+def test_the_raw_pixel_loss_matches_the_authors():
     expected = golden("mae_loss").tensor("out/loss_rawpix")
     torch.testing.assert_close(per_sample_combined(None), expected, rtol=2e-5, atol=0)
 
 
-def test_visible_pixels_do_not_touch_the_pixel_loss():
+def test_visible_pixels_do_not_affect_the_pixel_loss():
     mask = masking.uniform(masking.key([0, 1], seed=0), (2, 3), 0.5)
     pictures, prediction = torch.rand(2, 3, 8, 12), torch.randn(2, 3, 48)
     poisoned = pictures.masked_fill(~mask.refine(4).is_masked.unsqueeze(1), float("nan"))
@@ -311,7 +311,7 @@ def test_constant_patches_give_a_finite_loss_and_gradient():
         assert prediction.grad.isfinite().all()
 
 
-def test_bytes_score_as_fractions():
+def test_uint8_images_are_divided_by_255():
     mask = masking.uniform(masking.key([0, 1], seed=0), (2, 2), 0.5)
     pictures = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     prediction = torch.rand(2, 2, 48)
@@ -380,6 +380,6 @@ PICTURES, PREDICTION = torch.rand(2, 3, 8, 8), torch.randn(2, 2, 48)
         ),
     ],
 )
-def test_what_does_not_fit_is_repeated_in_the_error(call, message):
+def test_errors_repeat_what_was_passed(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -16,9 +16,9 @@ LOSSES = [losses.masked_mse, losses.masked_l1, losses.masked_smooth_l1]
 
 
 def check_against_each_sample(loss, prediction: Tensor, mask: RaggedMask) -> None:
-    """Values and gradients are those of each sample alone; `loss(prediction, samples, reduction)`.
+    """Compare values and gradients of `loss(prediction, sample, reduction)` with each sample alone.
 
-    `samples` is `None` for the whole batch, or the number of one sample.
+    `sample` is `None` for the whole batch, or the index of one sample.
     """
     leaf = prediction.clone().requires_grad_()
     alone = [row.clone()[None].requires_grad_() for row in mask.split_masked(prediction)]
@@ -38,7 +38,7 @@ def check_against_each_sample(loss, prediction: Tensor, mask: RaggedMask) -> Non
 @given(
     ragged_masks(), st.sampled_from(LOSSES), st.lists(st.integers(1, 3), max_size=2), generators()
 )
-def test_each_sample_counts_as_it_does_alone(mask, loss, values, generator):
+def test_each_sample_contributes_as_it_does_alone(mask, loss, values, generator):
     shape = (len(mask.masked_ids), *values)
     prediction, target = (torch.randn(shape, generator=generator) for _ in range(2))
     one, rows = mask.unbind(), mask.split_masked(target)
@@ -52,7 +52,7 @@ def test_each_sample_counts_as_it_does_alone(mask, loss, values, generator):
 
 
 @given(ragged_masks(), generators())
-def test_each_sample_counts_in_cross_entropy_as_it_does_alone(mask, generator):
+def test_each_sample_contributes_to_cross_entropy_as_it_does_alone(mask, generator):
     prediction = torch.randn(len(mask.masked_ids), 5, generator=generator)
     target = torch.randint(0, 5, (len(mask.masked_ids),), generator=generator)
     one, rows = mask.unbind(), mask.split_masked(target)
@@ -69,7 +69,9 @@ def test_each_sample_counts_in_cross_entropy_as_it_does_alone(mask, generator):
 
 
 @given(st.data(), orders, st.sampled_from(["l2", "l1", "smooth_l1"]), st.booleans(), generators())
-def test_each_image_counts_in_the_pixel_loss_as_it_does_alone(data, order, kind, norm, generator):
+def test_each_image_contributes_to_the_pixel_loss_as_it_does_alone(
+    data, order, kind, norm, generator
+):
     mask = data.draw(ragged_masks())
     patch = data.draw(patch_sizes(len(mask.grids[0])))
     sizes = [[n * p for n, p in zip(grid, patch, strict=True)] for grid in mask.grids]
@@ -88,7 +90,7 @@ def test_each_image_counts_in_the_pixel_loss_as_it_does_alone(data, order, kind,
 
 
 @given(ragged_masks(), generators())
-def test_of_all_tokens_the_masked_ones_are_scored(mask, generator):
+def test_of_all_tokens_the_masked_ones_are_used(mask, generator):
     everything = torch.randn(sum(mask.num_tokens), 4, generator=generator)
     target = torch.randn(len(mask.masked_ids), 4, generator=generator)
     expected = masked_mse(everything[mask.masked_rows], target, mask)
@@ -96,11 +98,11 @@ def test_of_all_tokens_the_masked_ones_are_scored(mask, generator):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_parts_of_a_batch_make_up_the_whole(loss):
+def test_micro_batches_average_to_the_batch(loss):
     assert_reduction_exact(loss, ragged=True)
 
 
-def test_parts_of_a_batch_make_up_the_whole_of_cross_entropy_and_pixels():
+def test_micro_batches_average_to_the_batch_for_cross_entropy_and_pixels():
     def classes(mask: RaggedMask) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(0)
         count = len(mask.masked_ids)
@@ -115,7 +117,7 @@ def test_parts_of_a_batch_make_up_the_whole_of_cross_entropy_and_pixels():
         return torch.randn(count, 12, generator=generator), torch.arange(count)
 
     def pixel_loss(prediction: Tensor, which: Tensor, mask: RaggedMask) -> Tensor:
-        # Every sample has its own image, wherever it stands in a batch: a function of its mask.
+        # The image of a sample depends on its mask only, not on its place in the batch.
         images = [torch.sin(h.float().sum() + torch.arange(144.0)).view(3, 6, 8) for h in
                   mask.is_masked]  # fmt: skip
         return masked_pixel_loss(prediction, images, mask, 2)
@@ -126,20 +128,22 @@ def test_parts_of_a_batch_make_up_the_whole_of_cross_entropy_and_pixels():
 @pytest.mark.parametrize(
     "loss",
     [
-        lambda p, t, mask: (p - t).square().mean(),  # of all tokens: long samples weigh more
+        lambda p, t, mask: (
+            (p - t).square().mean()
+        ),  # over all tokens: long samples have a larger weight
         lambda p, t, mask: (p - t).square().mean(dim=1).sum() / max(mask.num_masked[0], 1),
         lambda p, t, mask: torch.stack(
             [rows.mean() for rows in mask.split_masked((p - t).square())]
-        ).mean(),  # nan where a sample masks nothing
+        ).mean(),  # NaN if a sample masks nothing
     ],
 )
-def test_other_means_are_caught(loss):
+def test_wrong_means_are_caught(loss):
     with pytest.raises(AssertionError, match="expected"):
         assert_reduction_exact(loss, ragged=True)
 
 
 @pytest.mark.untyped
-def test_what_does_not_fit_is_repeated_in_the_error():
+def test_errors_repeat_what_was_passed():
     mask = RaggedMask.from_bool([torch.tensor([False, True]), torch.tensor([True, True, False])])
     with pytest.raises(ValueError, match=r"3 masked or 5 tokens.*\(4, 2\)"):
         masked_mse(torch.zeros(4, 2), torch.zeros(3, 2), mask)

@@ -1,4 +1,4 @@
-"""Block-wise masks: exact counts on any grid, the published statistics, the published loops."""
+"""Block-wise masks: exact counts on any grid, and agreement with the published samplers."""
 
 import math
 import random
@@ -33,7 +33,7 @@ def neighbors_masked(is_masked: Tensor) -> Tensor:
 
 
 def assert_statistics_agree(is_masked: Tensor, name: str) -> None:
-    """Five standard deviations of the difference between two samples of 2,000."""
+    """Compare with the golden file, at five standard deviations of the difference."""
     drawn = len(GOLDEN[f"{name}/counts"])
     assert len(is_masked) == drawn
     share = GOLDEN.tensor(f"{name}/freq_map")
@@ -61,7 +61,7 @@ def test_counts_are_exact_on_every_grid(key, grid, data, min_block):
 
 
 @pytest.mark.parametrize("grid", [(1, 40), (40, 1), (40,), (1, 1), (2, 2), (256, 256)])
-def test_drawing_ends_near_the_ends_too(grid):
+def test_extreme_counts_and_grids(grid):
     num_tokens = math.prod(grid)
     for count in {0, 1, num_tokens - 1, num_tokens}:
         mask = masking.blockwise(masking.key([0, 1], seed=0), grid, num_masked=count)
@@ -71,12 +71,12 @@ def test_drawing_ends_near_the_ends_too(grid):
 
 @pytest.mark.untyped
 @pytest.mark.parametrize(("grid", "ratio"), [((14, 14), 0.5), ((1, 30), 0.4), ((7, 9), 0.75)])
-def test_blockwise_keeps_what_every_sampler_promises(grid, ratio):
+def test_blockwise_conforms(grid, ratio):
     assert_sampler_conforms(masking.blockwise, grid, ratio)
 
 
 @given(key=keys(max_batch=6), data=st.data())
-def test_the_batch_does_not_matter(key, data):
+def test_masks_do_not_depend_on_the_batch(key, data):
     order = data.draw(st.permutations(range(key.batch_size)))
     permuted = masking.Key(key.sample_ids[order], key.seed_and_epoch, key.view_index)
     whole = masking.blockwise(key, (6, 7), 0.5)
@@ -90,20 +90,20 @@ def test_marginals_and_adjacency_agree_with_the_published_sampler(name):
     assert_statistics_agree(mask.is_masked, f"cae_{name}")
 
 
-def test_uniform_masks_do_not_agree_with_it():
+def test_uniform_masks_do_not_agree_with_the_published_sampler():
     is_masked = masking.uniform(masking.key(range(2000), seed=1), (14, 14), 0.5).is_masked
     with pytest.raises(AssertionError):
         assert_statistics_agree(is_masked, "cae_n98")
 
 
-def test_a_row_of_tokens_is_masked_in_runs():
+def test_tokens_on_one_axis_are_masked_in_runs():
     is_masked = masking.blockwise(masking.key(range(200), seed=0), (1, 64), 0.5).is_masked
-    alone = masking.uniform(masking.key(range(200), seed=0), (1, 64), 0.5).is_masked
-    assert neighbors_masked(is_masked).mean() > 1.5 * neighbors_masked(alone).mean()
+    uniform = masking.uniform(masking.key(range(200), seed=0), (1, 64), 0.5).is_masked
+    assert neighbors_masked(is_masked).mean() > 1.5 * neighbors_masked(uniform).mean()
 
 
-def test_the_bits_are_those_of_the_written_format():
-    """One sample, one attempt at a time, from the words of the documentation."""
+def test_masks_follow_the_documented_format():
+    """Draw one sample, one attempt at a time, as the format is documented."""
     grid, count, sample, seed = (9, 11), 40, 5, 3
     key = masking.key([sample], seed=seed)
 
@@ -138,14 +138,14 @@ def test_the_bits_are_those_of_the_written_format():
     assert np.array_equal(mask.is_masked[0].numpy(), is_masked)
 
 
-def test_a_batch_without_samples_has_a_mask():
+def test_an_empty_batch():
     mask = masking.blockwise(masking.key([], seed=0), (4, 5), 0.5)
     assert (mask.batch_size, mask.num_masked) == (0, 10)
 
 
 @pytest.mark.parametrize("kind", ["cae", "beit"])
 @pytest.mark.parametrize("name", CASES)
-def test_the_published_loops_draw_the_published_masks(kind, name):
+def test_the_published_algorithms_reproduce_the_published_masks(kind, name):
     grid, options = CASES[name]
     if f"{kind}_{name}/first16" not in GOLDEN:
         assert (kind, name) == ("beit", "8x10_n30_min4_max12")  # not in the file
@@ -168,7 +168,7 @@ def test_compat_samplers_agree_with_the_published_statistics(kind, sampler):
     assert_statistics_agree(is_masked, f"{kind}_n75")
 
 
-def test_beits_masks_may_fall_short_and_are_then_no_mask():
+def test_beit_may_mask_too_few_tokens_for_a_mask():
     is_masked = compat.beit(masking.key(range(100), seed=0), (14, 14), num_masked=75)
     counts = is_masked.sum((1, 2))
     assert counts.max() == 75
@@ -178,7 +178,7 @@ def test_beits_masks_may_fall_short_and_are_then_no_mask():
 
 
 @given(key=keys())
-def test_a_compat_mask_is_a_function_of_its_key(key):
+def test_a_compat_mask_depends_on_its_key_only(key):
     once = compat.cae(key, (8, 10), 0.5)
     rows = masking.Key(key.sample_ids[-1:], key.seed_and_epoch, key.view_index)
     assert torch.equal(compat.cae(rows, (8, 10), 0.5), once[-1:])
@@ -192,7 +192,7 @@ KEY = masking.key([0, 1], seed=0)
     ("call", "message"),
     [
         (lambda: masking.blockwise(KEY, (4, 4)), "ratio=None, num_masked=None"),
-        (lambda: masking.blockwise(KEY, (2, 4, 4), 0.5), r"\(2, 4, 4\) has 3"),
+        (lambda: masking.blockwise(KEY, (2, 4, 4), 0.5), r"one or two axes; got \(2, 4, 4\)"),
         (lambda: masking.blockwise(KEY, (300, 300), 0.5), "90000 tokens"),
         (lambda: masking.blockwise(KEY, (9, 9), 0.5, min_block=0), "got 0 and None"),
         (lambda: masking.blockwise(KEY, (9, 9), 0.5, max_block=8), "got 16 and 8"),
@@ -201,6 +201,6 @@ KEY = masking.key([0, 1], seed=0)
         (lambda: compat.cae(KEY, (1, 16), 0.5), r"does not end on grid \(1, 16\)"),
     ],
 )
-def test_what_does_not_fit_is_repeated_in_the_error(call, message):
+def test_errors_repeat_what_was_passed(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -1,8 +1,10 @@
-"""Published masks: two-sample tests, of fixed seeds, against the published laws.
+"""Published masks: two-sample tests, with fixed seeds, against the published distributions.
 
-On small grids whole laws are compared, mask by mask; at the published sizes what they are known by.
+On small grids the whole distributions are compared, mask by mask. At the published sizes marginals,
+adjacency and counts are compared.
 """
 
+import functools
 import math
 import random
 
@@ -30,7 +32,7 @@ def blocks_as_published(
     grid: tuple[int, int] = GRID,
     min_block: int = 16,
 ) -> np.ndarray:
-    """CAE's loop; BEiT's is not exact; mmpretrain's never draws the last corner."""
+    """Run CAE's loop. BEiT's is not `exact`, and mmpretrain's has `last=1`."""
     mask, new = np.zeros(grid, dtype=bool), 1
     while mask.sum() < count and (exact or new):
         most, new = count - int(mask.sum()), 0
@@ -51,7 +53,7 @@ def blocks_as_published(
 def ijepa_as_published(
     generator: torch.Generator, batch: int, grid: tuple[int, int] = GRID, min_keep: int = 10
 ) -> tuple[Tensor, Tensor]:
-    """A batch of contexts (cut to the shortest) and first targets, True = inside."""
+    """Draw a batch of contexts (cut to the shortest) and first targets, True = inside."""
     rows, columns = grid
 
     def size(scale, aspect):
@@ -87,12 +89,12 @@ def ijepa_as_published(
     return cut.view(batch, *grid), torch.stack(targets)
 
 
-def assert_same_law(ours: Tensor, theirs: Tensor, *, clusters: int | None = None) -> None:
-    """Compare marginals and adjacency of two samples at five standard errors.
+def assert_same_distribution(ours: Tensor, theirs: Tensor, *, clusters: int | None = None) -> None:
+    """Compare marginals, adjacency and counts of two samples at five standard errors.
 
     Args:
         ours: Booleans, [samples, rows, columns].
-        theirs: As many.
+        theirs: The same number of samples.
         clusters: Independent groups of samples, where a batch shares random numbers.
     """
     groups = len(ours) if clusters is None else clusters
@@ -108,19 +110,19 @@ def assert_same_law(ours: Tensor, theirs: Tensor, *, clusters: int | None = None
         assert (gap <= 5 * error + 5 / len(ours)).all(), float((gap / (error + 1e-9)).max())
 
 
-def test_mmpretrain_follows_the_published_law():
+def test_mmpretrain_follows_the_published_distribution():
     drawn, count = 1500, 75
     rng = random.Random(0)
     theirs = np.stack([blocks_as_published(rng, count, last=1) for _ in range(drawn)])
     ours = compat.mmpretrain(masking.key(range(drawn), seed=0), GRID, num_masked=count)
-    assert_same_law(ours, torch.from_numpy(theirs))
+    assert_same_distribution(ours, torch.from_numpy(theirs))
 
 
-def test_the_two_sample_test_tells_mmpretrain_from_cae():
+def test_the_two_sample_test_distinguishes_mmpretrain_from_cae():
     key = masking.key(range(1500), seed=0)
     draws = [sampler(key, GRID, num_masked=75) for sampler in (compat.mmpretrain, compat.cae)]
     with pytest.raises(AssertionError):
-        assert_same_law(*draws)
+        assert_same_distribution(*draws)
 
 
 def test_mmpretrain_never_masks_the_last_row_and_column():
@@ -133,7 +135,7 @@ def test_mmpretrain_never_masks_the_last_row_and_column():
 
 @pytest.fixture(scope="module")
 def ijepa_draws() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Contexts and first targets of 300 batches of 8, ours and as published."""
+    """Draw contexts and first targets of 300 batches of 8, ours and as published."""
     generator = torch.Generator().manual_seed(0)
     theirs = [ijepa_as_published(generator, 8) for _ in range(300)]
     keys = [masking.key(range(8 * n, 8 * n + 8), seed=0) for n in range(300)]
@@ -145,19 +147,19 @@ def ijepa_draws() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def test_ijepa_follows_the_published_law(ijepa_draws):
+def test_ijepa_follows_the_published_distribution(ijepa_draws):
     contexts, their_contexts, targets, their_targets = ijepa_draws
-    assert_same_law(contexts, their_contexts, clusters=300)
-    assert_same_law(targets, their_targets, clusters=300)
+    assert_same_distribution(contexts, their_contexts, clusters=300)
+    assert_same_distribution(targets, their_targets, clusters=300)
 
 
-def test_the_two_sample_test_tells_ijepa_from_multiblock(ijepa_draws):
+def test_the_two_sample_test_distinguishes_ijepa_from_multiblock(ijepa_draws):
     blocks = masking.multiblock(masking.key(range(2400), seed=0), GRID)
     with pytest.raises(AssertionError):
-        assert_same_law(~blocks.context.is_masked, ijepa_draws[1], clusters=300)
+        assert_same_distribution(~blocks.context.is_masked, ijepa_draws[1], clusters=300)
 
 
-def test_ijepa_never_reaches_the_last_row_and_column(ijepa_draws):
+def test_ijepa_never_uses_the_last_row_and_column(ijepa_draws):
     contexts, _, targets, _ = ijepa_draws
     for inside in (contexts, targets):
         assert not inside[:, -1].any()
@@ -165,17 +167,17 @@ def test_ijepa_never_reaches_the_last_row_and_column(ijepa_draws):
     assert targets[:, :-1, :-1].any(dim=0).all()
 
 
-def test_the_bottom_is_seen_less_in_larger_batches():
-    def seen_below(batch: int) -> float:
+def test_the_bottom_is_visible_less_often_in_larger_batches():
+    def visible_at_the_bottom(batch: int) -> float:
         keys = [masking.key(range(n, n + batch), seed=0) for n in range(0, 512, batch)]
         contexts = torch.cat([~compat.ijepa(key, GRID) for key in keys])
         return float(contexts[:, -4:].double().mean())
 
-    assert seen_below(64) < 0.6 * seen_below(4)
+    assert visible_at_the_bottom(64) < 0.6 * visible_at_the_bottom(4)
 
 
-def test_the_sizes_of_ijepa_are_few():
-    """One random number for area and aspect ratio; published: 5 shapes in 200 seeds."""
+def test_ijepa_draws_few_different_sizes():
+    """One random number gives area and aspect ratio; published: 5 shapes in 200 seeds."""
     shapes = set()
     for seed in range(100):
         target = compat.ijepa_targets(masking.key([0], seed=seed), GRID)[0, 0]
@@ -184,7 +186,7 @@ def test_the_sizes_of_ijepa_are_few():
 
 
 @given(key=keys(min_batch=2))
-def test_context_and_targets_belong_together_and_to_their_key(key):
+def test_context_and_targets_are_disjoint_and_depend_on_the_key_only(key):
     context, targets = ~compat.ijepa(key, GRID), compat.ijepa_targets(key, GRID)
     assert torch.equal(context, ~compat.ijepa(key, GRID))
     assert len(context.sum((1, 2)).unique()) == 1
@@ -192,13 +194,13 @@ def test_context_and_targets_belong_together_and_to_their_key(key):
 
 
 @pytest.mark.parametrize("sampler", [compat.ijepa, compat.mmpretrain])
-def test_a_batch_without_samples_has_masks(sampler):
+def test_an_empty_batch(sampler):
     options = {} if sampler is compat.ijepa else {"num_masked": 9}
     assert sampler(masking.key([], seed=0), GRID, **options).shape == (0, *GRID)
 
 
 @pytest.mark.untyped
-def test_the_kit_names_what_mmpretrain_never_masks():
+def test_assert_sampler_conforms_names_what_mmpretrain_never_masks():
     def sampler(key: Key, grid: tuple[int, ...], ratio: float) -> masking.Mask:
         return masking.Mask.from_bool(compat.mmpretrain(key, grid, ratio, min_block=4))
 
@@ -206,7 +208,7 @@ def test_the_kit_names_what_mmpretrain_never_masks():
         assert_sampler_conforms(sampler, (7, 7), 0.4)
 
 
-# Whole laws on small grids.
+# Whole distributions on small grids.
 
 DRAWN = 4000
 BLOCKS = {"grid": (4, 5), "min_block": 6}
@@ -225,6 +227,7 @@ def simmim_as_published(rng: np.random.RandomState) -> np.ndarray:
     return mask.reshape(2, 3).repeat(2, axis=0).repeat(2, axis=1)
 
 
+@functools.cache
 def draw_small(name: str) -> tuple[Tensor, Tensor]:
     """Draw masks on a small grid: ours, and as published."""
     key, rng, generator = (
@@ -252,7 +255,7 @@ def draw_small(name: str) -> tuple[Tensor, Tensor]:
 
 
 def assert_same_masks(ours: Tensor, theirs: Tensor) -> None:
-    """Chi-squared over all masks, those seen less than ten times together as one; 5 sigma."""
+    """Compare by a chi-squared test at 5 sigma; masks drawn less than ten times are pooled."""
     both = torch.cat([ours.flatten(1), theirs.flatten(1)])
     bits = (both.long() << torch.arange(both.shape[1])).sum(dim=1)
     kinds, kind = bits.unique(return_inverse=True)
@@ -264,21 +267,21 @@ def assert_same_masks(ours: Tensor, theirs: Tensor) -> None:
     assert distance < freedom + 5 * math.sqrt(2 * freedom) + 5, (distance, freedom)
 
 
-LAWS = ["mae", "simmim", "beit", "cae", "mmpretrain", "ijepa"]
+DISTRIBUTIONS = ["mae", "simmim", "beit", "cae", "mmpretrain", "ijepa"]
 
 
-@pytest.mark.parametrize("name", LAWS)
-def test_masks_of_a_small_grid_are_drawn_as_often_as_published(name):
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_masks_of_a_small_grid_are_as_frequent_as_published(name):
     assert_same_masks(*draw_small(name))
 
 
 @pytest.mark.parametrize(("one", "other"), [("beit", "cae"), ("mmpretrain", "cae")])
-def test_the_test_of_whole_laws_tells_published_samplers_apart(one, other):
+def test_the_chi_squared_test_distinguishes_published_samplers(one, other):
     with pytest.raises(AssertionError):
         assert_same_masks(draw_small(one)[0], draw_small(other)[1])
 
 
-def test_the_test_of_whole_laws_tells_a_batch_of_four_from_one_of_two():
+def test_the_chi_squared_test_distinguishes_batches_of_four_and_two():
     """The context of a sample is cut to the shortest of its batch."""
     contexts = [
         ~compat.ijepa(masking.key(range(4 * n, 4 * n + 4), seed=0), (4, 5), min_keep=1)[:1]
@@ -297,10 +300,10 @@ KEY = masking.key([0, 1], seed=0)
     [
         (lambda: compat.ijepa(KEY, (2, 2)), r"does not end on grid \(2, 2\)"),
         (lambda: compat.ijepa(KEY, (1, 16)), r"\(1, 16\)"),
-        (lambda: compat.ijepa(KEY, (16,)), r"two axes; got grid \(16,\)"),
+        (lambda: compat.ijepa(KEY, (16,)), r"two axes; got \(16,\)"),
         (lambda: compat.mmpretrain(KEY, (4, 4), num_masked=10), r"not end on grid \(4, 4\)"),
     ],
 )
-def test_where_the_published_loops_never_end_an_error_does(call, message):
+def test_an_error_where_the_published_loop_never_ends(call, message):
     with pytest.raises(ValueError, match=message):
         call()

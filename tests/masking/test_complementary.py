@@ -1,4 +1,4 @@
-"""Masks that share an image out."""
+"""Complementary masks."""
 
 import pytest
 import torch
@@ -15,13 +15,13 @@ from tests.strategies import grids, keys
 def test_every_token_is_visible_in_exactly_one_part(key, grid, data):
     num_tokens = torch.Size(grid).numel()
     parts = data.draw(st.integers(1, num_tokens))
-    dealt = complementary(key, grid, parts)
-    assert len(dealt) == parts
-    for mask in dealt:
+    drawn = complementary(key, grid, parts)
+    assert len(drawn) == parts
+    for mask in drawn:
         mask.validate()
         assert mask.grid == grid
         assert mask.num_visible in (num_tokens // parts, -(-num_tokens // parts))
-    together = torch.cat([mask.visible_ids for mask in dealt], dim=1)
+    together = torch.cat([mask.visible_ids for mask in drawn], dim=1)
     assert torch.equal(together.sort(dim=1).values, torch.arange(num_tokens).expand_as(together))
 
 
@@ -41,13 +41,13 @@ def test_the_parts_of_a_sample_do_not_depend_on_its_batch(key):
 
 
 def test_all_parts_are_equally_likely_for_every_token():
-    dealt = complementary(masking.key(range(4000), seed=3), (4, 4), 4)
-    shares = torch.stack([1 - mask.is_masked.float().mean(0) for mask in dealt])
+    drawn = complementary(masking.key(range(4000), seed=3), (4, 4), 4)
+    shares = torch.stack([1 - mask.is_masked.float().mean(0) for mask in drawn])
     assert (shares - 0.25).abs().max() < 5 * (0.25 * 0.75 / 4000) ** 0.5
 
 
-def test_slices_of_an_order_are_the_authors_groups():
-    """The same deal from their noise: `ids_keep4` are its quarters."""
+def test_quarters_of_a_permutation_match_the_authors():
+    """Split the permutation of their noise: `ids_keep4` are its quarters."""
     vectors = golden("fastconvmae_A")
     order = vectors.tensor("in/noise").argsort(dim=1)
     groups = [Mask.from_visible_ids(ids, (4, 4)) for ids in order.tensor_split(4, dim=1)]
@@ -67,6 +67,6 @@ KEY = masking.key([0], seed=0)
         (2.0, TypeError, "2.0"),
     ],
 )
-def test_a_number_of_parts_that_cannot_be_is_repeated(parts, error, message):
+def test_errors_repeat_what_was_passed(parts, error, message):
     with pytest.raises(error, match=message):
         complementary(KEY, (4, 4), parts)

@@ -1,4 +1,4 @@
-"""How many tokens a ratio masks."""
+"""The number of tokens that a ratio masks."""
 
 import math
 from fractions import Fraction
@@ -13,7 +13,7 @@ from mimkit.masking import num_masked
 from tests.golden_files import golden
 from tests.strategies import grids
 
-# As typed: the exact value is the decimal, not the binary float.
+# Strings, because the exact value is the decimal, not the binary float.
 RATIOS = [f"{percent / 100:.2f}" for percent in range(0, 101, 5)] + ["0.333", "0.125", "0.9999"]
 
 
@@ -55,7 +55,7 @@ def test_the_mae_rule_equals_the_official_table():
         assert int(length) - num_masked(int(length), float(ratio), rounding="mae") == int(kept)
 
 
-def test_the_table_holds_lengths_that_tell_the_rules_apart():
+def test_the_official_table_distinguishes_the_rules():
     table = golden("mae_random_masking")["len_keep_table"]
     assert any(
         int(length) - num_masked(int(length), float(ratio)) != int(kept)
@@ -73,7 +73,7 @@ def test_the_simmim_rule_rounds_the_float_product_up():
 
 
 @pytest.mark.parametrize("ratio", [0.75, np.float64(0.75), Fraction(3, 4)])
-def test_ratios_of_any_number_type_count_the_same(ratio):
+def test_ratios_of_any_number_type_give_the_same_count(ratio):
     assert num_masked(10, ratio) == 8
 
 
@@ -99,12 +99,12 @@ def test_every_row_of_uniform_masks_num_masked_tokens(grid, ratio, rounding):
         ((1, 0.5), "num_masked="),
     ],
 )
-def test_a_count_that_cannot_be_is_refused(arguments, message):
+def test_errors_repeat_what_was_passed(arguments, message):
     with pytest.raises(ValueError, match=message):
         num_masked(*arguments)
 
 
 @pytest.mark.untyped
-def test_an_unknown_rounding_is_named_with_the_known_ones():
+def test_an_unknown_rounding_is_an_error_that_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"nearest.*mae.*simmim.*'floor'"):
         num_masked(4, 0.5, rounding="floor")

@@ -1,7 +1,9 @@
-"""Masks into and containers out of `DistributedDataParallel` with a static graph."""
+"""Masks as inputs and containers as outputs of static-graph `DistributedDataParallel`."""
 
+from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed
 from torch import Tensor
@@ -25,7 +27,7 @@ CONFIG = MAEConfig(
 
 
 def gradients(model: torch.nn.Module, rows: slice) -> list[dict[str, Tensor]]:
-    """The gradients of every step, on some rows of the batch."""
+    """Return the gradients of every step, for some rows of the batch."""
     images = torch.randn(BATCH, 3, 8, 12, generator=torch.Generator().manual_seed(1))
     steps = []
     for epoch in range(STEPS):
@@ -51,18 +53,23 @@ def new_model() -> MAE:
 def train(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=RANKS,
+        timeout=timedelta(minutes=5),
     )
     share = BATCH // RANKS
     rows = slice(rank * share, (rank + 1) * share)
-    # The wrapper must go before the group: as its last owner it would hold the GIL while it waits
-    # for the group's threads, one of which may be waiting for the GIL.
+    # The wrapper must be destroyed before the group. As the last owner of the group it would hold
+    # the GIL while it waits for the group's threads, one of which may be waiting for the GIL.
     steps = gradients(DistributedDataParallel(new_model(), static_graph=True), rows)
     torch.distributed.destroy_process_group()
     torch.save(steps, f"{folder}/{rank}.pt")
 
 
-def test_two_processes_find_the_gradients_of_the_whole_batch(tmp_path: Path):
+@pytest.mark.full
+def test_two_processes_compute_the_gradients_of_the_whole_batch(tmp_path: Path):
     spawn(train, args=(str(tmp_path),), nprocs=RANKS)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))
     whole = gradients(new_model(), slice(None))

@@ -38,7 +38,7 @@ def hexadecimal(numbers: str) -> tuple[int, ...]:
 
 
 def philox_of_integers(key: tuple[int, ...], counter: tuple[int, ...]) -> tuple[int, ...]:
-    """Salmon et al. 2011, figure 2, word by word."""
+    """Compute Philox as in figure 2 of Salmon et al., 2011, with Python integers."""
     (k0, k1), (c0, c1, c2, c3) = key, counter
     for _ in range(10):
         low0, high0 = (0xD2511F53 * c0) % 2**32, (0xD2511F53 * c0) // 2**32
@@ -49,7 +49,7 @@ def philox_of_integers(key: tuple[int, ...], counter: tuple[int, ...]) -> tuple[
 
 
 def word(*, seed: int, epoch: int, view: int, sampler: int, sample_id: int, token: int) -> int:
-    """One random word, as DESIGN section 4 writes the format down."""
+    """Compute one random word as `mimkit/masking/_philox.py` documents the format."""
     stream = (sampler << 8) | view
     key = (seed & M32, (seed >> 32) & M32)
     counter = (
@@ -61,7 +61,7 @@ def word(*, seed: int, epoch: int, view: int, sampler: int, sample_id: int, toke
     return philox_of_integers(key, counter)[token % 4]
 
 
-def visible_by_the_format(num_tokens: int, num_masked: int, **state: int) -> list[int]:
+def visible_in_format(num_tokens: int, num_masked: int, **state: int) -> list[int]:
     ranks = {
         token: (word(**state, sampler=UNIFORM, token=token) << 16) | token
         for token in range(num_tokens)
@@ -78,7 +78,7 @@ def of_torch(key: tuple[int, ...], counter: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("name", KNOWN_ANSWERS)
-def test_philox_gives_the_known_answers(name):
+def test_philox_matches_the_known_answers(name):
     counter, key, answer = map(hexadecimal, KNOWN_ANSWERS[name])
     assert of_torch(key, counter) == answer
     assert philox_of_integers(key, counter) == answer
@@ -117,19 +117,19 @@ def test_the_format_is_version_1():
 @example(seed=0, epoch=0, view=0, ids=[0], grid=(5,), data=None)
 @example(seed=-1, epoch=2**32 - 1, view=255, ids=[-1, -(1 << 63)], grid=(7, 3), data=None)
 @example(seed=(1 << 64) - 1, epoch=1, view=1, ids=[(1 << 40) + 3, 3], grid=(2, 3, 4), data=None)
-def test_uniform_follows_the_written_format(seed, epoch, view, ids, grid, data):
+def test_uniform_follows_the_documented_format(seed, epoch, view, ids, grid, data):
     num_tokens = math.prod(grid)
     count = num_tokens // 2 if data is None else data.draw(st.integers(0, num_tokens))
     key = masking.key(ids, seed=seed, epoch=epoch).view(view)
     mask = masking.uniform(key, grid, num_masked=count)
     assert mask.visible_ids.tolist() == [
-        visible_by_the_format(num_tokens, count, seed=seed, epoch=epoch, view=view, sample_id=i)
+        visible_in_format(num_tokens, count, seed=seed, epoch=epoch, view=view, sample_id=i)
         for i in ids
     ]
 
 
 @given(seed=st.integers(-(1 << 63), -1), ids=st.lists(sample_ids, min_size=1, max_size=3))
-def test_a_seed_is_the_same_signed_or_unsigned(seed, ids):
+def test_a_signed_seed_equals_its_unsigned_form(seed, ids):
     signed, unsigned = (
         masking.uniform(masking.key(ids, seed=value), (5, 6), 0.5) for value in (seed, seed + 2**64)
     )
@@ -137,7 +137,7 @@ def test_a_seed_is_the_same_signed_or_unsigned(seed, ids):
 
 
 @given(seed=seeds, epoch=epochs, ids=st.lists(sample_ids, min_size=1, max_size=3), view=views)
-def test_a_random_square_follows_the_written_format(seed, epoch, ids, view):
+def test_a_random_square_follows_the_documented_format(seed, epoch, ids, view):
     grid, side = (9, 4, 3), (3, 4, 1)
     key = masking.key(ids, seed=seed, epoch=epoch).view(view)
     mask = masking.square(key, grid, side, position="random")
@@ -151,10 +151,10 @@ def test_a_random_square_follows_the_written_format(seed, epoch, ids, view):
         assert bool(mask.is_masked[row][box].all())
 
 
-def test_uniform_ranks_the_largest_grid_of_the_format():
+def test_uniform_on_the_largest_grid_of_the_format():
     key = masking.key([1 << 41], seed=7, epoch=3)
     mask = masking.uniform(key, (256, 256), num_masked=65535)
-    expected = visible_by_the_format(65536, 65535, seed=7, epoch=3, view=0, sample_id=1 << 41)
+    expected = visible_in_format(65536, 65535, seed=7, epoch=3, view=0, sample_id=1 << 41)
     assert mask.visible_ids.tolist() == [expected]
     with pytest.raises(ValueError, match=r"\(257, 256\) has 65792 units"):
         masking.uniform(key, (257, 256), 0.5)

@@ -1,4 +1,4 @@
-"""Inverse block masks: exact counts, whole blocks, every token now and then."""
+"""Inverse block masks: exact counts, whole blocks, and the documented format."""
 
 import math
 
@@ -25,20 +25,20 @@ def test_counts_are_exact_on_every_grid(key, grid, data):
 
 @pytest.mark.untyped
 @pytest.mark.parametrize("grid", [(12,), (5, 7), (2, 4, 5)])
-def test_inverse_block_keeps_what_every_sampler_promises(grid):
+def test_inverse_block_conforms(grid):
     assert_sampler_conforms(masking.inverse_block, grid, 0.7)
 
 
 @pytest.mark.parametrize("grid", [(1, 40), (1, 1), (64, 64)])
-def test_drawing_ends_near_the_ends_too(grid):
+def test_extreme_counts_and_grids(grid):
     for count in {0, 1, math.prod(grid) - 1, math.prod(grid)}:
         mask = masking.inverse_block(masking.key([0, 1], seed=0), grid, num_masked=count)
         assert mask.num_masked == count
 
 
 @given(key=keys(max_batch=1), block=st.integers(1, 4), count=st.integers(0, 42))
-def test_the_bits_are_those_of_the_written_format(key, block, count):
-    """Block after block, until the last one would show too much."""
+def test_masks_follow_the_documented_format(key, block, count):
+    """Add blocks one after the other; of the last one, only a part becomes visible."""
     grid = (6, 7)
     state = {
         "seed": int(key.seed_and_epoch[0]) % 2**64,
@@ -69,7 +69,7 @@ def test_blocks_of_one_token_are_uniform():
     assert (share - 0.75).abs().max() < 5 * math.sqrt(0.75 * 0.25 / 4000)
 
 
-def test_what_is_visible_clings_together():
+def test_visible_tokens_are_clustered():
     key = masking.key(range(300), seed=0)
 
     def pairs(mask):
@@ -80,7 +80,7 @@ def test_what_is_visible_clings_together():
     assert pairs(blocks) > 2 * pairs(masking.uniform(key, (14, 14), 0.8))
 
 
-def test_a_batch_without_samples_has_a_mask():
+def test_an_empty_batch():
     mask = masking.inverse_block(masking.key([], seed=0), (4, 5), 0.5)
     assert (mask.batch_size, mask.num_masked) == (0, 10)
 
@@ -94,6 +94,6 @@ def test_a_batch_without_samples_has_a_mask():
         ((4, 4), {"ratio": 0.5, "block": 0}, "block"),
     ],
 )
-def test_what_does_not_fit_is_repeated_in_the_error(grid, options, message):
+def test_errors_repeat_what_was_passed(grid, options, message):
     with pytest.raises(ValueError, match=message):
         masking.inverse_block(masking.key(torch.tensor([0]), seed=0), grid, **options)

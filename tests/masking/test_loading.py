@@ -1,4 +1,4 @@
-"""Sample ids through `DataLoader`, and masks drawn from them."""
+"""Sample ids from a `DataLoader`, and masks drawn from them."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ class Numbers(Dataset[int]):
 
 
 class MasksByWorkers(Dataset[Mask]):
-    """Draws in the worker what the training process would draw."""
+    """Draw masks in the workers, with the same keys as in the training process."""
 
     def __len__(self) -> int:
         return 6
@@ -79,7 +79,7 @@ def test_a_subset_of_a_dataset_with_ids_keeps_the_ids():
     assert [sample_id for _, sample_id in part] == [7, 3]
 
 
-def test_a_dataset_without_an_index_has_no_ids():
+def test_an_iterable_dataset_raises():
     class Stream(IterableDataset[int]):
         def __iter__(self):
             yield 0
@@ -88,6 +88,6 @@ def test_a_dataset_without_an_index_has_no_ids():
         masking.with_ids(Stream())
 
 
-def test_iterating_ends_with_the_dataset():
+def test_iteration_ends_with_the_dataset():
     dataset = masking.with_ids(TensorDataset(torch.arange(3)))
     assert [sample_id for _, sample_id in dataset] == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""`Mask`: made, changed and compared."""
+"""`Mask`: construction, conversion and comparison."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ def booleans(mask: Mask) -> np.ndarray:
 
 
 @given(masks())
-def test_visible_and_masked_ids_split_the_grid_in_ascending_order(mask):
+def test_visible_and_masked_ids_are_ascending_and_fill_the_grid(mask):
     mask.validate()
     for visible, masked in zip(mask.visible_ids.tolist(), mask.masked_ids.tolist(), strict=True):
         assert visible == sorted(visible)
@@ -49,7 +49,7 @@ def test_the_properties_agree_with_the_ids(mask):
 
 
 @given(masks())
-def test_restore_ids_bring_visible_and_masked_back_to_grid_order(mask):
+def test_restore_ids_put_visible_and_masked_tokens_in_grid_order(mask):
     order = torch.cat([mask.visible_ids, mask.masked_ids], dim=1)
     in_grid_order = order.gather(1, mask.restore_ids)
     assert torch.equal(in_grid_order, torch.arange(mask.num_tokens).expand_as(order))
@@ -62,7 +62,7 @@ def test_from_bool_undoes_is_masked(mask):
 
 
 @given(masks(), generators())
-def test_from_visible_ids_takes_any_order_and_integer_type(mask, generator):
+def test_from_visible_ids_accepts_any_order_and_integer_type(mask, generator):
     shuffle = torch.rand(mask.visible_ids.shape, generator=generator).argsort(dim=1)
     shuffled = mask.visible_ids.gather(1, shuffle)
     assert Mask.from_visible_ids(shuffled, mask.grid).equal(mask)
@@ -105,7 +105,7 @@ def test_the_complement_swaps_visible_and_masked(mask):
 
 
 @given(masks(), st.data())
-def test_rows_are_taken_as_from_the_booleans(mask, data):
+def test_indexing_selects_the_same_rows_as_of_the_booleans(mask, data):
     row = st.integers(-mask.batch_size, mask.batch_size - 1)
     single, several = data.draw(row), data.draw(st.lists(row, min_size=1, max_size=5))
     chosen = data.draw(st.lists(st.booleans(), min_size=mask.batch_size, max_size=mask.batch_size))
@@ -132,13 +132,13 @@ def test_a_row_may_be_a_numpy_integer():
 
 
 @given(masks())
-def test_a_mask_is_iterated_row_by_row(mask):
+def test_iteration_yields_one_row_at_a_time(mask):
     rows = list(mask)
     assert len(rows) == mask.batch_size
     assert Mask.cat(rows).equal(mask)
 
 
-def test_a_row_that_is_not_there_is_an_index_error():
+def test_a_row_out_of_range_is_an_index_error():
     mask = masking.uniform(masking.key([0, 1], seed=0), (4,), 0.5)
     with pytest.raises(IndexError):
         mask[2]
@@ -169,7 +169,7 @@ def test_coarsen_undoes_refine(mask, data):
 
 
 @given(masks(), st.integers(1, 3))
-def test_one_factor_stands_for_every_axis(mask, factor):
+def test_one_factor_applies_to_every_axis(mask, factor):
     assert mask.refine(factor).equal(mask.refine([factor] * len(mask.grid)))
     assert mask.refine(factor).coarsen(factor).equal(mask)
 
@@ -184,13 +184,13 @@ def test_a_cell_that_is_partly_masked_cannot_be_coarsened():
 
 
 @given(masks(), masks())
-def test_masks_are_equal_when_they_hide_the_same(one, other):
+def test_masks_are_equal_if_they_mask_the_same_positions(one, other):
     same = one.grid == other.grid and torch.equal(one.is_masked, other.is_masked)
     assert one.equal(other) == same
     assert one.equal(Mask.from_bool(one.is_masked.clone()))
 
 
-def test_masks_of_other_grids_counts_and_batches_are_not_equal():
+def test_masks_of_different_grids_counts_or_batch_sizes_are_not_equal():
     def all_visible(*shape: int) -> Mask:
         return Mask.from_bool(torch.zeros(shape, dtype=torch.bool))
 
@@ -202,7 +202,7 @@ def test_masks_of_other_grids_counts_and_batches_are_not_equal():
 
 
 @given(masks(batch_size=1), st.integers(1, 5))
-def test_expand_shares_one_sample_without_a_copy(mask, batch_size):
+def test_expand_repeats_one_sample_without_a_copy(mask, batch_size):
     shared = mask.expand(batch_size)
     assert torch.equal(shared.is_masked, mask.is_masked.expand(batch_size, *mask.grid))
     assert shared.visible_ids.data_ptr() == mask.visible_ids.data_ptr()
@@ -228,7 +228,7 @@ def test_pinned_masks_are_equal_and_page_locked():
 
 
 @given(masks())
-def test_a_mask_survives_copying_and_pickling(mask):
+def test_masks_can_be_copied_and_pickled(mask):
     for copied in (copy.copy(mask), copy.deepcopy(mask), pickle.loads(pickle.dumps(mask))):
         assert type(copied) is Mask
         assert copied.equal(mask)
@@ -260,8 +260,8 @@ def test_a_key_is_a_pytree_of_ids_and_seed(key):
 
 
 @pytest.mark.untyped
-def test_rebuilding_a_mask_from_its_leaves_checks_nothing():
-    """DDP, export and `tree_map` put placeholders where tensors were."""
+def test_unflattening_a_mask_checks_nothing():
+    """DDP, export and `tree_map` put placeholders in place of tensors."""
     mask = masking.uniform(masking.key([0], seed=0), (4,), 0.5)
     shapes = pytree.tree_map(lambda ids: tuple(ids.shape), mask)
     assert (shapes.visible_ids, shapes.masked_ids) == ((1, 2), (1, 2))
@@ -275,14 +275,14 @@ def test_masks_and_keys_cannot_be_changed():
         masking.key([0], seed=0).view_index = 1
 
 
-def test_a_mask_says_what_it_is():
+def test_the_repr_of_a_mask():
     mask = masking.uniform(masking.key([0, 1], seed=0), (2, 4), 0.75)
     assert repr(mask) == (
         "Mask(batch_size=2, grid=(2, 4), num_visible=2, num_masked=6, device='cpu')"
     )
 
 
-def test_unequal_counts_name_the_first_odd_sample():
+def test_unequal_counts_name_the_first_sample_that_differs():
     is_masked = torch.tensor([[True, False, False]] * 2 + [[True, True, False]])
     with pytest.raises(ValueError, match=r"1 of 3, but sample 2 masks 2"):
         Mask.from_bool(is_masked)
@@ -308,7 +308,7 @@ MASK = masking.uniform(masking.key([0, 1], seed=0), (4, 4), 0.75)
         (lambda: Mask.from_visible_ids(torch.tensor([0, 1]), (2, 2)), r"\(2,\)"),
         (lambda: Mask.from_noise(torch.rand(2, 15), (4, 4), 3), r"\[batch, 16\].*\(2, 15\)"),
         (lambda: Mask.from_noise(torch.rand(2, 16), (4, 4), 17), r"\[0, 16\]; got 17"),
-        (lambda: Mask.from_noise(torch.full((1, 4), float("nan")), (2, 2), 1), "not a number"),
+        (lambda: Mask.from_noise(torch.full((1, 4), float("nan")), (2, 2), 1), "NaN"),
         (lambda: Mask.from_boxes(ids([0, 0, 1, 2]), (2, 2)), r"\(1, 4\)"),
         (lambda: Mask.from_boxes(ids([0, 0, 1, 3])[None], (2, 2)), r"\[0, 0, 1, 3\].*sample 0"),
         (lambda: Mask.from_boxes(ids([1, 0, 0, 1])[None], (2, 2)), r"\[1, 0, 0, 1\]"),
@@ -322,7 +322,7 @@ MASK = masking.uniform(masking.key([0, 1], seed=0), (4, 4), 0.75)
         (lambda: MASK.refine(0), "got 0"),
     ],
 )
-def test_what_does_not_fit_is_repeated_in_the_error(call, message):
+def test_errors_repeat_what_was_passed(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -336,7 +336,7 @@ def test_what_does_not_fit_is_repeated_in_the_error(call, message):
         lambda: Mask.from_visible_ids(torch.ones(1, 1, dtype=torch.bool), (2, 2)),
     ],
 )
-def test_a_wrong_dtype_is_named(call):
+def test_errors_name_a_wrong_dtype(call):
     with pytest.raises(TypeError, match=r"torch\.(uint8|float32|bool)"):
         call()
 
@@ -350,13 +350,13 @@ def test_a_wrong_dtype_is_named(call):
         (ids([0, 1]), ids([2]), "3 ids do not fill"),
     ],
 )
-def test_validate_finds_ids_that_are_no_partition(visible, masked, message):
+def test_validate_finds_ids_that_are_not_a_partition(visible, masked, message):
     mask = Mask(visible, masked, (2, 2))
     with pytest.raises(ValueError, match=message):
         mask.validate()
 
 
-def test_value_checks_are_switched_on_for_a_block():
+def test_use_check_validates_within_its_block():
     tokens = torch.zeros(1, 4, 2)
     wrong = Mask(ids([1, 0]), ids([2, 3]), (2, 2))
     mimkit.patches.gather_visible(tokens, wrong)

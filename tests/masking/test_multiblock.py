@@ -1,4 +1,4 @@
-"""Multi-block masks: counts of their own, the whole grid, context and targets apart."""
+"""Multi-block masks: fixed counts, disjoint context and targets, and the documented format."""
 
 import math
 
@@ -19,7 +19,7 @@ GRIDS = [(20,), (9, 8), (5, 14), (2, 6, 6)]
 
 
 @given(key=keys(), grid=grids(min_tokens=8, max_tokens=120), data=st.data())
-def test_context_and_targets_are_apart_and_counts_follow_from_the_grid(key, grid, data):
+def test_context_and_targets_are_disjoint_and_counts_depend_on_the_grid_only(key, grid, data):
     plane = math.prod(grid[-2:])
     assume(plane >= 2)
     num_targets, ratio = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([0.1, 0.175]))
@@ -38,7 +38,7 @@ def test_context_and_targets_are_apart_and_counts_follow_from_the_grid(key, grid
 
 
 @given(key=keys(), grid=st.sampled_from([(9, 8), (5, 14)]))
-def test_a_target_is_a_rectangle_but_for_one_end_of_an_outer_column(key, grid):
+def test_a_target_is_a_rectangle_except_for_one_end_of_an_outer_column(key, grid):
     for target in masking.multiblock(key, grid).targets:
         for is_masked in target.is_masked:
             rows, columns = is_masked.nonzero().unbind(1)
@@ -53,8 +53,8 @@ def test_a_target_is_a_rectangle_but_for_one_end_of_an_outer_column(key, grid):
 @pytest.mark.untyped
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("part", ["context", 0, 3])
-def test_context_and_targets_keep_what_every_sampler_promises(grid, part):
-    """Every position can be in and out of each, and neither depends on the batch."""
+def test_context_and_targets_conform(grid, part):
+    """Every position can be inside and outside of both, and neither depends on the batch."""
 
     def draw(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
         blocks = masking.multiblock(key, grid)
@@ -67,8 +67,8 @@ def test_context_and_targets_keep_what_every_sampler_promises(grid, part):
 
 
 @given(sample_id=st.integers(-(1 << 63), (1 << 63) - 1), seed=st.integers(0, (1 << 64) - 1))
-def test_the_bits_are_those_of_the_written_format(sample_id, seed):
-    """One sample, token by token, from the words of the documentation."""
+def test_masks_follow_the_documented_format(sample_id, seed):
+    """Draw one sample, token by token, as the format is documented."""
     height, width = 9, 8
     blocks = masking.multiblock(masking.key([sample_id], seed=seed, epoch=3).view(2), (9, 8))
 
@@ -107,7 +107,7 @@ def test_the_bits_are_those_of_the_written_format(sample_id, seed):
 
 
 def test_marginals_are_symmetric():
-    """Published masks are not: the last row and column are never in any of them."""
+    """The published masks are not symmetric: they never use the last row and column."""
     drawn = 6000
     blocks = masking.multiblock(masking.key(range(drawn), seed=0), (8, 8))
     shares = [blocks.context.is_masked, *(target.is_masked for target in blocks.targets)]
@@ -117,22 +117,22 @@ def test_marginals_are_symmetric():
             assert ((share - flipped).abs() < bound).all()
 
 
-def test_aspect_ratio_and_place_are_independent_of_each_other_and_of_other_targets():
+def test_aspect_ratios_and_positions_are_independent_within_and_between_targets():
     drawn = 4000
     blocks = masking.multiblock(masking.key(range(drawn), seed=0), (14, 14))
     columns = []
     for target in blocks.targets[:2]:
         rows = target.is_masked.any(dim=2)
         height = rows.sum(dim=1).double()
-        # Place among those that this height allows.
+        # Position relative to the range that this height allows.
         columns += [height, rows.double().argmax(dim=1) / (14 - height).clamp(min=1)]
     correlation = torch.corrcoef(torch.stack(columns))
     assert (correlation - torch.eye(4)).abs().max() < 5 / math.sqrt(drawn)
     assert len(set(columns[0].tolist())) > 1
 
 
-def test_the_context_block_is_left_last():
-    """A context that fits in its block is inside of it: no token of the opposite border."""
+def test_context_tokens_come_from_the_context_block_first():
+    """A context that fits into its block lies inside of it."""
     blocks = masking.multiblock(
         masking.key(range(200), seed=0), (12, 12), context_scale=(0.5, 0.5), num_context=10,
         num_targets=1,
@@ -169,15 +169,15 @@ KEY = masking.key([0, 1], seed=0)
 @pytest.mark.parametrize(
     ("grid", "options", "message"),
     [
-        ((2, 2), {}, "4 targets of 1 of 4 tokens are sure to leave 0"),
+        ((2, 2), {}, "4 targets of 1 of 4 tokens may leave only 0"),
         ((14, 14), {"target_ratio": 0.3}, "pass fewer or smaller targets"),
-        ((14, 14), {"num_context": 61}, "leave 60 to the context, which needs 61"),
+        ((14, 14), {"num_context": 61}, "only 60 for the context, which needs 61"),
         ((14, 14), {"num_targets": 0}, "num_targets must be at least 1; got 0"),
         ((14, 14), {"aspect": (2.0, 1.0)}, r"\(2.0, 1.0\)"),
         ((14, 14), {"context_scale": (0.5, 1.5)}, r"\(0.5, 1.5\)"),
         ((300, 300), {}, "65536"),
     ],
 )
-def test_what_does_not_fit_is_repeated_in_the_error(grid, options, message):
+def test_errors_repeat_what_was_passed(grid, options, message):
     with pytest.raises(ValueError, match=message):
         masking.multiblock(KEY, grid, **options)

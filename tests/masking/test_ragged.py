@@ -1,4 +1,4 @@
-"""Masks of samples that hide different numbers of tokens, on grids of their own."""
+"""Masks of samples that differ in grid or in number of masked tokens."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def example() -> RaggedMask:
 
 
 @given(st.lists(grids(max_tokens=30), min_size=1, max_size=4), generators())
-def test_each_sample_of_booleans_is_the_mask_it_would_be_alone(some_grids, generator):
+def test_from_bool_equals_the_mask_of_each_sample_alone(some_grids, generator):
     hidden = [torch.rand(grid, generator=generator) < 0.6 for grid in some_grids]
     mask = RaggedMask.from_bool(hidden)
     mask.validate()
@@ -40,7 +40,7 @@ def test_each_sample_of_booleans_is_the_mask_it_would_be_alone(some_grids, gener
 
 
 @given(grids(max_tokens=30), st.integers(1, 4), generators())
-def test_one_tensor_of_booleans_is_its_samples(grid, batch, generator):
+def test_from_bool_of_a_tensor_equals_that_of_a_list(grid, batch, generator):
     hidden = torch.rand(batch, *grid, generator=generator) < 0.6
     assert RaggedMask.from_bool(hidden).equal(RaggedMask.from_bool(list(hidden)))
 
@@ -58,7 +58,7 @@ def test_samplers_with_unequal_counts_make_a_ragged_mask():
 
 
 @given(ragged_masks())
-def test_a_batch_is_taken_apart_and_put_together_again(mask):
+def test_unbind_and_indexing_are_undone_by_cat(mask):
     assert RaggedMask.cat(mask.unbind()).equal(mask)
     assert RaggedMask.cat([mask[i] for i in range(mask.batch_size)]).equal(mask)
     opposite = list(range(mask.batch_size))[::-1]
@@ -71,7 +71,7 @@ def test_a_batch_is_taken_apart_and_put_together_again(mask):
 
 
 @given(ragged_masks())
-def test_rows_of_visible_and_masked_tokens_are_all_rows(mask):
+def test_visible_and_masked_rows_together_are_all_rows(mask):
     total = sum(mask.num_tokens)
     rows = torch.cat([mask.visible_rows, mask.masked_rows])
     assert torch.equal(rows.sort().values, torch.arange(total))
@@ -88,7 +88,7 @@ def test_rows_of_visible_and_masked_tokens_are_all_rows(mask):
     st.sampled_from(sorted(SAMPLERS)),
     st.data(),
 )
-def test_each_sample_is_drawn_as_it_would_be_alone(key, name, data):
+def test_each_drawn_sample_equals_the_mask_drawn_alone(key, name, data):
     batch, sampler = key.batch_size, SAMPLERS[name]
     shapes = grids(min_axes=2, max_axes=2, min_tokens=4, max_tokens=60)
     some_grids = data.draw(st.lists(shapes, min_size=batch, max_size=batch))
@@ -100,7 +100,7 @@ def test_each_sample_is_drawn_as_it_would_be_alone(key, name, data):
         assert one.equal(sampler(alone, some_grids[i], ratios[i]))
 
 
-def test_one_grid_ratio_or_count_is_for_all_samples():
+def test_one_grid_ratio_or_count_applies_to_all_samples():
     key = masking.key(range(3), seed=0)
     equal = masking.ragged(masking.uniform, key, (4, 4), 0.75)
     assert equal.equal(RaggedMask.cat([masking.uniform(key, (4, 4), 0.75)]))
@@ -133,7 +133,7 @@ def test_a_ragged_mask_is_a_pytree_of_tensors():
         ({"masked_ids": torch.tensor([1, 0, 3])}, "sample 1"),
     ],
 )
-def test_a_mask_that_does_not_fit_its_grids_is_found(change, message):
+def test_validate_finds_a_mask_that_does_not_fit_its_grids(change, message):
     example().validate()
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(example(), **change).validate()
@@ -154,14 +154,14 @@ def test_a_mask_that_does_not_fit_its_grids_is_found(change, message):
         ),
         (lambda: RaggedMask.from_visible_ids([torch.tensor([0])], []), ValueError, "got 0"),
         (lambda: example().split_masked(torch.zeros(4, 1)), ValueError, "got 4"),
-        (lambda: draw(grids=[(2, 2)]), ValueError, "3 samples need as many grids; got 1"),
-        (lambda: draw(ratios=[0.5]), ValueError, "as many ratios"),
-        (lambda: draw(num_masked=[1, 2]), ValueError, "as many num_masked"),
+        (lambda: draw(grids=[(2, 2)]), ValueError, "3 samples need 3 grids; got 1"),
+        (lambda: draw(ratios=[0.5]), ValueError, "3 samples need 3 ratios; got 1"),
+        (lambda: draw(num_masked=[1, 2]), ValueError, "3 samples need 3 num_masked; got 2"),
         (lambda: draw(ratios=0.5, num_masked=2), ValueError, "exactly one"),
         (lambda: draw(sampler=lambda key, grid, **_: 0, ratios=0.5), TypeError, "got int"),
     ],
 )
-def test_what_does_not_fit_is_repeated_in_the_error(call, error, message):
+def test_errors_repeat_what_was_passed(call, error, message):
     with pytest.raises(error, match=message):
         call()
 
@@ -171,7 +171,7 @@ def draw(*, sampler=masking.uniform, grids=(2, 2), ratios=None, num_masked=None)
     return masking.ragged(sampler, key, grids, ratios, num_masked=num_masked)
 
 
-def test_it_says_what_it_is():
+def test_the_repr_of_a_ragged_mask():
     assert repr(example()) == (
         "RaggedMask(grids=((1, 2), (3, 1), (1, 2)), num_visible=(1, 1, 2), "
         "num_masked=(1, 2, 0), device='cpu')"

@@ -49,7 +49,7 @@ def test_splitting_the_batch_splits_the_masks(name, key, data):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @given(key=keys(max_batch=6))
-def test_every_sampler_makes_valid_masks(name, key):
+def test_every_sampler_draws_valid_masks(name, key):
     SAMPLERS[name](key).validate()
 
 
@@ -106,7 +106,7 @@ def test_uniform_can_mask_nothing_and_everything(key, grid):
     assert everything.is_masked.all()
 
 
-def test_a_batch_without_samples_has_a_mask():
+def test_an_empty_batch():
     key = masking.key(torch.zeros(0, dtype=torch.int64), seed=0)
     mask = masking.uniform(key, (4, 4), 0.75)
     assert (mask.batch_size, mask.num_visible, mask.num_masked) == (0, 4, 12)
@@ -121,7 +121,7 @@ def test_a_unit_is_masked_as_a_whole(key, unit, data):
     assert mask.coarsen(unit).equal(masking.uniform(key, coarse, 0.6))
 
 
-def test_a_unit_of_two_has_the_structure_of_simmim():
+def test_units_of_two_have_the_structure_of_simmim():
     """SimMIM's generator repeats a uniform mask of 32-pixel units to the patch grid."""
     size, unit, patch, ratio = 224, 32, 16, 0.6
     mask = masking.uniform(
@@ -135,14 +135,14 @@ def test_a_unit_of_two_has_the_structure_of_simmim():
         assert np.array_equal(is_masked, coarse.repeat(2, axis=0).repeat(2, axis=1))
 
 
-def test_a_count_in_tokens_becomes_one_in_units():
+def test_num_masked_counts_tokens_not_units():
     mask = masking.uniform(masking.key([0], seed=0), (4, 4), num_masked=8, unit=2)
     assert mask.num_masked == 8
     assert mask.coarsen(2).num_masked == 2
 
 
 @given(grid=grids(max_tokens=100), data=st.data())
-def test_gridwise_keeps_one_token_in_every_step(grid, data):
+def test_gridwise_keeps_one_token_per_step(grid, data):
     steps = data.draw(st.tuples(*[st.integers(1, 3)] * len(grid)))
     mask = masking.gridwise(masking.key(range(2), seed=0), grid, keep_every=steps)
     mask.validate()
@@ -152,7 +152,7 @@ def test_gridwise_keeps_one_token_in_every_step(grid, data):
 
 
 @given(grid=grids(max_tokens=100), key=keys(), data=st.data())
-def test_a_square_is_one_whole_box_inside_the_grid(grid, key, data):
+def test_a_square_is_one_box_inside_the_grid(grid, key, data):
     sides = data.draw(st.tuples(*[st.integers(1, size) for size in grid]))
     position = data.draw(st.sampled_from(["center", "random"]))
     mask = masking.square(key, grid, sides, position=position)
@@ -174,7 +174,7 @@ def test_a_central_square_is_in_the_middle_rounded_towards_the_origin(grid, side
     assert torch.equal(mask.is_masked, expected)
 
 
-def test_a_random_square_reaches_every_start_equally_often():
+def test_a_random_square_is_at_every_position_equally_often():
     grid, sides, batch = (5, 4), (2, 3), 2000
     mask = masking.square(masking.key(range(batch), seed=0), grid, sides, position="random")
     counts = torch.bincount(mask.masked_ids[:, 0], minlength=20).view(grid)
@@ -185,7 +185,7 @@ def test_a_random_square_reaches_every_start_equally_often():
 
 
 @pytest.mark.parametrize("case", range(6))
-def test_from_noise_hides_what_mae_hides(case):
+def test_from_noise_masks_the_same_tokens_as_mae(case):
     arrays = golden("mae_random_masking")
     noise = arrays.tensor(f"case{case}/noise")
     kept = arrays.tensor(f"case{case}/ids_keep")
@@ -198,7 +198,7 @@ def test_from_noise_hides_what_mae_hides(case):
 
 
 @given(noise=st.lists(st.integers(0, 2), min_size=1, max_size=12), data=st.data())
-def test_among_equal_noise_the_lower_index_stays_visible(noise, data):
+def test_of_equal_noise_the_lower_index_stays_visible(noise, data):
     count = data.draw(st.integers(0, len(noise)))
     mask = Mask.from_noise(torch.tensor([noise], dtype=torch.float32), (len(noise),), count)
     by_noise = sorted(range(len(noise)), key=lambda token: (noise[token], token))
@@ -206,13 +206,13 @@ def test_among_equal_noise_the_lower_index_stays_visible(noise, data):
 
 
 @given(key=keys(), mask=masks())
-def test_views_are_absolute(key, mask):
+def test_views_are_not_cumulative(key, mask):
     assert key.view(7).view(3).view_index == 3
     draw = masking.uniform(key.view(5).view(0), mask.grid, num_masked=mask.num_masked)
     assert draw.equal(masking.uniform(key.view(0), mask.grid, num_masked=mask.num_masked))
 
 
-def test_fresh_keys_follow_torchs_random_state():
+def test_fresh_keys_depend_on_the_random_state_of_torch():
     def draw(seed, **options):
         generator = torch.Generator().manual_seed(seed)
         key = masking.fresh_key(3, generator=generator, **options)
@@ -228,7 +228,7 @@ def test_fresh_keys_follow_torchs_random_state():
     assert not torch.equal(one.seed_and_epoch, two.seed_and_epoch)
 
 
-def test_a_generator_leaves_the_global_random_state_alone():
+def test_a_generator_does_not_change_the_global_random_state():
     before = torch.get_rng_state()
     masking.fresh_key(2, generator=torch.Generator().manual_seed(0))
     masking.uniform(masking.key([0], seed=0), (4, 4), 0.5)
@@ -236,7 +236,7 @@ def test_a_generator_leaves_the_global_random_state_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
-def test_ids_of_any_integer_type_name_the_same_masks(dtype):
+def test_ids_of_any_integer_type_give_the_same_masks(dtype):
     ids = torch.tensor([3, 250], dtype=dtype)
     mask = masking.uniform(masking.key(ids, seed=0), (5, 5), 0.5)
     assert mask.equal(masking.uniform(masking.key([3, 250], seed=0), (5, 5), 0.5))
@@ -270,26 +270,26 @@ KEY = masking.key([0, 1], seed=0)
         (lambda: KEY.view(-1), "-1"),
     ],
 )
-def test_what_does_not_fit_is_repeated_in_the_error(call, message):
+def test_errors_repeat_what_was_passed(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
 @pytest.mark.untyped
 @pytest.mark.parametrize("ids", [[0.5], [True], torch.zeros(2)])
-def test_ids_that_are_no_integers_are_refused(ids):
+def test_ids_that_are_not_integers_raise(ids):
     with pytest.raises(TypeError, match="sample_ids must be integers"):
         masking.key(ids, seed=0)
 
 
 @pytest.mark.untyped
-def test_a_grid_that_is_no_integers_is_refused():
+def test_a_grid_that_is_not_integers_raises():
     with pytest.raises(TypeError, match=r"14\.0"):
         masking.uniform(KEY, (14.0, 14), 0.5)
 
 
 def tubes(key, grid, ratio):
-    """Tubes along the shortest of several axes; along none of a single one there is no tube."""
+    """Draw tubes along the shortest axis; on a grid of one axis, uniform masks."""
     if len(grid) == 1:
         return masking.uniform(key, grid, ratio)
     axis = min(range(len(grid)), key=grid.__getitem__)
@@ -297,13 +297,13 @@ def tubes(key, grid, ratio):
     return masking.tube(key, grid, num_masked=count * grid[axis], shared_axes=axis)
 
 
-def weighted_by_place(key, grid, ratio):
+def weighted_by_position(key, grid, ratio):
     weights = torch.linspace(1, 3, math.prod(grid)).expand(key.batch_size, -1)
     return masking.weighted(key, grid, ratio, weights=weights)
 
 
 def blocks(key, grid, ratio):
-    """On small grids blocks of 16 tokens always hide the middle, and at high ratios any do."""
+    """Draw small blocks: blocks of 16 tokens always mask the middle of a small grid."""
     return masking.blockwise(key, grid, ratio, min_block=1)
 
 
@@ -327,7 +327,7 @@ CONFORMING = {
     "target": second_target,
     "inverse_block": masking.inverse_block,
     "tube": tubes,
-    "weighted": weighted_by_place,
+    "weighted": weighted_by_position,
 }
 
 
@@ -354,13 +354,16 @@ def assert_conforms_on(name, grid, ratio):
     assert_sampler_conforms(CONFORMING[name], grid, ratio, num_masked=count, least=least)
 
 
+# On given grids they are quick: test_blockwise.py, test_inverse_block.py, test_multiblock.py.
+LONG = {"blockwise", "context", "inverse_block", "target"}
+
+
 @pytest.mark.untyped
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.full] * (n == "blockwise")) for n in CONFORMING],
+    "name", [pytest.param(n, marks=[pytest.mark.full] * (n in LONG)) for n in CONFORMING]
 )
 @given(grid=grids(min_tokens=3, max_tokens=40), ratio=st.fractions(1, 9).map(lambda n: n / 10))
-def test_samplers_keep_their_promises_on_drawn_grids(name, grid, ratio):
+def test_samplers_conform_on_drawn_grids(name, grid, ratio):
     assert_conforms_on(name, grid, ratio)
 
 
@@ -369,5 +372,5 @@ def test_samplers_keep_their_promises_on_drawn_grids(name, grid, ratio):
 @pytest.mark.parametrize("name", CONFORMING)
 @settings(max_examples=8)
 @given(grid=grids(min_tokens=3, max_tokens=4096), ratio=st.fractions(1, 19).map(lambda n: n / 20))
-def test_samplers_keep_their_promises_on_large_grids(name, grid, ratio):
+def test_samplers_conform_on_large_grids(name, grid, ratio):
     assert_conforms_on(name, grid, ratio)

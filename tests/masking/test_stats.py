@@ -16,8 +16,8 @@ from tests.golden_files import golden
 from tests.strategies import masks, patch_sizes
 
 
-def by_hand(mask: Mask, patch: tuple[int, ...]) -> float:
-    """Look at every pair of a masked and a visible pixel."""
+def distance_over_all_pairs(mask: Mask, patch: tuple[int, ...]) -> float:
+    """Average over all masked pixels, from all pairs of a masked and a visible pixel."""
     distances = []
     for is_masked in mask.is_masked:
         for axis, pixels in enumerate(patch):
@@ -29,10 +29,10 @@ def by_hand(mask: Mask, patch: tuple[int, ...]) -> float:
 
 @given(masks().filter(lambda mask: 0 < mask.num_masked < mask.num_tokens), st.data())
 @settings(max_examples=40)
-def test_the_average_distance_is_that_of_all_pairs(mask, data):
+def test_the_average_distance_matches_a_search_over_all_pairs(mask, data):
     patch = data.draw(patch_sizes(len(mask.grid), max_side=3))
     distance = stats.average_distance(mask, patch)
-    assert float(distance) == pytest.approx(by_hand(mask, patch), rel=1e-6)
+    assert float(distance) == pytest.approx(distance_over_all_pairs(mask, patch), rel=1e-6)
 
 
 def test_distances_along_a_long_signal_do_not_overflow():
@@ -46,9 +46,9 @@ def test_without_masked_pixels_the_distance_is_zero():
     assert stats.average_distance(mask, 4) == 0
 
 
-def test_without_visible_pixels_there_is_no_distance():
+def test_a_mask_without_visible_tokens_raises():
     mask = masking.uniform(masking.key([0], seed=0), (3, 3), num_masked=9)
-    with pytest.raises(ValueError, match="without visible"):
+    with pytest.raises(ValueError, match="needs visible tokens"):
         stats.average_distance(mask, 4)
 
 
@@ -56,18 +56,18 @@ def test_without_visible_pixels_there_is_no_distance():
 
 
 @pytest.mark.parametrize(("side", "pixels"), [(2, 11.2), (3, 16.5), (4, 21.8), (5, 27.2)])
-def test_center_squares_are_as_far_as_the_table_says(side, pixels):
+def test_distances_of_center_squares_match_the_table(side, pixels):
     mask = masking.square(masking.key([0], seed=0), (12, 12), 2 * side)
     assert round(float(stats.average_distance(mask, 16)), 1) == pixels
-    # A closed form: the ring at depth d of a square of n pixels is 4 (n - 2 d) + 4 pixels long,
-    # and d away from the nearest visible pixel, which is straight ahead.
+    # Closed form: the ring at depth d of a square of n pixels has 4 (n - 2 d) + 4 pixels, whose
+    # distance to the nearest visible pixel is d.
     n = 32 * side
     rings = [(4 * (n - 2 * d) + 4, d) for d in range(1, n // 2 + 1)]
     exact = sum(length * d for length, d in rings) / n**2
     assert float(stats.average_distance(mask, 16)) == pytest.approx(exact, rel=1e-9)
 
 
-def test_the_grid_mask_is_as_far_as_the_table_says():
+def test_the_distance_of_the_grid_mask_matches_the_table():
     mask = masking.gridwise(masking.key([0], seed=0), (14, 14))
     assert round(float(stats.average_distance(mask, 16)), 2) == 5.95
 
@@ -80,9 +80,9 @@ RANDOM = {
     64: [16.8, 19.4, 22.0, 24.9, 29.4, 37.7, 47.0, 70.1],
 }
 NUM_MASKS = {4: 4, 8: 24, 16: 300, 32: 400}
-# The table's entries are means of 12 to 200 masks. Of these three, ours lie 5.5 to 7 % below, with
-# standard errors of about half a percent (400 masks and more; rounding the count up, as here, gives
-# the most): as far as a mean of 12 masks, whose standard error is 3 to 4.4 %, may well be off.
+# The table's entries are means of 12 to 200 masks. For these three, ours are 5.5 to 7 % lower, with
+# standard errors of about 0.5 % (400 masks or more; rounding the count up, as here, gives the
+# largest distance). A mean of 12 masks has a standard error of 3 to 4.4 %.
 OF_FEW_MASKS = {(16, 8), (16, 9), (32, 2)}
 
 
@@ -91,17 +91,19 @@ def distances(mask: Mask, unit: int) -> np.ndarray:
 
 
 def deviation(found: np.ndarray, printed: float) -> float:
-    """Relative, beyond what rounding to one digit takes away."""
+    """Return the relative deviation beyond the rounding to one digit."""
     return max(abs(found.mean() - printed) - 0.05, 0) / printed
 
 
 def error_of_12(found: np.ndarray) -> float:
-    """Relative standard error of a mean of 12 masks."""
+    """Return the relative standard error of a mean of 12 masks."""
     return found.std(ddof=1) / found.mean() / 12**0.5
 
 
-@pytest.mark.parametrize("unit", [4, 8, 16, 32])
-def test_random_units_are_as_far_as_the_table_says(unit):
+@pytest.mark.parametrize(
+    "unit", [4, 8, *(pytest.param(n, marks=pytest.mark.full) for n in (16, 32))]
+)
+def test_distances_of_random_units_match_the_table(unit):
     key = masking.key(range(NUM_MASKS[unit]), seed=0)
     for tenths, printed in enumerate(RANDOM[unit], 1):
         mask = masking.uniform(key, (192 // unit,) * 2, tenths / 10, rounding="simmim")
@@ -112,38 +114,38 @@ def test_random_units_are_as_far_as_the_table_says(unit):
 
 
 @pytest.mark.parametrize("count", range(1, 9))
-def test_of_nine_units_all_masks_are_as_far_as_the_table_says(count):
+def test_the_mean_distance_of_all_masks_of_nine_units_matches_the_table(count):
     rows = torch.tensor(list(itertools.combinations(range(9), 9 - count)))
     every = Mask.from_visible_ids(rows, (3, 3))
     assert every.batch_size == math.comb(9, count)
     exact = distances(every, 64)
     assert deviation(exact, RANDOM[64][count - 1]) < 0.04
-    # The sampler draws all of them, equally often: its mean is theirs.
+    # The sampler draws all masks with equal probability, so the means agree.
     key = masking.key(range(300), seed=0)
     drawn = distances(masking.uniform(key, (3, 3), count / 10, rounding="simmim"), 64)
     assert abs(drawn.mean() - exact.mean()) < 4 * exact.std() / 300**0.5
 
 
 @pytest.mark.parametrize(("ratio", "printed"), [(0.5, 5.9), (0.75, 10.1), (0.9, 20.3)])
-def test_maes_random_masks_are_as_far_as_the_table_says(ratio, printed):
+def test_distances_of_mae_random_masks_match_the_table(ratio, printed):
     mask = masking.uniform(masking.key(range(100), seed=0), (14, 14), ratio, rounding="mae")
     assert deviation(distances(mask, 16), printed) < 0.04
 
 
 @pytest.mark.parametrize(("count", "printed"), [(75, 19.2), (98, 24.2), (147, 37.0)])
-def test_beits_blocks_are_as_far_as_the_table_says(count, printed):
+def test_distances_of_beit_blocks_match_the_table(count, printed):
     key = masking.key(range(300), seed=0)
     mask = masking.blockwise(key, (14, 14), num_masked=count)
     assert deviation(distances(mask, 16), printed) < 0.04
 
 
 @pytest.mark.parametrize(("unit", "printed"), [(16, [17.9, 24.0, 33.7]), (32, [21.4, 34.0, 51.0])])
-def test_blocks_are_as_far_as_the_table_says(unit, printed):
-    """The table says 16 patches or more a block; what comes nearest to its entries is 8.
+def test_distances_of_blocks_match_the_table(unit, printed):
+    """The table states blocks of 16 patches or more; blocks of 8 match its entries best.
 
-    With 16, ours are 5 to 10 % above of 16-pixel patches, up to 38 % of 32-pixel ones. With 8 (600
-    and 1200 masks), all entries are met but for two, 4.6 and 7.8 % above, as a mean of 12 masks,
-    which differ by a quarter, may well be off.
+    With 16, ours are 5 to 10 % higher for 16-pixel patches, and up to 38 % for 32-pixel ones. With
+    8 (600 and 1200 masks) all entries match but two, which are 4.6 and 7.8 % higher. Single masks
+    differ by a quarter, so a mean of 12 masks may be off by that much.
     """
     key = masking.key(range(200), seed=0)
     for ratio, expected in zip((0.4, 0.6, 0.8), printed, strict=True):
@@ -154,7 +156,7 @@ def test_blocks_are_as_far_as_the_table_says(unit, printed):
         assert deviation(found, expected) < bound, (ratio, found.mean())
 
 
-def test_the_distance_does_not_depend_on_how_units_are_told():
+def test_the_distance_of_units_equals_that_of_their_tokens():
     key = masking.key(range(5), seed=0)
     units = masking.uniform(key, (6, 6), 0.6)
     tokens = masking.uniform(key, (12, 12), 0.6, unit=2)
@@ -167,7 +169,7 @@ CASES = golden("simmim_mask_generator").config["cases"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"case{case['case']}")
-def test_units_count_and_lie_as_simmims(case):
+def test_units_match_those_of_simmim(case):
     theirs = golden("simmim_mask_generator").tensor(f"case{case['case']}/masks").bool()
     grid = (case["input_size"] // case["model_patch_size"],) * 2
     ours = masking.uniform(
@@ -185,7 +187,7 @@ def test_units_count_and_lie_as_simmims(case):
         assert units.num_tokens == case["token_count"]
 
 
-def test_units_are_drawn_as_evenly_as_simmims_are_meant_to_be():
+def test_units_are_masked_equally_often():
     frequency = stats.marginals(
         masking.uniform, (12, 12), 0.6, unit=2, rounding="simmim", num_samples=2000
     )
@@ -208,7 +210,7 @@ def test_marginals_count_every_mask_once():
     torch.testing.assert_close(frequency, drawn.is_masked.float().mean(dim=0))
 
 
-def test_marginals_need_a_mask():
+def test_marginals_need_at_least_one_sample():
     with pytest.raises(ValueError, match="num_samples"):
         stats.marginals(masking.uniform, (4, 4), 0.5, num_samples=0)
 
@@ -242,26 +244,26 @@ def test_the_command_line_prints_what_the_library_computes(capsys, tmp_path):
 
 @pytest.mark.untyped
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("arguments", "message"),
     [
         (("uniform", "--grid", "13", "13", "--ratio", ".5", "--unit", "2"), "divisible by unit"),
         (("uniform", "--grid", "4", "4"), "exactly one of ratio and num_masked"),
         (("uniform", "--grid", "4", "4", "--ratio", "much"), "ratio must be a number"),
         (("square", "--grid", "4", "4", "--side", "5"), "does not fit"),
-        (("uniform", "--grid", "4", "4", "--ratio", "1"), "without visible tokens"),
+        (("uniform", "--grid", "4", "4", "--ratio", "1"), "needs visible tokens"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_two(capsys, arguments, complaint):
+def test_a_mistake_prints_one_line_and_exits_with_code_two(capsys, arguments, message):
     arguments = (*arguments, "--samples", "2")
     if "1" in arguments:
         arguments = (*arguments, "--rounding", "simmim")
     code, _, err = describe(capsys, *arguments)
     assert code == 2
-    assert complaint in err
+    assert message in err
     assert len(err.splitlines()) == 1
 
 
-def test_an_unknown_sampler_is_named_with_the_known_ones(capsys):
+def test_an_unknown_sampler_is_an_error_that_lists_the_known_ones(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["describe", "checkers", "--grid", "4"])
     err = capsys.readouterr().err

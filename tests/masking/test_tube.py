@@ -1,4 +1,4 @@
-"""Tubes: one mask along the shared axes."""
+"""Tube masks: constant along the shared axes."""
 
 import math
 
@@ -27,7 +27,7 @@ def test_a_tube_is_a_uniform_mask_repeated_along_the_shared_axes(key, data):
 
 @pytest.mark.untyped
 @pytest.mark.parametrize(("grid", "axes", "count"), [((3, 4, 4), 0, 36), ((5, 6), -1, 24)])
-def test_tubes_keep_what_every_sampler_promises(grid, axes, count):
+def test_tubes_conform(grid, axes, count):
     def tubes(key, grid, ratio):
         return masking.tube(key, grid, ratio, shared_axes=axes)
 
@@ -41,6 +41,6 @@ def test_negative_axes_count_from_the_last():
 
 
 @pytest.mark.parametrize("axes", [3, -4, (0, 0), (0, -3)])
-def test_axes_that_cannot_be_are_repeated_in_the_error(axes):
+def test_errors_repeat_what_was_passed(axes):
     with pytest.raises(ValueError, match=r"axes of grid \(2, 3, 4\); got"):
         masking.tube(masking.key([0], seed=0), (2, 3, 4), 0.5, shared_axes=axes)

@@ -1,4 +1,4 @@
-"""The transformer written out: what the modules must compute, from their weights alone."""
+"""A plain reference transformer, computed from a module's weights only."""
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,12 @@ def linear(tokens: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
 
 
 def attention(tokens: Tensor, weights: dict[str, Tensor], name: str, heads: int) -> Tensor:
-    """One head after the other."""
+    """Attention with a loop over heads."""
     query, key, value = linear(tokens, weights, f"{name}.qkv").chunk(3, dim=-1)
-    mixed = []
+    attended = []
     for q, k, v in zip(*(part.chunk(heads, dim=-1) for part in (query, key, value)), strict=True):
-        mixed.append((q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1) @ v)
-    return linear(torch.cat(mixed, dim=-1), weights, f"{name}.proj")
+        attended.append((q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1) @ v)
+    return linear(torch.cat(attended, dim=-1), weights, f"{name}.proj")
 
 
 def block(tokens: Tensor, weights: dict[str, Tensor], name: str, heads: int) -> Tensor:
@@ -36,14 +36,14 @@ def block(tokens: Tensor, weights: dict[str, Tensor], name: str, heads: int) -> 
 
 
 def embed_patches(images: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """All patches, by the convolution of timm's `PatchEmbed`."""
+    """Embed all patches by a convolution, as timm's `PatchEmbed` does."""
     weight, bias = weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"]
     convolve = CONVOLUTIONS[images.ndim - 2]
     return convolve(images, weight, bias, stride=weight.shape[2:]).flatten(2).mT
 
 
 def randomize(module: nn.Module, seed: int = 0) -> None:
-    """Give every parameter a value of its own: zero biases and unit norms hide mistakes."""
+    """Add noise to every parameter, because zero biases and unit norms would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():

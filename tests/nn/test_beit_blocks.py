@@ -1,4 +1,4 @@
-"""What BEiT adds to a transformer block: layer scale, no key bias, a bias of the logits."""
+"""BEiT's additions to a transformer block: layer scale, no key bias, an attention bias."""
 
 import pytest
 import torch
@@ -17,7 +17,9 @@ def randomize(module: torch.nn.Module, generator: torch.Generator) -> None:
 
 
 @given(generators(), st.integers(1, 3), st.integers(1, 5))
-def test_without_a_key_bias_attention_is_that_with_a_zero_one(generator, batch, tokens):
+def test_attention_without_a_key_bias_equals_attention_with_a_zero_key_bias(
+    generator, batch, tokens
+):
     bare = Attention(dim=12, heads=3, qkv_bias="qv")
     full = Attention(dim=12, heads=3)
     randomize(bare, generator)
@@ -42,9 +44,9 @@ def test_the_bias_is_added_to_the_logits_of_every_head(generator, batch, tokens,
     q, k, v = (x @ attn.qkv.weight.T + q_v).view(batch, tokens, 3, 3, 4).permute(2, 0, 3, 1, 4)
     weights = (q @ k.transpose(-2, -1) / 2 + bias).softmax(-1)
     expected = attn.proj((weights @ v).transpose(1, 2).flatten(2))[:, tokens - num_queries :]
-    mixed = attn(x, num_queries, bias)
-    torch.testing.assert_close(mixed, expected)
-    assert torch.autograd.grad(mixed.sum(), bias)[0].shape == bias.shape
+    attended = attn(x, num_queries, bias)
+    torch.testing.assert_close(attended, expected)
+    assert torch.autograd.grad(attended.sum(), bias)[0].shape == bias.shape
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1.0])

@@ -1,4 +1,4 @@
-"""What is trained on CAE's encoder, against the authors' own code (`cae_finetune_vit_A.npz`)."""
+"""CAE's fine-tuning encoder and attentive probe against golden vectors (`cae_finetune_vit_A`)."""
 
 import pytest
 import torch
@@ -34,11 +34,11 @@ def images() -> Tensor:
 
 @pytest.fixture(scope="module")
 def tokens(images: Tensor) -> Tensor:
-    """The frozen encoder's, as the authors have them."""
+    """Tokens of the frozen encoder, checked against the authors'."""
     model = encoder()
     parameters = GOLDEN.tensors("attentive/param/")
-    own = {name: value for name, value in parameters.items() if not name.startswith("head.")}
-    converted = from_official("cae_vit", own)
+    headless = {name: value for name, value in parameters.items() if not name.startswith("head.")}
+    converted = from_official("cae_vit", headless)
     weights = {name: w for name, w in converted.items() if not name.startswith("fc_norm.")}
     model.load_state_dict(weights)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def probe() -> AttentiveProbe:
     return model
 
 
-def test_the_fine_tuned_features_and_logits_are_the_authors(images):
+def test_the_fine_tuned_features_and_logits_equal_the_authors(images):
     parameters = GOLDEN.tensors("finetune/param/")
     num_classes = GOLDEN.config["num_classes"]
     model = encoder(pool_norm=True, relative_positions="block", num_classes=num_classes).eval()
@@ -81,7 +81,7 @@ def test_the_fine_tuned_features_and_logits_are_the_authors(images):
     assert all(torch.equal(written[name], parameters[name]) for name in weights)
 
 
-def test_the_attentive_probe_is_the_authors_in_training(probe, tokens):
+def test_the_attentive_probe_equals_the_authors_in_training(probe, tokens):
     expected = GOLDEN.tensors("attentive/")
     probe.train()
     seen: dict[str, Tensor] = {}
@@ -96,13 +96,13 @@ def test_the_attentive_probe_is_the_authors_in_training(probe, tokens):
             ours = getattr(probe.fc_norm, f"running_{name}")
             theirs = expected[f"bn_running_{name}_after"]
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
-        # Where the released code goes on with the batch's statistics, these are the running ones.
+        # The released code uses batch statistics here; the golden values use running ones.
         probe.eval()
         probe(tokens)
         torch.testing.assert_close(seen["bn"], expected["bn_eval"], rtol=1e-4, atol=1e-4)
 
 
-def test_a_pre_training_checkpoint_gives_its_encoder():
+def test_a_pre_training_checkpoint_loads_into_the_encoder():
     parameters = golden("cae_A").tensors("param/")
     converted = from_official("cae_vit", parameters)
     theirs = golden("cae_A").config
@@ -119,13 +119,13 @@ def test_a_pre_training_checkpoint_gives_its_encoder():
     assert set(converted.dropped) == {n for n in parameters if not n.startswith("encoder.")}
 
 
-def test_the_probes_attention_is_what_mixes_the_values(probe, tokens):
+def test_the_probes_attention_weights_give_its_pooled_token(probe, tokens):
     probe.eval()
     with torch.no_grad():
-        shares = probe.attention(tokens)
+        weights = probe.attention(tokens)
         attention = probe.cross_attn
         values = attention.v(probe.norm_v(tokens)).unflatten(2, (attention.heads, -1))
-        mixed = torch.einsum("bhn,bnhd->bhd", shares, values).flatten(1)
+        attended = torch.einsum("bhn,bnhd->bhd", weights, values).flatten(1)
         expected = GOLDEN.tensor("attentive/pooled").squeeze(1)
-        torch.testing.assert_close(attention.proj(mixed), expected, rtol=1e-4, atol=2e-5)
-    torch.testing.assert_close(shares.sum(2), torch.ones(shares.shape[:2]))
+        torch.testing.assert_close(attention.proj(attended), expected, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(weights.sum(2), torch.ones(weights.shape[:2]))

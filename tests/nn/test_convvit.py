@@ -1,4 +1,4 @@
-"""The hybrid encoder: packed under a mask, dense without, and its detector's backbone."""
+"""`ConvViT`, packed with a mask and dense without, and the detection backbone."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from tests.strategies import masks
 SHAPES = {
     "the authors' strides": {"image_size": 32, "patch_sizes": (4, 2, 2)},
     "rectangle": {"image_size": (24, 16), "patch_sizes": ((2, 1), 2, (3, 2))},
-    "one pixel": {"image_size": (6, 4), "patch_sizes": (1, 2, 1)},
+    "stride one": {"image_size": (6, 4), "patch_sizes": (1, 2, 1)},
 }
 CHANNELS, HEADS = 2, 2
 
@@ -57,8 +57,8 @@ def embed(x: Tensor, module: nn.Module) -> Tensor:
     return F.gelu(map_norm(F.conv2d(x, weight, module.proj.bias, weight.shape[2:]), module.norm))
 
 
-def mask_everything_dense(encoder: ConvViT, images: Tensor, mask: Mask | None) -> Tensor:
-    """The authors' way: whole maps, times the mask before every depth-wise convolution."""
+def encode_dense(encoder: ConvViT, images: Tensor, mask: Mask | None) -> Tensor:
+    """The authors' way: full feature maps, masked before every depth-wise convolution."""
     x, fused = images, []
     for index, stage in enumerate(encoder.stages):
         x = embed(x, stage.embed)
@@ -94,7 +94,7 @@ def test_visible_cells_are_encoded_as_the_authors_encode_them(shape, options):
     encoder = make_encoder(shape, **options)
     images = make_images(encoder)
     for mask in (make_mask(encoder), None):
-        expected = mask_everything_dense(encoder, images, mask)
+        expected = encode_dense(encoder, images, mask)
         torch.testing.assert_close(encoder(images, mask), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -103,7 +103,7 @@ def test_visible_cells_are_encoded_as_the_authors_encode_them(shape, options):
 def test_any_count_of_visible_cells_is_encoded(mask):
     encoder = make_encoder()
     images = make_images(encoder)
-    expected = mask_everything_dense(encoder, images, mask)
+    expected = encode_dense(encoder, images, mask)
     torch.testing.assert_close(encoder(images, mask), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -114,11 +114,11 @@ def gradients(encoder: ConvViT, output: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradients_are_those_of_the_authors_way(shape):
+def test_gradients_equal_those_of_the_authors_way(shape):
     encoder = make_encoder(shape, learn_positions=True).double()
     images, mask = make_images(encoder).double(), make_mask(encoder)
     ours = gradients(encoder, encoder(images, mask))
-    theirs = gradients(encoder, mask_everything_dense(encoder, images, mask))
+    theirs = gradients(encoder, encode_dense(encoder, images, mask))
     for name, expected in theirs.items():
         assert expected.abs().sum() > 0, name
         torch.testing.assert_close(ours[name], expected, msg=name)
@@ -158,7 +158,7 @@ def make_fine_mask(encoder: ConvViT) -> Mask:
 
 
 @torch.no_grad()
-def test_a_mask_of_the_first_stage_leaves_all_tokens_and_no_leak():
+def test_a_mask_on_the_fine_grid_encodes_all_tokens_without_a_leak():
     encoder = make_encoder()
     images, mask = make_images(encoder), make_fine_mask(encoder)
     assert encoder(images, mask).shape == (2, 8, 8)
@@ -168,7 +168,7 @@ def test_a_mask_of_the_first_stage_leaves_all_tokens_and_no_leak():
 
 
 @torch.no_grad()
-def test_a_refined_mask_of_the_first_stage_shows_tokens_what_the_coarse_one_does():
+def test_a_coarse_mask_refined_to_the_fine_grid_gives_the_same_visible_tokens():
     encoder = make_encoder(depth=(2, 1, 0), multi_scale=False)
     images, mask = make_images(encoder), make_mask(encoder)
     factor = [fine // coarse for fine, coarse in zip(encoder.fine_grid, mask.grid, strict=True)]
@@ -177,18 +177,20 @@ def test_a_refined_mask_of_the_first_stage_shows_tokens_what_the_coarse_one_does
 
 
 @torch.no_grad()
-def test_plain_convolutions_leak_as_the_paper_warns():
+def test_unmasked_convolutions_leak_as_the_paper_warns():
     encoder = make_encoder(masked_conv=False)
     images, mask = make_images(encoder), make_mask(encoder)
-    # Without attention, what is seen of the visible patches is what the whole image gives.
-    few = make_encoder(masked_conv=False, depth=(2, 1, 0))
-    torch.testing.assert_close(few(images, mask), gather_visible(few(images), mask))
+    # Without attention, the visible tokens are those of the whole image.
+    convolutional = make_encoder(masked_conv=False, depth=(2, 1, 0))
+    expected = gather_visible(convolutional(images), mask)
+    torch.testing.assert_close(convolutional(images, mask), expected)
     with pytest.raises(AssertionError, match="hidden pixels reach the output"):
         assert_no_leak(encoder, images, mask)
 
 
 @pytest.mark.untyped
-def test_it_is_traced_into_one_graph():
+@pytest.mark.full
+def test_the_encoder_compiles_into_one_graph():
     encoder = make_encoder(depth=(1, 0, 1), kernel_size=3)
     images, mask = make_images(encoder), make_mask(encoder)
     compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
@@ -196,7 +198,7 @@ def test_it_is_traced_into_one_graph():
     torch.testing.assert_close(compiled(images), encoder(images))
 
 
-def test_paths_are_dropped_more_often_the_deeper():
+def test_drop_path_rates_rise_over_all_stages():
     encoder = make_encoder(drop_path=0.4)
     blocks = [*encoder.stages[0].blocks, *encoder.stages[1].blocks, *encoder.blocks]
     assert [block.drop_path.rate for block in blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
@@ -206,8 +208,8 @@ def test_paths_are_dropped_more_often_the_deeper():
     assert torch.equal(encoder(images, mask), encoder(images, mask))
 
 
-def test_new_weights_are_the_authors():
-    """Convolutions as PyTorch makes them, all else (and the last projection) Xavier-uniform."""
+def test_initialisation_equals_the_authors():
+    """Convolutions as PyTorch's default; linear layers and the last projection Xavier-uniform."""
     torch.manual_seed(0)
     encoder = ConvViT(image_size=32, dim=(32, 48, 64), depth=(1, 1, 1), heads=4, multi_scale=True)
     block = encoder.stages[0].blocks[0]
@@ -229,7 +231,7 @@ MODES = {"global_pool": {"pool": "mean", "pool_norm": True}, "first_token": {"po
 
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
-def test_features_and_logits_are_those_of_the_fine_tuned_encoder(mode):
+def test_features_and_logits_equal_those_of_the_fine_tuned_encoder(mode):
     theirs = FINE_TUNED.config
     encoder = ConvViT(
         image_size=theirs["img_size"][0],
@@ -275,7 +277,7 @@ def backbone() -> ConvViTDetector:
 
 
 @torch.no_grad()
-def test_the_detectors_feature_maps_are_the_authors(backbone):
+def test_the_detectors_feature_maps_equal_the_authors(backbone):
     levels = backbone(DETECTOR.tensor("in/imgs"))
     theirs = [DETECTOR.tensor(f"out/s{level}") for level in range(4)]
     for ours, expected in zip([levels[0][:, :, ::2, ::2], *levels[1:]], theirs, strict=True):
@@ -283,14 +285,14 @@ def test_the_detectors_feature_maps_are_the_authors(backbone):
 
 
 @torch.no_grad()
-def test_relative_positions_are_the_authors(backbone):
+def test_relative_position_biases_equal_the_authors(backbone):
     index = DETECTOR.tensor("buffer/windowed_rel_pos_bias.relative_position_index")
     assert torch.equal(backbone.window_bias.index, index)
     expected = DETECTOR.tensor("out/windowed_rel_pos_bias")
     assert torch.equal(backbone.window_bias()[0], expected)
 
 
-def test_the_detectors_state_goes_out_as_it_came_in(backbone):
+def test_the_detectors_state_dict_round_trips(backbone):
     weights = DETECTOR.tensors("param/")
     written = to_official("convmae_det", backbone.state_dict())
     assert written.dropped == ()
@@ -299,7 +301,7 @@ def test_the_detectors_state_goes_out_as_it_came_in(backbone):
 
 
 @torch.no_grad()
-def test_windows_do_not_see_each_other_and_global_layers_see_all():
+def test_windows_are_isolated_and_global_layers_reach_all_windows():
     sizes = {"image_size": (32, 64), "window": (2, 1), "dim": (4, 6, 8), "depth": (0, 0, 2)}
     images = torch.randn(1, 3, 32, 64)
     changed = images.clone()
@@ -315,6 +317,8 @@ def test_windows_do_not_see_each_other_and_global_layers_see_all():
 ENCODER = make_encoder()
 IMAGES = make_images(ENCODER)
 
+NARROW = {"dim": (4, 6, 8), "heads": 2}
+
 
 @pytest.mark.untyped
 @pytest.mark.parametrize(
@@ -329,18 +333,21 @@ IMAGES = make_images(ENCODER)
         ),
         (lambda: ConvViT(image_size=100), r"\(100, 100\).*strides.*\(16, 16\).*\(96, 96\)"),
         (lambda: ConvViT(image_size=(64,)), r"height and width.*\(64,\)"),
-        (lambda: ConvViT(dim=(64, 128)), r"dim must hold.*3 stages; got \(64, 128\)"),
-        (lambda: ConvViT(depth=(2, 2, 4, 2)), r"depth must hold.*3 stages; got \(2, 2, 4, 2\)"),
-        (lambda: ConvViT(mlp_ratio=4), "mlp_ratio must hold.*3 stages; got 4"),
-        (lambda: ConvViT(patch_sizes=(4, 4)), r"patch_sizes must hold.*3 stages; got \(4, 4\)"),
+        (lambda: ConvViT(dim=(64, 128)), r"dim must have.*3 stages; got \(64, 128\)"),
+        (lambda: ConvViT(depth=(2, 2, 4, 2)), r"depth must have.*3 stages; got \(2, 2, 4, 2\)"),
+        (lambda: ConvViT(mlp_ratio=4), "mlp_ratio must have.*3 stages; got 4"),
+        (lambda: ConvViT(patch_sizes=(4, 4)), r"patch_sizes must have.*3 stages; got \(4, 4\)"),
         (lambda: ConvViT(kernel_size=4), "odd.*got 4"),
         (lambda: ConvViT(heads=7), "dim=768.*heads=7"),
         (lambda: ConvViT(pool="max"), "'max'"),
         (
-            lambda: ConvViTDetector(image_size=256, window=5, depth=(0, 0, 11)),
+            lambda: ConvViTDetector(**NARROW, image_size=256, window=5, depth=(0, 0, 11)),
             r"\(16, 16\).*window \(5, 5\)",
         ),
-        (lambda: ConvViTDetector(image_size=64, depth=(1, 1, 2)), r"\[0, 2\).*\(0, 3, 6, 10\)"),
+        (
+            lambda: ConvViTDetector(**NARROW, image_size=64, depth=(1, 1, 2)),
+            r"\[0, 2\).*\(0, 3, 6, 10\)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_repeated_in_the_error(call, message):

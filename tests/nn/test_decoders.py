@@ -1,4 +1,4 @@
-"""MAE's decoder against the authors' order of doing things."""
+"""`MAEDecoder` against the authors' way, which restores grid order; `CrossDecoder`."""
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from mimkit.patches import gather_masked, restore
 from tests.nn import plain
 from tests.strategies import generators, grids, masks
 
+# DIM is a width that sine-cosine tables of one, two and three axes allow.
 HEADS, DEPTH, IN_DIM, DIM = 2, 2, 7, 12
 
 
@@ -23,10 +24,10 @@ def make_decoder(grid: tuple[int, ...], num_prefix: int = 1, **options: object) 
     return decoder
 
 
-def decode_as_the_authors(
+def decode_in_grid_order(
     weights: dict[str, Tensor], latent: Tensor, mask: Mask, num_prefix: int
 ) -> Tensor:
-    """Back to grid order, positions, blocks, norm over all tokens; then take the masked ones."""
+    """Restore grid order, add positions, decode all tokens, then take the masked ones."""
     tokens = plain.linear(latent, weights, "embed")
     positions = weights["pos_embed"][0]
     tokens = restore(
@@ -39,14 +40,13 @@ def decode_as_the_authors(
 
 
 @given(grids(max_tokens=20).flatmap(lambda grid: masks(grid=grid)), st.integers(0, 2), generators())
-def test_values_and_gradients_are_those_of_the_authors_order(mask, num_prefix, generator):
-    # A width that one, two and three axes share.
+def test_values_and_gradients_equal_those_of_decoding_in_grid_order(mask, num_prefix, generator):
     decoder = make_decoder(mask.grid, num_prefix)
     shape = (mask.batch_size, num_prefix + mask.num_visible, IN_DIM)
     latent = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
     weights = dict(decoder.named_parameters())
     ours = decoder(latent, mask)
-    theirs = decode_as_the_authors(weights, latent, mask, num_prefix)
+    theirs = decode_in_grid_order(weights, latent, mask, num_prefix)
     assert ours.shape == (mask.batch_size, mask.num_masked, DIM)
     torch.testing.assert_close(ours, theirs)
     inputs = [latent, *(p for p in weights.values() if p.requires_grad)]
@@ -126,17 +126,17 @@ def test_what_does_not_fit_is_repeated_in_the_error(call, message):
         call()
 
 
-def test_the_decoder_returns_any_positions_that_are_asked_for() -> None:
+def test_the_decoder_returns_the_positions_in_query_ids() -> None:
     torch.manual_seed(0)
     mask = masking.uniform(masking.key([0, 1], seed=0), (3, 5), 0.6)
     decoder = MAEDecoder(grid=(3, 5), in_dim=8, dim=16, depth=2, heads=2).double()
     latent = torch.randn(2, 1 + mask.num_visible, 8, dtype=torch.float64)
-    everything = decoder(latent, mask, torch.arange(15).expand(2, -1))
-    assert everything.shape == (2, 15, 16)
-    torch.testing.assert_close(gather_masked(everything, mask), decoder(latent, mask))
+    all_positions = decoder(latent, mask, torch.arange(15).expand(2, -1))
+    assert all_positions.shape == (2, 15, 16)
+    torch.testing.assert_close(gather_masked(all_positions, mask), decoder(latent, mask))
 
 
-def test_a_cross_decoder_decodes_every_position_by_itself() -> None:
+def test_a_cross_decoder_decodes_positions_independently() -> None:
     torch.manual_seed(0)
     mask = masking.uniform(masking.key([0, 1], seed=0), (3, 5), 0.6)
     decoder = CrossDecoder(grid=(3, 5), in_dim=8, dim=16, depth=2, heads=2).double()

@@ -1,4 +1,4 @@
-"""The discrete VAE: the numbers of OpenAI's own encoder, the shapes of its checkpoints, errors."""
+"""`DiscreteVAE` against OpenAI's encoder (golden vectors), checkpoint shapes, training, errors."""
 
 import pytest
 import torch
@@ -34,14 +34,14 @@ def model() -> DiscreteVAE:
     return model
 
 
-def test_the_pixels_are_mapped_as_openai_does():
+def test_pixels_are_mapped_as_in_openais_code():
     images = GOLDEN.tensor("in/imgs01")
     mapped = GOLDEN.tensor("out/map_pixels")
     torch.testing.assert_close(map_pixels(images), mapped, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(unmap_pixels(mapped), images, rtol=1e-5, atol=1e-6)
 
 
-def test_the_logits_and_codes_are_openais(model):
+def test_logits_and_codes_equal_openais(model):
     images = GOLDEN.tensor("in/imgs01")
     with torch.no_grad():
         logits = model.encoder(map_pixels(images))
@@ -62,7 +62,7 @@ def test_the_defaults_have_the_names_and_shapes_of_openais_checkpoint():
     assert {name: list(weight.shape) for name, weight in converted.items()} == encoder
 
 
-def test_a_decoder_checkpoint_goes_in_and_out():
+def test_a_decoder_checkpoint_round_trips():
     state = small().state_dict()
     decoder = {name: weight for name, weight in state.items() if name.startswith("decoder.")}
     official = to_official("dalle_decoder", decoder)
@@ -70,39 +70,38 @@ def test_a_decoder_checkpoint_goes_in_and_out():
     assert from_official("dalle_decoder", official).keys() == decoder.keys()
 
 
-def test_codes_and_pictures_have_the_stride_of_the_groups():
+def test_codes_and_decoded_images_have_the_stride_of_the_groups():
     vae, images = small(), torch.rand(2, 3, 8, 12)
     ids = vae.encode(images)
     assert (vae.stride, ids.shape) == (4, (2, 2, 3))
-    pictures = vae.decode(ids)
-    assert pictures.shape == images.shape
-    assert pictures.min() >= 0
-    assert pictures.max() <= 1
+    decoded = vae.decode(ids)
+    assert decoded.shape == images.shape
+    assert decoded.min() >= 0
+    assert decoded.max() <= 1
 
 
-def test_the_loss_is_the_negative_logarithm_of_the_logit_laplace_density():
-    """Integrated over pixel values, the density is 1."""
+def test_the_loss_is_the_negative_log_density_of_the_logit_laplace_distribution():
     vae = small(vocabulary_size=2)
     with torch.no_grad():
         for parameter in vae.decoder.parameters():
             parameter.zero_()
         last = vae.decoder.blocks.output.conv
         last.bias[:3], last.bias[3:] = 0.7, -1.0
-    # Values are mapped into [0.1, 0.9]; the whole axis needs values beyond [0, 1].
+    # The density of the test integrates to 1 over (0, 1).
     steps = 20_000
     pixels = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
     logit, scale = pixels.logit(), torch.tensor(-1.0).exp()
     density = torch.exp(-(logit - 0.7).abs() / scale) / (2 * scale * pixels * (1 - pixels))
     assert abs(density.mean() - 1) < 1e-3
     images = torch.full((1, 3, 4, 4), 0.3)
-    expected = -torch.exp(-(map_pixels(images).logit() - 0.7).abs() / scale)
+
     x = map_pixels(torch.tensor(0.3)).double()
     expected = (x.logit() - 0.7).abs() / scale + torch.log(2 * scale * x * (1 - x))
     output = vae(images)
     torch.testing.assert_close(output.reconstruction_loss, expected.float())
 
 
-def test_training_reaches_every_weight_and_lowers_the_loss():
+def test_every_parameter_has_a_gradient_and_training_lowers_the_loss():
     torch.manual_seed(0)
     vae, images = small(), torch.rand(8, 3, 8, 8).round()
     optimizer = torch.optim.Adam(vae.parameters(), lr=3e-3)
@@ -117,7 +116,7 @@ def test_training_reaches_every_weight_and_lowers_the_loss():
     assert vae(images).loss.item() < first - 0.1
 
 
-def test_the_divergence_is_zero_for_equally_likely_codes_and_largest_for_a_certain_one():
+def test_the_divergence_is_zero_for_uniform_codes_and_largest_for_a_certain_one():
     vae = small()
     with torch.no_grad():
         last = vae.encoder.blocks.output.conv
@@ -128,7 +127,7 @@ def test_the_divergence_is_zero_for_equally_likely_codes_and_largest_for_a_certa
     torch.testing.assert_close(divergence, torch.tensor(16.0).log())
 
 
-def test_decoding_one_hot_codes_is_decoding_their_ids():
+def test_decoding_one_hot_codes_equals_decoding_ids():
     vae, ids = small(), torch.randint(16, (1, 2, 2))
     codes = F.one_hot(ids, 16).permute(0, 3, 1, 2).float()
     with torch.no_grad():

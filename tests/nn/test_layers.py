@@ -1,4 +1,4 @@
-"""The transformer block and what it is made of."""
+"""The transformer block and its parts."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.nn import plain
 
 
 @torch.no_grad()
-def test_a_block_is_the_written_out_one():
+def test_a_block_equals_the_plain_reference():
     block = TransformerBlock(dim=12, heads=3, mlp_ratio=1.5)
     plain.randomize(block)
     tokens = torch.randn(2, 5, 12)
@@ -19,7 +19,7 @@ def test_a_block_is_the_written_out_one():
     assert block.mlp.fc1.out_features == 18
 
 
-def test_the_epsilon_of_the_norms_is_maes_unless_given():
+def test_the_norms_have_maes_epsilon_by_default():
     for eps, block in [
         (1e-6, TransformerBlock(dim=8, heads=2)),
         (1e-5, TransformerBlock(dim=8, heads=2, norm_eps=1e-5)),
@@ -27,8 +27,8 @@ def test_the_epsilon_of_the_norms_is_maes_unless_given():
         assert block.norm1.eps == block.norm2.eps == eps
 
 
-def test_blocks_do_not_care_about_the_order_of_tokens():
-    """What lets the decoder leave masked tokens behind the visible ones."""
+def test_blocks_are_equivariant_to_token_order():
+    """`MAEDecoder` relies on this: its mask tokens follow the visible tokens."""
     block = TransformerBlock(dim=12, heads=3).double()
     plain.randomize(block)
     tokens, order = torch.randn(2, 7, 12, dtype=torch.float64), torch.randperm(7)
@@ -37,14 +37,14 @@ def test_blocks_do_not_care_about_the_order_of_tokens():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("queries", [1, 5])
-def test_both_forms_of_attention_are_the_formula(dtype, queries):
+def test_fused_and_plain_attention_equal_the_formula(dtype, queries):
     query, key, value = (torch.randn(2, 3, n, 16).to(dtype) for n in (queries, 5, 5))
-    mixed = attend(query, key, value)
-    assert mixed.dtype == dtype
+    attended = attend(query, key, value)
+    assert attended.dtype == dtype
     logits = query.double() @ key.double().mT / 4
     expected = logits.softmax(dim=-1) @ value.double()
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
-    torch.testing.assert_close(mixed.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(attended.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_drop_path_drops_whole_samples_at_its_rate():
@@ -81,8 +81,7 @@ def test_a_block_drops_both_branches_of_a_sample_independently():
     tokens = torch.randn(1, 3, 8).expand(400, -1, -1)
     with torch.no_grad():
         kinds = torch.unique(block(tokens).flatten(1).round(decimals=4), dim=0)
-    # Neither, either or both of attention and MLP.
-    assert len(kinds) == 4
+    assert len(kinds) == 4  # no branch, attention only, MLP only, both
     block.eval()
     with torch.no_grad():
         assert (block(tokens) - block(tokens)[:1]).abs().max() < 1e-5
@@ -97,6 +96,6 @@ def test_drop_path_rises_linearly_with_depth(rate, depth, rates):
 
 @pytest.mark.untyped
 @pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
-def test_a_rate_that_is_no_fraction_is_refused(rate):
+def test_a_rate_outside_0_to_1_is_refused(rate):
     with pytest.raises(ValueError, match=f"got {rate}"):
         TransformerBlock(dim=8, heads=2, drop_path=rate)

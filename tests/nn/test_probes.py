@@ -1,4 +1,4 @@
-"""The attentive probe against CAE's own (`cae_finetune_vit_A.npz`, `attentive/`)."""
+"""The attentive probe against the authors' (`cae_finetune_vit_A.npz`, keys `attentive/`)."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def close(ours: Tensor, key: str) -> None:
     torch.testing.assert_close(ours, theirs.view(ours.shape), rtol=1e-4, atol=2e-5)
 
 
-def test_pooling_normalising_and_classifying_are_the_authors(tokens):
+def test_pooling_normalisation_and_logits_equal_the_authors(tokens):
     probe = authors_probe().train()
     seen: dict[str, Tensor] = {}
     probe.fc_norm.register_forward_hook(
@@ -59,7 +59,7 @@ def test_every_parameter_of_the_probe_has_a_gradient(tokens):
     probe = authors_probe().train()
     probe(tokens).pow(3).sum().backward()
     for name, parameter in probe.named_parameters():
-        # Softmax does not see what is added to every key alike.
+        # Softmax cancels a constant that is added to every key.
         if name != "norm_k.bias":
             assert parameter.grad.abs().max() > 1e-6, name
 
@@ -71,7 +71,7 @@ def test_every_norm_has_maes_epsilon_and_batch_norm_no_affine():
     assert not probe.fc_norm.affine
 
 
-def test_the_order_of_tokens_does_not_matter_to_the_probe(tokens):
+def test_the_probe_does_not_depend_on_token_order(tokens):
     probe = authors_probe().eval()
     order = torch.randperm(tokens.shape[1], generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(probe(tokens[:, order]), probe(tokens), rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""CAE's regressor, decoder and token head."""
+"""CAE's regressor, decoder and token head, and the patch tokenizer."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def draw_tokens(generator, batch, *lengths):
 
 
 @given(generators(), st.integers(1, 3), st.integers(1, 5), st.integers(0, 5))
-def test_the_regressor_is_the_formula_of_the_paper(generator, batch, masked, visible):
+def test_the_regressor_equals_the_formula_of_the_paper(generator, batch, masked, visible):
     regressor = randomized(ContextRegressor(dim=WIDTH, depth=2, heads=3), generator)
     q, latents, p_q, p_v = draw_tokens(generator, batch, masked, visible, masked, visible)
     expected = q
@@ -37,14 +37,14 @@ def test_the_regressor_is_the_formula_of_the_paper(generator, batch, masked, vis
         value = attention.v(block.norm_v(kv))
         query, key, value = (t.unflatten(2, (3, 4)).transpose(1, 2) for t in (query, key, value))
         weights = (query @ key.transpose(2, 3) / 2).softmax(-1)
-        mixed = attention.proj((weights @ value).transpose(1, 2).flatten(2))
-        expected = block.norm2(expected + block.gamma_1 * mixed)
+        attended = attention.proj((weights @ value).transpose(1, 2).flatten(2))
+        expected = block.norm2(expected + block.gamma_1 * attended)
         expected = expected + block.gamma_2 * block.mlp(expected)
     torch.testing.assert_close(regressor(q, latents, p_q, p_v), regressor.norm(expected))
 
 
 @given(masks(), st.integers(0, 3), generators())
-def test_a_mask_token_brought_on_is_a_query_for_each_masked_position(mask, depth, generator):
+def test_from_mask_token_equals_forward_with_a_mask_token_per_query(mask, depth, generator):
     regressor = randomized(ContextRegressor(dim=WIDTH, depth=depth, heads=3), generator)
     token, positions = draw_tokens(generator, 1, 1, mask.num_tokens)
     token, positions = token[0, 0], positions[0]
@@ -65,7 +65,7 @@ def test_a_mask_token_brought_on_is_a_query_for_each_masked_position(mask, depth
 
 
 @given(generators(), st.integers(1, 4), st.integers(1, 4), st.data())
-def test_the_order_of_tokens_does_not_matter(generator, masked, visible, data):
+def test_the_regressor_is_equivariant_to_token_order(generator, masked, visible, data):
     regressor = randomized(ContextRegressor(dim=WIDTH, depth=2, heads=3), generator)
     q, latents, p_q, p_v = draw_tokens(generator, 2, masked, visible, masked, visible)
     rows = list(data.draw(st.permutations(range(masked))))
@@ -76,7 +76,7 @@ def test_the_order_of_tokens_does_not_matter(generator, masked, visible, data):
 
 
 @given(generators())
-def test_samples_do_not_see_each_other(generator):
+def test_samples_do_not_affect_each_other(generator):
     regressor = randomized(ContextRegressor(dim=WIDTH, depth=1, heads=3), generator)
     q, latents, p_q, p_v = draw_tokens(generator, 3, 2, 4, 2, 4)
     alone = regressor(q[1:2], latents[1:2], p_q[1:2], p_v[1:2])
@@ -84,7 +84,7 @@ def test_samples_do_not_see_each_other(generator):
 
 
 def test_values_have_no_positions():
-    """With one key only, attention is certain, and positions have no way into the result."""
+    """With a single key its weight is 1, so positions could reach the output only by the value."""
     regressor = ContextRegressor(dim=WIDTH, depth=1, heads=3)
     q, p = torch.randn(2, 1, WIDTH), torch.randn(2, 1, WIDTH)
     nothing = torch.zeros(2, 0, WIDTH)
@@ -93,14 +93,14 @@ def test_values_have_no_positions():
     )
 
 
-def test_a_decoder_of_no_depth_is_its_norm():
+def test_a_decoder_of_depth_zero_is_its_norm():
     decoder, latent = CAEDecoder(dim=WIDTH, depth=0, heads=3), torch.randn(2, 3, WIDTH)
     position = torch.randn(2, 3, WIDTH)
     torch.testing.assert_close(decoder(latent, position), decoder.norm(latent + position))
 
 
 @pytest.mark.untyped
-def test_regressor_and_decoder_trace_into_one_graph():
+def test_the_regressor_compiles_into_one_graph():
     regressor = ContextRegressor(dim=WIDTH, depth=1, heads=3)
     q, latents, p_q, p_v = (torch.randn(2, n, WIDTH) for n in (3, 4, 3, 4))
     compiled = torch.compile(regressor, fullgraph=True, backend="aot_eager")
@@ -112,7 +112,7 @@ def test_regressor_and_decoder_trace_into_one_graph():
 
 
 @given(generators(), st.integers(1, 3), st.integers(1, 5))
-def test_the_token_head_scores_what_its_logits_score(generator, batch, tokens):
+def test_the_token_heads_loss_equals_cross_entropy_of_its_logits(generator, batch, tokens):
     head = TokenHead(dim=WIDTH, vocabulary_size=7)
     x = torch.randn(batch, tokens, WIDTH, generator=generator, requires_grad=True)
     target = torch.randint(7, (batch, tokens), generator=generator)
@@ -128,7 +128,7 @@ def test_the_token_head_scores_what_its_logits_score(generator, batch, tokens):
 
 
 @given(generators(), st.floats(0.1, 10), st.floats(-5, 5))
-def test_a_patch_token_does_not_depend_on_contrast_or_brightness(generator, contrast, brightness):
+def test_codes_do_not_depend_on_contrast_or_brightness(generator, contrast, brightness):
     images = torch.randn(3, 2, 4, 6, generator=generator)
     tokenizer = PatchTokenizer(patch_size=(2, 3), in_channels=2, vocabulary_size=4).fit(images)
     ids = tokenizer.encode(images)
@@ -136,7 +136,7 @@ def test_a_patch_token_does_not_depend_on_contrast_or_brightness(generator, cont
     assert torch.equal(tokenizer.encode(images * contrast + brightness), ids)
 
 
-def test_k_means_ends_where_each_code_is_the_mean_of_its_patches():
+def test_after_k_means_each_center_is_the_mean_of_its_patches():
     images = torch.randn(60, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     tokenizer = PatchTokenizer(patch_size=(2, 2), in_channels=1, vocabulary_size=5)
     before = tokenizer.fit(images, iterations=0).centers.clone()
@@ -151,7 +151,7 @@ def test_k_means_ends_where_each_code_is_the_mean_of_its_patches():
 
 
 @pytest.mark.untyped
-def test_a_regressor_takes_no_ragged_mask():
+def test_a_ragged_mask_is_refused():
     regressor = ContextRegressor(dim=WIDTH, depth=1, heads=3)
     ragged = masking.ragged(masking.uniform, masking.key([0], seed=0), [(2, 2)], 0.5)
     token, visible, positions = (torch.zeros(*shape, WIDTH) for shape in ((), (1, 2), (4,)))
@@ -200,7 +200,7 @@ def test_a_regressor_takes_no_ragged_mask():
             lambda: PatchTokenizer(patch_size=(2, 2), in_channels=1, vocabulary_size=9).fit(
                 torch.zeros(2, 1, 4, 4)
             ),
-            "9 codes need as many patches; got 8",
+            "9 codes need at least 9 patches; got 8",
         ),
     ],
 )

@@ -12,7 +12,7 @@ from mimkit import masking
 from mimkit.masking import Mask
 from mimkit.nn import InverseSwin, RelativePositionBias, SimMIMHead, SwinTransformer, ViT
 from mimkit.nn._simmim_heads import points_of_patches
-from mimkit.nn._swin import PatchMerging, fit_window, opposite_sides, window_order
+from mimkit.nn._swin import PatchMerging, fit_window, shifted_window_mask, window_order
 from mimkit.patches import gather_masked, patchify
 from tests.nn import plain
 from tests.strategies import generators, grids, masks
@@ -30,34 +30,33 @@ def swin(**changes: object) -> SwinTransformer:
 
 
 @given(st.sampled_from([(4, 8), (8, 8), (12, 4), (6, 6)]), st.integers(0, 3))
-def test_windows_hold_every_token_once(grid, shift):
+def test_every_token_is_in_exactly_one_window(grid, shift):
     order = window_order(grid, 2, min(shift, 1))
     assert sorted(order.flatten().tolist()) == list(range(grid[0] * grid[1]))
 
 
-def test_unshifted_windows_are_squares_of_neighbors():
+def test_unshifted_windows_are_squares_of_adjacent_tokens():
     order = window_order((4, 4), 2, 0)
     assert order.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
 
 
 @given(st.sampled_from([(8, 8, 4, 2), (8, 12, 4, 1), (6, 9, 3, 1)]))
-def test_only_neighbors_in_the_image_see_each_other(case):
-    """Two tokens of a window are apart exactly if the roll brought them together."""
+def test_the_shift_mask_separates_tokens_that_only_the_roll_made_neighbors(case):
     height, width, window, shift = case
     order = window_order((height, width), window, shift)
-    apart = opposite_sides((height, width), window, shift).squeeze(1) != 0
+    is_masked = shifted_window_mask((height, width), window, shift).squeeze(1) != 0
     y, x = order // width, order % width
     far = ((y[:, :, None] - y[:, None]).abs() >= window) | (
         (x[:, :, None] - x[:, None]).abs() >= window
     )
-    assert torch.equal(apart, far)
+    assert torch.equal(is_masked, far)
 
 
 @pytest.mark.parametrize(
     ("grid", "window", "fitted"),
     [((8, 8), 4, (4, 2)), ((4, 4), 4, (4, 0)), ((4, 4), 7, (4, 0)), ((3, 6), 7, (3, 0))],
 )
-def test_a_short_grid_has_one_unshifted_window(grid, window, fitted):
+def test_a_window_that_reaches_the_shorter_side_is_unshifted(grid, window, fitted):
     assert fit_window(grid, window) == fitted
 
 
@@ -107,14 +106,14 @@ def test_masked_patches_are_not_read(data, generator):
         )
 
 
-def test_without_masked_patches_the_mask_token_is_not_seen():
+def test_without_masked_patches_the_mask_token_is_not_used():
     model, images = swin(), torch.randn(2, 2, 16, 32)
     mask = masking.uniform(masking.key([0, 1], seed=0), (8, 16), num_masked=0)
     seen = model(images, mask, mask_token=torch.full((1, 1, 8), torch.nan))
     torch.testing.assert_close(seen, model(images))
 
 
-def test_samples_do_not_see_each_other():
+def test_samples_do_not_affect_each_other():
     model, images = swin(), torch.randn(3, 2, 16, 32)
     with torch.no_grad():
         together = model(images)
@@ -135,9 +134,9 @@ def test_a_mask_needs_a_mask_token_and_the_other_way_round():
     ("changes", "complaint"),
     [
         ({"depth": (2,)}, "one number per stage"),
-        ({"image_size": (16, 30)}, "not divisible by what the stages merge"),
+        ({"image_size": (16, 30)}, "not divisible by total patch merging"),
         ({"image_size": (8, 8, 8)}, "two axes"),
-        ({"heads": (3, 4)}, "cannot be cut into heads=3"),
+        ({"heads": (3, 4)}, "is not divisible by heads=3"),
         ({"window": 0}, "window must be at least 1"),
     ],
 )
@@ -151,7 +150,7 @@ def test_another_image_size_is_refused():
         swin()(torch.randn(1, 2, 32, 16))
 
 
-def test_gradients_of_moving_tokens_are_right():
+def test_gradients_through_the_permutations_are_right():
     model = swin(depth=(2,), heads=(2,), image_size=(8, 16)).double()
     images = torch.randn(1, 2, 8, 16, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: model(x).square().sum(), images, fast_mode=True)
@@ -202,7 +201,7 @@ def test_a_bias_depends_on_the_offset_alone(grid, class_token, generator):
 @given(st.sampled_from(["shared", "block"]), st.booleans(), masks(grid=(4, 8), batch_size=2))
 @settings(max_examples=10)
 def test_visible_tokens_keep_their_positions(relative, class_token, mask):
-    """Encoding the visible tokens alone is attention in which the masked ones have no weight."""
+    """Encoding only visible tokens equals full attention with masked keys set to -inf."""
     model = plain_vit(relative, class_token=class_token)
     images = torch.randn(2, 2, 16, 32)
     encoded = model(images, mask)
@@ -222,7 +221,7 @@ def test_visible_tokens_keep_their_positions(relative, class_token, mask):
 
 
 @pytest.mark.untyped
-def test_an_unknown_kind_of_positions_is_refused():
+def test_an_unknown_kind_of_relative_positions_is_refused():
     with pytest.raises(ValueError, match='"shared", "block" or None'):
         plain_vit("absolute")
 
@@ -230,7 +229,7 @@ def test_an_unknown_kind_of_positions_is_refused():
 # Heads.
 
 
-def test_points_are_sorted_as_pixel_shuffle_does():
+def test_points_are_ordered_as_in_pixel_shuffle():
     cells = torch.randn(2, 6, 3 * 8 * 8)
     image = F.pixel_shuffle(cells.mT.reshape(2, -1, 2, 3), 8)
     patches = points_of_patches(cells, (2, 3), (8, 8), (4, 4))
@@ -238,14 +237,14 @@ def test_points_are_sorted_as_pixel_shuffle_does():
     torch.testing.assert_close(patches, expected)
 
 
-def test_larger_patches_than_cells_are_put_together():
+def test_a_patch_larger_than_a_cell_is_assembled_from_cells():
     cells = torch.randn(2, 16, 3 * 2 * 2)
     large = points_of_patches(cells, (4, 4), (2, 2), (4, 4))
     back = points_of_patches(large, (2, 2), (4, 4), (2, 2))
     assert torch.equal(back, cells)
 
 
-def test_an_inverse_swin_splits_in_every_stage():
+def test_an_inverse_swin_splits_after_every_stage_but_the_last():
     head = InverseSwin(
         grid=(2, 4),
         in_dim=10,
@@ -258,14 +257,14 @@ def test_an_inverse_swin_splits_in_every_stage():
     tokens = torch.randn(2, 8, 10, requires_grad=True)
     cells = head(tokens)
     assert cells.shape == (2, 8 * 16, 5)
-    # Every cell is predicted from its own token, at least.
-    alone = torch.autograd.grad(cells[0, -1].sum(), tokens)[0]
-    assert alone[0, -1].abs().sum() > 0
-    assert alone[1].abs().sum() == 0
+    # A cell depends on its own token, and not on other samples.
+    grad = torch.autograd.grad(cells[0, -1].sum(), tokens)[0]
+    assert grad[0, -1].abs().sum() > 0
+    assert grad[1].abs().sum() == 0
 
 
-def test_masked_patches_are_predicted_as_the_pixels_of_the_whole_image():
-    """The authors' convolution and `PixelShuffle`, for tokens of four patches."""
+def test_masked_patches_equal_those_of_a_prediction_of_the_whole_image():
+    """Reference: the authors' convolution and `PixelShuffle`, for tokens of four patches."""
     mask = masking.uniform(masking.key([0, 1], seed=0), (4, 6), 0.5)
     head = SimMIMHead(grid=(2, 3), dim=10, token=(8, 8), patch=(4, 4), values=3)
     tokens = torch.randn(2, 6, 10)
@@ -274,7 +273,7 @@ def test_masked_patches_are_predicted_as_the_pixels_of_the_whole_image():
     torch.testing.assert_close(head(tokens, mask), gather_masked(patches, mask))
 
 
-def test_a_head_predicts_masked_patches_alone_where_each_has_its_own_token():
+def test_a_head_predicts_only_masked_patches_if_a_token_is_a_patch():
     mask = masking.uniform(masking.key([0, 1], seed=0), (2, 3), num_masked=2)
     head = SimMIMHead("mlp", grid=(2, 3), dim=10, token=(4, 4), patch=(4, 4), values=3)
     seen = []
@@ -297,7 +296,7 @@ def test_an_empty_batch_gives_no_tokens():
     assert encoder(torch.zeros(0, 2, 16, 32)).shape == (0, math.prod(encoder.out_grid), 16)
 
 
-def test_merging_takes_the_authors_order():
+def test_patch_merging_uses_the_authors_order():
     merging = PatchMerging(grid=(2, 2), dim=1)
     merging.norm = torch.nn.Identity()
     with torch.no_grad():
@@ -307,7 +306,7 @@ def test_merging_takes_the_authors_order():
     assert merging(tokens)[0, 0, 0] == 4321
 
 
-def test_masks_reach_swin_through_from_bool_as_well():
+def test_a_mask_rebuilt_from_booleans_gives_the_same_tokens():
     model, images = swin(), torch.randn(1, 2, 16, 32)
     mask = masking.uniform(masking.key([0], seed=0), (8, 16), 0.5, unit=2)
     token = torch.randn(1, 1, 8)

@@ -1,4 +1,4 @@
-"""The Vision Transformer that encodes visible patches only."""
+"""`ViT`: encoding of visible patches, golden vectors, initialisation, gradients, errors."""
 
 import pytest
 import torch
@@ -112,7 +112,7 @@ def golden_encoder(mode: str) -> ViT:
 
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
-def test_features_and_logits_are_those_of_the_fine_tuned_encoder(mode):
+def test_features_and_logits_equal_those_of_the_fine_tuned_encoder(mode):
     encoder = golden_encoder(mode)
     converted = from_official("mae_vit", GOLDEN.tensors(f"{mode}/param/"))
     assert converted.dropped == ()
@@ -157,7 +157,7 @@ def test_pooling_leaves_out_the_class_token():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_positions_start_as_the_fixed_table_behind_a_zero_row(shape):
+def test_position_embeddings_are_a_zero_row_and_the_sincos_table(shape):
     encoder = ViT(**SHAPES[shape], dim=12, depth=1, heads=2)
     table = torch.cat([torch.zeros(1, 12), sincos_positions(12, encoder.grid)])
     assert torch.equal(encoder.pos_embed[0], table)
@@ -169,7 +169,7 @@ def test_positions_start_as_the_fixed_table_behind_a_zero_row(shape):
 
 @given(masks(grid=(2, 4), batch_size=3), generators(), st.booleans())
 @torch.no_grad()
-def test_hidden_pixels_change_no_bit(mask, generator, poison):
+def test_hidden_pixels_do_not_change_the_output(mask, generator, poison):
     encoder = make_encoder()
     images = make_images(encoder)
     hidden = mask.refine((4, 5)).is_masked.unsqueeze(1)
@@ -182,7 +182,7 @@ def test_hidden_pixels_change_no_bit(mask, generator, poison):
 
 @given(masks(grid=(2, 4), batch_size=3), st.integers(0, 2), generators())
 @torch.no_grad()
-def test_other_samples_change_no_bit(mask, row, generator):
+def test_other_samples_do_not_change_the_output(mask, row, generator):
     encoder = make_encoder()
     images = make_images(encoder)
     others = torch.arange(3) != row
@@ -223,7 +223,7 @@ def gradients(encoder: ViT, loss: Tensor) -> dict[str, Tensor]:
     return dict(zip(trained, torch.autograd.grad(loss, trained.values()), strict=True))
 
 
-def test_gradients_are_those_of_the_authors_way():
+def test_gradients_equal_those_of_the_authors_way():
     encoder = make_encoder()
     images, mask = make_images(encoder).double(), make_mask(encoder)
     encoder.double()
@@ -244,8 +244,8 @@ def test_activation_checkpointing_gives_the_same_gradients():
             return checkpoint(encoder, images, mask, use_reentrant=False).square().sum()
         return encoder(images, mask).square().sum()
 
-    plainly, recomputed = gradients(encoder, loss(False)), gradients(encoder, loss(True))
-    for name, grad in plainly.items():
+    expected, recomputed = gradients(encoder, loss(False)), gradients(encoder, loss(True))
+    for name, grad in expected.items():
         assert torch.equal(grad, recomputed[name]), name
 
 
@@ -295,8 +295,8 @@ def test_patch_embed_equals_timms_convolution():
     torch.testing.assert_close(embed(images, mask), gather_visible(expected, mask))
 
 
-def test_new_weights_are_maes():
-    """Xavier-uniform matrices, the patch projection as one matrix, and zero biases."""
+def test_initialisation_equals_maes():
+    """Xavier-uniform matrices (the patch projection as one matrix) and zero biases."""
     torch.manual_seed(0)
     encoder = ViT(image_size=32, patch_size=8, dim=96, depth=1, heads=4, num_classes=10)
     block = encoder.blocks[0]

@@ -1,4 +1,4 @@
-"""Images to patch vectors and back, all of them or the visible ones."""
+"""Patchify, unpatchify, and gathering visible patches."""
 
 import itertools
 
@@ -16,7 +16,7 @@ from tests.strategies import generators, grids, images, masked_images, orders, p
 
 
 def cut_out(pictures: np.ndarray, patch: tuple[int, ...], order: str) -> np.ndarray:
-    """Patches by slicing, one by one."""
+    """Cut patches by slicing, one at a time."""
     counts = [range(size // p) for size, p in zip(pictures.shape[2:], patch, strict=True)]
     patches = []
     for place in itertools.product(*counts):
@@ -28,7 +28,7 @@ def cut_out(pictures: np.ndarray, patch: tuple[int, ...], order: str) -> np.ndar
 
 
 @given(masked_images(), orders)
-def test_patchify_cuts_patches_out_in_row_major_order(drawn, order):
+def test_patchify_returns_patches_in_row_major_order(drawn, order):
     pictures, _, patch = drawn
     assert np.array_equal(
         patchify(pictures, patch, order=order).numpy(), cut_out(pictures.numpy(), patch, order)
@@ -53,7 +53,7 @@ def test_patchify_undoes_unpatchify(grid, order, channels, data):
 
 
 @pytest.mark.parametrize("case", range(3))
-def test_the_default_order_is_maes(case):
+def test_the_default_order_is_that_of_mae(case):
     arrays = golden("patchify")
     _, patch, _ = arrays.config["cases"][case]
     pictures, theirs = arrays.tensor(f"case{case}/imgs"), arrays.tensor(f"case{case}/patches")
@@ -69,7 +69,7 @@ def test_the_other_order_is_that_of_convolution_weights():
 
 
 @given(masked_images(), orders)
-def test_gather_patches_takes_the_visible_rows_of_patchify(drawn, order):
+def test_gather_patches_returns_the_visible_rows_of_patchify(drawn, order):
     pictures, mask, patch = drawn
     whole = patchify(pictures, patch, order=order)
     gathered = gather_patches(pictures, mask, patch, order=order)
@@ -80,7 +80,7 @@ def test_gather_patches_takes_the_visible_rows_of_patchify(drawn, order):
 
 
 @given(masked_images(dtype=torch.uint8), orders)
-def test_bytes_become_fractions_of_255(drawn, order):
+def test_uint8_images_are_divided_by_255(drawn, order):
     pictures, mask, patch = drawn
     gathered = gather_patches(pictures, mask, patch, order=order)
     assert gathered.dtype == torch.float32
@@ -88,7 +88,7 @@ def test_bytes_become_fractions_of_255(drawn, order):
 
 
 @given(masked_images(dtype=torch.uint8), orders, st.booleans(), generators())
-def test_channel_statistics_are_applied_to_the_channels(drawn, order, as_tensor, generator):
+def test_mean_and_std_are_applied_per_channel(drawn, order, as_tensor, generator):
     pictures, mask, patch = drawn
     channels = pictures.shape[1]
     mean = torch.rand(channels, generator=generator)
@@ -130,7 +130,7 @@ def test_images_need_not_be_contiguous(drawn, order):
 
 
 @given(masked_images(), orders)
-def test_hidden_pixels_are_not_read(drawn, order):
+def test_masked_pixels_are_not_read(drawn, order):
     pictures, mask, patch = drawn
     hidden = mask.refine(patch).is_masked.unsqueeze(1)
     poisoned = pictures.masked_fill(hidden, float("nan"))
@@ -141,7 +141,7 @@ def test_hidden_pixels_are_not_read(drawn, order):
 
 
 @given(masked_images(max_tokens=8, dtype=torch.float64), orders)
-def test_gradients_of_patches_are_right(drawn, order):
+def test_gradients_go_to_the_visible_pixels(drawn, order):
     pictures, mask, patch = drawn
     pictures.requires_grad_()
     weights = torch.randn(gather_patches(pictures, mask, patch).shape, dtype=torch.float64)
@@ -177,7 +177,7 @@ def test_gather_patches_compiles_into_one_graph():
 
 
 @given(images((3,), (5,), dtype=torch.uint8))
-def test_an_integer_patch_size_stands_for_every_axis(pictures):
+def test_an_integer_patch_size_applies_to_every_axis(pictures):
     assert torch.equal(patchify(pictures, 5), patchify(pictures, (5,)))
     cube = pictures.view(*pictures.shape[:2], 15, 1, 1).expand(-1, -1, -1, 5, 10)
     assert torch.equal(patchify(cube, 5), patchify(cube, [5, 5, 5]))
@@ -207,13 +207,13 @@ MASK = masking.uniform(masking.key([0, 1], seed=0), (2, 3), 0.5)
         (lambda: gather_patches(PICTURES, MASK, 4, order="c"), "'c'"),
     ],
 )
-def test_what_does_not_fit_is_repeated_in_the_error(call, message):
+def test_errors_repeat_what_was_passed(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
 @pytest.mark.untyped
-def test_images_that_are_neither_floats_nor_bytes_are_refused():
+def test_images_that_are_neither_floats_nor_uint8_raise():
     with pytest.raises(TypeError, match=r"torch\.int64"):
         gather_patches(PICTURES.long(), MASK, 4)
 

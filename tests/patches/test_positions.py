@@ -1,4 +1,4 @@
-"""Sine-cosine position embeddings, and tables of them on other grids."""
+"""Sine-cosine position embeddings, and interpolation of position tables."""
 
 import math
 
@@ -19,7 +19,7 @@ FIRST_AXIS = {"mae": "column", "cae": "row"}
 
 @pytest.mark.parametrize("method", FIRST_AXIS)
 @pytest.mark.parametrize(("dim", "side"), SQUARES)
-def test_tables_are_the_authors_on_square_grids(method, dim, side):
+def test_tables_match_the_authors_on_square_grids(method, dim, side):
     theirs = GOLDEN.tensor(f"{method}/dim{dim}_grid{side}")
     ours = sincos_positions(dim, (side, side), first_axis=FIRST_AXIS[method])
     assert ours.dtype == torch.float32
@@ -34,7 +34,7 @@ def test_the_two_orders_differ():
     )
 
 
-def test_the_authors_table_of_a_rectangle_is_the_transposed_one():
+def test_the_authors_table_of_a_rectangle_is_transposed():
     """CAE's construction for height 3 and width 5 lays the tokens out as on a (5, 3) grid."""
     theirs = GOLDEN.tensor("cae/dim16_h3_w5_nonsquare")
     transposed = sincos_positions(16, (5, 3), first_axis="row")
@@ -48,7 +48,9 @@ def test_the_authors_table_of_a_rectangle_is_the_transposed_one():
     first_axis=st.sampled_from(["column", "row"]),
     temperature=st.sampled_from([10000.0, 100.0]),
 )
-def test_every_axis_has_its_own_waves_on_every_grid(grid, waves, first_axis, temperature):
+def test_every_axis_has_its_own_sines_and_cosines_on_every_grid(
+    grid, waves, first_axis, temperature
+):
     axes = len(grid)
     table = sincos_positions(
         2 * axes * waves, grid, temperature=temperature, first_axis=first_axis
@@ -69,13 +71,13 @@ def test_no_two_positions_share_an_embedding():
     assert torch.cdist(table, table).fill_diagonal_(1).min() > 0.1
 
 
-def test_prefix_tokens_have_a_position_of_zeros():
+def test_rows_of_prefix_tokens_are_zero():
     table = sincos_positions(8, (2, 3), num_prefix=2)
     assert (table[:2] == 0).all()
     assert torch.equal(table[2:], sincos_positions(8, (2, 3)))
 
 
-def test_interpolation_is_the_authors():
+def test_interpolation_matches_the_authors():
     table, theirs = GOLDEN.tensor("interp/in")[0], GOLDEN.tensor("interp/out_6x6")[0]
     ours = interpolate_positions(table, (4, 4), (6, 6), num_prefix=1)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -113,7 +115,7 @@ def test_prefix_rows_and_dtype_are_kept(old, num_prefix, dtype, generator, data)
 
 
 @given(grid=grids(max_tokens=60), generator=generators())
-def test_the_same_grid_gives_an_equal_table_of_its_own(grid, generator):
+def test_the_same_grid_returns_a_copy(grid, generator):
     table = torch.randn(1 + math.prod(grid), 3, generator=generator)
     same = interpolate_positions(table, grid, grid, num_prefix=1)
     assert torch.equal(same, table)
@@ -127,7 +129,7 @@ def test_a_constant_table_stays_constant(grid, data):
     torch.testing.assert_close(resampled, torch.full((math.prod(new), 2), 3.0))
 
 
-def test_every_axis_of_a_volume_is_resampled_by_itself():
+def test_every_axis_of_a_volume_is_resampled_independently():
     line = torch.randn(4, 1)
     volume = line.view(1, 4, 1).expand(3, 4, 2).reshape(24, 1)
     resampled = interpolate_positions(volume, (3, 4, 2), (5, 6, 1)).view(5, 6, 1)
@@ -152,6 +154,6 @@ def test_every_axis_of_a_volume_is_resampled_by_itself():
         (lambda: interpolate_positions(torch.zeros(1, 4, 2), (2, 2), (3, 3)), r"\(1, 4, 2\)"),
     ],
 )
-def test_what_does_not_fit_is_repeated_in_the_error(call, message):
+def test_errors_repeat_what_was_passed(call, message):
     with pytest.raises(ValueError, match=message):
         call()

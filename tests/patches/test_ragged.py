@@ -1,4 +1,4 @@
-"""Moving packed tokens, and cutting patches out of images of different sizes."""
+"""Gathering and restoring packed tokens, and patches of images of different sizes."""
 
 import pytest
 import torch
@@ -19,7 +19,9 @@ def example() -> RaggedMask:
 
 
 @given(ragged_masks(), st.integers(0, 2), generators())
-def test_packed_tokens_move_as_those_of_each_sample(mask, num_prefix, generator):
+def test_packed_tokens_are_gathered_and_restored_as_for_each_sample_alone(
+    mask, num_prefix, generator
+):
     samples = [torch.randn(num_prefix + n, DIM, generator=generator) for n in mask.num_tokens]
     tokens = torch.cat(samples).requires_grad_()
     fill = torch.randn(len(mask.masked_ids), DIM, generator=generator)
@@ -42,7 +44,7 @@ def test_packed_tokens_move_as_those_of_each_sample(mask, num_prefix, generator)
         expected.append((seen[0], hidden[0], whole[0]))
     for ours, theirs in zip((visible, masked, restored), zip(*expected, strict=True), strict=True):
         assert torch.equal(ours, torch.cat(theirs))
-    restored.sum().backward()  # each visible row was taken once, no other one
+    restored.sum().backward()  # the gradient is 1 at visible rows, 0 elsewhere
     visible_rows = torch.zeros(len(tokens)).index_add(
         0, gather_visible(torch.arange(len(tokens))[:, None], mask, num_prefix=num_prefix)[:, 0],
         torch.ones(len(visible)),
@@ -61,7 +63,7 @@ def test_one_vector_fills_all_masked_positions(mask):
 
 
 @given(st.data(), orders, generators())
-def test_patches_of_images_of_any_sizes_are_those_of_each_image(data, order, generator):
+def test_patches_of_images_of_different_sizes_equal_those_of_each_image(data, order, generator):
     mask = data.draw(ragged_masks())
     patch = data.draw(patch_sizes(len(mask.grids[0])))
     sizes = [[n * p for n, p in zip(grid, patch, strict=True)] for grid in mask.grids]
@@ -77,7 +79,7 @@ def test_patches_of_images_of_any_sizes_are_those_of_each_image(data, order, gen
         torch.testing.assert_close(rows[None], expected)
 
 
-def test_one_tensor_of_images_is_a_list_of_one_size():
+def test_a_tensor_of_images_equals_a_list_of_them():
     hidden = torch.tensor([[[True, False]], [[False, False]]])
     images, mask = torch.randn(2, 3, 4, 8), RaggedMask.from_bool(hidden)
     assert torch.equal(gather_patches(images, mask, 4), gather_patches(list(images), mask, 4))
@@ -111,12 +113,12 @@ def test_one_tensor_of_images_is_a_list_of_one_size():
         ),
     ],
 )
-def test_what_does_not_fit_is_repeated_in_the_error(call, error, message):
+def test_errors_repeat_what_was_passed(call, error, message):
     with pytest.raises(error, match=message):
         call()
 
 
-def test_every_operation_checks_values_if_asked_to():
+def test_values_are_checked_with_use_check():
     wrong = RaggedMask._pack(torch.tensor([1, 2]), torch.tensor([1, 0, 1]), [(2,), (3,)], [1, 1])
     gather_visible(torch.zeros(5, 1), wrong)
     with mimkit.use(check=True), pytest.raises(ValueError, match="sample 0"):

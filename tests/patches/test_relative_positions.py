@@ -1,4 +1,4 @@
-"""Relative position tables on another window."""
+"""Resampling of relative position tables."""
 
 import math
 
@@ -15,7 +15,7 @@ interpolate = pytest.importorskip("scipy.interpolate", reason="scipy comes with 
 
 
 def as_the_authors(table: np.ndarray, old: int, new: int) -> np.ndarray:
-    """SimMIM's loop; `interp2d` is gone from SciPy, and this is the spline that it made."""
+    """SimMIM's loop, with the spline that SciPy's removed `interp2d` fitted."""
     left, right = 1.01, 1.5
     while right - left > 1e-6:
         growth = (left + right) / 2
@@ -40,14 +40,14 @@ def test_a_square_table_is_resampled_as_the_authors_do(old, new, generator):
     if old == new:
         assert torch.equal(resampled, table)
     else:
-        # The authors stop their search at a growth to 1e-6.
+        # The authors' search for the growth stops at 1e-6.
         np.testing.assert_allclose(
             resampled.view(new_size, new_size).numpy(), expected, rtol=1e-3, atol=1e-3
         )
 
 
 @given(st.tuples(*[st.integers(1, 6)] * 2), st.tuples(*[st.integers(1, 9)] * 2), generators())
-def test_the_center_and_extra_rows_stay(old, new, generator):
+def test_the_center_and_extra_rows_are_kept(old, new, generator):
     sizes = [[2 * n - 1 for n in grid] for grid in (old, new)]
     table = torch.randn(math.prod(sizes[0]) + 3, 2, generator=generator)
     resampled = interpolate_relative_positions(table, old, new, num_extra=3)
@@ -65,13 +65,13 @@ def test_a_constant_stays_constant(old, new, heads):
 
 
 @pytest.mark.parametrize(
-    ("rows", "old", "new", "complaint"),
+    ("rows", "old", "new", "message"),
     [
         (49, (4, 4), (4,), "different numbers of axes"),
         (48, (4, 4), (5, 5), r"table must be \[49, heads\]"),
         (49, (4, 0), (5, 5), "positive"),
     ],
 )
-def test_what_does_not_fit_is_refused(rows, old, new, complaint):
-    with pytest.raises(ValueError, match=complaint):
+def test_errors_repeat_what_was_passed(rows, old, new, message):
+    with pytest.raises(ValueError, match=message):
         interpolate_relative_positions(torch.zeros(rows, 2), old, new)

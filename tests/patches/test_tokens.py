@@ -1,4 +1,4 @@
-"""Tokens out of the whole sequence and back."""
+"""Gathering visible or masked tokens, and restoring the sequence."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def whole_sequence(mask: Mask, num_prefix: int, dim: int, generator: torch.Gener
 def restore_by_hand(
     visible: Tensor, mask: Mask, fill: Tensor, positions: Tensor | None, num_prefix: int
 ) -> Tensor:
-    """As in the authors' `forward_decoder`, sample by sample."""
+    """Restore one sample at a time, as in MAE's `forward_decoder`."""
     sequences = []
     for row, tokens in enumerate(visible):
         sequence = tokens.new_zeros(num_prefix + mask.num_tokens, tokens.shape[1])
@@ -36,7 +36,9 @@ def restore_by_hand(
 
 
 @given(masks(), prefixes, dims, generators())
-def test_gathering_takes_the_prefix_and_one_kind_of_token(mask, num_prefix, dim, generator):
+def test_gathering_returns_prefix_tokens_and_visible_or_masked_tokens(
+    mask, num_prefix, dim, generator
+):
     tokens = whole_sequence(mask, num_prefix, dim, generator)
     is_masked = mask.is_masked.flatten(1)
     prefix = torch.ones(num_prefix, dtype=torch.bool)
@@ -56,7 +58,7 @@ def test_restore_undoes_gathering(mask, num_prefix, dim, generator):
 
 
 @given(masks(), prefixes, dims, st.booleans(), st.booleans(), generators())
-def test_values_and_gradients_of_restore_are_those_of_the_plain_way(
+def test_restore_and_its_gradients_match_a_loop_over_samples(
     mask, num_prefix, dim, one_fill, with_positions, generator
 ):
     def random(*shape: int) -> Tensor:
@@ -79,7 +81,7 @@ def test_values_and_gradients_of_restore_are_those_of_the_plain_way(
 
 
 @given(masks(), prefixes, generators())
-def test_gradients_of_gathering_go_where_the_values_came_from(mask, num_prefix, generator):
+def test_the_gradient_of_gathering_is_restore_with_zeros(mask, num_prefix, generator):
     tokens = whole_sequence(mask, num_prefix, 2, generator).requires_grad_()
     gathered = gather_visible(tokens, mask, num_prefix=num_prefix)
     weights = torch.randn(gathered.shape, generator=generator, dtype=torch.float64)
@@ -102,7 +104,7 @@ def test_gradients_pass_gradcheck():
 
 
 @pytest.mark.parametrize("case", range(6))
-def test_the_visible_tokens_are_maes_up_to_their_order(case):
+def test_visible_tokens_match_mae_up_to_their_order(case):
     arrays = golden("mae_random_masking")
     tokens, kept = arrays.tensor(f"case{case}/x"), arrays.tensor(f"case{case}/ids_keep")
     mask = Mask.from_visible_ids(kept, (tokens.shape[1],))
@@ -116,7 +118,7 @@ FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 @pytest.mark.parametrize("visible_dtype", FLOATS)
 @pytest.mark.parametrize("fill_dtype", FLOATS)
-def test_restore_gives_the_promoted_dtype(visible_dtype, fill_dtype):
+def test_restore_returns_the_promoted_dtype(visible_dtype, fill_dtype):
     mask = masking.uniform(masking.key([0], seed=0), (4,), 0.5)
     visible = torch.randn(1, 2, 3).to(visible_dtype)
     fill = torch.randn(3).to(fill_dtype)
@@ -150,7 +152,7 @@ def test_tokens_need_not_be_contiguous():
     )
 
 
-def test_a_shared_mask_moves_the_tokens_of_every_sample():
+def test_an_expanded_mask_gathers_from_every_sample():
     mask = masking.uniform(masking.key([5], seed=0), (2, 3), 0.5)
     tokens = torch.randn(4, 6, 2)
     expected = tokens[:, mask.visible_ids[0]]
@@ -195,7 +197,7 @@ TOKENS, VISIBLE, FILL = torch.zeros(2, 6, 5), torch.zeros(2, 2, 5), torch.zeros(
             lambda: restore(VISIBLE, MASK, FILL, num_prefix=1),
             r"1 prefix and 2 visible.*got \(2, 2, 5\)",
         ),
-        (lambda: restore(VISIBLE[..., 0], MASK, FILL), r"\[batch, tokens, dim\].*got \(2, 2\)"),
+        (lambda: restore(VISIBLE[..., 0], MASK, FILL), r"\[batch, 2, dim\].*got \(2, 2\)"),
         (lambda: gather_visible(TOKENS, MASK, num_prefix=-1), "num_prefix must not be.*got -1"),
         (lambda: restore(VISIBLE[:1], MASK, FILL), "2 samples.* has 1"),
         (lambda: restore(VISIBLE, MASK, FILL[:4]), r"\[5\] or \[2, 4, 5\]; got \(4,\)"),
@@ -203,6 +205,6 @@ TOKENS, VISIBLE, FILL = torch.zeros(2, 6, 5), torch.zeros(2, 2, 5), torch.zeros(
         (lambda: restore(VISIBLE, MASK, FILL, positions=TOKENS[0, :5]), r"\[6, 5\].*\(5, 5\)"),
     ],
 )
-def test_what_does_not_fit_is_repeated_in_the_error(call, message):
+def test_errors_repeat_what_was_passed(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -82,7 +82,10 @@ def test_what_does_not_fit_is_told_in_one_line(name, options, says, pictures, ca
     [
         (["--groups", "0"], "--groups 0 is too small"),
         (["--vocabulary-size", "0"], "--vocabulary-size 0 is too small"),
-        (["--divergence-weight", "nan"], "--divergence-weight nan is no weight"),
+        (
+            ["--divergence-weight", "nan"],
+            "--divergence-weight nan is out of range: give 0 or a positive number",
+        ),
         (["--resume", "elsewhere"], "--resume elsewhere is no complete checkpoint"),
     ],
 )

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.recipes.pictures import write_noise
+from tests.waiting import end_of, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
@@ -97,20 +97,21 @@ def test_a_job_ends_clearly_when_a_process_dies_and_goes_on_when_started_again(
     out = folder / "bereaved"
     # Steps enough to be killed in.
     long = ["--epochs", "8", "--batch-size", "4"]
+    start = command(out, 2, *long, steps=60)
+    # `torchrun` ends the other process as soon as it looks: not before that has seen for itself.
+    start.insert(start.index("--standalone"), "--monitor-interval=5")
     job = subprocess.Popen(
-        command(out, 2, *long, steps=60),
+        start,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not (out / "checkpoints/step-00000003/COMPLETE").exists():
-        assert job.poll() is None
-        time.sleep(0.01)
+    first = out / "checkpoints/step-00000003/COMPLETE"
+    wait_until(first.exists, "checkpoint of step 3", job)
     os.kill(children(job.pid)[-1], signal.SIGKILL)
-    assert job.stderr is not None
-    printed = job.stderr.read()
-    assert job.wait() != 0
+    code, printed = end_of(job)
+    assert code != 0
     assert "has lost another process of the job: start the same command again" in printed
     last = sorted((out / "checkpoints").glob("step-*/COMPLETE"))[-1]
     steps = int(last.parent.name.removeprefix("step-"))

@@ -23,6 +23,7 @@ from recipes.engine import Recipe, run
 from recipes.engine.run.checkpoint import Checkpoints
 from recipes.engine.run.world import World
 from recipes.mae import MAE, RECIPE, MAEOutput
+from tests.waiting import end_of, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
@@ -31,7 +32,7 @@ STEPS = 24
 def options(pictures: Path, out: Path, *more: str) -> list[str]:
     return [
         "--data", str(pictures), "--out", str(out), "--batch-size", "4", "--epochs", "8",
-        "--max-steps", str(STEPS), "--checkpoint-every", "2", *more,
+        "--max-steps", str(STEPS), "--checkpoint-every", "2", "--log-every", "1", *more,
     ]  # fmt: skip
 
 
@@ -73,15 +74,17 @@ def kill_at_random_and_finish(pictures: Path, out: Path, rng: random.Random) -> 
     wanted = 2 * rng.randrange(1, STEPS // 2)
     checkpoints = Checkpoints(out / "checkpoints", World())
     partial = checkpoints.folder / f"{checkpoints.path(wanted).name}.partial"
-    while process.poll() is None:
+
+    def is_time() -> bool:
         steps = checkpoints.steps()
-        if (steps and steps[-1] >= wanted) or (rng.random() < 0.5 and partial.exists()):
-            break
+        return bool(steps and steps[-1] >= wanted) or (rng.random() < 0.5 and partial.exists())
+
+    wait_until(is_time, f"checkpoint of step {wanted}", process, or_end=True)
     time.sleep(rng.random() * 0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
     survived = checkpoints.steps()
-    assert start(pictures, out).wait() == 0
+    assert end_of(start(pictures, out))[0] == 0
     return survived[-1] if survived else 0
 
 
@@ -119,17 +122,15 @@ def test_a_full_disk_gives_one_clear_line_and_loses_nothing(
 ) -> None:
     out = tmp_path / "run"
     process = start(pictures, out, stderr=subprocess.PIPE)
-    while not Checkpoints(out / "checkpoints", World()).steps():
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_until(Checkpoints(out / "checkpoints", World()).steps, "first checkpoint", process)
     # No file may grow beyond 64 kB from now on: checkpoints do not fit, lines of text do.
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (65_536, 65_536))
-    assert process.stderr is not None
-    *_, error = process.stderr.read().decode().splitlines()
-    assert process.wait() == 2
+    code, printed = end_of(process)
+    *_, error = printed.decode().splitlines()
+    assert code == 2
     assert error.startswith("error: cannot write the checkpoint of step")
     assert "is safe" in error
-    assert start(pictures, out).wait() == 0
+    assert end_of(start(pictures, out))[0] == 0
     assert_equal_runs(out, uninterrupted)
 
 
@@ -226,9 +227,7 @@ def test_a_second_process_on_the_same_folder_is_refused(
 ) -> None:
     first = start(pictures, tmp_path / "run")
     try:
-        while not (tmp_path / "run/config.yaml").exists():
-            assert first.poll() is None
-            time.sleep(0.01)
+        wait_until((tmp_path / "run/config.yaml").exists, "config.yaml", first)
         assert run(RECIPE, "", options(pictures, tmp_path / "run")) == 2
         assert "another process" in capfd.readouterr().err
     finally:

@@ -251,7 +251,7 @@ def test_a_target_on_the_command_line_brings_its_loss(target, loss):
         ("vit", {"head": "inverse_swin_t", "target": "hog"}, "has nothing to split"),
         ("vit", {"target": "pixels_16x"}, "choose a finer target"),
         ("swin", {"patch_size": 5}, "not divisible by patch size"),
-        ("vit", {"heads": 3}, "cannot be cut into heads=3"),
+        ("vit", {"heads": 3}, "is not divisible by heads=3"),
     ],
 )
 def test_what_does_not_fit_is_told_in_one_sentence(encoder, changes, complaint):

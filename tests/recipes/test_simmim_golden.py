@@ -159,7 +159,7 @@ def test_the_windows_are_the_authors():
     attn = model.encoder.layers[0].blocks[1].attn
     theirs = file.tensors("buffer/encoder.layers.0.blocks.1.attn")
     assert torch.equal(attn.rel_pos_bias.index, theirs[".relative_position_index"])
-    assert torch.equal(attn.apart.squeeze(1), theirs["_mask"])
+    assert torch.equal(attn.shift_mask.squeeze(1), theirs["_mask"])
 
 
 def test_the_stages_are_the_authors(case):

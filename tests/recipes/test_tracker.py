@@ -9,7 +9,7 @@ import pytest
 from recipes.engine import run
 from recipes.mae import RECIPE
 
-SHORT = ["--data", "digits", "--max-steps", "3", "--batch-size", "8"]
+SHORT = ["--data", "digits", "--max-steps", "3", "--batch-size", "8", "--log-every", "1"]
 
 
 @pytest.fixture(autouse=True)

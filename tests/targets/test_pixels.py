@@ -19,7 +19,7 @@ TARGETS = {"pixels": Pixels, "normalized": NormalizedPixels}
 
 
 def samples_of(mask: Tensor) -> list[Mask]:
-    """One mask for each sample of a batch whose counts differ."""
+    """Return one mask per sample, for a batch with different counts."""
     return [Mask.from_bool(row[None].bool()) for row in mask]
 
 
@@ -42,7 +42,7 @@ def test_normalised_patches_have_mean_zero_and_variance_one(drawn, order):
     torch.testing.assert_close(target.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_normalised_patches_are_the_authors():
+def test_normalised_patches_match_the_authors():
     arrays = golden("mae_loss")
     pictures, theirs = arrays.tensor("in/imgs"), arrays.tensor("out/target_normpix")
     masks = samples_of(arrays.tensor("in/mask").view(2, 4, 4))
@@ -52,13 +52,13 @@ def test_normalised_patches_are_the_authors():
         torch.testing.assert_close(target, expected, rtol=1e-4, atol=2e-5)
 
 
-def test_nearly_constant_patches_show_the_place_of_epsilon():
+def test_epsilon_is_inside_the_square_root():
     arrays = golden("mae_loss")
     everything = Mask.from_bool(torch.ones(2, 4, 4, dtype=torch.bool))
     target = NormalizedPixels(8)(arrays.tensor("in/imgs"), everything)
     theirs = arrays.tensor("out/target_normpix")
     torch.testing.assert_close(target, theirs, rtol=1e-4, atol=2e-5)
-    # Among them are patches whose deviation is far below 1 though they are not constant.
+    # Nearly constant patches have a deviation far below 1, which depends on epsilon.
     deviation = theirs.std(dim=-1)
     assert ((deviation > 0) & (deviation < 0.9)).any()
 
@@ -71,7 +71,7 @@ def test_a_constant_patch_is_normalised_to_zero(value):
 
 
 @given(masked_images(dtype=torch.uint8), orders, st.sampled_from(sorted(TARGETS)), st.booleans())
-def test_invert_gives_back_the_pixels_of_the_images(drawn, order, name, with_statistics):
+def test_invert_returns_the_pixels_of_the_images(drawn, order, name, with_statistics):
     pictures, mask, patch = drawn
     channels = pictures.shape[1]
     assume(np.prod(patch) * channels >= 2)
@@ -84,7 +84,7 @@ def test_invert_gives_back_the_pixels_of_the_images(drawn, order, name, with_sta
 
 
 @given(masked_images(), orders, st.sampled_from(sorted(TARGETS)))
-def test_visible_pixels_do_not_touch_the_target(drawn, order, name):
+def test_visible_pixels_do_not_affect_the_target(drawn, order, name):
     pictures, mask, patch = drawn
     assume(np.prod(patch) * pictures.shape[1] >= 2)
     visible = ~mask.refine(patch).is_masked.unsqueeze(1)
@@ -93,7 +93,7 @@ def test_visible_pixels_do_not_touch_the_target(drawn, order, name):
     assert torch.equal(target(poisoned, mask), target(pictures, mask))
 
 
-def test_targets_say_whether_inverting_looks_at_hidden_pixels():
+def test_uses_ground_truth_is_whether_invert_reads_masked_pixels():
     assert not Pixels(4).uses_ground_truth
     assert not PCATarget(4).uses_ground_truth
     assert NormalizedPixels(4).uses_ground_truth
@@ -108,7 +108,7 @@ def test_targets_say_whether_inverting_looks_at_hidden_pixels():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.uint8])
-def test_targets_are_float32_whatever_the_images(dtype):
+def test_targets_are_float32_for_images_of_any_dtype(dtype):
     images = torch.randint(0, 2, (2, 3, 8, 8)).to(dtype)
     mask = masking.uniform(masking.key([0, 1], seed=0), (2, 2), 0.5)
     for target in (Pixels(4), NormalizedPixels(4), PCATarget(4, 5).fit(images)):
@@ -125,7 +125,7 @@ def test_patches_of_one_value_cannot_be_normalised():
 
 @pytest.fixture(scope="module")
 def colorful() -> Tensor:
-    """Images whose patches vary by a different amount in every direction."""
+    """Make images whose patches have a different variance in every direction."""
     generator = torch.Generator().manual_seed(0)
     patches = torch.randn(300, 12, generator=generator, dtype=torch.float64)
     rotation = torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64)).Q
@@ -133,7 +133,7 @@ def colorful() -> Tensor:
     return patches.view(3, 100, 2, 2, 3).permute(0, 4, 2, 1, 3).reshape(3, 3, 2, 200).float()
 
 
-def test_principal_components_are_scikit_learns(colorful):
+def test_principal_components_match_scikit_learn(colorful):
     patches = patchify(colorful, 2).flatten(0, 1).double().numpy()
     reference = PCA(5, svd_solver="full").fit(patches)
     target = PCATarget(2, 5).fit(colorful)
@@ -151,7 +151,7 @@ def test_principal_components_are_scikit_learns(colorful):
 
 
 @pytest.mark.parametrize("order", ["p1 p2 c", "c p1 p2"])
-def test_all_components_together_lose_nothing(colorful, order):
+def test_all_components_together_are_invertible(colorful, order):
     mask = masking.uniform(masking.key(range(3), seed=0), (1, 100), 0.75)
     target = PCATarget(2, 12, order=order).fit(colorful)
     values = target(colorful, mask)
@@ -160,7 +160,7 @@ def test_all_components_together_lose_nothing(colorful, order):
     )
 
 
-def test_bytes_are_fitted_and_transformed_as_fractions():
+def test_uint8_images_are_divided_by_255():
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randint(0, 256, (4, 3, 8, 8), generator=generator, dtype=torch.uint8)
     mask = masking.uniform(masking.key(range(4), seed=0), (4, 4), 0.75)
@@ -173,7 +173,7 @@ def test_bytes_are_fitted_and_transformed_as_fractions():
 
 
 @pytest.mark.untyped
-def test_principal_components_that_do_not_exist_are_refused():
+def test_errors_repeat_what_was_passed():
     images = torch.rand(2, 3, 4, 4)
     mask = masking.uniform(masking.key([0, 1], seed=0), (2, 2), 0.5)
     with pytest.raises(ValueError, match="13 components do not fit patches of 12 values"):

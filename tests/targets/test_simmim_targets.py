@@ -1,4 +1,4 @@
-"""SimMIM's other targets: against scikit-image, scikit-learn and numpy, and back to pixels."""
+"""SimMIM's other targets and their inverses, against scikit-image, scikit-learn and numpy."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from mimkit.patches import gather_masked, patchify
 from tests.strategies import generators, images, masked_images, orders
 
 
-def hidden_patches(batch: Tensor, mask: Mask, patch: tuple[int, ...], order: str) -> Tensor:
+def masked_patches(batch: Tensor, mask: Mask, patch: tuple[int, ...], order: str) -> Tensor:
     return gather_masked(patchify(batch, patch, order=order), mask)
 
 
@@ -33,16 +33,16 @@ def test_downsampled_pixels_are_the_means_of_squares(case, order, data):
     for axis, side in enumerate(factor, 2):
         small = small.unflatten(axis, (-1, side)).mean(axis + 1)
     inside = tuple(p // f for p, f in zip(patch, factor, strict=True))
-    torch.testing.assert_close(values, hidden_patches(small, mask, inside, order))
-    # Back, every pixel has the mean of its square.
+    torch.testing.assert_close(values, masked_patches(small, mask, inside, order))
+    # Inverted, every pixel has the mean of its square.
     for axis, side in enumerate(factor, 2):
         small = small.repeat_interleave(side, axis)
-    expected = hidden_patches(small, mask, patch, order)
+    expected = masked_patches(small, mask, patch, order)
     torch.testing.assert_close(target.invert(values, batch, mask), expected)
 
 
 @given(generators(), orders)
-def test_squares_larger_than_a_patch_hold_whole_units(generator, order):
+def test_squares_may_be_larger_than_a_patch(generator, order):
     batch = torch.randn(2, 3, 16, 24, generator=generator)
     mask = masking.uniform(masking.key([0, 1], seed=0), (8, 12), 0.5, unit=4)
     target = targets.DownsampledPixels(2, 8, order)
@@ -52,10 +52,10 @@ def test_squares_larger_than_a_patch_hold_whole_units(generator, order):
     torch.testing.assert_close(values, gather_masked(means.flatten(2).mT, target.group(mask)))
     large = means.repeat_interleave(8, 2).repeat_interleave(8, 3)
     back = target.invert(values, batch, mask)
-    torch.testing.assert_close(back, hidden_patches(large, mask, (2, 2), order))
+    torch.testing.assert_close(back, masked_patches(large, mask, (2, 2), order))
 
 
-def test_squares_of_partly_masked_patches_are_refused():
+def test_partly_masked_squares_raise():
     mask = masking.uniform(masking.key([0], seed=0), (4, 4), num_masked=7)
     with pytest.raises(ValueError, match="partly masked"):
         targets.DownsampledPixels(2, 4)(torch.randn(1, 3, 8, 8), mask)
@@ -68,7 +68,7 @@ def test_squares_of_partly_masked_patches_are_refused():
 
 @given(generators(), st.sampled_from([3, 5, 9]), orders)
 @settings(max_examples=15)
-def test_windows_are_those_of_every_pixel(generator, window, order):
+def test_every_pixel_is_normalised_by_its_window(generator, window, order):
     batch = torch.randn(1, 2, 6, 9, generator=generator)
     mask = masking.uniform(masking.key([0], seed=0), (2, 3), 0.5)
     target = targets.WindowNormalizedPixels(3, window, order)
@@ -80,16 +80,16 @@ def test_windows_are_those_of_every_pixel(generator, window, order):
             normal = (batch[..., y, x] - near.mean(-1)) / (near.var(-1) + 1e-6).sqrt()
             expected[..., y, x] = normal.float()
     values = target(batch, mask)
-    expected = hidden_patches(expected, mask, (3, 3), order)
+    expected = masked_patches(expected, mask, (3, 3), order)
     torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-4)
     back = target.invert(values, batch, mask)
-    pixels = hidden_patches(batch, mask, (3, 3), order)
+    pixels = masked_patches(batch, mask, (3, 3), order)
     torch.testing.assert_close(back, pixels, rtol=1e-4, atol=1e-4)
     assert target.uses_ground_truth
 
 
 @pytest.mark.parametrize("window", [1, 4])
-def test_windows_have_a_center_and_neighbors(window):
+def test_windows_must_be_odd_and_at_least_three(window):
     with pytest.raises(ValueError, match="odd and at least 3"):
         targets.WindowNormalizedPixels(4, window)
 
@@ -99,7 +99,7 @@ def test_windows_have_a_center_and_neighbors(window):
 
 @given(generators(), st.integers(1, 6))
 @settings(max_examples=15)
-def test_clusters_are_scikit_learns(generator, num_clusters):
+def test_clusters_match_scikit_learn(generator, num_clusters):
     cluster = pytest.importorskip("sklearn.cluster", reason="scikit-learn is not installed")
     batch = torch.rand(2, 3, 6, 5, generator=generator)
     points = batch.movedim(1, -1).reshape(-1, 3)
@@ -118,14 +118,14 @@ def test_every_pixel_gets_its_nearest_color(case, generator):
     target = targets.ColorClusters(patch, 4)
     target.centers = torch.randn(4, batch.shape[1], generator=generator)
     ids = target(batch, mask)
-    pixels = hidden_patches(batch, mask, patch, "p1 p2 c").unflatten(2, (-1, batch.shape[1]))
+    pixels = masked_patches(batch, mask, patch, "p1 p2 c").unflatten(2, (-1, batch.shape[1]))
     distances = (pixels.unsqueeze(3) - target.centers).square().sum(-1)
     assert torch.equal(ids, distances.argmin(-1))
     colors = target.centers[ids].flatten(2)
     assert torch.equal(target.invert(ids, batch, mask), colors)
 
 
-def test_clusters_find_separate_colors_and_survive_a_file(tmp_path):
+def test_clusters_find_separate_colors_and_are_saved_and_loaded(tmp_path):
     colors = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
     which = torch.arange(3).repeat_interleave(12).view(1, 6, 6)
     batch = colors[which].movedim(-1, 1)
@@ -137,22 +137,22 @@ def test_clusters_find_separate_colors_and_survive_a_file(tmp_path):
     assert torch.equal(again.centers, target.centers)
     mask = Mask.from_visible_ids(torch.tensor([[0]]), (3, 3))
     back = again.invert(again(batch, mask), batch, mask)
-    assert torch.equal(back, hidden_patches(batch, mask, (2, 2), "p1 p2 c"))
+    assert torch.equal(back, masked_patches(batch, mask, (2, 2), "p1 p2 c"))
     with pytest.raises(ValueError, match="holds 3 clusters, not 4"):
         targets.ColorClusters(2, 4).load(tmp_path / "colors.pt")
 
 
-def test_bytes_are_clustered_as_fractions():
+def test_uint8_images_are_clustered_in_the_range_0_to_1():
     batch = torch.tensor([0, 255], dtype=torch.uint8).repeat(8).view(1, 1, 4, 4)
     target = targets.ColorClusters(2, 2).fit(batch)
     assert sorted(target.centers.flatten().tolist()) == [0, 1]
 
 
-def test_clusters_that_cannot_be_are_refused():
+def test_errors_of_color_clusters_repeat_what_was_passed():
     mask = Mask.from_visible_ids(torch.tensor([[0]]), (2, 2))
     with pytest.raises(RuntimeError, match="no colors yet"):
         targets.ColorClusters(2)(torch.rand(1, 3, 4, 4), mask)
-    with pytest.raises(ValueError, match="16 pixels do not make 512 clusters"):
+    with pytest.raises(ValueError, match="512 clusters need at least as many pixels; got 16"):
         targets.ColorClusters(2).fit(torch.rand(1, 3, 4, 4))
     with pytest.raises(ValueError, match=r"initial must be \[2, 3\]"):
         targets.ColorClusters(2, 2).fit(torch.rand(1, 3, 4, 4), initial=torch.zeros(3, 3))
@@ -164,11 +164,11 @@ def test_clusters_that_cannot_be_are_refused():
 
 
 @given(masked_images(), st.sampled_from([1, 8, 256]))
-def test_bins_are_numpys(case, num_bins):
+def test_bins_match_numpy(case, num_bins):
     batch, mask, patch = case
     target = targets.ChannelBins(patch, num_bins, low=-2.0, high=2.0)
     ids = target(batch, mask)
-    pixels = hidden_patches(batch, mask, patch, "p1 p2 c")
+    pixels = masked_patches(batch, mask, patch, "p1 p2 c")
     edges = np.linspace(-2.0, 2.0, num_bins + 1, dtype=np.float32)
     expected = np.digitize(pixels.numpy(), edges[1:-1])
     assert np.array_equal(ids.numpy(), expected)
@@ -177,7 +177,7 @@ def test_bins_are_numpys(case, num_bins):
     assert (target.invert(ids, batch, mask) - inside).abs().le(half + 1e-5).all()
 
 
-def test_bins_from_high_to_low_are_refused():
+def test_bins_from_high_to_low_raise():
     with pytest.raises(ValueError, match="from low to high"):
         targets.ChannelBins(4, 8, low=1.0, high=0.0)
 
@@ -193,7 +193,7 @@ def test_bins_from_high_to_low_are_refused():
     generators(),
 )
 @settings(max_examples=15)
-def test_hog_is_scikit_images(grid, cell, channels, num_bins, generator):
+def test_hog_matches_scikit_image(grid, cell, channels, num_bins, generator):
     feature = pytest.importorskip("skimage.feature", reason="scikit-image is not installed")
     patch = (2 * cell[0], cell[1])
     size = (grid[0] * patch[0], grid[1] * patch[1])
@@ -218,7 +218,7 @@ def test_hog_is_scikit_images(grid, cell, channels, num_bins, generator):
         torch.testing.assert_close(ours[row], expected, rtol=1e-6, atol=1e-6)
 
 
-def test_hog_does_not_pretend_to_be_invertible():
+def test_hog_cannot_be_inverted():
     mask = Mask.from_visible_ids(torch.tensor([[0]]), (2, 2))
     batch = torch.rand(1, 3, 16, 16)
     target = targets.HOG(8)
@@ -232,7 +232,7 @@ def test_hog_does_not_pretend_to_be_invertible():
 
 
 @given(masked_images())
-def test_tokens_are_those_at_the_masked_positions(case):
+def test_tokens_are_the_codes_at_the_masked_positions(case):
     batch, mask, patch = case
 
     def encode(x: Tensor) -> Tensor:
@@ -240,34 +240,34 @@ def test_tokens_are_those_at_the_masked_positions(case):
 
     target = targets.TokenTarget(encode)
     assert torch.equal(
-        target(batch, mask), (hidden_patches(batch, mask, patch, "p1 p2 c").mean(2) > 0).long()
+        target(batch, mask), (masked_patches(batch, mask, patch, "p1 p2 c").mean(2) > 0).long()
     )
     with pytest.raises(NotImplementedError, match="decode and patch_size"):
         target.invert(target(batch, mask), batch, mask)
 
 
 @given(images((3, 4), (1, 1), channels=1))
-def test_codes_are_decoded_among_those_of_visible_patches(batch):
+def test_codes_are_decoded_together_with_those_of_visible_patches(batch):
     batch = batch.round()
     target = targets.TokenTarget(lambda x: x[:, 0].long(), lambda ids: ids[:, None].float(), 1)
     mask = masking.uniform(masking.key(range(len(batch)), seed=0), (3, 4), 0.5)
     back = target.invert(target(batch, mask), batch, mask)
-    assert torch.equal(back, hidden_patches(batch, mask, (1, 1), "p1 p2 c"))
+    assert torch.equal(back, masked_patches(batch, mask, (1, 1), "p1 p2 c"))
 
 
-def test_codes_of_another_grid_are_refused():
+def test_codes_of_another_grid_raise():
     mask = Mask.from_visible_ids(torch.tensor([[0]]), (2, 2))
-    with pytest.raises(ValueError, match=r"codes \(1, 9\)"):
+    with pytest.raises(ValueError, match=r"grid \(2, 2\); got \(1, 9\)"):
         targets.TokenTarget(lambda x: x[:, 0].long().flatten(1))(torch.rand(1, 1, 3, 3), mask)
-    # As many codes, in other rows.
-    with pytest.raises(ValueError, match=r"codes \(1, 1, 4\).*grid \(2, 2\)"):
+    # The same number of codes on another grid.
+    with pytest.raises(ValueError, match=r"grid \(2, 2\); got \(1, 1, 4\)"):
         targets.TokenTarget(lambda x: x[:, 0].long())(torch.rand(1, 1, 1, 4), mask)
     with pytest.raises(ValueError, match=r"grid \(2, 2\).*grid \(1, 4\)"):
         targets.HOG(4, 4)(torch.rand(1, 3, 4, 16), mask)
 
 
 @given(masked_images(), st.booleans())
-def test_features_are_the_teachers_at_the_masked_positions(case, normalize):
+def test_features_are_those_of_the_teacher_at_the_masked_positions(case, normalize):
     batch, mask, patch = case
     width = 5
 
@@ -276,7 +276,7 @@ def test_features_are_the_teachers_at_the_masked_positions(case, normalize):
         return torch.cat([torch.full((len(x), 1, width), torch.nan), tokens], dim=1)
 
     target = targets.FeatureTarget(teacher, num_prefix=1, normalize=normalize)
-    features = hidden_patches(batch, mask, patch, "p1 p2 c").mean(2, keepdim=True)
+    features = masked_patches(batch, mask, patch, "p1 p2 c").mean(2, keepdim=True)
     features = features * torch.arange(1.0, 1 + width)
     if normalize:
         centered = features - features.mean(-1, keepdim=True)
@@ -290,7 +290,7 @@ def test_features_are_the_teachers_at_the_masked_positions(case, normalize):
 
 
 @given(masked_images(), st.integers(2, 5), generators())
-def test_cross_entropy_is_that_of_the_masked_positions(case, classes, generator):
+def test_cross_entropy_is_over_the_masked_positions(case, classes, generator):
     batch, mask, _ = case
     shape = (len(batch), mask.num_tokens, 3)
     logits = torch.randn(*shape, classes, generator=generator)
@@ -309,7 +309,7 @@ def test_cross_entropy_is_that_of_the_masked_positions(case, classes, generator)
 
 
 @pytest.mark.untyped
-def test_classes_of_another_shape_are_refused():
+def test_classes_of_another_shape_raise():
     mask = Mask.from_visible_ids(torch.tensor([[0]]), (1, 3))
-    with pytest.raises(ValueError, match="an axis of classes behind it"):
+    with pytest.raises(ValueError, match="shape of target and a last axis of classes"):
         losses.masked_cross_entropy(torch.zeros(1, 2, 8), torch.zeros(1, 2, 8).long(), mask)

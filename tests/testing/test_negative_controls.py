@@ -1,8 +1,7 @@
-"""The public checkers catch small re-creations of faults found in published code.
+"""Negative controls: the public checkers catch small re-creations of faults in published code.
 
-Fifteen defects of eleven code bases (D1 to D15), where they can occur here: D10 (a README that does
-not run) is what the doctest of the README is for, and D14 (a teacher that is the student) is tested
-with the recipe of CAE.
+D1 to D15 are fifteen defects found in eleven code bases. Two are tested elsewhere: D10 (a README
+that does not run) by the README's doctest, D14 (a teacher that is the student) with CAE's recipe.
 """
 
 import math
@@ -58,7 +57,7 @@ def draws_from_numpy(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
 
 
 def seeds_by_the_batch(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
-    """One generator for the batch: a sample's mask depends on its neighbours."""
+    """One generator for the batch: a sample's mask depends on the other samples."""
     generator = torch.Generator().manual_seed(int(key.sample_ids[0]) + int(key.seed_and_epoch[0]))
     noise = torch.rand(key.batch_size, 36, generator=generator)
     return Mask.from_noise(noise, grid, masking.num_masked(36, ratio))
@@ -75,7 +74,7 @@ def shares_one_mask(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
 
 
 def truncates_to_the_smallest_of_the_batch(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
-    """Row-major ids cut to a common length: the end of the image is seldom masked."""
+    """Row-major ids truncated to a common length: the end of the image is rarely masked."""
     count = masking.num_masked(36, ratio)
     drawn = masking.uniform(key, grid, num_masked=36 - 2)
     masked = drawn.masked_ids[:, :count]
@@ -83,34 +82,34 @@ def truncates_to_the_smallest_of_the_batch(key: Key, grid: tuple[int, ...], rati
     return ~Mask.from_bool(rest.view(-1, *grid))
 
 
-def never_reaches_the_last_row_and_column(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
+def never_masks_the_last_row_and_column(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
     """D1, as published."""
     return Mask.from_bool(compat.mmpretrain(key, grid, ratio, min_block=4))
 
 
-def cuts_the_context_to_the_shortest_of_the_batch(
+def truncates_the_context_to_the_shortest_of_the_batch(
     key: Key, grid: tuple[int, ...], ratio: float
 ) -> Mask:
-    """D2 and D3, as published: depends on who else is in the batch."""
+    """D2 and D3, as published: a mask depends on the other samples of the batch."""
     return Mask.from_bool(compat.ijepa(key, grid, min_keep=1))
 
 
-def misses_its_last_row_and_column(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
-    """D2 alone: published targets of a fixed size."""
+def fixed_size_targets(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
+    """D2 alone: targets of a fixed size never include the last row and column."""
     alone = [Key(i[None], key.seed_and_epoch, key.view_index) for i in key.sample_ids]
     target = [compat.ijepa_targets(one, grid, target_scale=(0.25, 0.25), min_keep=1,
               aspect=(1.0, 1.0))[:, 0] for one in alone]  # fmt: skip
     return Mask.from_bool(torch.cat(target))
 
 
-def knows_one_count_only(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
-    """D7: a 49 in the code, where the ratio should decide."""
+def hard_codes_the_count(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
+    """D7: a literal 49 in the code instead of a count from the ratio."""
     shuffled = masking.uniform(key, grid, ratio).visible_ids.view(key.batch_size, 9)
     return Mask.from_visible_ids(shuffled, grid)
 
 
 def never_ends(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
-    """D12: goes on until a block fits, on a grid where none does."""
+    """D12: loops until a block fits, on a grid where none fits."""
     masked, height = 0, 4
     while masked < math.prod(grid) * ratio:
         if height < grid[0]:
@@ -119,12 +118,12 @@ def never_ends(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
 
 
 def compat_cae(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
-    """D12, as published, but for an error in place of the endless loop."""
+    """D12, as published, except that it raises an error instead of looping forever."""
     return Mask.from_bool(compat.cae(key, grid, ratio))
 
 
-def says_one_for_visible(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
-    """D15: the booleans of a code base whose ones are kept."""
+def swaps_masked_and_visible(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
+    """D15: booleans of a code base in which True means visible."""
     keep = ~masking.uniform(key, grid, ratio).is_masked
     return Mask.from_bool(keep)
 
@@ -133,16 +132,21 @@ def says_one_for_visible(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
     ("sampler", "grid", "ratio", "says"),
     [
         (
-            never_reaches_the_last_row_and_column,
+            never_masks_the_last_row_and_column,
             (7, 7),
             0.4,
             "index 6 of axis 0 and index 6 of axis",
         ),
-        (misses_its_last_row_and_column, (8, 8), 0.25, "index 7 of axis 0 and index 7 of axis 1"),
-        (knows_one_count_only, GRID, 0.5, r"masks of grid \(6, 6\) at ratio 0.5; .* RuntimeError"),
-        (never_ends, (1, 16), 0.5, r"drawing to end; on grid \(1, 16\) .* in never_ends"),
+        (fixed_size_targets, (8, 8), 0.25, "index 7 of axis 0 and index 7 of axis 1"),
+        (hard_codes_the_count, GRID, 0.5, r"masks of grid \(6, 6\) at ratio 0.5; .* RuntimeError"),
+        (never_ends, (1, 16), 0.5, r"sampling to end; 64 masks of grid \(1, 16\) .* in never_ends"),
         (compat_cae, (1, 16), 0.5, r"does not end on grid \(1, 16\)"),
-        (says_one_for_visible, GRID, 0.75, "expected 27 of 36 tokens masked at ratio 0.75; got 9"),
+        (
+            swaps_masked_and_visible,
+            GRID,
+            0.75,
+            "expected 27 of 36 tokens masked at ratio 0.75; got 9",
+        ),
         (never_masks_the_last_row, GRID, 0.5, "index 5 of axis 0"),
         (truncates_the_count, (10,), 0.9, "expected 9 of 10 tokens masked at ratio 0.9; got 10"),
         (draws_from_the_global_generator, GRID, 0.5, "equal masks from equal keys"),
@@ -150,7 +154,7 @@ def says_one_for_visible(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
         (seeds_by_the_batch, GRID, 0.5, "batch's order"),
         (forgets_the_epoch, GRID, 0.5, "other masks for other epochs"),
         (shares_one_mask, GRID, 0.5, "other masks for other sample ids"),
-        (truncates_to_the_smallest_of_the_batch, GRID, 0.25, "to be masked sometimes"),
+        (truncates_to_the_smallest_of_the_batch, GRID, 0.25, "to be masked in some masks"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -160,26 +164,26 @@ def test_a_faulty_sampler_is_caught(sampler, grid, ratio, says) -> None:
 
 
 def test_a_mask_that_depends_on_its_batch_is_caught() -> None:
-    drawn = cuts_the_context_to_the_shortest_of_the_batch
-    count = drawn(masking.key(torch.arange(64) * 7919 + 2**40, seed=1), (9, 9), 0.5).num_masked
-    # The sizes of blocks come from all ids in their order, the cut from the shortest context.
-    with pytest.raises(AssertionError, match="batch's order; .* sample id .* first masked"):
-        assert_sampler_conforms(drawn, (9, 9), 0.5, num_masked=count)
+    sampler = truncates_the_context_to_the_shortest_of_the_batch
+    count = sampler(masking.key(torch.arange(64) * 7919 + 2**40, seed=1), (9, 9), 0.5).num_masked
+    # Block sizes depend on all ids and their order, the count on the shortest context.
+    with pytest.raises(AssertionError, match="batch's order; .* sample id .* the first time"):
+        assert_sampler_conforms(sampler, (9, 9), 0.5, num_masked=count)
 
 
 def keeps_the_fewest_of_the_batch(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
-    """D3 alone: each sample would see a count of its own; the batch sees the smallest."""
+    """D3 alone: each sample has its own count of visible tokens, the batch uses the smallest."""
     own = [8 + int(i) // 7919 % 5 for i in key.sample_ids]
     return masking.uniform(key, grid, num_masked=36 - min(own))
 
 
 def test_a_count_that_depends_on_the_batch_is_caught() -> None:
-    with pytest.raises(AssertionError, match="batch's size; among 1 of 64 samples, sample id"):
+    with pytest.raises(AssertionError, match="batch's size; in a batch of 1 of 64 samples, sample"):
         assert_sampler_conforms(keeps_the_fewest_of_the_batch, GRID, 0.5, num_masked=28)
 
 
-def test_uneven_marginals_are_published_and_not_hidden() -> None:
-    """D13: inherent in blocks, so shown by `stats` instead of refused."""
+def test_uneven_marginals_of_blocks_are_measured_and_not_refused() -> None:
+    """D13: uneven marginals are inherent in blocks, so `stats` reports them."""
     share = stats.marginals(masking.blockwise, (14, 14), 0.75, num_samples=1000)
     assert share[0, 0] < 0.3 < 0.95 < share[7, 7]
     assert_sampler_conforms(masking.blockwise, (14, 14), 0.75)
@@ -187,11 +191,11 @@ def test_uneven_marginals_are_published_and_not_hidden() -> None:
 
 @pytest.mark.parametrize("grid", [(16,), (4, 6), (2, 3, 4)], ids=str)
 @pytest.mark.parametrize("ratio", [0.1, 0.75])
-def test_our_sampler_conforms(grid: tuple[int, ...], ratio: float) -> None:
+def test_uniform_conforms(grid: tuple[int, ...], ratio: float) -> None:
     assert_sampler_conforms(masking.uniform, grid, ratio)
 
 
-def test_a_sampler_of_units_conforms_with_its_own_count() -> None:
+def test_uniform_with_units_conforms_with_its_own_count() -> None:
     def units(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
         return masking.uniform(key, grid, ratio, unit=2)
 
@@ -199,7 +203,7 @@ def test_a_sampler_of_units_conforms_with_its_own_count() -> None:
 
 
 class Encoder(nn.Module):
-    """A patch-wise encoder to spoil."""
+    """A correct patch-wise encoder, the base of the faulty ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,8 +213,8 @@ class Encoder(nn.Module):
         return self.embed(images).flatten(2).transpose(1, 2)
 
 
-class Peeks(Encoder):
-    """Centers tokens by a mean over hidden patches too."""
+class CentersByAllTokens(Encoder):
+    """Subtracts a mean that includes masked patches."""
 
     def forward(self, images: Tensor, mask: Mask) -> Tensor:
         tokens = self.tokens(images)
@@ -219,7 +223,7 @@ class Peeks(Encoder):
 
 
 class OverlapsItsPatches(Encoder):
-    """A stem whose kernel is larger than its stride looks across the patch's border."""
+    """A stem whose kernel is larger than its stride, so that it reads neighboring patches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,7 +234,7 @@ class OverlapsItsPatches(Encoder):
 
 
 class GathersByBooleans(Encoder):
-    """`x[visible].reshape(B, -1, C)` on samples that mask different numbers of tokens."""
+    """`x[visible].reshape(B, -1, C)`, for samples with different numbers of masked tokens."""
 
     def forward(self, images: Tensor, is_masked: Tensor) -> Tensor:
         tokens = self.tokens(images)
@@ -238,7 +242,7 @@ class GathersByBooleans(Encoder):
 
 
 class MixesTheBatch(Encoder):
-    """Normalises by statistics of the batch."""
+    """Normalises by batch statistics."""
 
     def forward(self, images: Tensor, mask: Mask) -> Tensor:
         tokens = torch.take_along_dim(self.tokens(images), mask.visible_ids.unsqueeze(2), dim=1)
@@ -255,12 +259,12 @@ def mask() -> Mask:
     return masking.uniform(masking.key([0, 1], seed=0), (4, 6), 0.75)
 
 
-def test_an_encoder_that_peeks_is_caught_with_the_patch_it_looks_at(images, mask) -> None:
+def test_an_encoder_that_reads_masked_patches_is_caught_with_the_patch(images, mask) -> None:
     with pytest.raises(AssertionError, match=r"the masked patch \(\d, \d\) of sample \d alone"):
-        assert_no_leak(Peeks(), images, mask)
+        assert_no_leak(CentersByAllTokens(), images, mask)
 
 
-def test_an_overlapping_stem_is_caught_with_the_distance_of_its_reach(images, mask) -> None:
+def test_an_overlapping_stem_is_caught_with_its_reach(images, mask) -> None:
     with pytest.raises(AssertionError, match=r"visible patch \(\d, \d\), 1\.\d patches away"):
         assert_no_leak(OverlapsItsPatches(), images, mask)
 
@@ -277,13 +281,13 @@ def test_an_encoder_that_mixes_the_batch_is_caught(images, mask) -> None:
         assert_samples_isolated(MixesTheBatch(), images, mask)
 
 
-def test_an_encoder_that_returns_nan_is_not_called_clean(images, mask) -> None:
+def test_an_encoder_that_returns_nan_does_not_pass(images, mask) -> None:
     with pytest.raises(AssertionError, match="not a number"):
         assert_no_leak(lambda images, mask: images / 0 * 0, images, mask)
 
 
 @pytest.mark.parametrize("class_token", [True, False])
-def test_our_encoder_is_clean_on_rectangular_images(images, mask, class_token: bool) -> None:
+def test_vit_does_not_leak_on_rectangular_images(images, mask, class_token: bool) -> None:
     encoder = ViT(
         image_size=(16, 24), patch_size=4, dim=16, depth=2, heads=2, class_token=class_token
     )
@@ -291,15 +295,15 @@ def test_our_encoder_is_clean_on_rectangular_images(images, mask, class_token: b
     assert_samples_isolated(encoder, images, mask)
 
 
-def test_dropout_is_not_taken_for_a_leak(images, mask) -> None:
+def test_drop_path_is_not_reported_as_a_leak(images, mask) -> None:
     encoder = ViT(image_size=(16, 24), patch_size=4, dim=16, depth=2, heads=2, drop_path=0.5)
     assert_no_leak(encoder.train(), images, mask)
 
 
 class ConvolvesDensely(nn.Module):
-    """Patches, then 3 x 3 convolutions: plain ones over all patches, or of visible ones only.
+    """Patch embedding, then 3x3 convolutions, each masked or unmasked.
 
-    What the first one does not see, no later one can.
+    If the first convolution is masked, later ones cannot leak.
     """
 
     def __init__(self, *, masked: tuple[bool, ...]) -> None:
@@ -317,7 +321,7 @@ class ConvolvesDensely(nn.Module):
 
 
 def leak_of(error: AssertionError) -> tuple[tuple[int, int], int, tuple[int, int], float]:
-    """Read masked patch, sample, the farthest patch and its distance from a verdict."""
+    """Parse masked patch, sample, farthest patch and distance from an error message."""
     found = re.search(
         r"masked patch \((\d), (\d)\) of sample (\d) .* patch \((\d), (\d)\), (\S+) patches",
         str(error),
@@ -331,7 +335,7 @@ def leak_of(error: AssertionError) -> tuple[tuple[int, int], int, tuple[int, int
     ("masked", "reach"),
     [((False,), 1), ((False, False), 2), ((False, True), 2), ((True, False), 0), ((True, True), 0)],
 )
-def test_a_convolution_without_its_mask_is_caught_with_position_and_reach(masked, reach) -> None:
+def test_an_unmasked_convolution_is_caught_with_position_and_reach(masked, reach) -> None:
     torch.manual_seed(0)
     images = torch.rand(1, 3, 20, 28)
     is_masked = torch.zeros(1, 5, 7, dtype=torch.bool)
@@ -365,20 +369,20 @@ def test_the_ablation_without_masked_convolutions_is_caught() -> None:
         assert_no_leak(encoder, torch.rand(2, 3, 64, 96), mask)
 
 
-@pytest.mark.parametrize("form", ["all tokens", "map", "fine map", "no place"])
-def test_changes_are_placed_in_outputs_of_every_form(images, mask, form) -> None:
+@pytest.mark.parametrize("form", ["all tokens", "map", "fine map", "other"])
+def test_changes_are_located_in_outputs_of_every_form(images, mask, form) -> None:
     def encoder(images: Tensor, mask: Mask) -> Tensor:
         cells = F.avg_pool2d(images, 2 if form == "fine map" else 4)
         return {
             "all tokens": F.pad(cells.flatten(2).transpose(1, 2), (0, 0, 1, 0)),
             "map": cells,
             "fine map": cells,
-            "no place": cells.flatten(1)[:, :, None, None, None],
+            "other": cells.flatten(1)[:, :, None, None, None],
         }[form]
 
     with pytest.raises(AssertionError, match="alone changes") as caught:
         assert_no_leak(encoder, images, mask)
-    if form == "no place":
+    if form == "other":
         assert "as far as" not in str(caught.value)
         return
     place, _, far, distance = leak_of(caught.value)
@@ -390,7 +394,7 @@ ACTIVE: list[Mask] = []
 
 
 class KeepsItsMaskInAGlobal(nn.Module):
-    """D5: checkpointed convolutions look the mask up where the last run has left it."""
+    """D5: checkpointed convolutions read the mask of the last call from a global variable."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -404,28 +408,30 @@ class KeepsItsMaskInAGlobal(nn.Module):
         return checkpoint(self.convolve, images, use_reentrant=False)
 
 
-def test_a_mask_in_a_global_is_caught_by_the_gradient(images, mask) -> None:
+def test_a_mask_in_a_global_variable_is_caught_by_the_gradient(images, mask) -> None:
     with pytest.raises(AssertionError, match="gradient of sample 0 .* before the backward pass"):
         assert_mask_equivariant(KeepsItsMaskInAGlobal(), images, mask)
 
 
-def remembers_the_first_mask(images: Tensor, mask: Mask) -> Tensor:
+def uses_the_first_mask_for_all(images: Tensor, mask: Mask) -> Tensor:
     return images.flatten(2)[:, :, mask.visible_ids[0]]
 
 
-def weighs_by_its_slot(images: Tensor, mask: Mask) -> Tensor:
-    slot = torch.arange(1, len(images) + 1).view(-1, 1, 1)
-    return images.flatten(2) * (slot if len(images) > 1 else 1 + mask.visible_ids[0, 0] * 0)
+def scales_by_batch_index(images: Tensor, mask: Mask) -> Tensor:
+    factor = torch.arange(1, len(images) + 1).view(-1, 1, 1)
+    return images.flatten(2) * (factor if len(images) > 1 else 1 + mask.visible_ids[0, 0] * 0)
 
 
-@pytest.mark.parametrize("encoder", [remembers_the_first_mask, weighs_by_its_slot, MixesTheBatch()])
-def test_outputs_that_do_not_follow_their_sample_are_caught(encoder, images, mask) -> None:
-    with pytest.raises(AssertionError, match=r"the output of sample \d is another one alone"):
+@pytest.mark.parametrize(
+    "encoder", [uses_the_first_mask_for_all, scales_by_batch_index, MixesTheBatch()]
+)
+def test_outputs_that_depend_on_other_samples_are_caught(encoder, images, mask) -> None:
+    with pytest.raises(AssertionError, match=r"the output of sample \d alone differs"):
         assert_mask_equivariant(encoder, images, mask)
 
 
 def averages_over_hidden_positions(x: Tensor, visible: Tensor) -> Tensor:
-    """D6: the mean of a window counts the zeros that masking has left in it."""
+    """D6: average pooling counts the zeros of masked positions."""
     return F.avg_pool2d(x * visible, 2)
 
 
@@ -434,7 +440,7 @@ def averages_over_visible_positions(x: Tensor, visible: Tensor) -> Tensor:
 
 
 @pytest.mark.untyped
-def test_pooling_that_darkens_borders_is_caught() -> None:
+def test_pooling_that_counts_masked_positions_is_caught() -> None:
     torch.manual_seed(0)
     x = torch.rand(1, 2, 4, 4, requires_grad=True)
     visible = torch.rand(1, 1, 4, 4) > 0.4
@@ -455,8 +461,8 @@ def test_an_operator_without_a_gradient_is_caught() -> None:
         assert_op_correct(lambda x, y: x * y.detach(), torch.mul, [x, y])
 
 
-def mean_over_what_is_masked(prediction: Tensor, target: Tensor, mask: Mask) -> Tensor:
-    """D8: nothing masked is nothing divided by nothing."""
+def mean_over_masked(prediction: Tensor, target: Tensor, mask: Mask) -> Tensor:
+    """D8: without masked tokens, this is 0 / 0."""
     return ((prediction - target) ** 2).mean()
 
 
@@ -472,7 +478,7 @@ def takes_the_root_of_the_mean(prediction: Tensor, target: Tensor, mask: Mask) -
     return (((prediction - target) ** 2).sum() / max(prediction.numel(), 1) + 1e-6).sqrt()
 
 
-def cuts_the_gradient_of_large_batches(prediction: Tensor, target: Tensor, mask: Mask) -> Tensor:
+def detaches_all_samples_but_the_first(prediction: Tensor, target: Tensor, mask: Mask) -> Tensor:
     error = ((prediction - target) ** 2).sum(dim=(1, 2)) / max(prediction[0].numel(), 1)
     return torch.cat([error[:1], error[1:].detach()]).mean()
 
@@ -480,26 +486,26 @@ def cuts_the_gradient_of_large_batches(prediction: Tensor, target: Tensor, mask:
 @pytest.mark.parametrize(
     ("loss", "says"),
     [
-        (mean_over_what_is_masked, "a value of 0 where nothing is masked; got nan"),
+        (mean_over_masked, "a value of 0 where nothing is masked; got nan"),
         (sums, r"value of 2 samples, .* parts of \(1, 1\) samples \(micro-batches or processes\)"),
         (normalizes_by_the_batch, "value of 2 samples"),
         (takes_the_root_of_the_mean, "value of 2 samples"),
-        (cuts_the_gradient_of_large_batches, r"gradient of 2 samples, .*\(its largest entry\)"),
+        (detaches_all_samples_but_the_first, r"gradient of 2 samples, .*\(its largest entry\)"),
         (lambda p, t, mask: (p - t).square().mean(dim=2), r"scalar loss; got shape \(2, 7\)"),
     ],
 )
-def test_a_loss_whose_reduction_is_not_exact_is_caught(loss, says) -> None:
+def test_a_loss_with_an_inexact_reduction_is_caught(loss, says) -> None:
     with pytest.raises(AssertionError, match=says):
         assert_reduction_exact(loss)
 
 
 @pytest.mark.parametrize("loss", ["masked_mse", "masked_l1", "masked_smooth_l1"])
-def test_reductions_of_our_losses_are_exact(loss) -> None:
+def test_the_reductions_of_mimkits_losses_are_exact(loss) -> None:
     assert_reduction_exact(getattr(losses, loss))
 
 
-def test_reductions_of_our_losses_on_words_and_on_images_are_exact() -> None:
-    def words(mask: Mask) -> tuple[Tensor, Tensor]:
+def test_the_reductions_of_the_token_and_pixel_losses_are_exact() -> None:
+    def codes(mask: Mask) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(0)
         shape = (mask.batch_size, mask.num_masked)
         logits = torch.randn(*shape, 6, generator=generator)
@@ -513,33 +519,33 @@ def test_reductions_of_our_losses_on_words_and_on_images_are_exact() -> None:
     def pixel_loss(prediction: Tensor, images: Tensor, mask: Mask) -> Tensor:
         return losses.masked_pixel_loss(prediction, images, mask, 2, normalize="patch")
 
-    assert_reduction_exact(losses.masked_cross_entropy, inputs=words)
+    assert_reduction_exact(losses.masked_cross_entropy, inputs=codes)
     assert_reduction_exact(pixel_loss, inputs=pixels)
 
 
 @pytest.mark.untyped
 def test_a_prediction_of_three_channels_is_not_broadcast_to_one(mask) -> None:
-    """D8: in SimMIM such a pair trains, on a loss that means nothing."""
+    """D8: SimMIM broadcasts such a pair without an error, and trains on a meaningless loss."""
     with pytest.raises(ValueError, match="differ in shape"):
         losses.masked_mse(torch.zeros(2, 18, 3), torch.zeros(2, 18, 1), mask)
 
 
-def test_a_patch_of_one_value_has_no_nan_target(mask) -> None:
-    """D8: an unbiased variance of one value is 0 / 0; ours says so where it is asked for."""
+def test_normalising_patches_of_one_value_is_refused(mask) -> None:
+    """D8: the unbiased variance of one value is 0 / 0."""
     with pytest.raises(ValueError, match="variance|one value|normaliz"):
         targets.NormalizedPixels(1)(torch.rand(2, 1, 4, 6), mask)
 
 
 @pytest.mark.parametrize(("size", "channels"), [((256, 256), 1), ((64, 32), 5)])
-def test_encoders_take_every_size_and_number_of_channels(size, channels) -> None:
-    """D8 and D9: 224 pixels and 3 channels in the code."""
+def test_encoders_take_any_size_and_number_of_channels(size, channels) -> None:
+    """D8 and D9: 224 pixels and 3 channels are hard-coded elsewhere."""
     images = torch.rand(1, channels, *size)
     vit = ViT(image_size=size, patch_size=16, in_channels=channels, dim=8, depth=1, heads=2)
     for encoder in (vit, small_convvit(image_size=size, in_channels=channels)):
         mask = masking.uniform(masking.key([0], seed=0), encoder.grid, 0.5)
         assert encoder(images, mask).isfinite().all()
-    there = patches.patchify(images, 16)
-    assert torch.equal(patches.unpatchify(there, vit.grid, 16), images)
+    patched = patches.patchify(images, 16)
+    assert torch.equal(patches.unpatchify(patched, vit.grid, 16), images)
 
 
 def small_convvit(**options: object) -> ConvViT:
@@ -563,7 +569,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_encoders_of_the_recipes_are_clean(name) -> None:
+def test_the_encoders_of_the_recipes_do_not_leak(name) -> None:
     torch.manual_seed(0)
     encoder = MODELS[name]().encoder
     size = (64, 96) if name == "ConvMAE" else (32, 48)

@@ -1,7 +1,7 @@
-"""Leaks are placed where the geometry of the network says that they are; clean encoders pass.
+"""`assert_no_leak` reports the right patches; correct encoders pass.
 
-Hidden pixels of patch p can change the output at patch q if some path of convolutions leads from
-p to q. For each network here that set of q is worked out by hand, and compared with the verdict.
+Hidden pixels of patch p can change the output at patch q if a path of convolutions leads from p to
+q. For each network, the set of q is derived by hand and compared with the error message.
 """
 
 import math
@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from mimkit import masking
 from mimkit.masking import Key, Mask
 from mimkit.nn import ConvStem, ConvViT, ViT
-from mimkit.nn._convvit import Layout, hide
 from mimkit.testing import (
     assert_mask_equivariant,
     assert_no_leak,
@@ -36,13 +35,13 @@ from recipes.mae import PRESETS as MAE_PRESETS
 Patch = tuple[int, ...]
 
 
-def verdict(encoder: Callable[[Tensor, Mask], Tensor], images: Tensor, mask: Mask) -> str:
+def leak_message(encoder: Callable[[Tensor, Mask], Tensor], images: Tensor, mask: Mask) -> str:
     with pytest.raises(AssertionError) as caught:
         assert_no_leak(encoder, images, mask)
     return str(caught.value)
 
 
-def placed(message: str) -> tuple[Patch, int, Patch, float]:
+def parse(message: str) -> tuple[Patch, int, Patch, float]:
     """Read the leaking patch, its sample, the farthest patch that it changes and the distance."""
     found = re.search(
         r"masked patch \((\d+), (\d+)\) of sample (\d+) alone .* "
@@ -54,10 +53,10 @@ def placed(message: str) -> tuple[Patch, int, Patch, float]:
     return (row, column), sample, (far_row, far_column), float(found[6])
 
 
-def expected_verdict(
+def expected_leak(
     mask: Mask, reached: Callable[[Tensor, Patch], Tensor]
 ) -> tuple[Patch, int, Patch, float]:
-    """The first masked patch that reaches a visible one, and the farthest one that it reaches."""
+    """Return the first masked patch that reaches a visible one, and the farthest one it reaches."""
     for sample, is_masked in enumerate(mask.is_masked):
         for row, column in is_masked.nonzero().tolist():
             there = (reached(is_masked, (row, column)) & ~is_masked).nonzero().tolist()
@@ -69,7 +68,7 @@ def expected_verdict(
 
 
 def around(places: Tensor, reach: int) -> Tensor:
-    """Grow a set of patches by `reach` in all eight directions."""
+    """Dilate a set of patches by `reach` in all eight directions."""
     return F.max_pool2d(places.float()[None, None], 2 * reach + 1, 1, reach)[0, 0] > 0
 
 
@@ -86,7 +85,7 @@ MASKS = [
 
 
 class DenseConvolutions(nn.Module):
-    """Patches, then plain convolutions over all of them."""
+    """Patch embedding, then unmasked 3x3 convolutions."""
 
     def __init__(self, depth: int) -> None:
         super().__init__()
@@ -103,16 +102,16 @@ class DenseConvolutions(nn.Module):
 
 @pytest.mark.parametrize("mask", MASKS, ids=lambda mask: f"{mask.num_masked} of 35")
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_a_plain_convolution_leaks_as_far_as_its_windows_add_up_to(depth: int, mask: Mask) -> None:
+def test_unmasked_convolutions_leak_as_far_as_their_receptive_field(depth: int, mask: Mask) -> None:
     torch.manual_seed(0)
-    message = verdict(DenseConvolutions(depth), torch.rand(2, 3, 20, 28), mask)
-    assert placed(message) == expected_verdict(
+    message = leak_message(DenseConvolutions(depth), torch.rand(2, 3, 20, 28), mask)
+    assert parse(message) == expected_leak(
         mask, lambda is_masked, patch: around(only(is_masked, patch), depth)
     )
 
 
 class OverlappingStem(nn.Module):
-    """A stem whose kernel is larger than its stride: it looks `padding` pixels to both sides."""
+    """A stem whose kernel is larger than its stride: it overlaps neighbors by `padding` pixels."""
 
     def __init__(self, kernel: int, padding: int) -> None:
         super().__init__()
@@ -129,15 +128,15 @@ def test_an_overlapping_stem_leaks_into_the_patches_that_it_overlaps(
     kernel: int, padding: int, reach: int, mask: Mask
 ) -> None:
     torch.manual_seed(0)
-    message = verdict(OverlappingStem(kernel, padding), torch.rand(2, 3, 20, 28), mask)
-    assert placed(message) == expected_verdict(
+    message = leak_message(OverlappingStem(kernel, padding), torch.rand(2, 3, 20, 28), mask)
+    assert parse(message) == expected_leak(
         mask, lambda is_masked, patch: around(only(is_masked, patch), reach)
     )
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=lambda mask: f"{mask.num_masked} of 35")
-def test_a_stem_that_looks_to_one_side_only_is_placed_there(mask: Mask) -> None:
-    """Three by three with stride two, as in early convolutions: one pixel up and to the left."""
+def test_a_stem_that_overlaps_on_one_side_leaks_to_that_side(mask: Mask) -> None:
+    """A 3x3 kernel with stride 2, as in early convolutions, reads one pixel up and to the left."""
 
     def encoder(images: Tensor, mask: Mask) -> Tensor:
         tokens = F.conv2d(images, kernel, stride=2, padding=1).flatten(2).transpose(1, 2)
@@ -149,11 +148,11 @@ def test_a_stem_that_looks_to_one_side_only_is_placed_there(mask: Mask) -> None:
         return there
 
     kernel = torch.rand(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
-    message = verdict(encoder, torch.rand(2, 3, 10, 14), mask)
-    assert placed(message) == expected_verdict(mask, reached)
+    message = leak_message(encoder, torch.rand(2, 3, 10, 14), mask)
+    assert parse(message) == expected_leak(mask, reached)
 
 
-def test_the_stem_of_the_library_hides_pixels_before_it_mixes_them() -> None:
+def test_conv_stem_does_not_leak() -> None:
     torch.manual_seed(0)
     stem = ConvStem(in_channels=3, channels=(8, 8))
     stem_vit = ViT(image_size=(32, 48), patch_size=2, dim=16, depth=1, heads=2, stem=stem)
@@ -162,7 +161,7 @@ def test_the_stem_of_the_library_hides_pixels_before_it_mixes_them() -> None:
 
 
 class MaskedConvolutions(nn.Module):
-    """Residual blocks of masked convolutions: what is masked keeps its values, but is not seen."""
+    """Residual blocks with masked convolutions: masked patches keep values but are not read."""
 
     def __init__(self, masked: tuple[bool, ...]) -> None:
         super().__init__()
@@ -183,8 +182,8 @@ class MaskedConvolutions(nn.Module):
 @pytest.mark.parametrize(
     "masked", [(False, True, True), (True, False, True), (True, True, False), (True, True, True)]
 )
-def test_a_mask_that_is_missing_in_one_layer_is_placed(masked: tuple, mask: Mask) -> None:
-    """From there on what has leaked travels on, over visible patches only."""
+def test_a_mask_missing_in_one_layer_leaks_at_the_right_patches(masked: tuple, mask: Mask) -> None:
+    """After that layer the leak spreads through visible patches only."""
 
     def reached(is_masked: Tensor, patch: Patch) -> Tensor:
         there = only(is_masked, patch)
@@ -197,17 +196,17 @@ def test_a_mask_that_is_missing_in_one_layer_is_placed(masked: tuple, mask: Mask
     if all(masked):
         assert_no_leak(encoder, images, mask)
     else:
-        assert placed(verdict(encoder, images, mask)) == expected_verdict(mask, reached)
+        assert parse(leak_message(encoder, images, mask)) == expected_leak(mask, reached)
 
 
-class ForgetsItsMaskOnce(ConvViT):
-    """Masked convolutions on the whole map; one block of the first stage is given no mask."""
+class OneUnmaskedBlock(ConvViT):
+    """Masked convolutions on the whole map; one block of the first stage gets no mask."""
 
-    def __init__(self, forgetful: int | None) -> None:
+    def __init__(self, unmasked: int | None) -> None:
         super().__init__(
             image_size=(40, 56), patch_sizes=(4, 2, 1), dim=(8, 8, 8), depth=(3, 1, 1), heads=2
         )
-        self.forgetful = forgetful
+        self.unmasked = unmasked
 
     def forward(self, images: Tensor, mask: Mask) -> Tensor:
         hidden = mask.refine(2).is_masked.flatten(1)[:, None, :, None]
@@ -215,29 +214,29 @@ class ForgetsItsMaskOnce(ConvViT):
         stage = self.stages[0]
         cells = stage.embed(cells, cell)
         for index, block in enumerate(stage.blocks):
-            seen = None if index == self.forgetful else hidden
-            cells = block(cells, Layout((10, 14), None, seen))
+            layout = Layout((10, 14), None, None if index == self.unmasked else hidden)
+            cells = block(cells, layout)
         tokens = hide(cells, hidden)[:, 0].view(len(images), 5, 2, 7, 2, -1)
         tokens = tokens.transpose(2, 3).reshape(len(images), 35, -1)
         return torch.take_along_dim(tokens, mask.visible_ids.unsqueeze(2), dim=1)
 
 
-@pytest.mark.parametrize("forgetful", [None, 0, 1, 2])
-def test_a_block_of_convmae_that_is_given_no_mask_is_placed(forgetful: int | None) -> None:
-    """Five by five over half patches: one whole patch further with every block."""
+@pytest.mark.parametrize("unmasked", [None, 0, 1, 2])
+def test_a_convmae_block_without_a_mask_leaks_at_the_right_patches(unmasked: int | None) -> None:
+    """5x5 kernels on half patches: each block reaches one patch further."""
 
     def reached(is_masked: Tensor, patch: Patch) -> Tensor:
         there = only(is_masked, patch)
         for layer in range(3):
-            there = there | around(there if layer == forgetful else there & ~is_masked, 1)
+            there = there | around(there if layer == unmasked else there & ~is_masked, 1)
         return there
 
     torch.manual_seed(0)
-    encoder, images, mask = ForgetsItsMaskOnce(forgetful), torch.rand(2, 3, 40, 56), MASKS[1]
-    if forgetful is None:
+    encoder, images, mask = OneUnmaskedBlock(unmasked), torch.rand(2, 3, 40, 56), MASKS[1]
+    if unmasked is None:
         assert_no_leak(encoder, images, mask)
     else:
-        assert placed(verdict(encoder, images, mask)) == expected_verdict(mask, reached)
+        assert parse(leak_message(encoder, images, mask)) == expected_leak(mask, reached)
 
 
 TINY = {
@@ -248,7 +247,7 @@ TINY = {
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_the_encoders_of_the_default_runs_are_clean(name: str) -> None:
+def test_the_encoders_of_the_tiny_presets_do_not_leak(name: str) -> None:
     torch.manual_seed(0)
     model_type, presets = TINY[name]
     preset = presets["tiny"]
@@ -260,8 +259,8 @@ def test_the_encoders_of_the_default_runs_are_clean(name: str) -> None:
     assert_mask_equivariant(encoder, images, mask)
 
 
-def test_a_leak_of_several_patches_together_is_told_by_the_fewest() -> None:
-    """No patch alone changes a count that only three of them can push over its threshold."""
+def test_a_leak_of_several_patches_is_reported_as_a_minimal_set() -> None:
+    """The output counts loud patches and changes only if at least three of them are loud."""
     mask = Mask.from_bool(torch.tensor([[[True, True, True, True, False, False]]]))
 
     def encoder(images: Tensor, mask: Mask) -> Tensor:
@@ -269,16 +268,12 @@ def test_a_leak_of_several_patches_together_is_told_by_the_fewest() -> None:
         return (loud > 2).float().unsqueeze(2)
 
     images = torch.zeros(1, 1, 1, 6)
-    message = verdict(encoder, images, mask)
-    assert "3 masked patches, none of them without the others, (0, 1) of sample 0" in message
+    message = leak_message(encoder, images, mask)
+    assert "3 masked patches, but no fewer of them, (0, 1) of sample 0" in message
     assert "1 of 1 values (most at [0, 0, 0]: expected 0, got 1)" in message
 
 
-def names(message: str, *parts: str) -> bool:
-    return all(part in message for part in parts)
-
-
-def test_every_verdict_on_an_encoder_says_what_was_expected_and_seen() -> None:
+def test_every_message_about_an_encoder_has_expected_and_actual_values() -> None:
     images = torch.rand(2, 1, 4, 4)
     mask = masking.uniform(masking.key([0, 1], seed=0), (4, 4), 0.5)
 
@@ -288,7 +283,8 @@ def test_every_verdict_on_an_encoder_says_what_was_expected_and_seen() -> None:
     for check in (assert_samples_isolated, assert_mask_equivariant):
         with pytest.raises(AssertionError) as caught:
             check(mixes, images, mask)
-        assert names(str(caught.value), "sample", "expected", "got", "most at [")
+        message = str(caught.value)
+        assert all(part in message for part in ("sample", "expected", "got", "most at ["))
     with pytest.raises(AssertionError, match=r"first one at \[0, 0, 0, 0\]"):
         assert_no_leak(lambda images, mask: images / 0 * 0, images, mask)
 
@@ -299,7 +295,7 @@ def advances_a_generator(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
 
 
 @pytest.mark.untyped
-def test_a_sampler_that_advances_a_global_generator_is_told_which() -> None:
+def test_a_sampler_that_advances_a_global_generator_is_reported_with_its_name() -> None:
     with pytest.raises(AssertionError, match=r"grid \(6, 6\) advanced that of torch$"):
         assert_sampler_conforms(advances_a_generator, (6, 6), 0.5)
 
@@ -307,8 +303,8 @@ def test_a_sampler_that_advances_a_global_generator_is_told_which() -> None:
 # Faulty samplers on grids of any shape.
 
 
-def misses_the_last_line(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
-    """D1: the last index of the longest axis is out of reach."""
+def never_masks_the_last_line(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
+    """D1: the last index of the longest axis is never masked."""
     axis = max(range(len(grid)), key=grid.__getitem__)
     inner = list(grid)
     inner[axis] -= 1
@@ -318,15 +314,15 @@ def misses_the_last_line(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
     return Mask.from_bool(F.pad(drawn.is_masked, padding))
 
 
-def cuts_to_a_common_length(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
-    """D3: the visible ids in row-major order, and the batch decides how many."""
+def truncates_to_the_smallest_count(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
+    """D3: the number of visible ids is the smallest in the batch."""
     num_tokens = math.prod(grid)
     own = [1 + int(i) // 7919 % num_tokens for i in key.sample_ids]
     return masking.uniform(key, grid, num_masked=num_tokens - min(own))
 
 
-def truncates(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
-    """D11: the float expression of MAE."""
+def truncates_the_ratio(key: Key, grid: tuple[int, ...], ratio: float) -> Mask:
+    """D11: MAE's float expression for the count."""
     return masking.uniform(key, grid, ratio, rounding="mae")
 
 
@@ -336,25 +332,25 @@ SHAPES = grids(min_tokens=4, max_tokens=200).filter(lambda grid: max(grid) > 2)
 @pytest.mark.untyped
 @settings(max_examples=15)
 @given(SHAPES, ratios())
-def test_a_line_that_is_never_masked_is_named_on_any_grid(grid, ratio) -> None:
+def test_a_line_that_is_never_masked_is_reported_on_any_grid(grid, ratio) -> None:
     count = masking.num_masked(math.prod(grid), ratio)
     inner = math.prod(grid) // max(grid) * (max(grid) - 1)
-    # Above, it cannot even reach the count; equal, it has one mask only, which is found out first.
+    # A larger count is impossible. An equal one allows a single mask; another check fails first.
     if count >= inner:
         return
     axis = max(range(len(grid)), key=grid.__getitem__)
     last = f"index {grid[axis] - 1} of axis {axis}"
-    with pytest.raises(AssertionError, match=f"masked sometimes; .*{last}"):
-        assert_sampler_conforms(misses_the_last_line, grid, ratio)
+    with pytest.raises(AssertionError, match=f"masked in some masks; .*{last}"):
+        assert_sampler_conforms(never_masks_the_last_line, grid, ratio)
 
 
 @pytest.mark.untyped
 @settings(max_examples=15)
 @given(SHAPES, ratios())
-@example((4,), 0.75)  # the count of all 64 samples, and of the first alone, is the right one
-def test_a_count_that_the_batch_decides_is_caught_on_any_grid(grid, ratio) -> None:
+@example((4,), 0.75)  # the count is right for all 64 samples, and for the first one alone
+def test_a_count_that_depends_on_the_batch_is_caught_on_any_grid(grid, ratio) -> None:
     with pytest.raises(AssertionError, match="tokens masked|batch's size|valid"):
-        assert_sampler_conforms(cuts_to_a_common_length, grid, ratio)
+        assert_sampler_conforms(truncates_to_the_smallest_count, grid, ratio)
 
 
 @pytest.mark.untyped
@@ -365,9 +361,9 @@ def test_a_truncated_count_is_caught_wherever_it_differs(grid, ratio) -> None:
     exact = masking.num_masked(num_tokens, ratio)
     truncated = masking.num_masked(num_tokens, ratio, rounding="mae")
     if exact == truncated:
-        assert_sampler_conforms(truncates, grid, ratio)
+        assert_sampler_conforms(truncates_the_ratio, grid, ratio)
         return
     with pytest.raises(
         AssertionError, match=f"expected {exact} of {num_tokens} .* got {truncated}"
     ):
-        assert_sampler_conforms(truncates, grid, ratio)
+        assert_sampler_conforms(truncates_the_ratio, grid, ratio)

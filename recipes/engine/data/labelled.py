@@ -1,5 +1,6 @@
 """Labelled images to train a classifier on, and to score it."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -168,6 +169,4 @@ def _load_folder(
 
 
 def _with_train(data: DataSet, train: TrainSet) -> DataSet:
-    return DataSet(
-        data.name, data.in_channels, data.class_names, train, [], data.normalize, data.load_probe
-    )
+    return dataclasses.replace(data, train=train, pictures=[])

@@ -10,7 +10,7 @@ from recipes.engine.errors import UserError
 def load_data(
     name: str,
     *,
-    image_size: tuple[int, int],
+    image_size: tuple[int, ...],
     seed: int,
     crop_area: tuple[float, float] = (0.2, 1.0),
     interpolation: Interpolation = "bicubic",
@@ -31,24 +31,28 @@ def load_data(
     Raises:
         UserError: There is no such data set, or it has nothing of this size to offer.
     """
+    if len(image_size) != 2:
+        raise UserError(f"image_size {image_size} must have two axes for {name}: height and width")
     if min(image_size) < 1:
         raise UserError(f"image_size {image_size} has an empty side; give at least 1 pixel each")
     if seed < 0:
         raise UserError(f"seed {seed} is negative; give 0 or more")
 
+    size = (image_size[0], image_size[1])
+
     # Imported here: each of the three brings packages that the other two do not need.
     if name == "photos":
         from recipes.engine.data.photos import load_photos
 
-        return load_photos(image_size=image_size, seed=seed)
+        return load_photos(image_size=size, seed=seed)
     if name == "digits":
         from recipes.engine.data.digits import load_digits
 
-        return load_digits(image_size=image_size, seed=seed)
+        return load_digits(image_size=size, seed=seed)
     if Path(name).is_dir():
         from recipes.engine.data.folder import load_folder
         from recipes.engine.data.images import RandomCrops
 
         crops = RandomCrops(crop_area, interpolation)
-        return load_folder(name, image_size=image_size, seed=seed, crops=crops)
+        return load_folder(name, image_size=size, seed=seed, crops=crops)
     raise UserError(f"no data set {name!r}: choose photos, digits or an existing folder of images")

@@ -6,7 +6,7 @@ Axes: batch images, channels, height and width in pixels. `image_size` is (heigh
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from recipes.engine.data.images import Normalize, to_unit
+from recipes.engine.data.images import Normalize, as_they_are, to_unit
 from recipes.engine.seeds import sample_rng
 
 # Photos and digits are drawn without end; this many images are called an epoch.
@@ -68,10 +68,10 @@ class DataSet:
     Attributes:
         name: What the user called it.
         in_channels: Channels of an image.
-        class_names: Names of the classes in the order of their labels; empty without labels.
         train: The images to train on.
+        class_names: Names of the classes in the order of their labels; empty without labels.
         pictures: A few held-out images [C, H, W] in [0, 1] to show reconstructions of; height and
-            width are multiples of `image_size`.
+            width are multiples of `image_size`. None are shown if it is empty.
         normalize: Turns images [B, C, H, W] in [0, 1] into model inputs, a mean and a standard
             deviation with `images == inputs * std + mean`.
         load_probe: Draws the labelled images; None without labels.
@@ -79,11 +79,11 @@ class DataSet:
 
     name: str
     in_channels: int
-    class_names: tuple[str, ...]
     train: TrainSet
-    pictures: list[Tensor]
-    normalize: Normalize
-    load_probe: Callable[[], ProbeData] | None
+    class_names: tuple[str, ...] = ()
+    pictures: Sequence[Tensor] = ()
+    normalize: Normalize = as_they_are
+    load_probe: Callable[[], ProbeData] | None = None
 
     @cached_property
     def probe(self) -> ProbeData | None:

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mimkit._checks import unwrap
 from mimkit.interop import load_checkpoint
-from mimkit.interop._convert import unwrap
 from recipes.engine.errors import UserError, reason_of
 from recipes.engine.pretrained.shapes import KINDS, Encoder, EncoderShape
-from recipes.engine.run.cli import CommonOptions
+from recipes.engine.reading import UnreadableError, read_yaml
+from recipes.engine.run.cli import Options
 from recipes.engine.run.config import digest_of
 
 _UNREADABLE = (
@@ -28,7 +28,7 @@ _CLASSIFIER = ("fc_norm.", "head.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderOptions(CommonOptions):
+class EncoderOptions(Options):
     """Options of what is done to a finished encoder.
 
     Attributes:
@@ -115,17 +115,20 @@ def _shape_beside(path: Path, kind: type[EncoderShape]) -> EncoderShape | None:
     if not file.is_file():
         return None
     try:
-        model = yaml.safe_load(file.read_text())["model"]
-        names = {field.name for field in dataclasses.fields(kind)} - kind.told_by_weights
+        model = read_yaml(file)["model"]
+        names = {field.name for field in dataclasses.fields(kind)} - kind.inferred_fields
         values = {name: model[name] for name in names}
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (UnreadableError, KeyError, TypeError) as error:
         raise UserError(
             f"{file} does not tell the shape of a {kind.kind}: move it elsewhere"
         ) from error
     plain: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
     }
-    return kind(**plain)
+    try:
+        return kind(**plain)
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: {error}; move it elsewhere") from error
 
 
 def build_encoder(

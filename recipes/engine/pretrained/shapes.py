@@ -10,12 +10,11 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
-from mimkit._grids import per_axis
+from mimkit._grids import NUM_CLASS_ROWS, per_axis
 from mimkit.interop import from_official
 from mimkit.nn import ConvViT, SwinTransformer, ViT
-from mimkit.nn._layers import QKVBias
-from mimkit.nn._relative import NUM_CLASS_ROWS
 from mimkit.patches import interpolate_positions, interpolate_relative_positions
+from recipes.engine.fields import Depth, Pixels, PositiveFloat, PositiveInt, Width, check_fields
 
 Encoder = ViT | SwinTransformer | ConvViT
 
@@ -28,18 +27,21 @@ class EncoderShape(ABC):
         kind: What it is called.
         has_class_token: Whether `pool="token"` makes sense.
         not_decayed: How names of parameters end that have more than one axis and no weight decay.
-        told_by_weights: Fields that `read` finds in the weights.
+        inferred_fields: Fields that `read` finds in the weights.
         first_weight: Name of the weight whose second axis is the channels of the images.
     """
 
     kind: ClassVar[str]
     has_class_token: ClassVar[bool]
     not_decayed: ClassVar[tuple[str, ...]]
-    told_by_weights: ClassVar[frozenset[str]] = frozenset()
+    inferred_fields: ClassVar[frozenset[str]] = frozenset()
     first_weight: ClassVar[str] = "patch_embed.proj.weight"
 
-    image_size: int | tuple[int, ...] = 224
-    in_channels: int = 3
+    image_size: Pixels | tuple[Pixels, ...] = 224
+    in_channels: PositiveInt = 3
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def image_axes(self) -> tuple[int, int]:
         """Return height and width in pixels."""
@@ -58,7 +60,7 @@ class EncoderShape(ABC):
         """Rename the weights of the authors' encoder or whole model, or take ours."""
 
     def read(self, weights: Mapping[str, Tensor]) -> Self:
-        """Take from weights what they tell of the shape: the fields `told_by_weights`."""
+        """Take from weights what they tell of the shape: the fields `inferred_fields`."""
         return self
 
     @abstractmethod
@@ -101,17 +103,17 @@ class ViTShape(EncoderShape):
     kind = "Vision Transformer"
     has_class_token = True
     not_decayed = ("cls_token", "pos_embed")
-    told_by_weights = frozenset(
+    inferred_fields = frozenset(
         {"layer_scale", "qkv_bias", "absolute_positions", "relative_positions"}
     )
 
-    patch_size: int | tuple[int, ...] = 16
-    dim: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
+    patch_size: Pixels | tuple[Pixels, ...] = 16
+    dim: Width = 768
+    depth: Depth = 12
+    heads: PositiveInt = 12
+    mlp_ratio: PositiveFloat = 4.0
     layer_scale: float | None = None
-    qkv_bias: QKVBias = True
+    qkv_bias: bool | Literal["qv"] = True
     absolute_positions: bool = True
     relative_positions: Literal["block"] | None = None
 
@@ -221,12 +223,12 @@ class SwinShape(EncoderShape):
     has_class_token = False
     not_decayed = ("rel_pos_bias.table",)
 
-    patch_size: int | tuple[int, ...] = 4
-    dim: int = 128
-    depth: tuple[int, ...] = (2, 2, 18, 2)
-    heads: tuple[int, ...] = (4, 8, 16, 32)
-    window: int = 7
-    mlp_ratio: float = 4.0
+    patch_size: Pixels | tuple[Pixels, ...] = 4
+    dim: Width = 128
+    depth: tuple[Depth, ...] = (2, 2, 18, 2)
+    heads: tuple[PositiveInt, ...] = (4, 8, 16, 32)
+    window: PositiveInt = 7
+    mlp_ratio: PositiveFloat = 4.0
 
     @classmethod
     def holds(cls, names: set[str]) -> bool:
@@ -309,14 +311,14 @@ class ConvViTShape(EncoderShape):
     kind = "ConvViT"
     has_class_token = False
     not_decayed = ("pos_embed",)
-    told_by_weights = frozenset({"multi_scale"})
+    inferred_fields = frozenset({"multi_scale"})
     first_weight = "stages.0.embed.proj.weight"
 
-    patch_sizes: tuple[int, int, int] = (4, 2, 2)
-    dim: tuple[int, int, int] = (256, 384, 768)
-    depth: tuple[int, int, int] = (2, 2, 11)
-    heads: int = 12
-    mlp_ratio: tuple[float, float, float] = (4.0, 4.0, 4.0)
+    patch_sizes: tuple[Pixels, Pixels, Pixels] = (4, 2, 2)
+    dim: tuple[Width, Width, Width] = (256, 384, 768)
+    depth: tuple[Depth, Depth, Depth] = (2, 2, 11)
+    heads: PositiveInt = 12
+    mlp_ratio: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (4.0, 4.0, 4.0)
     multi_scale: bool = False
 
     @classmethod

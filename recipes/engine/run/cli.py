@@ -1,75 +1,90 @@
-"""The command line of every recipe: options in dataclasses, a YAML file beneath them."""
+"""The command line: options derived from configuration fields, a YAML file beneath them."""
 
 import contextlib
 import dataclasses
 import io
-import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-import torch
+import docstring_parser
 import tyro
-import yaml
 
 from recipes.engine.errors import LostProcessError, UserError
+from recipes.engine.fields import (
+    FieldError,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    Workers,
+    check_fields,
+    shown,
+)
+from recipes.engine.reading import UnreadableError, read_yaml
 from recipes.engine.run.world import rank_from_environment
-
-Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommonOptions:
+class Options:
     """Options that every recipe has; what is not given comes from the preset.
 
     Attributes:
         preset: Model and schedule.
         data: "photos", "digits", or a folder of images.
         out: Output folder; by default runs/<recipe>-<preset>-<data>-<hash of the configuration>.
-        epochs: Length of the run.
         max_steps: Stop after this many optimizer steps; the schedule is that of the whole run.
-        batch_size: Images per optimizer step.
         lr: Highest learning rate, not scaled with the batch.
         seed: Seed of weights, order, augmentation and masks.
         device: Where to train; "auto" takes a GPU if there is one.
-        precision: fp32, or bf16 for bfloat16 autocast.
         workers: Processes that load images; 0 loads in the training process.
+        compile: Run the model through torch.compile.
+        accumulate: Parts in which a batch goes through the model, to save memory.
+        shard: Spread weights over the processes of torchrun (FSDP2) instead of copying them (DDP).
+        non_finite: What to do about a loss or gradient that is not finite: "stop", or "rewind" to
+            the last checkpoint and leave out the batch.
+        log_every: Steps between rows of metrics.jsonl; the first and the last step have one, too.
+        tracker: Where metrics go beside metrics.jsonl.
         checkpoint_every: Steps between checkpoints; an epoch's by default.
         keep_every: Steps whose multiples are kept; of other checkpoints only the last two are.
-        resume: "auto" goes on with the output folder's last checkpoint, "never" insists on a new
-            start, and a checkpoint's folder begins with that one.
+        resume: "auto" continues from the output folder's last checkpoint, "never" insists on a new
+            run, and a checkpoint's folder starts from that one.
         dry_run: Print what the run would be, and stop.
         config: YAML file with any of these options; the command line wins.
     """
 
     preset: str | None = None
     data: str = "photos"
-    out: Path | None = None
-    epochs: int | None = None
-    max_steps: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    seed: int = 0
+    out: str | None = None
+    max_steps: PositiveInt | None = None
+    lr: PositiveFloat | None = None
+    seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Precision | None = None
-    workers: int = 0
-    checkpoint_every: int | None = None
-    keep_every: int | None = None
+    workers: Workers = 0
+    compile: bool = False
+    accumulate: PositiveInt = 1
+    shard: bool = False
+    non_finite: Literal["stop", "rewind"] = "stop"
+    log_every: PositiveInt = 20
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    checkpoint_every: PositiveInt | None = None
+    keep_every: PositiveInt | None = None
     resume: str = "auto"
     dry_run: bool = False
     config: Path | None = None
 
 
-OptionsType = TypeVar("OptionsType", bound=CommonOptions)
-PresetType = TypeVar("PresetType")
+# Fields of every preset that are options: of the model and of the training.
+FLAGS = ("image_size", "epochs", "batch_size", "warmup_epochs", "precision")
+
+OptionsType = TypeVar("OptionsType", bound=Options)
 
 
 def run_command(
-    command: Callable[[OptionsType], None],
-    options_type: type[OptionsType],
+    command: Callable[[Any], None],
+    options_type: type[Options],
     *,
     name: str,
     description: str,
@@ -85,7 +100,7 @@ def run_command(
         arguments: Command line; that of the process if `None`.
 
     Returns:
-        The exit code: 0, or 2 after a user's mistake, which is told on one line of stderr.
+        The exit code: 0, or 2 after a user's mistake, which is one line on stderr.
     """
     try:
         command(
@@ -103,19 +118,108 @@ def run_command(
     return 0
 
 
+def options_of(
+    parts: Iterable[object], flags: Sequence[str], base: type[OptionsType]
+) -> type[OptionsType]:
+    """Derive options from the fields of configurations: their types, and help from docstrings.
+
+    Args:
+        parts: Configurations, say a preset's model, training and masking.
+        flags: Names of their fields that become options. A field that none of the parts has is
+            left out: a preset's model need not have an `image_size`.
+        base: Options to add them to.
+
+    Returns:
+        A dataclass of options. What is not given is None, or False for fields that are switches:
+        booleans whose default is False.
+
+    Example:
+        >>> from recipes.engine.fields import Depth
+        >>> @dataclass(frozen=True)
+        ... class Model:
+        ...     '''A model.
+        ...
+        ...     Attributes:
+        ...         depth: Blocks of the encoder.
+        ...     '''
+        ...     depth: Depth = 12
+        >>> kind = options_of([Model()], ["depth"], Options)
+        >>> options = parse_options(kind, ["--depth", "3"], program="", description="")
+        >>> options.depth, override(Model(), options)
+        (3, Model(depth=3))
+    """
+    derived: dict[str, tuple[str, Any, Any]] = {}
+    for part in parts:
+        kinds, helps = get_type_hints(type(part), include_extras=True), _help_of(type(part))
+        for field in dataclasses.fields(part):  # type: ignore[arg-type]
+            if field.name in flags and field.name not in derived:
+                is_switch = kinds[field.name] is bool and field.default is False
+                kind: Any = bool if is_switch else kinds[field.name] | None
+                described: Any = Annotated[kind, tyro.conf.arg(help=helps.get(field.name, ""))]
+                derived[field.name] = (field.name, described, False if is_switch else None)
+    ordered = [derived[name] for name in flags if name in derived]
+    return dataclasses.make_dataclass(
+        base.__name__,
+        ordered,
+        bases=(base,),
+        frozen=True,
+        kw_only=True,
+        namespace={"__doc__": base.__doc__},
+    )
+
+
+def _help_of(kind: type) -> dict[str, str]:
+    """Read the attributes' descriptions in the docstrings of a class and its bases."""
+    helps: dict[str, str] = {}
+    for base in reversed(kind.__mro__[:-1]):
+        for entry in docstring_parser.parse(base.__doc__ or "").params:
+            helps[entry.arg_name] = " ".join((entry.description or "").split())
+    return helps
+
+
+Dataclass = TypeVar("Dataclass")
+
+
+def override(part: Dataclass, options: Options) -> Dataclass:
+    """Replace the fields of a configuration that options of the same name give.
+
+    Raises:
+        UserError: A value that does not fit.
+    """
+    given = {}
+    for field in dataclasses.fields(part):  # type: ignore[arg-type]
+        value = getattr(options, field.name, None)
+        is_absent_switch = value is False and field.default is False
+        if value is not None and not is_absent_switch:
+            given[field.name] = value
+    with refusing():
+        return dataclasses.replace(part, **given)  # type: ignore[type-var]
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Turn a value that does not fit into the user's mistake that it is."""
+    try:
+        yield
+    except FieldError as error:
+        raise UserError(f"{error.flag} is {error.fault}: give {error.fits}") from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def parse_options(
     options_type: type[OptionsType], arguments: Sequence[str], *, program: str, description: str
 ) -> OptionsType:
     """Read the command line, on top of the YAML file that `--config` names.
 
     Raises:
-        UserError: An unknown option or one that cannot be read, in either place.
+        UserError: An unknown option, one that cannot be read or one out of range, in either place.
     """
     from_file = _yaml_arguments(_config_path(arguments), options_type)
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            return tyro.cli(
+            options = tyro.cli(
                 options_type,
                 args=[*from_file, *arguments],
                 prog=program,
@@ -125,53 +229,11 @@ def parse_options(
         if not stop.code:  # --help
             raise
         raise UserError(_one_line(messages.getvalue())) from None
-
-
-def choose_preset(
-    options: CommonOptions, presets: Mapping[str, PresetType]
-) -> tuple[str, PresetType]:
-    """Return the preset that was asked for, or the first one, with its name.
-
-    Raises:
-        UserError: There is none of that name.
-    """
-    name = options.preset or next(iter(presets))
-    if name not in presets:
-        raise UserError(f"no preset {name!r}: choose {', '.join(presets)}")
-    return name, presets[name]
-
-
-def check_options(options: CommonOptions, *, epochs: int, batch_size: int, lr: float) -> str:
-    """Check the numbers that a run will use, and return its device.
-
-    Raises:
-        UserError: A number out of range, or a device that is not there.
-    """
-    check_positive("epochs", epochs)
-    check_positive("batch-size", batch_size)
-    for name in ("max_steps", "checkpoint_every", "keep_every"):
-        if getattr(options, name) is not None:
-            check_positive(name.replace("_", "-"), getattr(options, name))
-    if not (lr > 0 and math.isfinite(lr)):
-        raise UserError(f"--lr {lr} is no learning rate: give a positive number")
-    for name in ("seed", "workers"):
-        if getattr(options, name) < 0:
-            raise UserError(f"--{name} {getattr(options, name)} is negative: give 0 or more")
-    if options.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no GPU here; choose cpu or auto")
-    return options.device
-
-
-def check_positive(name: str, value: int) -> None:
-    """Check an option that must be 1 or more.
-
-    Raises:
-        UserError: It is less.
-    """
-    if value < 1:
-        raise UserError(f"--{name} {value} is too small: give 1 or more")
+    with refusing():
+        check_fields(options)
+    if options.out == "":
+        raise UserError('--out "" names no folder: give one, or leave it out')
+    return options
 
 
 def _config_path(arguments: Sequence[str]) -> Path | None:
@@ -188,13 +250,11 @@ def _yaml_arguments(path: Path | None, options_type: type[Any]) -> list[str]:
     if path is None:
         return []
     try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not YAML: {error}") from error
+        content = read_yaml(path) or {}
+    except UnreadableError as error:
+        raise UserError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"--config {path} must hold `option: value` lines; got {content!r}")
+        raise UserError(f"--config {path} must hold `option: value` lines; got {shown(content)}")
     known = {field.name: field.type for field in dataclasses.fields(options_type)}
     del known["config"]
     arguments: list[str] = []
@@ -205,7 +265,7 @@ def _yaml_arguments(path: Path | None, options_type: type[Any]) -> list[str]:
             raise UserError(f"--config {path} has an unknown key {name!r}: choose from {choices}")
         flag = option.replace("_", "-")
         if known[option] is bool and not isinstance(value, bool):
-            raise UserError(f"--config {path}: {name} must be true or false; got {value!r}")
+            raise UserError(f"--config {path}: {name} must be true or false; got {shown(value)}")
         if known[option] is bool:
             arguments.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
@@ -218,4 +278,5 @@ def _one_line(message: str) -> str:
     message = message.replace("{None}|", "")  # options may be left out; None need not be written
     lines = (re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in message.splitlines())
     sentences = [line for line in lines if line and not re.match(r"[╭╰─+]|-+$", line)]
-    return " ".join(sentences) if sentences else "the command line cannot be read"
+    text = " ".join(sentences) if sentences else "the command line cannot be read"
+    return text if len(text) <= 700 else f"{text[:697]}..."

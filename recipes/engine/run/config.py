@@ -1,27 +1,35 @@
-"""What a run is made of: presets, options, and the configuration that they resolve to."""
+"""What a run is made of: presets, and the configuration that they and the options resolve to."""
 
 import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from mimkit.masking import Mask
 from recipes.engine.data.images import Interpolation
 from recipes.engine.errors import UserError
-from recipes.engine.run import defaults
-from recipes.engine.run.cli import (
-    CommonOptions,
-    Precision,
-    check_options,
-    check_positive,
-    choose_preset,
+from recipes.engine.fields import (
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    check_fields,
 )
+from recipes.engine.run import defaults
+from recipes.engine.run.cli import Options, override
+
+# Of the files in a run folder. 2: one loop for all recipes.
+FORMAT = 2
+
+PresetType = TypeVar("PresetType")
 
 
 @dataclass(frozen=True)
@@ -46,20 +54,28 @@ class Training:
         precision: "fp32", or "bf16" for bfloat16 autocast.
     """
 
-    epochs: int
-    batch_size: int
-    base_lr: float
-    warmup_epochs: float
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    min_lr: float = 0.0
-    warmup_lr: float = 0.0
+    epochs: PositiveInt
+    batch_size: PositiveInt
+    base_lr: PositiveFloat
+    warmup_epochs: NonNegativeFloat
+    weight_decay: NonNegativeFloat = 0.05
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    min_lr: NonNegativeFloat = 0.0
+    warmup_lr: NonNegativeFloat = 0.0
     cosine_from_start: bool = False
-    milestones: tuple[float, ...] = ()
-    clip_grad: float | None = None
-    crop_area: tuple[float, float] = (0.2, 1.0)
+    milestones: tuple[NonNegativeFloat, ...] = ()
+    clip_grad: PositiveFloat | None = None
+    crop_area: tuple[Fraction, Fraction] = (0.2, 1.0)
     interpolation: Interpolation = "bicubic"
-    precision: Precision = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def scaled_lr(self) -> float:
+        """Scale the base rate, which is for 256 images a step, linearly with the batch."""
+        return self.base_lr * self.batch_size / 256
 
 
 @dataclass(frozen=True)
@@ -70,38 +86,18 @@ class Preset:
         model: Shape of the model: a frozen dataclass.
         training: How it is trained.
         masking: Which patches are masked: a frozen dataclass like `masks.Masking`, with at least
-            `mask_ratio` and `draw(key, grid)`.
+            `mask_ratio` and `draw(key, grid)`; None where nothing is masked.
     """
 
     model: Any
     training: Training
-    masking: Any
+    masking: Any = None
 
-
-@dataclass(frozen=True, kw_only=True)
-class Options(CommonOptions):
-    """Command line of pre-training; what is not given comes from the preset.
-
-    Attributes:
-        image_size: Side of the images in pixels.
-        mask_ratio: Fraction of patches to mask, in (0, 1).
-        warmup_epochs: Epochs in which the learning rate rises.
-        compile: Run the model through torch.compile.
-        accumulate: Parts in which a batch goes through the model, to save memory.
-        shard: Spread weights over the processes of torchrun (FSDP2) instead of copying them (DDP).
-        non_finite: What to do about a loss that is not finite: "stop", or "rewind" to the last
-            checkpoint and leave out the batch.
-        tracker: Where metrics go beside metrics.jsonl.
-    """
-
-    image_size: int | None = None
-    mask_ratio: float | None = None
-    warmup_epochs: float | None = None
-    compile: bool = False
-    accumulate: int = 1
-    shard: bool = False
-    non_finite: Literal["stop", "rewind"] = "stop"
-    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    @property
+    def parts(self) -> tuple[object, ...]:
+        """Return the configurations whose fields can be options."""
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return tuple(value for value in values if value is not None)
 
 
 @dataclass(frozen=True)
@@ -119,8 +115,8 @@ class Recipe:
         baselines: Scores trivial predictors under the loss: (model, images, mask).
         reconstruct: Fills in the masked patches of model inputs: (model, images, mask).
         note: What a viewer of reconstructions must know; or tells it of a model.
-        options: Its command line. An option named as a field of the preset's model, training or
-            masking replaces that field.
+        flags: Names of fields of the preset's model, training and masking that are options, too,
+            beside those that every recipe has.
         pictures: More files of held-out pictures by name. Each makes columns by caption:
             (model, model inputs).
         fit: Fits what a model must see images for before its first step: (model, model inputs).
@@ -132,7 +128,7 @@ class Recipe:
     baselines: Callable[[Any, Tensor, Mask], dict[str, Tensor]] = defaults.baselines
     reconstruct: Callable[[Any, Tensor, Mask], Tensor] = defaults.reconstruct
     note: str | Callable[[Any], str] = defaults.note
-    options: type[Options] = Options
+    flags: Sequence[str] = ()
     pictures: Mapping[str, Callable[[Any, Tensor], Mapping[str, Tensor]]] = field(
         default_factory=dict
     )
@@ -141,17 +137,39 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """All that decides the result of a run."""
+    """All that decides the result of a run.
+
+    Attributes:
+        format: Version of the run folder's files: a run of another one is refused.
+        contents: Digests of the files that the configuration names (a tokenizer, a teacher); None
+            without any.
+    """
 
     recipe: str
     preset: str
     data: str
     model: Any
     training: Training
+    masking: Any = None
     lr: float
     max_steps: int | None
     seed: int
     device: str
+    compile: bool
+    accumulate: int
+    contents: Mapping[str, str] | None = None
+    format: int = FORMAT
+
+    @property
+    def image_size(self) -> tuple[int, ...]:
+        """Return the pixels per axis."""
+        size = self.model.image_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which the model runs."""
+        is_on = self.training.precision == "bf16"
+        return torch.autocast(self.device, dtype=torch.bfloat16, enabled=is_on)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings, lists and dictionaries, as in `config.yaml`."""
@@ -164,48 +182,74 @@ class RunConfig:
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig(RunConfig):
-    """All that decides the result of pre-training.
+ConfigType = TypeVar("ConfigType", bound=RunConfig)
 
-    Attributes:
-        contents: Digests of the files that the model's configuration names (a tokenizer, a
-            teacher); None without any.
+
+def choose_preset(options: Options, presets: Mapping[str, PresetType]) -> tuple[str, PresetType]:
+    """Return the preset that was asked for, or the first one, with its name.
+
+    Raises:
+        UserError: There is none of that name.
     """
+    name = options.preset or next(iter(presets))
+    if name not in presets:
+        raise UserError(f"no preset {name!r}: choose {', '.join(presets)}")
+    return name, presets[name]
 
-    masking: Any
-    compile: bool
-    accumulate: int
-    contents: Mapping[str, str] | None
 
-
-def resolve(options: Options, recipe: Recipe) -> PretrainConfig:
+def resolve(
+    options: Options,
+    recipe: str,
+    presets: Mapping[str, Any],
+    *,
+    config_type: type[ConfigType],
+    model: Any = None,
+    **more: Any,
+) -> ConfigType:
     """Fill in the preset's values.
+
+    Args:
+        options: Options, of which those that are given replace the preset's fields.
+        recipe: Name of the recipe.
+        presets: Its presets.
+        config_type: What to make.
+        model: Shape of the model, if a file rather than the preset says it.
+        more: Fields that `config_type` has besides those of `RunConfig`.
 
     Raises:
         UserError: An unknown preset or device, or a value that does not fit.
     """
-    preset_name, preset = choose_preset(options, recipe.presets)
+    name, preset = choose_preset(options, presets)
     training = override(preset.training, options)
-    lr = options.lr if options.lr is not None else scaled_lr(training)
-    device = check_options(options, epochs=training.epochs, batch_size=training.batch_size, lr=lr)
-    check_positive("accumulate", options.accumulate)
-    model = override(preset.model, options)
-    return PretrainConfig(
-        recipe=recipe.name,
-        preset=preset_name,
+    model = override(preset.model if model is None else model, options)
+    return config_type(
+        recipe=recipe,
+        preset=name,
         data=options.data,
         model=model,
         training=training,
-        masking=override(preset.masking, options),
-        lr=lr,
+        masking=None if preset.masking is None else override(preset.masking, options),
+        lr=options.lr or training.scaled_lr,
         max_steps=options.max_steps,
         seed=options.seed,
-        device=device,
+        device=choose_device(options.device),
         compile=options.compile,
         accumulate=options.accumulate,
         contents=_contents(model) or None,
+        **more,
     )
+
+
+def choose_device(name: str) -> str:
+    """Return "cuda" or "cpu".
+
+    Raises:
+        UserError: A device that is not there.
+    """
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise UserError("--device cuda: PyTorch finds no GPU here; choose cpu or auto")
+    return "cuda" if name == "auto" and has_gpu else name.replace("auto", "cpu")
 
 
 def _contents(model: Any) -> dict[str, str]:
@@ -224,29 +268,29 @@ def digest_of(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()[:8]
 
 
-def scaled_lr(training: Training) -> float:
-    """Scale the base rate, which is for 256 images a step, linearly with the batch."""
-    return training.base_lr * training.batch_size / 256
+def warn_of_slow_precision(config: RunConfig) -> None:
+    """Warn where bfloat16 is emulated: every product then takes many times longer."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    is_slow = config.device == "cpu" and not capability.startswith("AVX512")
+    if config.training.precision == "bf16" and is_slow:
+        print(
+            f"warning: --precision bf16 is slow on this CPU ({capability}), which has no bfloat16 "
+            "products; fp32 is faster",
+            file=sys.stderr,
+        )
 
 
-Dataclass = TypeVar("Dataclass")
-
-
-def override(part: Dataclass, options: CommonOptions) -> Dataclass:
-    """Replace the fields of a preset's part that options of the same name give.
-
-    Raises:
-        UserError: A value that does not fit.
-    """
-    names = {field.name for field in dataclasses.fields(part)}  # type: ignore[arg-type]
-    given = {name: value for name, value in vars(options).items() if name in names}
-    try:
-        return replace_given(part, **given)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def replace_given(value: Dataclass, **changes: Any) -> Dataclass:
-    """Replace the fields whose new value is not None."""
-    given = {name: change for name, change in changes.items() if change is not None}
-    return dataclasses.replace(value, **given)  # type: ignore[type-var]
+def warn_of_short_schedule(config: RunConfig) -> None:
+    """Warn where a run is too short for the schedule of its preset."""
+    training = config.training
+    late = [epoch for epoch in training.milestones if epoch >= training.epochs]
+    if training.warmup_epochs >= training.epochs:
+        what = f"end within the {training.warmup_epochs:g} epochs in which the rate rises"
+    elif late:
+        what = f"end before the rate falls, at epoch {late[0]:g}"
+    else:
+        return
+    print(
+        f"warning: {training.epochs} epochs {what}: preset {config.preset} is made for longer runs",
+        file=sys.stderr,
+    )

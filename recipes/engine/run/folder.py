@@ -18,6 +18,7 @@ import yaml
 from torch import nn
 
 from recipes.engine.errors import UserError
+from recipes.engine.reading import UnreadableError, read_json, read_yaml
 from recipes.engine.run.config import RunConfig
 from recipes.engine.run.world import World
 
@@ -97,7 +98,14 @@ class RunFolder:
         file = self.path / "config.yaml"
         wanted = config.as_dict()
         if file.exists():
-            different = _differences(_read_config(file), wanted)
+            found = _read_config(file)
+            if not isinstance(found, dict) or found.get("format") != wanted["format"]:
+                raise UserError(
+                    f"the output folder {self.path} holds a run of another version of mimkit "
+                    f"(format {wanted['format']} is wanted in its config.yaml), which cannot be "
+                    "resumed: choose another --out"
+                )
+            different = _differences(found, wanted)
             if different:
                 raise UserError(
                     f"the output folder {self.path} holds a run with other values of "
@@ -135,7 +143,7 @@ class RunFolder:
 
     def read_skipped(self) -> list[int]:
         """Return the steps whose batches are skipped, because they gave no finite loss."""
-        return self.world.agree(read_json(self.path / "skipped_steps.json") or [])
+        return self.world.agree(_read_state(self.path / "skipped_steps.json") or [])
 
     def write_skipped(self, steps: list[int]) -> None:
         """Write the steps whose batches are skipped."""
@@ -147,14 +155,14 @@ class RunFolder:
         if not sample_ids:
             return
         file = self.path / f"unreadable.{self.world.rank}.json"
-        known = set(read_json(file) or [])
+        known = set(_read_state(file) or [])
         if not known.issuperset(sample_ids):
             write_atomically(file, json.dumps(sorted(known | set(sample_ids))) + "\n")
 
     def read_unreadable(self) -> list[int]:
         """Return the ids of the images that no process of the run could read, now or before."""
         files = self.path.glob("unreadable.*.json")
-        return sorted({sample_id for file in files for sample_id in read_json(file)})
+        return sorted({sample_id for file in files for sample_id in _read_state(file)})
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write `summary.json`, which marks the run as finished."""
@@ -163,7 +171,7 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any] | None:
         """Return the summary of a finished run, None of another."""
-        summary: dict[str, Any] | None = read_json(self.path / "summary.json")
+        summary: dict[str, Any] | None = _read_state(self.path / "summary.json")
         return self.world.agree(summary)
 
     def write_weights(self, name: str, module: nn.Module) -> None:
@@ -176,8 +184,10 @@ class RunFolder:
             write_atomically(self.path / name, save(weights))
 
 
-def default_path(config: RunConfig) -> Path:
-    """Name a folder after a configuration."""
+def output_folder(out: str | None, config: RunConfig) -> Path:
+    """Return the folder that `--out` names, or one named after the configuration."""
+    if out is not None:
+        return Path(out)
     data = Path(config.data).name or "folder"
     return Path("runs") / f"{config.recipe}-{config.preset}-{data}-{config.digest()}"
 
@@ -189,22 +199,22 @@ def write_atomically(file: Path, content: str | bytes) -> None:
     os.replace(partial, file)
 
 
-def read_json(file: Path) -> Any:
-    """Read a JSON file; None without one.
+def _read_state(file: Path) -> Any:
+    """Read a JSON file of a run; None without one.
 
     Raises:
         UserError: It is damaged.
     """
     try:
-        return json.loads(file.read_text()) if file.exists() else None
-    except ValueError as error:
+        return read_json(file) if file.exists() else None
+    except UnreadableError as error:
         raise UserError(f"{file} is damaged: {error}; remove it or choose another --out") from error
 
 
 def _read_config(file: Path) -> Any:
     try:
-        return yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return read_yaml(file)
+    except UnreadableError as error:
         raise UserError(f"{file} is damaged: {error}; choose another --out") from error
 
 

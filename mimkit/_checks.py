@@ -1,0 +1,252 @@
+"""Checks of arguments that several rooms share, and small helpers for shapes and dtypes.
+
+Axes: batch; channels; *spatial (one to three axes); patch (the values of one patch).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+import mimkit_kernels as kernels
+from mimkit._grids import Grid, divide
+from mimkit._settings import Settings
+from mimkit.masking import Mask, RaggedMask
+
+Order = Literal["p1 p2 c", "c p1 p2"]
+
+
+def describe(value: object) -> str:
+    """Describe an argument in a few words, for an error message.
+
+    Example:
+        >>> describe(torch.zeros(2, 3)), describe("a word")
+        ('a tensor of torch.float32 and shape (2, 3)', "str 'a word'")
+    """
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {' '.join(repr(value).split()):.60}"
+
+
+def check_even(mask: object) -> None:
+    """Check that `mask` is a `Mask`: one grid and one count for all samples.
+
+    Raises:
+        TypeError: A `RaggedMask`, or not a mask at all.
+    """
+    if isinstance(mask, RaggedMask):
+        raise TypeError(f"this needs a Mask, of one grid and one count for all samples; got {mask}")
+    if not isinstance(mask, Mask):
+        raise TypeError(
+            f"mask must be a Mask, from a sampler or Mask.from_bool; got {describe(mask)}"
+        )
+
+
+def check_mask(mask: Mask, grid: Sequence[int], samples: Shaped[Tensor, "batch ..."]) -> None:
+    """Check that a mask has the grid, the batch size and the device of `samples`.
+
+    Raises:
+        TypeError: A `RaggedMask`.
+        ValueError: Another grid, or what `check_batch` raises.
+    """
+    check_even(mask)
+    if mask.grid != tuple(grid):
+        raise ValueError(f"the mask has grid {mask.grid}, but the input has grid {tuple(grid)}")
+    _check_batch_size(mask, samples)
+
+
+def check_batch(mask: Mask, samples: Shaped[Tensor, "batch ..."]) -> None:
+    """Check that a mask has the batch size and the device of `samples`.
+
+    Raises:
+        TypeError: A `RaggedMask`.
+        ValueError: Another batch size or device; with `mimkit.use(check=True)` also wrong ids.
+    """
+    check_even(mask)
+    _check_batch_size(mask, samples)
+
+
+def _check_batch_size(mask: Mask, samples: Tensor) -> None:
+    if mask.batch_size != len(samples):
+        raise ValueError(
+            f"the mask has {mask.batch_size} samples, but the input has {len(samples)}"
+        )
+    check_device(mask, samples)
+
+
+def check_device(mask: Mask | RaggedMask, samples: Shaped[Tensor, "..."]) -> None:
+    """Check that a mask is on the device of `samples`.
+
+    Raises:
+        TypeError: Samples that are not a tensor.
+        ValueError: Another device; with `mimkit.use(check=True)` also wrong ids.
+    """
+    if not isinstance(samples, Tensor):
+        raise TypeError(f"the input must be a tensor; got {describe(samples)}")
+    if mask.device != samples.device:
+        raise ValueError(
+            f"the mask is on {mask.device}, but the input on {samples.device}: "
+            "draw it there, or move it with mask.to(device)"
+        )
+    if Settings.check:
+        mask.validate()
+
+
+def check_rows(
+    name: str,
+    rows: Shaped[Tensor, "rows ..."],
+    mask: RaggedMask,
+    expected: int,
+    dim: int | None = None,
+) -> None:
+    """Check the number of packed rows, their device, and their width if `dim` is given.
+
+    Raises:
+        ValueError: Another number, width or device; with `mimkit.use(check=True)` also wrong ids.
+    """
+    if rows.ndim < 2 or len(rows) != expected or dim not in (None, rows.shape[1]):
+        width = "..." if dim is None else dim
+        raise ValueError(
+            f"{name} must be [{expected}, {width}] for {mask}; got {tuple(rows.shape)}"
+        )
+    check_device(mask, rows)
+
+
+def check_stacked(
+    images: Shaped[Tensor, "batch channels *spatial"] | Sequence[Tensor],
+) -> Shaped[Tensor, "batch channels *spatial"]:
+    """Check that images are one tensor, and return it.
+
+    Raises:
+        TypeError: A list of tensors, or something else.
+    """
+    if isinstance(images, list | tuple):
+        raise TypeError("a list of images needs a RaggedMask; stack images of one size for a Mask")
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a tensor; got {describe(images)}")
+    return images
+
+
+def check_pixels(images: Shaped[Tensor, "..."]) -> None:
+    """Check that pixels have a dtype whose range is known.
+
+    Raises:
+        TypeError: Neither floats nor uint8.
+    """
+    if not (images.is_floating_point() or images.dtype == torch.uint8):
+        raise TypeError(f"images must be floats or uint8; got {images.dtype}")
+
+
+def as_floats(images: Shaped[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Convert uint8 images to float32 in [0, 1]; return floats unchanged.
+
+    Raises:
+        TypeError: Another dtype.
+    """
+    check_pixels(images)
+    return images / 255 if images.dtype == torch.uint8 else images
+
+
+def check_num_images(
+    images: Shaped[Tensor, "batch ..."] | Sequence[Tensor], mask: RaggedMask
+) -> None:
+    """Check that there is one image per sample of a mask.
+
+    Raises:
+        ValueError: Another number of images.
+    """
+    if len(images) != mask.batch_size:
+        raise ValueError(
+            f"the mask has {mask.batch_size} samples, but there are {len(images)} images"
+        )
+
+
+def each_sample(
+    images: Shaped[Tensor, "batch channels *spatial"] | Sequence[Shaped[Tensor, "channels ..."]],
+    mask: RaggedMask,
+) -> Iterator[tuple[Shaped[Tensor, "1 channels ..."], Mask]]:
+    """Yield each image with its mask, as batches of one.
+
+    Raises:
+        ValueError: Another number of images than of samples in the mask.
+    """
+    check_num_images(images, mask)
+    for image, one in zip(images, mask.unbind(), strict=True):
+        yield image.unsqueeze(0), one
+
+
+def channel_statistic(
+    name: str, values: Sequence[float] | Tensor | None, images: Shaped[Tensor, "batch channels ..."]
+) -> list[float] | Tensor | None:
+    """Check that there is one value per channel, and return the values: a sequence as a list.
+
+    Raises:
+        ValueError: Another number of values than of channels.
+    """
+    shape = () if values is None else torch.as_tensor(values).shape
+    if values is not None and shape != (images.shape[1],):
+        raise ValueError(
+            f"{name} must hold one value for each of {images.shape[1]} channels; "
+            f"got shape {tuple(shape)}"
+        )
+    return values if values is None or isinstance(values, Tensor) else list(values)
+
+
+def check_can_normalize(patches: Float[Tensor, "batch masked patch"]) -> None:
+    """Check that patches have more than one value, so that their unbiased variance exists.
+
+    Raises:
+        ValueError: Patches of a single value.
+    """
+    if patches.shape[-1] < 2:
+        raise ValueError("a patch of a single value cannot be normalised: its variance is 0 / 0")
+
+
+def patch_statistics(
+    patches: Float[Tensor, "batch masked patch"],
+) -> tuple[Float[Tensor, "batch masked 1"], Float[Tensor, "batch masked 1"]]:
+    """Return the mean and standard deviation of each patch, as in MAE's normalisation.
+
+    Raises:
+        ValueError: Patches of a single value.
+    """
+    check_can_normalize(patches)
+    return kernels.patch_statistics(patches)
+
+
+def is_channels_last(order: str) -> bool:
+    """Whether `order` is "p1 p2 c".
+
+    Raises:
+        ValueError: An unknown order.
+    """
+    if order not in get_args(Order):
+        raise ValueError(f"order must be one of {get_args(Order)}; got {order!r}")
+    return order == "p1 p2 c"
+
+
+def cell_of(feature_map: Shaped[Tensor, "batch channels *spatial"], mask: Mask) -> Grid:
+    """Return how many positions of a feature map, per axis, belong to one token of the mask.
+
+    Raises:
+        ValueError: A mask of other axes, or a feature map that does not fit it.
+    """
+    check_batch(mask, feature_map)
+    return divide("feature map", feature_map.shape[2:], mask.grid, "the grid of the mask")
+
+
+def unwrap(state_dict: Any) -> Mapping[str, Tensor]:
+    """Take the tensors out of a checkpoint of the form `{"model": ...}`.
+
+    Raises:
+        TypeError: Not a dictionary.
+    """
+    if not isinstance(state_dict, Mapping):
+        kind = type(state_dict).__name__
+        raise TypeError(f"a state dict maps names to tensors; got {kind} {state_dict!r:.60}")
+    tensors: Mapping[str, Any] = state_dict
+    while isinstance(tensors.get("model"), Mapping):
+        tensors = tensors["model"]
+    return tensors

@@ -1,0 +1,422 @@
+"""The training loop of every recipe.
+
+A `Task` says how a batch becomes a loss; `run_steps` loads, steps, logs, saves, and goes back where
+a step is not finite. What is trained (an autoencoder, a classifier, a tokenizer) is the task's.
+"""
+
+import contextlib
+import math
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+from tqdm import tqdm
+
+from recipes.engine.data.sets import Batch, TrainSet
+from recipes.engine.errors import UserError
+from recipes.engine.optim import gradients, scheduled_lr
+from recipes.engine.run.checkpoint import Checkpoints, start_from
+from recipes.engine.run.cli import Options
+from recipes.engine.run.config import RunConfig
+from recipes.engine.run.folder import RunFolder
+from recipes.engine.run.loader import make_loader
+from recipes.engine.run.tracker import Tracker, make_tracker
+from recipes.engine.run.world import World, distribute, gradient_sync, whole
+from recipes.engine.seeds import stream_seed
+
+_MAX_SKIPPED = 10
+_LINES_PER_RUN = 50  # where no terminal shows a progress bar
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where in a run a step is.
+
+    Attributes:
+        step: Steps before it.
+        epoch: Epochs before it, a fraction within an epoch.
+    """
+
+    step: int
+    epoch: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a run.
+
+    Attributes:
+        steps_per_epoch: Steps of an epoch.
+        num_steps: Steps of the run.
+        checkpoint_every: Steps between checkpoints.
+        log_every: Steps between logged rows.
+
+    Example:
+        >>> plan = Plan(steps_per_epoch=4, num_steps=10, checkpoint_every=4, log_every=3)
+        >>> [done for done in range(1, 11) if plan.saves(done)]
+        [4, 8, 10]
+        >>> [done for done in range(1, 11) if plan.logs(done)]
+        [1, 3, 6, 9, 10]
+        >>> plan.moment(6)
+        Moment(step=6, epoch=1.5)
+    """
+
+    steps_per_epoch: int
+    num_steps: int
+    checkpoint_every: int
+    log_every: int
+
+    def moment(self, step: int) -> Moment:
+        """Return where a step is."""
+        return Moment(step, step / self.steps_per_epoch)
+
+    def saves(self, done: int) -> bool:
+        """Whether a checkpoint is due after this many steps."""
+        return done % self.checkpoint_every == 0 or done == self.num_steps
+
+    def logs(self, done: int) -> bool:
+        """Whether a row is due after this many steps."""
+        return done == 1 or done % self.log_every == 0 or done == self.num_steps
+
+
+def make_plan(
+    config: RunConfig, options: Options, train_set: TrainSet, *, checkpoint_at_least: int = 1
+) -> Plan:
+    """Count the steps of a run.
+
+    Args:
+        config: The run's configuration.
+        options: How often to log and to save; by default a checkpoint is written every epoch.
+        train_set: The images to train on.
+        checkpoint_at_least: Steps between checkpoints where an epoch is shorter than that.
+
+    Raises:
+        UserError: A batch larger than the data set.
+    """
+    batch_size = config.training.batch_size
+    steps_per_epoch = len(train_set) // batch_size
+    if steps_per_epoch == 0:
+        raise UserError(
+            f"--batch-size {batch_size} is more than the {len(train_set)} images of {config.data}"
+        )
+    num_steps = config.training.epochs * steps_per_epoch
+    return Plan(
+        steps_per_epoch=steps_per_epoch,
+        num_steps=min(num_steps, config.max_steps or num_steps),
+        checkpoint_every=options.checkpoint_every or max(steps_per_epoch, checkpoint_at_least),
+        log_every=options.log_every,
+    )
+
+
+class NonFiniteError(Exception):
+    """A step whose loss or gradient is not finite; it changed no weight."""
+
+    def __init__(self, at: Moment, loss: float, norm: float) -> None:
+        super().__init__(
+            f"the loss of step {at.step + 1} is {loss}, the norm of its gradient {norm}"
+        )
+        self.step = at.step
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step gives the log.
+
+    Attributes:
+        numbers: The loss and the task's other numbers, means over the images of all processes;
+            learning rate and norm of the gradient before clipping.
+        num_images: Images of all processes.
+    """
+
+    numbers: dict[str, float]
+    num_images: int
+
+
+class Task(ABC):
+    """A model with its optimizer, spread over the processes, and how a batch becomes a loss.
+
+    Args:
+        model: What is trained, on its device. A checkpoint holds its weights.
+        config: The run's configuration.
+        world: The processes.
+        shard: Whether weights are spread over the processes, or copied to each.
+    """
+
+    inputs: Any = None  # of the last step: `extras` looks at them
+
+    def __init__(
+        self, model: nn.Module, config: RunConfig, world: World, *, shard: bool = False
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.model = model.train()
+        self.spread = distribute(model, world, shard=shard)
+        self.optimizer = self.make_optimizer()  # FSDP2 has replaced the parameters by now
+        if config.compile:
+            self.spread.compile()
+
+    @abstractmethod
+    def make_optimizer(self) -> Optimizer:
+        """Make the optimizer of `self.model`.
+
+        A group may have an `lr_scale`, a factor of the schedule's rate.
+        """
+
+    @abstractmethod
+    def prepare(self, batch: Batch, at: Moment) -> Any:
+        """Move a batch to the device and turn it into what `forward` takes; it may be empty."""
+
+    @abstractmethod
+    def forward(self, model: nn.Module, inputs: Any) -> Mapping[str, Tensor]:
+        """Run the model; return the loss as "loss", and other numbers for the log by name.
+
+        Each is a mean over the inputs' samples.
+        """
+
+    def extras(self) -> dict[str, Any]:
+        """Return more entries for a logged row, such as what trivial predictors score.
+
+        Called in the main process alone, after a step that had images in it.
+        """
+        return {}
+
+    def take(self, inputs: Any, rows: Tensor) -> Any:
+        """Take some samples of prepared inputs: here, rows of every tensor in them."""
+        return tree_map_only(Tensor, lambda tensor: tensor[rows.to(tensor.device)], inputs)
+
+    def step(self, batch: Batch, at: Moment) -> Step | None:
+        """Make one step; return None where not one image of the batch could be read.
+
+        Args:
+            batch: This process's share of the batch.
+            at: Where in the run.
+
+        Raises:
+            NonFiniteError: The loss or its gradient is not finite; the weights are as they were.
+        """
+        if self.world.size == 1 and len(batch.images) == 0:
+            return None
+        lr = self._set_lr(at)
+        self.inputs = self.prepare(batch, at)
+        # Drop path and code draws use the global generator: another stream in every step and rank.
+        torch.manual_seed(stream_seed(self.config.seed, at.step, self.world.rank))
+        totals, num_images = self._backward(len(batch.images))
+        norm = self._clip()
+        # The only wait for the device in a step.
+        fetched = torch.stack([num_images, norm, *totals.values()]).tolist()
+        numbers = dict(zip(["num_images", "grad_norm", *totals], fetched, strict=True))
+        if not numbers["num_images"]:
+            return None
+        if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
+            raise NonFiniteError(at, numbers["loss"], numbers["grad_norm"])
+        self.optimizer.step()
+        count = int(numbers.pop("num_images"))
+        return Step({"loss": numbers.pop("loss"), "lr": lr, **numbers}, count)
+
+    def _set_lr(self, at: Moment) -> float:
+        lr = scheduled_lr(at.epoch, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        return lr
+
+    def _backward(self, num_images: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Fill in the gradients, part by part.
+
+        Returns:
+            The task's numbers and the number of images, over all processes.
+        """
+        self.spread.zero_grad(set_to_none=True)
+        count = torch.tensor(float(num_images), device=self.config.device)
+        count = self.world.total(count)
+        # Processes count the same, however many images each could read: weigh by images.
+        all_images = num_images if self.world.size == 1 else count.clamp(min=1)
+        totals: dict[str, Tensor] = {}
+        parts = torch.arange(num_images).tensor_split(self.config.accumulate)
+        for index, rows in enumerate(parts, 1):
+            with gradient_sync(self.spread, enabled=index == len(parts)):
+                inputs = self.inputs if len(parts) == 1 else self.take(self.inputs, rows)
+                with self.config.autocast():
+                    numbers = self.forward(self.spread, inputs)
+                share = len(rows) * self.world.size / all_images
+                (numbers["loss"] * share).backward()
+            for name, value in numbers.items():
+                number = value.detach().float()
+                if len(rows) == 0:  # a mean over no sample
+                    number = torch.zeros_like(number)
+                totals[name] = totals.get(name, 0.0) + number * share
+        summed = self.world.total(torch.stack(list(totals.values()))) / self.world.size
+        return dict(zip(totals, summed, strict=True)), count
+
+    def _clip(self) -> Tensor:
+        """Clip the gradient to a norm, and return the norm that it had."""
+        norm = whole(nn.utils.get_total_norm(gradients(self.model.parameters())))
+        clip_grad = self.config.training.clip_grad
+        if clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), clip_grad, norm)
+        return norm
+
+
+def run_steps(
+    task: Task, plan: Plan, train_set: TrainSet, folder: RunFolder, options: Options
+) -> None:
+    """Train from the last checkpoint to the end of the plan, and log metrics.
+
+    Args:
+        task: What is trained.
+        plan: The steps.
+        train_set: The images.
+        folder: Where checkpoints and metrics are.
+        options: How to log, save, resume, load, and what to do about a step that is not finite.
+
+    Raises:
+        UserError: A checkpoint that cannot be read or written, or steps that are not finite.
+    """
+    world = folder.world
+    checkpoints = Checkpoints(folder.path / "checkpoints", world, keep_every=options.keep_every)
+    next_step: int | None = start_from(
+        options.resume, checkpoints, task.model, task.optimizer, plan.num_steps
+    )
+    name = options.tracker if world.is_main else "none"
+    with contextlib.closing(make_tracker(name, task.config, folder)) as tracker:
+        while next_step is not None:
+            log = _Log(task, plan, folder, tracker)
+            next_step = _run_from(next_step, log, train_set, checkpoints, options)
+
+
+def _run_from(
+    first_step: int, log: "_Log", train_set: TrainSet, checkpoints: Checkpoints, options: Options
+) -> int | None:
+    """Make the steps from `first_step` on; return the step to go back to, None at the end."""
+    task, plan, folder = log.task, log.plan, log.folder
+    skipped = folder.read_skipped()
+    folder.start_metrics(first_step=first_step)
+    if options.non_finite == "rewind" and not task.world.agree(checkpoints.steps()):
+        checkpoints.save(first_step, task.model, task.optimizer)
+    loader = make_loader(
+        train_set,
+        world=task.world,
+        batch_size=task.config.training.batch_size,
+        seed=task.config.seed,
+        first_step=first_step,
+        num_steps=plan.num_steps,
+        workers=options.workers,
+        pin_memory=task.config.device == "cuda",
+    )
+    for step, batch in enumerate(log.watch(loader, first_step), first_step):
+        folder.note_unreadable(batch.unreadable_ids)
+        try:
+            result = None if step in skipped else task.step(batch, plan.moment(step))
+        except NonFiniteError as error:
+            checkpoints.finish()
+            return _rewind(error, task, folder, checkpoints, options)
+        log.add(step + 1, batch, result)
+        if plan.saves(step + 1):
+            checkpoints.save(step + 1, task.model, task.optimizer)
+    checkpoints.finish()
+    return None
+
+
+def _rewind(
+    error: NonFiniteError,
+    task: Task,
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    options: Options,
+) -> int:
+    """Go back to the last checkpoint and skip the batch, if that is asked for and helps.
+
+    Raises:
+        UserError: It is not, or it did not the last few times.
+    """
+    steps = task.world.agree(checkpoints.steps())
+    safe = f"the checkpoint of step {steps[-1]} is safe" if steps else "no checkpoint was written"
+    if options.non_finite == "stop":
+        raise UserError(
+            f"{error}; {safe}: lower --lr, take --precision fp32, or skip the batch with "
+            "--non-finite rewind"
+        )
+    skipped = sorted({*folder.read_skipped(), error.step})
+    if len(skipped) > _MAX_SKIPPED:
+        raise UserError(f"{error}, after {_MAX_SKIPPED} batches that were skipped; {safe}")
+    # On disk, so that a run which is killed and resumed skips the same batches.
+    folder.write_skipped(skipped)
+    if task.world.is_main:
+        print(f"warning: {error}; back to step {steps[-1]}, without its batch", file=sys.stderr)
+    task.world.wait()
+    checkpoints.load(steps[-1], task.model, task.optimizer)
+    last: int = steps[-1]
+    return last
+
+
+@dataclass
+class _Log:
+    """Rows of metrics, a progress bar or lines of text, and throughput since the last row."""
+
+    task: Task
+    plan: Plan
+    folder: RunFolder
+    tracker: Tracker
+    images: int = 0
+    waited: float = 0.0
+    since: float = field(default_factory=time.perf_counter)
+    last_line: int = 0
+    bar: Any = None
+
+    def watch(self, loader: Iterable[Batch], first_step: int) -> Iterator[Batch]:
+        """Pass batches on, and measure how long each one is waited for."""
+        # A terminal gets a bar; a file or a pipe gets lines.
+        self.bar = tqdm(
+            total=self.plan.num_steps,
+            initial=first_step,
+            disable=not (self.folder.world.is_main and sys.stderr.isatty()),
+            unit="step",
+        )
+        self.last_line = first_step
+        self.since = time.perf_counter()
+        batches = iter(loader)
+        with self.bar:
+            while True:
+                start = time.perf_counter()
+                batch = next(batches, None)
+                self.waited += time.perf_counter() - start
+                if batch is None:
+                    return
+                yield batch
+                self.bar.update()
+
+    def add(self, done: int, batch: Batch, result: Step | None) -> None:
+        """Count a step, and log a row where one is due."""
+        if result is None:
+            return
+        self.images += result.num_images
+        if not self.plan.logs(done):
+            return
+        elapsed = max(time.perf_counter() - self.since, 1e-9)
+        row = {"step": done, "epoch": done / self.plan.steps_per_epoch, **result.numbers}
+        row |= {"images_per_s": self.images / elapsed, "data_share": self.waited / elapsed}
+        if self.folder.world.is_main and len(batch.images):
+            row |= self.task.extras()
+            self.folder.append_metrics(row)
+            self.tracker.log(row)
+        self._show(done, row)
+        self.images, self.waited, self.since = 0, 0.0, time.perf_counter()
+
+    def _show(self, done: int, row: Mapping[str, Any]) -> None:
+        text = (
+            f"loss {row['loss']:.3f}  {row['images_per_s']:.0f} images/s  "
+            f"data {row['data_share']:.0%}"
+        )
+        if not self.bar.disable:
+            self.bar.set_postfix_str(text)
+            return
+        is_due = done - self.last_line >= self.plan.num_steps / _LINES_PER_RUN
+        if self.folder.world.is_main and (is_due or done in (1, self.plan.num_steps)):
+            print(f"step {done}/{self.plan.num_steps}  {text}", file=sys.stderr, flush=True)
+            self.last_line = done

@@ -1,0 +1,15 @@
+"""What a command line means to a recipe, without running it."""
+
+from recipes.engine import Recipe
+from recipes.engine.main import options_type
+from recipes.engine.run.cli import Options, parse_options
+from recipes.engine.run.config import RunConfig, resolve
+
+
+def options_for(recipe: Recipe, *arguments: str) -> Options:
+    return parse_options(options_type(recipe), arguments, program=recipe.name, description="")
+
+
+def config_for(recipe: Recipe, *arguments: str) -> RunConfig:
+    options = options_for(recipe, *arguments)
+    return resolve(options, recipe.name, recipe.presets, config_type=RunConfig)

@@ -1,0 +1,309 @@
+"""One loop for every recipe: what it logs, saves, refuses and waits for."""
+
+import dataclasses
+import itertools
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from recipes import finetune, tokenizer
+from recipes.cae import RECIPE as CAE
+from recipes.convmae import RECIPE as CONVMAE
+from recipes.engine import Recipe, Training, run
+from recipes.engine.data.load import load_data
+from recipes.engine.data.sets import Batch, TrainSet
+from recipes.engine.loop import Moment, Plan, Task, make_plan, run_steps
+from recipes.engine.pretrain import Pretraining
+from recipes.engine.run.cli import Options, parse_options
+from recipes.engine.run.config import RunConfig
+from recipes.engine.run.folder import RunFolder
+from recipes.engine.run.world import World
+from recipes.mae import RECIPE as MAE
+from recipes.simmim import RECIPE as SIMMIM
+from tests.recipes.command import config_for
+
+# The smallest task: a line through numbers.
+
+
+class Numbers(TrainSet):
+    """Sixteen samples: x, from which 3 x is to be predicted."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: tuple[int, int]) -> tuple[Tensor, int]:
+        return torch.tensor([float(index[1])]), index[1]
+
+
+class Line(Task):
+    """Fits 3 x; `spoil` gives the loss a factor at a call of `forward`."""
+
+    def __init__(self, config: RunConfig, spoil: Callable[[int], float] = lambda call: 1.0) -> None:
+        torch.manual_seed(0)
+        self.calls = itertools.count()
+        self.spoil = spoil
+        super().__init__(nn.Linear(1, 1), config, World())
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.model.parameters(), lr=0.0)
+
+    def prepare(self, batch: Batch, at: Moment) -> Tensor:
+        return batch.images / 16
+
+    def forward(self, model: nn.Module, inputs: Tensor) -> Mapping[str, Tensor]:
+        factor = self.spoil(next(self.calls))
+        return {
+            "loss": (model(inputs) - 3 * inputs).square().mean() * factor,
+            "seen": inputs.mean(),
+        }
+
+    def extras(self) -> dict[str, Any]:
+        return {"baselines": {"zero": 1.0}}
+
+
+def make_config(**changes: Any) -> RunConfig:
+    training = Training(epochs=3, batch_size=4, base_lr=6.4, warmup_epochs=0.0, min_lr=0.1)
+    values: dict[str, Any] = {
+        "recipe": "line", "preset": "only", "data": "numbers", "model": None, "training": training,
+        "lr": 0.1, "max_steps": None, "seed": 0, "device": "cpu", "compile": False, "accumulate": 1,
+    }  # fmt: skip
+    return RunConfig(**(values | changes))
+
+
+def train(out: Path, task: Task, **options: Any) -> list[dict[str, Any]]:
+    chosen = Options(**({"log_every": 1} | options))
+    plan = make_plan(task.config, chosen, Numbers())
+    with RunFolder(out, task.config) as folder:
+        run_steps(task, plan, Numbers(), folder, chosen)
+    return [json.loads(line) for line in (out / "metrics.jsonl").open()]
+
+
+def test_the_smallest_task_learns_and_logs_its_numbers(tmp_path: Path) -> None:
+    rows = train(tmp_path / "run", Line(make_config()))
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert rows[-1]["loss"] < rows[0]["loss"] / 4
+    assert rows[0].keys() >= {"epoch", "loss", "lr", "grad_norm", "seen", "images_per_s"}
+    assert all(row["baselines"] == {"zero": 1.0} for row in rows)
+
+
+def test_rows_come_at_the_first_step_every_few_and_the_last(tmp_path: Path) -> None:
+    rows = train(tmp_path / "run", Line(make_config()), log_every=5)
+    assert [row["step"] for row in rows] == [1, 5, 10, 12]
+
+
+def test_by_default_every_twentieth_step_has_a_row() -> None:
+    assert Options().log_every == 20
+
+
+def test_a_batch_in_parts_makes_the_same_steps(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", Line(make_config()))
+    parts = train(tmp_path / "parts", Line(make_config(accumulate=3)))  # parts of 2, 1 and 1
+    np.testing.assert_allclose([r["loss"] for r in parts], [r["loss"] for r in whole], rtol=1e-5)
+    np.testing.assert_allclose([r["seen"] for r in parts], [r["seen"] for r in whole], rtol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_no_weight(factor: float) -> None:
+    task = Line(make_config(), lambda call: factor)
+    before = task.model.weight.detach().clone()
+    batch = Batch(torch.ones(4, 1), torch.arange(4), [])
+    with pytest.raises(Exception, match="the loss of step 8 is"):
+        task.step(batch, Moment(7, 1.75))
+    assert torch.equal(task.model.weight, before)
+
+
+def test_a_gradient_that_is_not_finite_is_noticed_where_the_loss_is() -> None:
+    class Root(Line):
+        def forward(self, model: nn.Module, inputs: Tensor) -> Mapping[str, Tensor]:
+            return {"loss": (model(inputs) - model(inputs)).square().sum().sqrt()}  # 0 / 0
+
+    with pytest.raises(Exception, match="the loss of step 1 is 0.0, the norm of its gradient nan"):
+        Root(make_config()).step(Batch(torch.ones(4, 1), torch.arange(4), []), Moment(0, 0.0))
+
+
+def test_a_batch_without_readable_images_is_passed_over() -> None:
+    task = Line(make_config())
+    nothing = Batch(torch.empty(0, 0, 0, 0), torch.empty(0, dtype=torch.int64), [3])
+    assert task.step(nothing, Moment(0, 0.0)) is None
+
+
+def test_a_plan_saves_and_logs_at_its_end() -> None:
+    for num_steps in range(1, 12):
+        plan = Plan(steps_per_epoch=4, num_steps=num_steps, checkpoint_every=5, log_every=3)
+        assert plan.saves(num_steps)
+        assert plan.logs(num_steps)
+        assert plan.logs(1)
+
+
+# Every recipe.
+
+DIGITS = ["--data", "digits", "--batch-size", "8", "--max-steps", "4", "--workers", "0"]
+
+
+class Syncs(TorchDispatchMode):
+    """Counts what would wait for a GPU: `item`, `bool`, `int` and `float` of a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recipe", [MAE, SIMMIM, CONVMAE, CAE], ids=lambda recipe: recipe.name)
+def test_a_step_waits_for_the_device_once(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_for(recipe, "--data", "digits", "--device", "cpu")
+    data = load_data("digits", image_size=(32, 32), seed=0)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, in_channels=1))
+    task = Pretraining(recipe, config, data, World())
+    images = torch.stack([data.train[0, i][0] for i in range(4)])
+    fetched = []
+    real = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda self: fetched.append(1) or real(self))
+    with Syncs() as syncs:
+        step = task.step(Batch(images, torch.arange(4), []), Moment(1, 0.1))
+    assert step is not None
+    # Codes out of range are looked for on a CPU only, where that waits for nothing.
+    assert (len(fetched), syncs.count) == (1, 2 if recipe is CAE else 0)
+
+
+def spoiled(recipe: Recipe, bad: set[int]) -> Recipe:
+    """Multiply the loss by nan at some forward passes in training."""
+    calls = itertools.count()
+
+    def build(config: Any) -> nn.Module:
+        model = recipe.build(config)
+
+        def spoil(module: nn.Module, inputs: Any, output: Any) -> Any:
+            if module.training and next(calls) in bad:
+                return dataclasses.replace(output, loss=output.loss * float("nan"))
+            return None
+
+        model.register_forward_hook(spoil)
+        return model
+
+    return dataclasses.replace(recipe, build=build)
+
+
+def spoil_classifier(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
+    calls = itertools.count()
+    real = finetune.FineTuned.forward
+
+    def forward(self: Any, images: Tensor) -> Tensor:
+        logits = real(self, images)
+        return logits * float("nan") if self.training and next(calls) in bad else logits
+
+    monkeypatch.setattr(finetune.FineTuned, "forward", forward)
+
+
+def spoil_tokenizer(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
+    calls = itertools.count()
+    real = tokenizer.TokenizerTask.forward
+
+    def forward(self: Any, model: nn.Module, inputs: Tensor) -> Mapping[str, Tensor]:
+        numbers = dict(real(self, model, inputs))
+        factor = float("nan") if next(calls) in bad else 1.0
+        return {name: value * factor for name, value in numbers.items()}
+
+    monkeypatch.setattr(tokenizer.TokenizerTask, "forward", forward)
+
+
+def fine_tune(out: Path, *more: str) -> int:
+    return finetune.main([*DIGITS, "--encoder", "none", "--out", str(out), *more])
+
+
+def train_tokenizer(out: Path, *more: str) -> int:
+    return tokenizer.main([*DIGITS, "--out", str(out), *more])
+
+
+OTHERS = [
+    pytest.param(fine_tune, spoil_classifier, id="finetune"),
+    pytest.param(train_tokenizer, spoil_tokenizer, id="tokenizer"),
+]
+
+
+@pytest.mark.parametrize(("command", "spoil"), OTHERS)
+def test_other_loops_stop_at_a_loss_that_is_not_finite_and_keep_their_checkpoint(
+    command: Callable[..., int],
+    spoil: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    spoil(monkeypatch, {2})
+    assert command(tmp_path / "run", "--checkpoint-every", "1") == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the loss of step 3 is nan")
+    assert "the checkpoint of step 2 is safe" in error
+
+
+@pytest.mark.parametrize(("command", "spoil"), OTHERS)
+def test_other_loops_rewind_past_a_loss_that_is_not_finite(
+    command: Callable[..., int],
+    spoil: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spoil(monkeypatch, {2})
+    out = tmp_path / "run"
+    arguments = ["--checkpoint-every", "1", "--non-finite", "rewind", "--log-every", "1"]
+    assert command(out, *arguments) == 0
+    assert json.loads((out / "skipped_steps.json").read_text()) == [2]
+    assert [json.loads(r)["step"] for r in (out / "metrics.jsonl").open()] == [1, 2, 4]
+
+
+@pytest.mark.parametrize("command", [fine_tune, train_tokenizer])
+def test_other_loops_have_a_tracker_parts_and_rows(
+    command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[dict[str, float]] = []
+    module = SimpleNamespace(
+        init=lambda **kwargs: None,
+        log=lambda values, step: rows.append({"step": step}),
+        finish=lambda: rows.append({"finished": 1}),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    arguments = ["--tracker", "wandb", "--accumulate", "2", "--log-every", "2"]
+    assert command(tmp_path / "run", *arguments) == 0
+    assert rows == [{"step": 1}, {"step": 2}, {"step": 4}, {"finished": 1}]
+
+
+def test_the_seed_of_a_tokenizer_changes_its_codes(tmp_path: Path) -> None:
+    """The seed once entered in bits that the generator of a CPU does not read."""
+    draws = []
+    for seed in (0, 1):
+        arguments = ["--data", "digits", "--device", "cpu"]
+        options = parse_options(
+            tokenizer.OPTIONS, [*arguments, "--seed", str(seed)], program="", description=""
+        )
+        config = tokenizer.resolve_tokenizer(options)
+        torch.manual_seed(0)  # the same weights
+        task = tokenizer.TokenizerTask(config.model.build(), config, World())
+        images = torch.linspace(-1, 1, 4 * 3 * 32 * 32).view(4, 3, 32, 32)
+        step = task.step(Batch(images, torch.arange(4), []), Moment(5, 0.5))
+        assert step is not None
+        draws.append(step.numbers["loss"])
+    assert draws[0] != draws[1]
+
+
+def test_a_run_of_an_earlier_format_is_refused_in_one_sentence(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.yaml").write_text("recipe: mae\npreset: tiny\n")
+    assert run(MAE, "", [*DIGITS, "--out", str(out)]) == 2
+    error = capfd.readouterr().err
+    assert "holds a run of another version of mimkit" in error
+    assert error.count("\n") == 1
+    assert [path.name for path in out.iterdir() if path.name != ".lock"] == ["config.yaml"]
