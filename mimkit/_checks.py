@@ -173,8 +173,8 @@ def each_sample(
         ValueError: Another number of images than of samples in the mask.
     """
     check_num_images(images, mask)
-    for image, one in zip(images, mask.unbind(), strict=True):
-        yield image.unsqueeze(0), one
+    for image, sample_mask in zip(images, mask.unbind(), strict=True):
+        yield image.unsqueeze(0), sample_mask
 
 
 def channel_statistic(

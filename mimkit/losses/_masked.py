@@ -246,7 +246,7 @@ def masked_pixel_loss(
         rows = mask.split_masked(_take_masked_rows("prediction", prediction, mask))
         samples = zip(rows, each_sample(images, mask), strict=True)
         parts = [
-            masked_pixel_loss(p.unsqueeze(0), *one, patch_size, **options) for p, one in samples
+            masked_pixel_loss(p.unsqueeze(0), *pair, patch_size, **options) for p, pair in samples
         ]
         return _reduce(torch.cat(parts, dim=1).unsqueeze(2), mask, reduction)
     images = check_stacked(images)

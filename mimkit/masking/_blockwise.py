@@ -11,7 +11,7 @@ from mimkit.masking._mask import Mask
 from mimkit.masking._philox import MAX_TOKENS, stream_of
 from mimkit_kernels import blockwise_sample
 
-_ATTEMPT, _TOP_UP = 2, 3  # stream numbers in the public format
+_BLOCKS, _SINGLES = 2, 3  # stream numbers in the public format
 _PATIENCE = 32  # rejected blocks in a row before single tokens are masked instead
 
 
@@ -89,7 +89,7 @@ def blockwise(
     visible, masked = blockwise_sample(
         key.sample_ids,
         key.seed_and_epoch,
-        (stream_of(key, _ATTEMPT), stream_of(key, _TOP_UP)),
+        (stream_of(key, _BLOCKS), stream_of(key, _SINGLES)),
         (height, width),
         count,
         (min(min_block, MAX_TOKENS), min(largest, MAX_TOKENS)),

@@ -64,11 +64,11 @@ class Mask:
         if num_masked is None or _can_read_values(flat):
             counts = flat.sum(dim=1).tolist()
             expected = num_masked if num_masked is not None else counts[0] if counts else 0
-            odd = next((row for row, count in enumerate(counts) if count != expected), None)
-            if odd is not None:
+            other = next((row for row, count in enumerate(counts) if count != expected), None)
+            if other is not None:
                 raise ValueError(
                     f"every sample must mask the same number of tokens, {expected} of "
-                    f"{flat.shape[1]}, but sample {odd} masks {counts[odd]}"
+                    f"{flat.shape[1]}, but sample {other} masks {counts[other]}"
                 )
             num_masked = expected
         return cls._from_flat(flat, grid, num_masked)

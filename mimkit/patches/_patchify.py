@@ -159,7 +159,7 @@ def gather_patches(
     if isinstance(mask, RaggedMask):
         options: dict[str, Any] = {"mean": mean, "std": std, "order": order}
         samples = each_sample(images, mask)
-        return torch.cat([gather_patches(*one, patch_size, **options)[0] for one in samples])
+        return torch.cat([gather_patches(*pair, patch_size, **options)[0] for pair in samples])
     images = check_stacked(images)
     check_pixels(images)
     grid = grid_of(images, patch_size)
