@@ -56,8 +56,9 @@ def blockwise(
         A mask on the device of `key`.
 
     Raises:
-        ValueError: Both or neither of `ratio` and `num_masked`, a count that does not fit, a grid
-            of three axes or too many tokens, or a lower bound above its upper bound.
+        ValueError: If both or neither of `ratio` and `num_masked` are given, the count does not
+            fit, the grid has three axes or too many tokens, or a lower bound is above its upper
+            bound.
 
     Source:
         BEiT, arXiv:2106.08254, algorithm 1; Atten4Vis/CAE `MaskingGenerator`, whose counts are

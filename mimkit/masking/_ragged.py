@@ -63,8 +63,8 @@ class RaggedMask:
         graph.
 
         Raises:
-            TypeError: Not booleans.
-            ValueError: No samples, or a sample without an axis.
+            TypeError: If it is not boolean.
+            ValueError: If there are no samples, or a sample has no axis.
         """
         samples = list(is_masked)
         wrong = next((sample for sample in samples if sample.dtype != torch.bool), None)
@@ -94,8 +94,8 @@ class RaggedMask:
         """Make a mask from the row-major positions that are visible in each sample, in any order.
 
         Raises:
-            TypeError: Ids that are not integers.
-            ValueError: Different numbers of grids and samples, or (on a CPU) ids that are out of
+            TypeError: If the ids are not integers.
+            ValueError: If the numbers of grids and samples differ, or (on a CPU) ids are out of
                 range or repeated.
 
         Example:
@@ -113,7 +113,7 @@ class RaggedMask:
         """Concatenate the samples of masks with any grids and counts.
 
         Raises:
-            ValueError: No masks.
+            ValueError: If there are no masks.
 
         Example:
             >>> from mimkit import masking
@@ -196,7 +196,7 @@ class RaggedMask:
         """Split packed rows into samples: `num_prefix` rows and the visible tokens of each.
 
         Raises:
-            ValueError: A wrong number of rows.
+            ValueError: If the number of rows is wrong.
 
         Example:
             >>> mask = RaggedMask.from_bool([torch.tensor([False, True]), torch.tensor([False])])
@@ -209,7 +209,7 @@ class RaggedMask:
         """Split rows of masked tokens into samples.
 
         Raises:
-            ValueError: A wrong number of rows.
+            ValueError: If the number of rows is wrong.
         """
         return _split(packed, self.num_masked)
 
@@ -336,8 +336,8 @@ def ragged(
         A mask on the device of `key`.
 
     Raises:
-        TypeError: A sampler that does not return a `Mask`.
-        ValueError: A number of grids, ratios or counts that is not the number of samples, or what
+        TypeError: If the sampler does not return a `Mask`.
+        ValueError: If the number of grids, ratios or counts is not the number of samples; also what
             the sampler raises.
 
     Example:
