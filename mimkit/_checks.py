@@ -34,7 +34,7 @@ def check_even(mask: object) -> None:
     """Check that `mask` is a `Mask`: one grid and one count for all samples.
 
     Raises:
-        TypeError: A `RaggedMask`, or not a mask at all.
+        TypeError: If it is a `RaggedMask`, or not a mask at all.
     """
     if isinstance(mask, RaggedMask):
         raise TypeError(f"this needs a Mask, of one grid and one count for all samples; got {mask}")
@@ -48,8 +48,8 @@ def check_mask(mask: Mask, grid: Sequence[int], samples: Shaped[Tensor, "batch .
     """Check that a mask has the grid, the batch size and the device of `samples`.
 
     Raises:
-        TypeError: A `RaggedMask`.
-        ValueError: Another grid, or what `check_batch` raises.
+        TypeError: If the mask is a `RaggedMask`.
+        ValueError: If the grids differ; also what `check_batch` raises.
     """
     check_even(mask)
     if mask.grid != tuple(grid):
@@ -61,8 +61,9 @@ def check_batch(mask: Mask, samples: Shaped[Tensor, "batch ..."]) -> None:
     """Check that a mask has the batch size and the device of `samples`.
 
     Raises:
-        TypeError: A `RaggedMask`.
-        ValueError: Another batch size or device; with `mimkit.use(check=True)` also wrong ids.
+        TypeError: If the mask is a `RaggedMask`.
+        ValueError: If the batch sizes or the devices differ, or (with `mimkit.use(check=True)`) the
+            ids are wrong.
     """
     check_even(mask)
     _check_batch_size(mask, samples)
@@ -80,8 +81,8 @@ def check_device(mask: Mask | RaggedMask, samples: Shaped[Tensor, "..."]) -> Non
     """Check that a mask is on the device of `samples`.
 
     Raises:
-        TypeError: Samples that are not a tensor.
-        ValueError: Another device; with `mimkit.use(check=True)` also wrong ids.
+        TypeError: If the samples are not a tensor.
+        ValueError: If the devices differ, or (with `mimkit.use(check=True)`) the ids are wrong.
     """
     if not isinstance(samples, Tensor):
         raise TypeError(f"the input must be a tensor; got {describe(samples)}")
@@ -104,7 +105,7 @@ def check_rows(
     """Check the number of packed rows, their device, and their width if `dim` is given.
 
     Raises:
-        ValueError: Another number, width or device; with `mimkit.use(check=True)` also wrong ids.
+        ValueError: If one of them is wrong, or (with `mimkit.use(check=True)`) the ids are wrong.
     """
     if rows.ndim < 2 or len(rows) != expected or dim not in (None, rows.shape[1]):
         width = "..." if dim is None else dim
@@ -120,7 +121,7 @@ def check_stacked(
     """Check that images are one tensor, and return it.
 
     Raises:
-        TypeError: A list of tensors, or something else.
+        TypeError: If it is a list of tensors, or anything else.
     """
     if isinstance(images, list | tuple):
         raise TypeError("a list of images needs a RaggedMask; stack images of one size for a Mask")
@@ -133,7 +134,7 @@ def check_pixels(images: Shaped[Tensor, "..."]) -> None:
     """Check that pixels have a dtype whose range is known.
 
     Raises:
-        TypeError: Neither floats nor uint8.
+        TypeError: If they are neither floats nor uint8.
     """
     if not (images.is_floating_point() or images.dtype == torch.uint8):
         raise TypeError(f"images must be floats or uint8; got {images.dtype}")
@@ -143,7 +144,7 @@ def as_floats(images: Shaped[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Convert uint8 images to float32 in [0, 1]; return floats unchanged.
 
     Raises:
-        TypeError: Another dtype.
+        TypeError: If they have another dtype.
     """
     check_pixels(images)
     return images / 255 if images.dtype == torch.uint8 else images
@@ -155,7 +156,7 @@ def check_num_images(
     """Check that there is one image per sample of a mask.
 
     Raises:
-        ValueError: Another number of images.
+        ValueError: If the numbers of images and samples differ.
     """
     if len(images) != mask.batch_size:
         raise ValueError(
@@ -170,11 +171,11 @@ def each_sample(
     """Yield each image with its mask, as batches of one.
 
     Raises:
-        ValueError: Another number of images than of samples in the mask.
+        ValueError: If the numbers of images and samples differ.
     """
     check_num_images(images, mask)
-    for image, one in zip(images, mask.unbind(), strict=True):
-        yield image.unsqueeze(0), one
+    for image, sample_mask in zip(images, mask.unbind(), strict=True):
+        yield image.unsqueeze(0), sample_mask
 
 
 def channel_statistic(
@@ -183,7 +184,7 @@ def channel_statistic(
     """Check that there is one value per channel, and return the values: a sequence as a list.
 
     Raises:
-        ValueError: Another number of values than of channels.
+        ValueError: If the numbers of values and channels differ.
     """
     shape = () if values is None else torch.as_tensor(values).shape
     if values is not None and shape != (images.shape[1],):
@@ -198,7 +199,7 @@ def check_can_normalize(patches: Float[Tensor, "batch masked patch"]) -> None:
     """Check that patches have more than one value, so that their unbiased variance exists.
 
     Raises:
-        ValueError: Patches of a single value.
+        ValueError: If patches have a single value.
     """
     if patches.shape[-1] < 2:
         raise ValueError("a patch of a single value cannot be normalised: its variance is 0 / 0")
@@ -210,7 +211,7 @@ def patch_statistics(
     """Return the mean and standard deviation of each patch, as in MAE's normalisation.
 
     Raises:
-        ValueError: Patches of a single value.
+        ValueError: If patches have a single value.
     """
     check_can_normalize(patches)
     return kernels.patch_statistics(patches)
@@ -220,7 +221,7 @@ def is_channels_last(order: str) -> bool:
     """Whether `order` is "p1 p2 c".
 
     Raises:
-        ValueError: An unknown order.
+        ValueError: If the order is unknown.
     """
     if order not in get_args(Order):
         raise ValueError(f"order must be one of {get_args(Order)}; got {order!r}")
@@ -231,7 +232,7 @@ def cell_of(feature_map: Shaped[Tensor, "batch channels *spatial"], mask: Mask) 
     """Return how many positions of a feature map, per axis, belong to one token of the mask.
 
     Raises:
-        ValueError: A mask of other axes, or a feature map that does not fit it.
+        ValueError: If the mask has another number of axes, or does not fit the feature map.
     """
     check_batch(mask, feature_map)
     return divide("feature map", feature_map.shape[2:], mask.grid, "the grid of the mask")
@@ -241,7 +242,7 @@ def unwrap(state_dict: Any) -> Mapping[str, Tensor]:
     """Take the tensors out of a checkpoint of the form `{"model": ...}`.
 
     Raises:
-        TypeError: Not a dictionary.
+        TypeError: If it is not a dictionary.
     """
     if not isinstance(state_dict, Mapping):
         kind = type(state_dict).__name__

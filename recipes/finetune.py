@@ -226,7 +226,7 @@ def fine_tune(
         task = make_task(config, file, data, options, world)
         fit(task, data, folder, options)
         model = build_model(config, None, data.num_classes)
-        model.load_state_dict(whole_weights(task.model))
+        model.load_state_dict(whole_weights(task.model, everywhere=True))
         folder.write_weights("model.safetensors", model.encoder)
         summary = {
             "steps": folder.read_metrics()[-1]["step"],

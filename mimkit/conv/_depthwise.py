@@ -36,7 +36,7 @@ def masked_depthwise_conv2d(
         mask: Which positions of `x` count as zeros. The output is computed at all positions.
 
     Raises:
-        ValueError: An even kernel, or shapes that do not fit.
+        ValueError: If a kernel size is even, or the shapes do not fit.
 
     Source:
         ConvMAE, arXiv:2205.03892, section 3.2 "masked convolution"; Alpha-VL/ConvMAE `CBlock`,
@@ -71,8 +71,8 @@ def packed_depthwise_conv2d(
         cell: Positions per axis of a cell.
 
     Raises:
-        ValueError: An even kernel, neighbors that do not reach as far as the kernel, or shapes that
-            do not fit.
+        ValueError: If a kernel size is even, the reach of `neighbors` is smaller than the kernel
+            needs, or the shapes do not fit.
 
     Example:
         >>> from mimkit.patches import neighbors

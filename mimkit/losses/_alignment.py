@@ -18,7 +18,7 @@ def alignment_mse(
         float32 for inputs of any dtype; 0 (with zero gradient) if nothing is masked.
 
     Raises:
-        ValueError: Shapes that differ; there is no broadcasting.
+        ValueError: If the shapes differ; there is no broadcasting.
 
     Source:
         CAE, arXiv:2202.03026, section 3.2 "latent representation alignment".

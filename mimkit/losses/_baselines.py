@@ -43,7 +43,7 @@ def baselines(
         "interpolated": the loss of a Gaussian interpolation of the visible pixels.
 
     Raises:
-        ValueError: A mask without visible or without masked patches, or what `masked_pixel_loss`
+        ValueError: If the mask has no visible or no masked patches; also what `masked_pixel_loss`
             raises.
 
     Example:

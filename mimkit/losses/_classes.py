@@ -13,8 +13,8 @@ def check_classes(name: str, target: Integer[Tensor, "..."], num_classes: int) -
     Values are checked on a CPU, where that is cheap, and with `mimkit.use(check=True)`.
 
     Raises:
-        TypeError: Not integers.
-        ValueError: Values out of range.
+        TypeError: If the values are not integers.
+        ValueError: If a value is out of range.
     """
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise TypeError(f"{name} must be integers; got {target.dtype}")

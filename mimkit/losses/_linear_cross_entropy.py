@@ -56,9 +56,9 @@ def linear_cross_entropy(
         The mean over the rows, in float32; 0 (with zero gradient) if there are no rows.
 
     Raises:
-        TypeError: A target that is not int64.
-        ValueError: Shapes or devices that do not fit; on a CPU or with `mimkit.use(check=True)`
-            also a target out of range.
+        TypeError: If the target is not int64.
+        ValueError: If shapes or devices do not fit, or (on a CPU or with `mimkit.use(check=True)`)
+            a target is out of range.
 
     Example:
         >>> import torch

@@ -63,7 +63,7 @@ def masked_mse(
         float32 for inputs of any dtype; 0 (with zero gradient) if nothing is masked.
 
     Raises:
-        ValueError: Shapes that differ or do not fit the mask; there is no broadcasting.
+        ValueError: If the shapes differ or do not fit the mask; there is no broadcasting.
 
     Source:
         MAE, facebookresearch/mae `forward_loss`.
@@ -113,7 +113,7 @@ def masked_smooth_l1(
         reduction: As in `masked_mse`.
 
     Raises:
-        ValueError: A negative `beta`, or shapes that do not fit.
+        ValueError: If `beta` is negative, or the shapes do not fit.
 
     Example:
         >>> import torch
@@ -166,8 +166,8 @@ def masked_cross_entropy(
     Other arguments as in `masked_mse`. Every masked position counts: there is no `ignore_index`.
 
     Raises:
-        TypeError: Classes that are not integers.
-        ValueError: Shapes that do not fit, or (on a CPU) classes out of range.
+        TypeError: If the classes are not integers.
+        ValueError: If the shapes do not fit, or (on a CPU) a class is out of range.
 
     Example:
         >>> import torch
@@ -224,8 +224,8 @@ def masked_pixel_loss(
         float32 for inputs of any dtype; 0 (with zero gradient) if nothing is masked.
 
     Raises:
-        TypeError: Images that are neither floats nor uint8.
-        ValueError: A prediction that does not fit the masked patches, or an unknown option.
+        TypeError: If the images are neither floats nor uint8.
+        ValueError: If the prediction does not fit the masked patches, or an option is unknown.
 
     Source:
         MAE, arXiv:2111.06377, section 3; facebookresearch/mae `forward_loss`.
@@ -246,7 +246,7 @@ def masked_pixel_loss(
         rows = mask.split_masked(_take_masked_rows("prediction", prediction, mask))
         samples = zip(rows, each_sample(images, mask), strict=True)
         parts = [
-            masked_pixel_loss(p.unsqueeze(0), *one, patch_size, **options) for p, one in samples
+            masked_pixel_loss(p.unsqueeze(0), *pair, patch_size, **options) for p, pair in samples
         ]
         return _reduce(torch.cat(parts, dim=1).unsqueeze(2), mask, reduction)
     images = check_stacked(images)

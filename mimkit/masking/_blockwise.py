@@ -11,7 +11,7 @@ from mimkit.masking._mask import Mask
 from mimkit.masking._philox import MAX_TOKENS, stream_of
 from mimkit_kernels import blockwise_sample
 
-_ATTEMPT, _TOP_UP = 2, 3  # stream numbers in the public format
+_BLOCKS, _SINGLES = 2, 3  # stream numbers in the public format
 _PATIENCE = 32  # rejected blocks in a row before single tokens are masked instead
 
 
@@ -56,8 +56,9 @@ def blockwise(
         A mask on the device of `key`.
 
     Raises:
-        ValueError: Both or neither of `ratio` and `num_masked`, a count that does not fit, a grid
-            of three axes or too many tokens, or a lower bound above its upper bound.
+        ValueError: If both or neither of `ratio` and `num_masked` are given, the count does not
+            fit, the grid has three axes or too many tokens, or a lower bound is above its upper
+            bound.
 
     Source:
         BEiT, arXiv:2106.08254, algorithm 1; Atten4Vis/CAE `MaskingGenerator`, whose counts are
@@ -89,7 +90,7 @@ def blockwise(
     visible, masked = blockwise_sample(
         key.sample_ids,
         key.seed_and_epoch,
-        (stream_of(key, _ATTEMPT), stream_of(key, _TOP_UP)),
+        (stream_of(key, _BLOCKS), stream_of(key, _SINGLES)),
         (height, width),
         count,
         (min(min_block, MAX_TOKENS), min(largest, MAX_TOKENS)),

@@ -23,8 +23,8 @@ def complementary(key: Key, grid: Sequence[int], parts: int) -> list[Mask]:
         The masks. The first one equals that of `uniform` with the same number of visible tokens.
 
     Raises:
-        TypeError: A number of parts that is not an integer.
-        ValueError: Fewer than one part, more parts than tokens, or too many tokens.
+        TypeError: If `parts` is not an integer.
+        ValueError: If there are fewer parts than one or more than tokens, or too many tokens.
 
     Source:
         FastConvMAE, Alpha-VL/FastConvMAE `random_masking`: four parts of a random permutation.

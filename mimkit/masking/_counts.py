@@ -27,8 +27,9 @@ def num_masked(num_tokens: int, ratio: float | Fraction, *, rounding: Rounding =
         The number of masked tokens.
 
     Raises:
-        TypeError: A ratio that is not a number.
-        ValueError: A ratio outside [0, 1], an unknown rule, or a single token under "nearest".
+        TypeError: If the ratio is not a number.
+        ValueError: If the ratio is outside [0, 1], the rule is unknown, or there is a single token
+            under "nearest".
 
     Source:
         "mae": facebookresearch/mae `int(L * (1 - ratio))` visible, by truncation. "simmim":
@@ -71,8 +72,8 @@ def resolve_count(
     """Return the number of masked tokens from exactly one of a ratio and a count.
 
     Raises:
-        TypeError: A count that is not an integer.
-        ValueError: Both, neither, or a count outside [0, num_tokens].
+        TypeError: If the count is not an integer.
+        ValueError: If both or neither are given, or the count is outside [0, num_tokens].
     """
     if (ratio is None) == (count is None):
         raise ValueError(
@@ -95,7 +96,7 @@ def check_interval(name: str, value: tuple[float, float], *, highest: int = _LAR
     """Check the bounds of an aspect ratio or, with `highest=1`, of a fraction of the grid.
 
     Raises:
-        ValueError: Not two numbers, or numbers that are out of order or out of range.
+        ValueError: If it is not two numbers, or they are out of order or out of range.
     """
     is_pair = isinstance(value, Sequence) and len(value) == 2
     if not is_pair or not 1 / _LARGEST <= value[0] <= value[1] <= highest:

@@ -26,7 +26,7 @@ def with_ids(dataset: Dataset[Item]) -> Dataset[tuple[Item, int]]:
     contain the ids that `masking.key` needs to draw masks on the training device.
 
     Raises:
-        TypeError: A data set that is not map-style.
+        TypeError: If the data set is not map-style.
 
     Example:
         >>> import torch

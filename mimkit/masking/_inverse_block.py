@@ -45,8 +45,8 @@ def inverse_block(
         A mask on the device of `key`.
 
     Raises:
-        ValueError: Both or neither of `ratio` and `num_masked`, a count that does not fit, or too
-            many tokens.
+        ValueError: If both or neither of `ratio` and `num_masked` are given, the count does not
+            fit, or there are too many tokens.
 
     Source:
         data2vec 2.0, arXiv:2212.07525, section 3.3 "inverse block masking"; facebookresearch/

@@ -46,8 +46,8 @@ class Key:
         that `masking.key` returns.
 
         Raises:
-            TypeError: `n` that is not an integer.
-            ValueError: `n` outside [0, 256).
+            TypeError: If `n` is not an integer.
+            ValueError: If `n` is outside [0, 256).
 
         Example:
             >>> from mimkit import masking
@@ -72,8 +72,8 @@ def key(sample_ids: Integer[Tensor, " batch"] | Sequence[int], *, seed: int, epo
         epoch: In [0, 2**32).
 
     Raises:
-        TypeError: Ids, a seed or an epoch that are not integers.
-        ValueError: Ids that are not one-dimensional; seed or epoch out of range.
+        TypeError: If the ids, the seed or the epoch are not integers.
+        ValueError: If the ids are not one-dimensional, or the seed or the epoch is out of range.
 
     Example:
         >>> from mimkit import masking
@@ -117,7 +117,7 @@ def fresh_key(
         generator: Random generator for the seed, on `device`; PyTorch's default one if `None`.
 
     Raises:
-        TypeError: A batch size that is not an integer.
+        TypeError: If the batch size is not an integer.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -134,7 +134,7 @@ def check_key(key: object) -> None:
     """Check that a sampler was given a key.
 
     Raises:
-        TypeError: Anything else, such as the sample ids themselves.
+        TypeError: If it is anything else, such as the sample ids themselves.
     """
     if not isinstance(key, Key):
         raise TypeError(f"samplers take a Key, such as masking.key(ids, seed=0); got {key!r}")

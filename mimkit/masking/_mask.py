@@ -52,8 +52,8 @@ class Mask:
                 synchronises a GPU and is not possible in a compiled graph.
 
         Raises:
-            TypeError: Not booleans.
-            ValueError: Samples with different numbers of masked tokens; the message names the
+            TypeError: If it is not boolean.
+            ValueError: If samples have different numbers of masked tokens; the message names the
                 first sample that differs.
         """
         _check_tensor("is_masked", is_masked)
@@ -64,11 +64,11 @@ class Mask:
         if num_masked is None or _can_read_values(flat):
             counts = flat.sum(dim=1).tolist()
             expected = num_masked if num_masked is not None else counts[0] if counts else 0
-            odd = next((row for row, count in enumerate(counts) if count != expected), None)
-            if odd is not None:
+            other = next((row for row, count in enumerate(counts) if count != expected), None)
+            if other is not None:
                 raise ValueError(
                     f"every sample must mask the same number of tokens, {expected} of "
-                    f"{flat.shape[1]}, but sample {odd} masks {counts[odd]}"
+                    f"{flat.shape[1]}, but sample {other} masks {counts[other]}"
                 )
             num_masked = expected
         return cls._from_flat(flat, grid, num_masked)
@@ -80,9 +80,9 @@ class Mask:
         """Keep the tokens with the lowest noise visible; of equal values, the lower index.
 
         Raises:
-            TypeError: A count that is not an integer.
-            ValueError: A shape that is not [batch, tokens of the grid], a count outside
-                [0, tokens], or (on a CPU) NaN.
+            TypeError: If the count is not an integer.
+            ValueError: If the shape is not [batch, tokens of the grid], the count is outside [0,
+                tokens], or (on a CPU) the noise contains NaN.
 
         Source:
             MAE, arXiv:2111.06377; facebookresearch/mae `random_masking`, which sorts unstably and
@@ -113,8 +113,9 @@ class Mask:
         """Make a mask from the row-major positions that stay visible, in any order.
 
         Raises:
-            TypeError: Ids that are not integers.
-            ValueError: Ids that are not [batch, visible] or (on a CPU) out of range or repeated.
+            TypeError: If the ids are not integers.
+            ValueError: If the ids are not [batch, visible], or (on a CPU) are out of range or
+                repeated.
 
         Example:
             >>> Mask.from_visible_ids(torch.tensor([[3, 0]]), (2, 2)).visible_ids
@@ -162,8 +163,8 @@ class Mask:
             num_masked: Masked tokens per sample, if known (see `from_bool`).
 
         Raises:
-            TypeError: Bounds that are not integers.
-            ValueError: Bounds that do not fit the grid, or unequal counts among the samples.
+            TypeError: If the bounds are not integers.
+            ValueError: If the bounds do not fit the grid, or samples have different counts.
 
         Example:
             >>> boxes = torch.tensor([[[0, 0, 1, 2]], [[1, 0, 2, 2]]])
@@ -200,7 +201,7 @@ class Mask:
         """Concatenate masks of one grid and one count along the batch.
 
         Raises:
-            ValueError: No mask, or masks of different grids or counts.
+            ValueError: If there are no masks, or their grids or counts differ.
         """
         if not masks:
             raise ValueError("Mask.cat needs at least one mask")
@@ -281,7 +282,7 @@ class Mask:
         """Undo `refine(k)`.
 
         Raises:
-            ValueError: A grid that `k` does not divide, or (on a CPU) a cell that is partly masked.
+            ValueError: If `k` does not divide the grid, or (on a CPU) a cell is partly masked.
 
         Example:
             >>> mask = Mask.from_bool(torch.tensor([[True, False]]))
@@ -339,7 +340,7 @@ class Mask:
         """Repeat a mask of one sample `batch_size` times, without a copy.
 
         Raises:
-            ValueError: A mask of several samples.
+            ValueError: If the mask has several samples.
         """
         if self.batch_size not in (1, batch_size):
             raise ValueError(f"cannot expand a mask of {self.batch_size} samples to {batch_size}")

@@ -66,8 +66,8 @@ def multiblock(
         Masks on the device of `key`.
 
     Raises:
-        ValueError: Targets that may leave no context (or less than `num_context`), a lower bound
-            above its upper bound, or too many tokens.
+        ValueError: If the targets may leave no context (or less than `num_context`), a lower bound
+            is above its upper bound, or there are too many tokens.
 
     Source:
         I-JEPA, arXiv:2301.08243, section 3, and facebookresearch/ijepa `MaskCollator`, which never

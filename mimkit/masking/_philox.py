@@ -46,7 +46,7 @@ def stream_of(key: Key, sampler: int) -> int:
     """Return the stream of a sampler for the view of `key`.
 
     Raises:
-        TypeError: Not a key.
+        TypeError: If `key` is not a `Key`.
     """
     check_key(key)
     return (sampler << 8) | key.view_index

@@ -63,15 +63,15 @@ class RaggedMask:
         graph.
 
         Raises:
-            TypeError: Not booleans.
-            ValueError: No samples, or a sample without an axis.
+            TypeError: If it is not boolean.
+            ValueError: If there are no samples, or a sample has no axis.
         """
         samples = list(is_masked)
-        odd = next((sample for sample in samples if sample.dtype != torch.bool), None)
-        if odd is not None:
-            raise TypeError(f"is_masked must be boolean (True = masked); got {odd.dtype}")
+        wrong = next((sample for sample in samples if sample.dtype != torch.bool), None)
+        if wrong is not None:
+            raise TypeError(f"is_masked must be boolean (True = masked); got {wrong.dtype}")
         grids = tuple(as_sizes("grid", tuple(sample.shape)) for sample in samples)
-        _check_any(samples)
+        _check_not_empty(samples)
         flat = torch.cat([sample.flatten() for sample in samples])
         starts = _cumulate([count_tokens(grid) for grid in grids], flat.device)
         visible, masked = ((flat == hidden).nonzero().squeeze(1) for hidden in (False, True))
@@ -79,8 +79,8 @@ class RaggedMask:
         cu_masked = starts - cu_visible
         num_visible = cu_visible.diff()
         return cls(
-            visible - _spread(starts[:-1], num_visible, len(visible)),
-            masked - _spread(starts[:-1], cu_masked.diff(), len(masked)),
+            visible - _repeat_per_token(starts[:-1], num_visible, len(visible)),
+            masked - _repeat_per_token(starts[:-1], cu_masked.diff(), len(masked)),
             cu_visible,
             cu_masked,
             grids,
@@ -94,8 +94,8 @@ class RaggedMask:
         """Make a mask from the row-major positions that are visible in each sample, in any order.
 
         Raises:
-            TypeError: Ids that are not integers.
-            ValueError: Different numbers of grids and samples, or (on a CPU) ids that are out of
+            TypeError: If the ids are not integers.
+            ValueError: If the numbers of grids and samples differ, or (on a CPU) ids are out of
                 range or repeated.
 
         Example:
@@ -113,7 +113,7 @@ class RaggedMask:
         """Concatenate the samples of masks with any grids and counts.
 
         Raises:
-            ValueError: No masks.
+            ValueError: If there are no masks.
 
         Example:
             >>> from mimkit import masking
@@ -122,7 +122,7 @@ class RaggedMask:
             >>> RaggedMask.cat(masks).num_visible
             (4, 4, 4, 4, 6, 6)
         """
-        _check_any(masks)
+        _check_not_empty(masks)
         visible_ids = torch.cat([mask.visible_ids.flatten() for mask in masks])
         masked_ids = torch.cat([mask.masked_ids.flatten() for mask in masks])
         grids: list[Grid] = []
@@ -190,13 +190,13 @@ class RaggedMask:
 
     def _starts(self, cumulative: Tensor, ids: Tensor) -> Tensor:
         starts = (self.cu_visible + self.cu_masked)[:-1]
-        return _spread(starts, cumulative.diff(), len(ids))
+        return _repeat_per_token(starts, cumulative.diff(), len(ids))
 
     def split_visible(self, packed: Tensor, *, num_prefix: int = 0) -> tuple[Tensor, ...]:
         """Split packed rows into samples: `num_prefix` rows and the visible tokens of each.
 
         Raises:
-            ValueError: A wrong number of rows.
+            ValueError: If the number of rows is wrong.
 
         Example:
             >>> mask = RaggedMask.from_bool([torch.tensor([False, True]), torch.tensor([False])])
@@ -209,7 +209,7 @@ class RaggedMask:
         """Split rows of masked tokens into samples.
 
         Raises:
-            ValueError: A wrong number of rows.
+            ValueError: If the number of rows is wrong.
         """
         return _split(packed, self.num_masked)
 
@@ -251,7 +251,7 @@ class RaggedMask:
             rows = [index] if isinstance(index, int) else list(index)
         visible = self.split_visible(self.visible_ids)
         masked = self.split_masked(self.masked_ids)
-        _check_any(rows)
+        _check_not_empty(rows)
         return RaggedMask._pack(
             torch.cat([visible[row] for row in rows]),
             torch.cat([masked[row] for row in rows]),
@@ -336,8 +336,8 @@ def ragged(
         A mask on the device of `key`.
 
     Raises:
-        TypeError: A sampler that does not return a `Mask`.
-        ValueError: A number of grids, ratios or counts that is not the number of samples, or what
+        TypeError: If the sampler does not return a `Mask`.
+        ValueError: If the number of grids, ratios or counts is not the number of samples; also what
             the sampler raises.
 
     Example:
@@ -356,11 +356,11 @@ def ragged(
         _per_sample("num_masked", num_masked, key, one=not isinstance(num_masked, Sequence)),
         strict=True,
     )
-    alike: dict[Any, list[int]] = {}
+    groups: dict[Any, list[int]] = {}
     for row, (grid, ratio, count) in enumerate(kinds):
-        alike.setdefault((tuple(grid), ratio, count), []).append(row)
+        groups.setdefault((tuple(grid), ratio, count), []).append(row)
     masks: dict[int, Mask] = {}
-    for (grid, ratio, count), rows in alike.items():
+    for (grid, ratio, count), rows in groups.items():
         wanted = {"ratio": ratio, "num_masked": count}
         wanted = {name: value for name, value in wanted.items() if value is not None}
         part = Key(key.sample_ids[rows], key.seed_and_epoch, key.view_index)
@@ -394,11 +394,11 @@ def _cumulate(counts: Sequence[int], device: torch.device) -> Int64[Tensor, " sa
     return torch.tensor([0, *accumulate(counts)], device=device)
 
 
-def _spread(values: Tensor, counts: Tensor, total: int) -> Tensor:
+def _repeat_per_token(values: Tensor, counts: Tensor, total: int) -> Tensor:
     """Repeat each sample's value for each of its tokens; `total` avoids a synchronisation."""
     return values.repeat_interleave(counts, output_size=total)
 
 
-def _check_any(samples: Sequence[Any]) -> None:
+def _check_not_empty(samples: Sequence[Any]) -> None:
     if not len(samples):
         raise ValueError("a ragged mask needs at least one sample")

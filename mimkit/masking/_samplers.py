@@ -38,8 +38,8 @@ def uniform(
         A mask on the device of `key`.
 
     Raises:
-        ValueError: Both or neither of `ratio` and `num_masked`, a count that does not fit, a grid
-            that `unit` does not divide, or too many units.
+        ValueError: If both or neither of `ratio` and `num_masked` are given, the count does not
+            fit, `unit` does not divide the grid, or there are too many units.
 
     Source:
         MAE, arXiv:2111.06377, section 3 "Masking"; with `unit`, SimMIM, arXiv:2111.09886, section
@@ -113,7 +113,7 @@ def square(
             the box fits.
 
     Raises:
-        ValueError: A box that does not fit in the grid, or an unknown position.
+        ValueError: If the box does not fit in the grid, or the position is unknown.
 
     Source:
         SimMIM, arXiv:2111.09886, table 1 "square"; not in the released code.

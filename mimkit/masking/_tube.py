@@ -34,8 +34,8 @@ def tube(
         A mask on the device of `key`, equal to `uniform` with a unit that spans the shared axes.
 
     Raises:
-        ValueError: An axis that the grid does not have or that is repeated, or what `uniform`
-            raises, such as for a ratio with a single tube.
+        ValueError: If an axis is out of range or repeated; also what `uniform` raises, such as for
+            a ratio with a single tube.
 
     Source:
         VideoMAE, arXiv:2203.12602, section 3.3 "tube masking".

@@ -45,9 +45,9 @@ def weighted(
         same mask, but devices may differ.
 
     Raises:
-        ValueError: Both or neither of `ratio` and `num_masked`, a count that does not fit, too many
-            tokens, weights of the wrong shape, or (on a CPU) weights that are negative or not
-            finite.
+        ValueError: If both or neither of `ratio` and `num_masked` are given, the count does not
+            fit, there are too many tokens, the weights have the wrong shape, or (on a CPU) a weight
+            is negative or not finite.
 
     Source:
         Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006.

@@ -51,7 +51,7 @@ def beit(
         True = masked.
 
     Raises:
-        ValueError: A grid without two axes, or a count that does not fit.
+        ValueError: If the grid does not have two axes, or the count does not fit.
 
     Source:
         BEiT, arXiv:2106.08254, algorithm 1; microsoft/unilm `beit/masking_generator.py`. With
@@ -84,8 +84,8 @@ def cae(
     """Draw CAE's block-wise masks, whose counts are exact; arguments as in `beit`.
 
     Raises:
-        ValueError: A grid without two axes, a count that does not fit, or a grid on which no block
-            fits, where the published loop never ends.
+        ValueError: If the grid does not have two axes, the count does not fit, or no block fits on
+            the grid, where the published loop never ends.
 
     Source:
         CAE, arXiv:2202.03026; Atten4Vis/CAE `MaskingGenerator`.
@@ -119,8 +119,8 @@ def mmpretrain(
     Arguments as in `beit`; counts are exact.
 
     Raises:
-        ValueError: A grid without two axes, a count that does not fit, or one above the number of
-            tokens that can be masked, where the published loop never ends.
+        ValueError: If the grid does not have two axes, the count does not fit, or it is above the
+            number of tokens that can be masked, where the published loop never ends.
 
     Source:
         open-mmlab/mmpretrain `BEiTMaskGenerator`, in its configurations of BEiT, BEiT v2, CAE and
@@ -174,8 +174,8 @@ def ijepa(
         targets of the same masks.
 
     Raises:
-        ValueError: A grid without two axes of two tokens or more, or one on which no block has more
-            than `min_keep` tokens, where the published loop never ends.
+        ValueError: If the grid does not have two axes of two tokens or more, or no block on it has
+            more than `min_keep` tokens, where the published loop never ends.
 
     Source:
         I-JEPA, arXiv:2301.08243; facebookresearch/ijepa `src/masks/multiblock.py`, with the options
@@ -315,7 +315,7 @@ def draw_blocks(
         skip_last: Whether the last row and column are never masked, as in mmpretrain.
 
     Raises:
-        ValueError: Options with which the loop never ends, or aspect ratios out of order or range.
+        ValueError: If the loop would never end, or the aspect ratios are out of order or range.
     """
     check_interval("aspect", aspect)
     (height, width), (min_block, max_block) = grid, limits

@@ -50,7 +50,7 @@ def average_distance(mask: Mask, patch_size: int | Sequence[int]) -> Float64[Ten
         In pixels, between pixel centers: 1 for adjacent pixels. 0 if nothing is masked.
 
     Raises:
-        ValueError: A mask without visible tokens.
+        ValueError: If the mask has no visible tokens.
 
     Source:
         SimMIM, arXiv:2111.09886, section 4.1.2 "AvgDist"; not in the released code.

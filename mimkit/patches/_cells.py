@@ -33,7 +33,7 @@ def pack_cells(
         mask: Which cells are visible.
 
     Raises:
-        ValueError: A size that the mask's grid does not divide, or a different batch size.
+        ValueError: If the mask's grid does not divide the size, or the batch sizes differ.
 
     Example:
         >>> mask = Mask.from_visible_ids(torch.tensor([[1]]), (1, 2))
@@ -59,7 +59,7 @@ def unpack_cells(
         cell: Positions per axis of a cell; square cells if `None`.
 
     Raises:
-        ValueError: Cells that do not fit the mask, or that do not have the size `cell`.
+        ValueError: If the cells do not fit the mask, or do not have the size `cell`.
 
     Example:
         >>> mask = Mask.from_visible_ids(torch.tensor([[1]]), (1, 2))
@@ -89,7 +89,7 @@ def neighbors(mask: Mask, *, reach: int = 1) -> Int32[Tensor, "batch visible win
         Index of each cell of the window in `mask.visible_ids`; -1 if masked or outside the grid.
 
     Raises:
-        ValueError: A grid without exactly two axes, or a negative reach.
+        ValueError: If the grid does not have two axes, or the reach is negative.
 
     Example:
         >>> neighbors(Mask.from_bool(torch.tensor([[[True, False, False]]])))

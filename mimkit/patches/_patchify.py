@@ -36,7 +36,8 @@ def grid_of(
         patch_size: Pixels per patch; one integer, or one per spatial axis.
 
     Raises:
-        ValueError: A size that the patch does not divide, or not one to three spatial axes.
+        ValueError: If the patch does not divide the size, or there are not one to three spatial
+            axes.
 
     Example:
         >>> grid_of(torch.zeros(1, 3, 224, 192), 16)
@@ -66,7 +67,7 @@ def patchify(
             stands for all spatial axes, also where there are one or three.
 
     Raises:
-        ValueError: A size that the patch does not divide, or an unknown order.
+        ValueError: If the patch does not divide the size, or the order is unknown.
 
     Source:
         MAE, facebookresearch/mae `patchify`, which takes square 3-channel images only.
@@ -97,7 +98,7 @@ def unpatchify(
         order: The order that was passed to `patchify`.
 
     Raises:
-        ValueError: Patches that do not fit the grid or the patch size.
+        ValueError: If the patches do not fit the grid or the patch size.
 
     Example:
         >>> images = torch.randn(2, 3, 8, 12)
@@ -146,8 +147,9 @@ def gather_patches(
         order: Order of the values inside a patch (see `patchify`).
 
     Raises:
-        TypeError: Images that are neither floats nor uint8.
-        ValueError: A mask that does not fit the images, or a wrong number of channel statistics.
+        TypeError: If the images are neither floats nor uint8.
+        ValueError: If the mask does not fit the images, or the number of channel statistics is
+            wrong.
 
     Example:
         >>> from mimkit.masking import Mask, RaggedMask
@@ -159,7 +161,7 @@ def gather_patches(
     if isinstance(mask, RaggedMask):
         options: dict[str, Any] = {"mean": mean, "std": std, "order": order}
         samples = each_sample(images, mask)
-        return torch.cat([gather_patches(*one, patch_size, **options)[0] for one in samples])
+        return torch.cat([gather_patches(*pair, patch_size, **options)[0] for pair in samples])
     images = check_stacked(images)
     check_pixels(images)
     grid = grid_of(images, patch_size)

@@ -37,8 +37,8 @@ def sincos_positions(
         One row per token, row-major, computed in float64 and rounded once.
 
     Raises:
-        ValueError: A width that cannot be split evenly among the axes, an unknown first axis, or a
-            temperature that is not positive.
+        ValueError: If the width cannot be split evenly among the axes, the first axis is unknown,
+            or the temperature is not positive.
 
     Source:
         MAE, facebookresearch/mae `get_2d_sincos_pos_embed`; CAE, Atten4Vis/CAE
@@ -87,7 +87,8 @@ def interpolate_positions(
         num_prefix: Rows in front that are not resampled.
 
     Raises:
-        ValueError: A table that does not fit `old_grid`, or grids of different numbers of axes.
+        ValueError: If the table does not fit `old_grid`, or the grids have different numbers of
+            axes.
 
     Source:
         MAE, facebookresearch/mae `interpolate_pos_embed` (square grids only there). Bicubic

@@ -34,7 +34,8 @@ def interpolate_relative_positions(
         num_extra: Rows at the end that are not resampled (3 for a class token).
 
     Raises:
-        ValueError: A table that does not fit `old_grid`, or grids of different numbers of axes.
+        ValueError: If the table does not fit `old_grid`, or the grids have different numbers of
+            axes.
 
     Source:
         BEiT, microsoft/unilm; microsoft/SimMIM `utils.py` `remap_pretrained_keys_swin`, with

@@ -28,7 +28,7 @@ def gather_visible(
         num_prefix: Prefix tokens in front of the grid's tokens.
 
     Raises:
-        ValueError: A sequence whose length or batch size does not fit the mask.
+        ValueError: If the length or the batch size of the sequence does not fit the mask.
 
     Example:
         >>> import torch
@@ -57,7 +57,7 @@ def gather_masked(
         num_prefix: Prefix tokens in front of the grid's tokens.
 
     Raises:
-        ValueError: A sequence whose length or batch size does not fit the mask.
+        ValueError: If the length or the batch size of the sequence does not fit the mask.
 
     Example:
         >>> import torch
@@ -96,7 +96,7 @@ def restore(
         The whole sequence, in the promoted dtype of the inputs.
 
     Raises:
-        ValueError: Shapes that do not fit the mask.
+        ValueError: If the shapes do not fit the mask.
 
     Source:
         MAE, facebookresearch/mae `forward_decoder`.

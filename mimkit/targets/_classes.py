@@ -71,7 +71,8 @@ class ColorClusters:
             generator: Random generator for k-means++, on the CPU.
 
         Raises:
-            ValueError: Fewer pixels than clusters, or initial centers of the wrong shape.
+            ValueError: If there are fewer pixels than clusters, or the initial centers have the
+                wrong shape.
         """
         points = as_floats(images).float().movedim(1, -1).flatten(0, -2)
         if len(points) < self.num_clusters:
@@ -100,7 +101,7 @@ class ColorClusters:
         """Read the colors from a file that `save` wrote.
 
         Raises:
-            ValueError: A file with a different number of clusters.
+            ValueError: If the file has a different number of clusters.
         """
         centers = torch.load(path, map_location="cpu", weights_only=True)["centers"]
         if len(centers) != self.num_clusters:
@@ -115,7 +116,7 @@ class ColorClusters:
 
         Raises:
             RuntimeError: If called before `fit`.
-            ValueError: Images with a different number of channels than the colors.
+            ValueError: If the images and the colors have different numbers of channels.
         """
         patches = Pixels(self.patch_size)(images, mask)
         centers = self._fitted(patches.device)

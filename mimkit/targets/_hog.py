@@ -62,8 +62,8 @@ class HOG:
         """Return the histograms of the masked patches: cells row-major, then channels, then bins.
 
         Raises:
-            ValueError: Cells that do not divide the patches, images without exactly two spatial
-                axes, or a mask that does not fit them.
+            ValueError: If the cells do not divide the patches, the images do not have two spatial
+                axes, or the mask does not fit them.
         """
         if images.ndim != 4:
             raise ValueError(f"images must have two spatial axes; got shape {tuple(images.shape)}")

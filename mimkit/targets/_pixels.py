@@ -106,7 +106,7 @@ class NormalizedPixels:
         """Return the normalised pixels of the masked patches.
 
         Raises:
-            ValueError: Patches of a single value, whose variance does not exist.
+            ValueError: If patches have a single value, and so no variance.
 
         Example:
             >>> images = torch.tensor([[[[1.0, 3.0]]]])
@@ -131,7 +131,7 @@ class NormalizedPixels:
         """Undo the normalisation with the mean and standard deviation of the true patches.
 
         Raises:
-            ValueError: Values whose shape is not that of the masked patches.
+            ValueError: If the shape of the values is not that of the masked patches.
         """
         pixels = self._pixels(images, mask)
         if values.shape != pixels.shape:
@@ -194,7 +194,8 @@ class PCATarget:
         """Compute the principal components of all patches of `images`.
 
         Raises:
-            ValueError: More components than values in a patch, or fewer than two patches.
+            ValueError: If there are more components than values in a patch, or fewer than two
+                patches.
         """
         patches = patchify(as_floats(images), self.patch_size, order=self.order)
         patches = patches.flatten(0, 1).double()

@@ -53,8 +53,8 @@ class DownsampledPixels:
         """Return the mask of the predicted units: patches, or squares of several patches.
 
         Raises:
-            ValueError: A factor that does not fit the patch size, or (on a CPU) a square that is
-                only partly masked.
+            ValueError: If the factor does not fit the patch size, or (on a CPU) a square is partly
+                masked.
         """
         squares, patch = self._sizes(mask)
         return mask if squares == patch else mask.coarsen(divide("factor", squares, patch, "patch"))

@@ -49,7 +49,7 @@ class TokenTarget:
         """Return the codes of the masked tokens.
 
         Raises:
-            ValueError: Codes whose grid is not that of the mask.
+            ValueError: If the grid of the codes is not that of the mask.
         """
         return gather_masked(self._codes(images, mask).unsqueeze(2), mask).squeeze(2)
 
@@ -62,7 +62,7 @@ class TokenTarget:
         """Decode the codes, and return the masked patches of the decoded images.
 
         Raises:
-            NotImplementedError: A tokenizer without `decode` and `patch_size`.
+            NotImplementedError: If `decode` or `patch_size` is `None`.
         """
         if self.decode is None or self.patch_size is None:
             raise NotImplementedError("invert needs a TokenTarget with decode and patch_size")
@@ -116,7 +116,7 @@ class FeatureTarget:
         """Return the features of the masked tokens.
 
         Raises:
-            ValueError: A number of tokens that does not fit the mask.
+            ValueError: If the number of tokens does not fit the mask.
         """
         with torch.no_grad():
             tokens = self.teacher(images)[:, self.num_prefix :]

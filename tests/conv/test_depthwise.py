@@ -103,7 +103,7 @@ def test_masked_positions_do_not_change_the_output(case, generator):
 
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("convolve", [packed, dense])
-def test_first_and_second_derivatives_are_right(convolve, with_bias):
+def test_first_and_second_derivatives_pass_gradcheck(convolve, with_bias):
     mask = masking.uniform(masking.key([0, 1], seed=0), (2, 3), 0.5)
     generator = torch.Generator().manual_seed(0)
     leaves = [

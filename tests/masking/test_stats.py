@@ -144,8 +144,8 @@ def test_distances_of_blocks_match_the_table(unit, printed):
     """The table states blocks of 16 patches or more; blocks of 8 match its entries best.
 
     With 16, ours are 5 to 10 % higher for 16-pixel patches, and up to 38 % for 32-pixel ones. With
-    8 (600 and 1200 masks) all entries match but two, which are 4.6 and 7.8 % higher. Single masks
-    differ by a quarter, so a mean of 12 masks may be off by that much.
+    8 (600 and 1200 masks) all entries match but two, which are 4.6 and 7.8 % higher. Distances of
+    single masks differ by a quarter, so a mean of 12 masks may be off by as much as that.
     """
     key = masking.key(range(200), seed=0)
     for ratio, expected in zip((0.4, 0.6, 0.8), printed, strict=True):
@@ -182,7 +182,7 @@ def test_units_match_those_of_simmim(case):
     assert ours.num_masked == case["masked_model_patches"]
     assert ours.is_masked.shape == theirs.shape
     for mask in (ours, Mask.from_bool(theirs)):
-        units = mask.coarsen(case["scale"])  # fails if a unit is cut
+        units = mask.coarsen(case["scale"])  # raises if a unit is partly masked
         assert units.num_masked == case["mask_count"]
         assert units.num_tokens == case["token_count"]
 

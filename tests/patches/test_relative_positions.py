@@ -14,7 +14,7 @@ from tests.strategies import generators
 interpolate = pytest.importorskip("scipy.interpolate", reason="scipy comes with scikit-image")
 
 
-def as_the_authors(table: np.ndarray, old: int, new: int) -> np.ndarray:
+def resampled_by_the_authors(table: np.ndarray, old: int, new: int) -> np.ndarray:
     """SimMIM's loop, with the spline that SciPy's removed `interp2d` fitted."""
     left, right = 1.01, 1.5
     while right - left > 1e-6:
@@ -36,7 +36,7 @@ def test_a_square_table_is_resampled_as_the_authors_do(old, new, generator):
     old_size, new_size = 2 * old - 1, 2 * new - 1
     table = torch.randn(old_size**2, 1, generator=generator, dtype=torch.float64)
     resampled = interpolate_relative_positions(table, (old, old), (new, new))
-    expected = as_the_authors(table.numpy(), old_size, new_size)
+    expected = resampled_by_the_authors(table.numpy(), old_size, new_size)
     if old == new:
         assert torch.equal(resampled, table)
     else:

@@ -21,7 +21,7 @@ def whole_sequence(mask: Mask, num_prefix: int, dim: int, generator: torch.Gener
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def restore_by_hand(
+def restore_in_a_loop(
     visible: Tensor, mask: Mask, fill: Tensor, positions: Tensor | None, num_prefix: int
 ) -> Tensor:
     """Restore one sample at a time, as in MAE's `forward_decoder`."""
@@ -69,7 +69,7 @@ def test_restore_and_its_gradients_match_a_loop_over_samples(
     positions = random(num_prefix + mask.num_tokens, dim) if with_positions else None
     inputs = [visible, fill] + ([positions] if positions is not None else [])
     ours = restore(visible, mask, fill, positions=positions, num_prefix=num_prefix)
-    theirs = restore_by_hand(visible, mask, fill, positions, num_prefix)
+    theirs = restore_in_a_loop(visible, mask, fill, positions, num_prefix)
     assert torch.equal(ours, theirs)
     weights = random(*ours.shape).detach()
     for grad, expected in zip(

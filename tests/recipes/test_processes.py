@@ -27,7 +27,8 @@ def command(out: Path, processes: int, *more: str, steps: int = STEPS) -> list[s
     return [
         *(torchrun if processes > 1 else [sys.executable]), str(ROOT / "recipes/mae.py"),
         "--data", str(out.parent / "pictures"), "--out", str(out), "--batch-size", "8",
-        "--epochs", "2", "--max-steps", str(steps), "--checkpoint-every", "3", *more,
+        "--epochs", "2", "--max-steps", str(steps), "--checkpoint-every", "3",
+        "--log-every", "1", *more,
     ]  # fmt: skip
 
 
@@ -77,6 +78,40 @@ def test_two_processes_give_the_losses_and_weights_of_one(more: list[str], folde
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)
 
 
+def launch(script: str, out: Path, processes: int, *more: str) -> list[dict[str, float]]:
+    """Run another recipe for a few steps on digits, and return its rows."""
+    start = command(out, processes)
+    start[start.index(str(ROOT / "recipes/mae.py")) :] = [
+        str(ROOT / f"recipes/{script}.py"), "--data", "digits", "--out", str(out),
+        "--batch-size", "8", "--max-steps", "4", "--log-every", "1", *more,
+    ]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        start, env=env, capture_output=True, text=True, check=False, timeout=600
+    )
+    assert (out / "summary.json").exists(), result.stderr
+    return [json.loads(line) for line in (out / "metrics.jsonl").open()]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("more", [[], ["--accumulate", "2"], ["--shard"]], ids=str)
+def test_a_classifier_trains_the_same_in_two_processes(more: list[str], tmp_path: Path) -> None:
+    # What is drawn for each process (drop path, the pairs that are mixed) is left out.
+    plain = ["--encoder", "none", "--drop-path", "0", "--mixup", "0", "--cutmix", "0"]
+    one = launch("finetune", tmp_path / "one", 1, *plain)
+    two = launch("finetune", tmp_path / "two", 2, *plain, *more)
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose([r[name] for r in two], [r[name] for r in one], rtol=1e-4)
+
+
+@pytest.mark.full
+def test_a_tokenizer_trains_in_two_processes(tmp_path: Path) -> None:
+    rows = launch("tokenizer", tmp_path / "run", 2)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    assert (tmp_path / "run/tokenizer.safetensors").exists()
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["ddp", "fsdp"])
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)], ids=["2-to-1", "1-to-2"])
@@ -94,7 +129,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
 def test_a_job_ends_clearly_when_a_process_dies_and_goes_on_when_started_again(
     folder: Path,
 ) -> None:
-    out = folder / "bereaved"
+    out = folder / "one-killed"
     # Steps enough to be killed in.
     long = ["--epochs", "8", "--batch-size", "4"]
     start = command(out, 2, *long, steps=60)

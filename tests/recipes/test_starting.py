@@ -29,8 +29,8 @@ def test_a_run_writes_all_it_promises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     # Few and quick probes: what they measure is tested elsewhere.
-    monkeypatch.setattr("recipes.engine.digits.PROBE_PER_DIGIT", 10)
-    monkeypatch.setattr("recipes.engine.digits.PROBE_TEST", 100)
+    monkeypatch.setattr("recipes.engine.data.digits.PROBE_PER_DIGIT", 10)
+    monkeypatch.setattr("recipes.engine.data.digits.PROBE_TEST", 100)
     monkeypatch.setattr("recipes.engine.probes.ATTENTIVE_SAMPLES", 640)
     monkeypatch.chdir(tmp_path)
     assert run(RECIPE, "", SHORT) == 0
@@ -118,7 +118,7 @@ def test_a_recipe_runs_after_a_plain_installation(tmp_path: Path) -> None:
         (["--batch-size", "100000"], "--batch-size 100000"),
         (["--max-steps", "-1"], "--max-steps -1"),
         (["--image-size", "30"], "(30, 30)"),
-        (["--image-size", "0"], "image_size"),
+        (["--image-size", "0"], "--image-size 0 is too small"),
         (["--sampler", "gridwise", "--mask-ratio", "0.5"], "--sampler gridwise"),
         (["--views", "0"], "--views 0"),
         (["--lr", "nan"], "--lr nan"),

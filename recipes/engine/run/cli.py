@@ -155,7 +155,10 @@ def options_of(
             if field.name in flags and field.name not in derived:
                 is_switch = kinds[field.name] is bool and field.default is False
                 kind: Any = bool if is_switch else kinds[field.name] | None
-                described: Any = Annotated[kind, tyro.conf.arg(help=helps.get(field.name, ""))]
+                shown_help = tyro.conf.arg(
+                    help=helps.get(field.name, ""), help_behavior_hint="(default: the preset's)"
+                )
+                described: Any = Annotated[kind, shown_help]
                 derived[field.name] = (field.name, described, False if is_switch else None)
     ordered = [derived[name] for name in flags if name in derived]
     return dataclasses.make_dataclass(

@@ -155,7 +155,13 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return all weights on the CPU, under the names of the model alone."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+def whole_weights(model: nn.Module, *, everywhere: bool = False) -> dict[str, Tensor]:
+    """Return all weights, under the names of the model alone.
+
+    Args:
+        model: The model, copied or sharded.
+        everywhere: Whether every process gets them, on its device; else the main process alone,
+            on the CPU, and the others an empty dictionary.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=not everywhere)
     return dict(get_model_state_dict(model, options=options))  # type: ignore[arg-type]
