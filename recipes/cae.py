@@ -12,75 +12,46 @@ ImageNet-1K, top-1 after fine-tuning, linear and attentive probing: ViT-B 83.9 /
 ViT-L 86.2 / 77.8 / 81.2. The tokenizer sees the model's input resized, where theirs resizes the
 same crop anew.
 
-CAE v2 (arXiv:2211.09799) predicts a teacher's features by their cosine, without alignment and with
-a decoder of no depth. `--target features --teacher FILE --no-alignment --no-decoder` does so at the
-masked patches, with any encoder of a run here, or the authors' MAE or CAE; v2's own teacher is
-CLIP, and its loss counts visible patches and the class token, too, which this one does not.
-
-`decode_full.png` shows whole images decoded without the regressor. `--no-alignment --out OTHER` and
-then `--beside OTHER` put the picture of a run without alignment beside it: the paper's comparison.
-
-The tiny preset weighs the alignment by .2, not by the paper's 2, which does harm there. What pulls
-predicted latents towards the encoder's also pulls the encoder's towards what is easy to predict,
-and easiest is one latent for all patches: the target comes from the very same weights, so nothing
-keeps it apart. A new encoder is close to that already, as its tokens are position tables with a
-little image in them, and codes cannot hold against it before they can be guessed. Seen in the first
-160 steps of 16 images, one seed: with 2 the alignment's gradient in the encoder starts 3.2 times as
-large as the codes' (.3 times with .2), the standard deviation of predicted latents over patches
-falls from .18 to .07 and ends at .16 with a cross-entropy of 4.81 (knowing how often each code
-comes gives 4.75), where with .2 they end at .31 and 4.69. `latent_spread` in the log shows it. With
-the authors' batch and 1600 epochs codes have time to win; longer runs with 2 were not tried here.
-
-For the same reason k-NN on the untrained encoder is weak (the authors' first weights of the patch
-embedding are a tenth of MAE's): read the trained encoder's margin beside the other probes, too.
+`--target features --teacher FILE --no-alignment --no-decoder` is CAE v2 (arXiv:2211.09799) at the
+masked patches: it predicts a teacher's features by their cosine. docs/recipes.md says more.
 """
 
 import dataclasses
-import functools
 import math
-import os
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 if __name__ == "__main__":
-    # Threads that spin for long while they wait bring a busy machine to a crawl.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch loads
-    if not __package__:  # a script: the same as `python -m recipes.cae` from the root
-        sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __import__("recipes.script" if __package__ else "script")  # import path, threads
 
 import torch
-import yaml
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit import container, losses, masking, targets, viz
+from mimkit import container, losses, masking, viz
+from mimkit._grids import per_axis, sides_of
 from mimkit.masking import Key, Mask
-from mimkit.nn import (
-    CAEDecoder,
-    ContextRegressor,
-    PatchTokenizer,
-    PixelHead,
-    TokenHead,
-    ViT,
-)
+from mimkit.nn import CAEDecoder, ContextRegressor, PatchTokenizer, PixelHead, TokenHead, ViT
 from mimkit.patches import sincos_positions, unpatchify
-from recipes.engine import Preset, Recipe, Training, notes, run
-from recipes.engine.errors import UserError
-from recipes.engine.fields import check_fields
-from recipes.engine.masks import check_ratio, join
-from recipes.engine.pretrained.teachers import load_teacher
-from recipes.engine.pretrained.tokenizers import (
-    Tokenizer,
-    decode_codes,
-    decode_masked,
-    make_tokenizer,
+from recipes.engine import Preset, Recipe, Training, run, targets
+from recipes.engine.fields import (
+    Depth,
+    Fraction,
+    NonNegativeFloat,
+    OpenFraction,
+    Pixels,
+    PositiveFloat,
+    PositiveInt,
+    Width,
+    check_fields,
 )
-from recipes.engine.run.checkpoint import load_last_weights
+from recipes.engine.masks import join
+from recipes.engine.pretrained.teachers import load_teacher
+from recipes.engine.pretrained.tokenizers import make_tokenizer
 
 Target = Literal["tokens", "rgb", "features"]
 
@@ -116,32 +87,30 @@ class CAEConfig:
             as published.
     """
 
-    image_size: int | tuple[int, ...]
-    patch_size: int | tuple[int, ...] = 16
-    in_channels: int = 3
-    dim: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
+    image_size: Pixels | tuple[Pixels, ...]
+    patch_size: Pixels | tuple[Pixels, ...] = 16
+    in_channels: PositiveInt = 3
+    dim: Width = 768
+    depth: Depth = 12
+    heads: PositiveInt = 12
+    mlp_ratio: PositiveFloat = 4.0
     layer_scale: float | None = 0.1
-    regressor_depth: int = 4
-    decoder_dim: int = 768
-    decoder_depth: int = 4
-    decoder_heads: int = 12
+    regressor_depth: Depth = 4
+    decoder_dim: Width = 768
+    decoder_depth: Depth = 4
+    decoder_heads: PositiveInt = 12
     decoder_layer_scale: float | None = 0.1
-    vocabulary_size: int = 8192
-    alignment_weight: float = 2.0
+    vocabulary_size: PositiveInt = 8192
+    alignment_weight: NonNegativeFloat = 2.0
     target: Target = "tokens"
-    feature_dim: int = 512
+    feature_dim: PositiveInt = 512
     no_alignment: bool = False
     no_decoder: bool = False
-    drop_path: float = 0.0
+    drop_path: Fraction = 0.0
     alignment_drop_path: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not 0 <= self.alignment_weight < math.inf:
-            raise ValueError(f"alignment_weight must not be negative; got {self.alignment_weight}")
 
 
 @container
@@ -363,19 +332,17 @@ class CAE(nn.Module):
 
 @dataclass(frozen=True)
 class PretrainConfig(CAEConfig):
-    """Shape of the model, where its targets come from, and what its pictures stand beside.
+    """Shape of the model, and where its targets come from.
 
     Attributes:
         tokenizer: "patches" for k-means codes of normalised patches, fitted on the first images; or
             a file: `tokenizer.safetensors` of `recipes/tokenizer.py`, or DALL-E's encoder.
-        teacher: File of the encoder whose features are predicted with target "features".
-        beside: Folder of the finished run whose picture stands beside this one's in
-            `decode_full.png`.
+        teacher: With target "features", the encoder that makes them: an encoder.safetensors with
+            its config.yaml, or a checkpoint of the authors' MAE or CAE.
     """
 
     tokenizer: str = "patches"
     teacher: str | None = None
-    beside: str | None = None
 
 
 @container
@@ -402,60 +369,33 @@ class PretrainOutput:
 
 
 class PretrainCAE(nn.Module):
-    """CAE beside the frozen tokenizer or teacher that makes its targets."""
-
-    frequencies: Float[Tensor, " vocabulary"]
+    """CAE with its target: the tokenizer or teacher is frozen."""
 
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__()
-        self.tokenizer: Tokenizer | None = None
-        self.teacher: ViT | None = None
-        images = (config.image_size, config.patch_size, config.in_channels)
+        self.target = make_target(config)
         if config.target == "tokens":
-            self.tokenizer = make_tokenizer(config.tokenizer, *images, config.vocabulary_size)
-            config = dataclasses.replace(config, vocabulary_size=self.tokenizer.vocabulary_size)
+            config = dataclasses.replace(config, vocabulary_size=self.target.num_values)
         elif config.target == "features":
-            self.teacher = load_teacher(config.teacher, *images)
-            config = dataclasses.replace(config, feature_dim=self.teacher.dim)
-        if config.beside is not None:
-            check_beside(config)
-        self.beside = config.beside
+            config = dataclasses.replace(config, feature_dim=self.target.num_values)
         self.cae = CAE(config)
-        share = torch.full((config.vocabulary_size,), 1 / config.vocabulary_size)
-        self.register_buffer("frequencies", share)
 
     @property
     def encoder(self) -> ViT:
         """The encoder, which is what pre-training is for."""
         return self.cae.encoder
 
-    def tokenize(
-        self, images: Float[Tensor, "batch channels height width"]
-    ) -> Int64[Tensor, "batch tokens"] | None:
-        """Return the code of every patch; None without tokens."""
-        return None if self.tokenizer is None else self.tokenizer.encode(images).flatten(1)
-
-    def features(
-        self, images: Float[Tensor, "batch channels height width"], mask: Mask
-    ) -> Float[Tensor, "batch masked feature_dim"] | None:
-        """Return what the teacher makes of the masked patches; None without one."""
-        if self.teacher is None:
-            return None
-        prefix = self.teacher.num_prefix_tokens
-        target = targets.FeatureTarget(self.teacher, num_prefix=prefix, normalize=False)
-        return target(images, mask)
-
     def forward(
         self, images: Float[Tensor, "images channels height width"], mask: Mask
     ) -> PretrainOutput:
         """Score a batch of model inputs."""
-        ids = self.tokenize(images)
-        output = self.cae(images, mask, ids, features=self.features(images, mask))
+        truth = self.truth(images, mask)
+        output = self.cae(images, mask, **truth)
         spread = output.latent_prediction.detach().float().flatten(0, 1).std(dim=0).mean()
         share = None
-        if ids is not None:
-            wanted = ids.gather(1, mask.masked_ids)
-            share = (wanted == self.frequencies.argmax()).float().mean()
+        if isinstance(self.target, targets.CountedTokenTarget):
+            ids = truth["token_ids"].gather(1, mask.masked_ids)
+            share = (ids == self.target.frequencies.argmax()).float().mean()
         return PretrainOutput(
             output.loss,
             output.main_loss,
@@ -465,174 +405,74 @@ class PretrainCAE(nn.Module):
             spread,
         )
 
-
-def read_run(folder: Path) -> PretrainConfig | None:
-    """Return the model's configuration of a finished run of this recipe; None of anything else."""
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-        if config["recipe"] != "cae" or not (folder / "summary.json").is_file():
-            return None
-        model: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in config["model"].items()
-        }
-        return PretrainConfig(**model)
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return None
+    def truth(
+        self, images: Float[Tensor, "images channels height width"], mask: Mask
+    ) -> dict[str, Tensor]:
+        """Return what `CAE.forward` takes besides images and mask: token ids or features."""
+        if isinstance(self.target, targets.CountedTokenTarget):
+            return {"token_ids": self.target.encode(images)}
+        if isinstance(self.target, targets.FeatureTarget):
+            return {"features": self.target(images, mask)}
+        return {}
 
 
-def check_beside(config: PretrainConfig) -> None:
-    """Check that another run's pictures can stand beside this one's.
-
-    Raises:
-        UserError: It is no finished run of this recipe, or of other images.
-    """
-    other = read_run(Path(config.beside or ""))
-    if other is None:
-        raise UserError(
-            f"--beside {config.beside} is no folder of a finished run of this recipe: give the "
-            "--out of one, say of a run with --no-alignment"
-        )
-    for name in ("image_size", "patch_size", "in_channels", "target"):
-        ours, theirs = getattr(config, name), getattr(other, name)
-        if ours != theirs:
-            raise UserError(
-                f"--beside {config.beside} has {name} {theirs} where this run has {ours}"
-            )
-    try:
-        PretrainCAE(dataclasses.replace(other, beside=None))
-    except UserError as error:
-        raise UserError(f"--beside {config.beside}, whose {error}") from error
+def make_target(config: PretrainConfig) -> targets.Target:
+    """Make what is predicted."""
+    axes = len(sides_of("image_size", config.image_size))
+    patch_size = per_axis("patch_size", config.patch_size, axes)
+    images = (config.image_size, patch_size, config.in_channels)
+    if config.target == "rgb":
+        return targets.PixelTarget(patch_size, config.in_channels, normalize=True)
+    if config.target == "features":
+        return SimilarityTarget(load_teacher(config.teacher, *images))
+    tokenizer = make_tokenizer(config.tokenizer, *images, config.vocabulary_size)
+    return targets.CountedTokenTarget(tokenizer, patch_size)
 
 
-@functools.lru_cache(maxsize=1)
-def load_run(folder: str) -> PretrainCAE:
-    """Load the model of a finished run.
+class SimilarityTarget(targets.FeatureTarget):
+    """Features of a teacher; a prediction is drawn as its cosine with them."""
 
-    Raises:
-        UserError: Its weights cannot be read.
-    """
-    config = read_run(Path(folder))
-    if config is None:
-        raise UserError(f"--beside {folder} is gone: it held a finished run when this one started")
-    model = PretrainCAE(dataclasses.replace(config, beside=None))
-    try:
-        load_last_weights(Path(folder), model)
-    except UserError as error:
-        raise UserError(f"--beside {folder}: {error}") from error
-    return model.eval()
+    def __init__(self, teacher: ViT) -> None:
+        super().__init__(teacher, normalize=False, error="cosine")
+        self.note = "The brighter a patch, the nearer its features to the teacher's."
 
-
-def fit(model: PretrainCAE, images: Float[Tensor, "batch channels height width"]) -> None:
-    """Find the codes of a tokenizer that needs it, and count how often each one comes."""
-    if isinstance(model.tokenizer, PatchTokenizer):
-        model.tokenizer.fit(images)
-    ids = model.tokenize(images)
-    if ids is not None:
-        counts = torch.bincount(ids.flatten(), minlength=len(model.frequencies))
-        model.frequencies.copy_((counts + 1) / (counts + 1).sum())
-
-
-def baselines(
-    model: PretrainCAE, images: Float[Tensor, "batch channels height width"], mask: Mask
-) -> dict[str, Float32[Tensor, ""]]:
-    """Score trivial predictors under the main loss.
-
-    Of tokens, "uniform" takes all codes for equally likely, "unigram" knows how often each comes.
-    Of features, "mean" predicts the mean direction of those in question.
-    """
-    features, ids = model.features(images, mask), model.tokenize(images)
-    if features is not None:
-        mean = F.normalize(features, dim=2).mean(dim=(0, 1)).expand_as(features)
-        return {"mean": losses.masked_cosine(mean, features, mask)}
-    if ids is None:
-        return losses.baselines(images, mask, model.cae.patch_size)
-    surprise = -model.frequencies.log()[ids.gather(1, mask.masked_ids)]
-    uniform = torch.tensor(math.log(len(model.frequencies)), device=images.device)
-    return {"uniform": uniform, "unigram": surprise.mean()}
+    def invert(
+        self,
+        prediction: Float[Tensor, "images masked features"],
+        images: Float[Tensor, "images channels *spatial"],
+        mask: Mask,
+    ) -> Float[Tensor, "images masked patch"]:
+        """Return patches of one brightness: the cosine."""
+        cosine = F.cosine_similarity(prediction, self(images, mask), dim=2)
+        return cosine.unsqueeze(2).expand(-1, -1, images.shape[1] * math.prod(self.patch_size))
 
 
 def reconstruct(
     model: PretrainCAE, images: Float[Tensor, "batch channels height width"], mask: Mask
 ) -> Float[Tensor, "batch channels height width"]:
-    """Fill in the masked patches with what is predicted for them: codes, pixels or features."""
-    ids, features = model.tokenize(images), model.features(images, mask)
-    output = model.cae(images, mask, ids, features=features, return_logits=True)
-    if ids is None or model.tokenizer is None:
-        patches = draw_patches(model, output.prediction, images, mask)
-    else:
-        codes = output.prediction.argmax(dim=2)
-        patches = decode_masked(model.tokenizer, codes, images, mask, model.cae.patch_size)
-    return viz.fill_masked(images, mask, patches, model.cae.patch_size)
-
-
-def describe_pictures(model: PretrainCAE) -> str:
-    """Say how predictions became the pixels of the pictures."""
-    if model.cae.config.target == "features":
-        return "The brighter a patch, the nearer its features to the teacher's."
-    if model.cae.config.target == "rgb":
-        return notes.of_pixels(normalized=True)
-    is_of_patches = isinstance(model.tokenizer, PatchTokenizer)
-    return notes.WITH_TRUE_CONTRAST if is_of_patches else notes.AS_DECODED
+    """Fill in the masked patches."""
+    output = model.cae(images, mask, **model.truth(images, mask), return_logits=True)
+    patches = model.target.invert(output.prediction.float(), images, mask)
+    return viz.fill_masked(images, mask, patches, model.target.patch_size)
 
 
 def decode_full(
     model: PretrainCAE, images: Float[Tensor, "batch channels height width"]
 ) -> Mapping[str, Float[Tensor, "batch channels height width"]]:
     """Decode the latents of whole images, which the decoder never saw in training."""
-    columns = {"encoder + decoder": decode_images(model, images)}
-    if model.beside is not None:
-        other = load_run(model.beside).to(images.device)
-        apart = other.cae.config.no_alignment or other.cae.config.alignment_weight == 0
-        name = "without alignment" if apart else "the other run"
-        columns[f"{name}: encoder + decoder"] = decode_images(other, images)
-    ids = model.tokenize(images)
-    if ids is None:
-        return columns
-    columns["tokens themselves"] = decode_tokens(model, ids, images)
-    if isinstance(model.tokenizer, PatchTokenizer):
-        # What the pictures show before any code is right.
-        common = model.frequencies.argmax().expand_as(ids)
-        columns["contrast, one code"] = decode_tokens(model, common, images)
-    return columns
-
-
-def decode_images(
-    model: PretrainCAE, images: Float[Tensor, "batch channels height width"]
-) -> Float[Tensor, "batch channels height width"]:
-    """Return the pictures that a model makes of whole images, its regressor skipped."""
-    prediction = model.cae.decode_full(images)
-    if model.cae.config.target == "tokens":
-        return decode_tokens(model, prediction.argmax(dim=2), images)
-    grid = model.encoder.grid
+    target, grid = model.target, model.encoder.grid
     nothing = torch.zeros(len(images), 0, dtype=torch.int64)
     everything = Mask.from_visible_ids(nothing, grid).to(images.device)
-    patches = draw_patches(model, prediction, images, everything)
-    return unpatchify(patches, grid, model.cae.patch_size)
-
-
-def draw_patches(
-    model: PretrainCAE,
-    prediction: Float[Tensor, "batch masked values"],
-    images: Float[Tensor, "batch channels height width"],
-    mask: Mask,
-) -> Float[Tensor, "batch masked patch"]:
-    """Return predicted pixels; of features, the brighter a patch, the nearer the teacher's."""
-    features, prediction = model.features(images, mask), prediction.float()
-    if features is None:
-        return targets.NormalizedPixels(model.cae.patch_size).invert(prediction, images, mask)
-    values = images.shape[1] * math.prod(model.cae.patch_size)
-    return F.cosine_similarity(prediction, features, dim=2).unsqueeze(2).expand(-1, -1, values)
-
-
-def decode_tokens(
-    model: PretrainCAE,
-    ids: Int64[Tensor, "batch tokens"],
-    images: Float[Tensor, "batch channels height width"],
-) -> Float[Tensor, "batch channels height width"]:
-    """Return the pictures that codes stand for."""
-    assert model.tokenizer is not None
-    return decode_codes(model.tokenizer, ids.unflatten(1, model.encoder.grid), images)
+    prediction = model.cae.decode_full(images).float()
+    columns = {"encoder + decoder": target.invert(prediction, images, everything)}
+    if isinstance(target, targets.CountedTokenTarget):
+        ids = target(images, everything)
+        columns["tokens themselves"] = target.draw(ids, images, everything)
+        if isinstance(target.tokenizer, PatchTokenizer):
+            # What the pictures show before any code is right.
+            common = target.frequencies.argmax().expand_as(ids)
+            columns["contrast, one code"] = target.draw(common, images, everything)
+    return {name: unpatchify(patches, grid, target.patch_size) for name, patches in columns.items()}
 
 
 @dataclass(frozen=True)
@@ -641,17 +481,16 @@ class BlockMasking:
 
     Attributes:
         mask_ratio: Fraction of patches to mask, in (0, 1).
-        sampler: "blockwise" as published, or "uniform".
-        min_block: Smallest block, in patches.
+        sampler: How masks are drawn: "blockwise" as published, or "uniform".
+        min_block: Smallest block of a mask, in patches.
     """
 
-    mask_ratio: float = 0.5
+    mask_ratio: OpenFraction = 0.5
     sampler: Literal["blockwise", "uniform"] = "blockwise"
-    min_block: int = 16
+    min_block: PositiveInt = 16
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_ratio(self.mask_ratio)
 
     def draw(self, key: Key, grid: tuple[int, ...]) -> Mask:
         """Draw the masks of a batch."""
@@ -718,9 +557,7 @@ RECIPE = Recipe(
     name="cae",
     presets=PRESETS,
     build=PretrainCAE,
-    baselines=baselines,
     reconstruct=reconstruct,
-    note=describe_pictures,
     flags=(
         "tokenizer",
         "target",
@@ -733,7 +570,6 @@ RECIPE = Recipe(
         "sampler",
         "min_block",
     ),
-    fit=fit,
     pictures={"decode_full": decode_full},
 )
 

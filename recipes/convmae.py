@@ -15,29 +15,33 @@ epochs.
 """
 
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 if __name__ == "__main__":
-    # Threads that spin for long while they wait bring a busy machine to a crawl.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch loads
-    if not __package__:  # a script: the same as `python -m recipes.convmae` from the root
-        sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __import__("recipes.script" if __package__ else "script")  # import path, threads
 
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from mimkit import container, losses, masking, targets, viz
+from mimkit import container, masking
 from mimkit.masking import Key, Mask
 from mimkit.nn import ConvViT, MAEDecoder, PixelHead
 from mimkit.patches import gather_patches, unpatchify
-from recipes.engine import Preset, Recipe, Training, notes, run
-from recipes.engine.fields import check_fields
-from recipes.engine.masks import Masks, check_ratio, join
+from recipes.engine import Preset, Recipe, Training, run, targets
+from recipes.engine.fields import (
+    Depth,
+    Fraction,
+    OpenFraction,
+    Pixels,
+    PositiveFloat,
+    PositiveInt,
+    Width,
+    check_fields,
+)
+from recipes.engine.masks import Masks, join
 
 Conv = Literal["masked", "plain"]
 Decoder = Literal["multi-scale", "single-scale"]
@@ -68,28 +72,23 @@ class ConvMAEConfig:
         drop_path: Fraction of samples whose residual branches the last encoder block leaves out.
     """
 
-    image_size: int | tuple[int, int]
-    patch_sizes: tuple[int, int, int] = (4, 2, 2)
-    in_channels: int = 3
-    dim: tuple[int, int, int] = (256, 384, 768)
-    depth: tuple[int, int, int] = (2, 2, 11)
-    heads: int = 12
-    mlp_ratio: tuple[float, float, float] = (4.0, 4.0, 4.0)
-    decoder_dim: int = 512
-    decoder_depth: int = 8
-    decoder_heads: int = 16
+    image_size: Pixels | tuple[Pixels, Pixels]
+    patch_sizes: tuple[Pixels, Pixels, Pixels] = (4, 2, 2)
+    in_channels: PositiveInt = 3
+    dim: tuple[Width, Width, Width] = (256, 384, 768)
+    depth: tuple[Depth, Depth, Depth] = (2, 2, 11)
+    heads: PositiveInt = 12
+    mlp_ratio: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (4.0, 4.0, 4.0)
+    decoder_dim: Width = 512
+    decoder_depth: Depth = 8
+    decoder_heads: PositiveInt = 16
     normalize_pixels: bool = True
     conv: Conv = "masked"
     decoder: Decoder = "multi-scale"
-    drop_path: float = 0.0
+    drop_path: Fraction = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self)
-
-    @property
-    def normalize(self) -> Literal["patch"] | None:
-        """What `masked_pixel_loss` calls the target."""
-        return "patch" if self.normalize_pixels else None
 
 
 @container
@@ -152,6 +151,9 @@ class ConvMAE(nn.Module):
         self.head = PixelHead(
             dim=config.decoder_dim, patch_size=self.patch_size, in_channels=config.in_channels
         )
+        self.target = targets.PixelTarget(
+            self.patch_size, config.in_channels, normalize=config.normalize_pixels
+        )
 
     def forward(
         self, images: Float[Tensor, "images channels height width"], mask: Mask | Sequence[Mask]
@@ -163,10 +165,7 @@ class ConvMAE(nn.Module):
             prediction = self.head(self.decoder(latent, mask))
         else:
             prediction = self._predict_parts(latent, mask)
-        loss = losses.masked_pixel_loss(
-            prediction, images, mask, self.patch_of(mask), normalize=self.config.normalize
-        )
-        return ConvMAEOutput(loss, prediction, latent)
+        return ConvMAEOutput(self.target.loss(prediction, images, mask), prediction, latent)
 
     def _predict_parts(self, latent: Tensor, mask: Mask) -> Tensor:
         """Predict whole patches from all tokens, and take the parts that the first stage hides."""
@@ -174,31 +173,8 @@ class ConvMAE(nn.Module):
         nothing = Mask.from_noise(latent.new_zeros(latent.shape[:2]), grid, num_masked=0)
         patches = self.head(self.decoder(latent, nothing, nothing.visible_ids))
         image = unpatchify(patches, grid, self.patch_size)
-        return gather_patches(image, mask.complement(), self.patch_of(mask))
-
-    def patch_of(self, mask: Mask) -> tuple[int, ...]:
-        """Return the pixels per axis that a position of `mask` stands for."""
-        sizes = zip(self.encoder.image_size, mask.grid, strict=True)
-        return tuple(pixels // positions for pixels, positions in sizes)
-
-
-def reconstruct(
-    model: ConvMAE, images: Float[Tensor, "batch channels height width"], mask: Mask
-) -> Float[Tensor, "batch channels height width"]:
-    """Fill in the masked patches; normalised ones with the true patches' statistics."""
-    target_type = targets.NormalizedPixels if model.config.normalize_pixels else targets.Pixels
-    prediction = model(images, mask).prediction.float()
-    patch_size = model.patch_of(mask)
-    patches = target_type(patch_size).invert(prediction, images, mask)
-    return viz.fill_masked(images, mask, patches, patch_size)
-
-
-def baselines(
-    model: ConvMAE, images: Float[Tensor, "batch channels height width"], mask: Mask
-) -> dict[str, Float32[Tensor, ""]]:
-    """Score trivial predictors under the model's loss."""
-    patch_size = model.patch_of(mask)
-    return losses.baselines(images, mask, patch_size, normalize=model.config.normalize)
+        part = [size // n for size, n in zip(self.encoder.image_size, mask.grid, strict=True)]
+        return gather_patches(image, mask.complement(), part)
 
 
 @dataclass(frozen=True)
@@ -206,25 +182,25 @@ class ConvMAEMasking:
     """Which patches of a batch are masked.
 
     Attributes:
-        mask_ratio: Fraction of patches to mask, in (0, 1); with several parts, what they leave.
-        parts: 1, or the number of complementary masks an image: FastConvMAE's way.
+        mask_ratio: Fraction of patches to mask, in (0, 1); None for .75 or, with several parts, for
+            what they leave.
+        parts: Complementary masks an image (FastConvMAE), each of which shows 1/parts of it; 1 for
+            a single mask.
         mask: "blockwise" masks tokens of the last stage; "per-stage" tokens of the first, so that
             each later token is partly visible, and all are encoded.
     """
 
-    mask_ratio: float = 0.75
-    parts: int = 1
+    mask_ratio: OpenFraction | None = None
+    parts: PositiveInt = 1
     mask: Stage = "blockwise"
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_ratio(self.mask_ratio)
-        if self.parts < 1:
-            raise ValueError(f"--parts {self.parts} is too small: give 1 or more")
-        if self.parts > 1 and abs(self.mask_ratio - (1 - 1 / self.parts)) > 5e-3:
+        left = 1 - 1 / self.parts
+        if self.parts > 1 and self.mask_ratio and abs(self.mask_ratio - left) > 5e-3:
             raise ValueError(
                 f"--parts {self.parts} shows 1/{self.parts} of an image in each mask: "
-                f"--mask-ratio {self.mask_ratio} does not fit, {1 - 1 / self.parts:.3f} would"
+                f"--mask-ratio {self.mask_ratio} does not fit, {left:.3f} would"
             )
 
     def draw(self, key: Key, grid: tuple[int, ...]) -> Masks:
@@ -238,7 +214,7 @@ class ConvMAEMasking:
                     f"grid {grid} into equal parts"
                 )
             return masking.complementary(key, grid, self.parts)
-        return masking.uniform(key, grid, self.mask_ratio)
+        return masking.uniform(key, grid, self.mask_ratio or 0.75)
 
 
 PAPER = Training(epochs=1600, batch_size=3072, base_lr=1.5e-4, warmup_epochs=40)
@@ -299,8 +275,6 @@ RECIPE = Recipe(
     name="convmae",
     presets=PRESETS,
     build=ConvMAE,
-    baselines=baselines,
-    reconstruct=reconstruct,
     flags=(
         "parts",
         "mask",
@@ -311,7 +285,6 @@ RECIPE = Recipe(
         "decoder_depth",
         "decoder_heads",
     ),
-    note=lambda model: notes.of_pixels(normalized=model.config.normalize_pixels),
 )
 
 if __name__ == "__main__":

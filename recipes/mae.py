@@ -10,30 +10,32 @@ and flips, no color jitter). Published for 1600 epochs on ImageNet-1K, top-1 aft
 linear probing: ViT-B 83.6 / 68.0, ViT-L 85.9 / 75.8, ViT-H 86.9 / 76.6.
 """
 
-import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 if __name__ == "__main__":
-    # Threads that spin for long while they wait bring a busy machine to a crawl.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch loads
-    if not __package__:  # a script: the same as `python -m recipes.mae` from the root
-        sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __import__("recipes.script" if __package__ else "script")  # import path, threads
 
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from mimkit import container, losses, targets, viz
+from mimkit import container
 from mimkit.masking import Mask, RaggedMask
 from mimkit.nn import CrossDecoder, MAEDecoder, PixelHead, ViT
 from mimkit.patches import gather_masked
-from recipes.engine import Masking, Preset, Recipe, Training, notes, run
-from recipes.engine.fields import check_fields
+from recipes.engine import Masking, Preset, Recipe, Training, run, targets
+from recipes.engine.fields import (
+    Depth,
+    Fraction,
+    Pixels,
+    PositiveFloat,
+    PositiveInt,
+    Width,
+    check_fields,
+)
 from recipes.engine.masks import join
 
 Target = Literal["pixels", "pca"]
@@ -54,15 +56,17 @@ class MAEConfig:
         depth: Blocks of the encoder.
         heads: Attention heads of the encoder.
         mlp_ratio: Hidden width of every MLP over its input's.
-        decoder_dim: Width of the decoder.
-        decoder_depth: Blocks of the decoder.
+        decoder_dim: Width of the decoder (table 1b).
+        decoder_depth: Blocks of the decoder (table 1a).
         decoder_heads: Attention heads of the decoder.
-        normalize_pixels: Whether each target patch is brought to zero mean and unit variance.
-        target: "pixels", or "pca" for the patches' largest principal components (table 1d).
+        normalize_pixels: Whether each target patch is brought to zero mean and unit variance (table
+            1d).
+        target: What is predicted (table 1d): "pixels", or "pca" for the patches' largest principal
+            components.
         pca_components: How many components.
         loss_on: "masked" patches, or "all" (section 3: half a point worse).
-        mask_tokens: Where they come in: "decoder", or "encoder" (table 1c), which then works on
-            all patches.
+        mask_tokens: Where mask tokens come in (table 1c): "decoder", or "encoder", which then works
+            on all patches.
         decoder: "self" for the paper's, "cross" for CrossMAE's, whose masked tokens attend to the
             visible ones only.
         decode_fraction: Fraction of the masked patches that a training step predicts, in (0, 1];
@@ -70,45 +74,40 @@ class MAEConfig:
         drop_path: Fraction of samples whose residual branches the last encoder block leaves out.
     """
 
-    image_size: int | tuple[int, ...]
-    patch_size: int | tuple[int, ...] = 16
-    in_channels: int = 3
-    dim: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
-    decoder_dim: int = 512
-    decoder_depth: int = 8
-    decoder_heads: int = 16
+    image_size: Pixels | tuple[Pixels, ...]
+    patch_size: Pixels | tuple[Pixels, ...] = 16
+    in_channels: PositiveInt = 3
+    dim: Width = 768
+    depth: Depth = 12
+    heads: PositiveInt = 12
+    mlp_ratio: PositiveFloat = 4.0
+    decoder_dim: Width = 512
+    decoder_depth: Depth = 8
+    decoder_heads: PositiveInt = 16
     normalize_pixels: bool = True
     target: Target = "pixels"
-    pca_components: int = 96
+    pca_components: PositiveInt = 96
     loss_on: LossOn = "masked"
     mask_tokens: MaskTokens = "decoder"
     decoder: Decoder = "self"
-    decode_fraction: float = 1.0
-    drop_path: float = 0.0
+    decode_fraction: Fraction = 1.0
+    drop_path: Fraction = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not 0 < self.decode_fraction <= 1:
+        if self.decode_fraction == 0:
             raise ValueError(f"decode_fraction must be in (0, 1]; got {self.decode_fraction}")
         if self.decode_fraction < 1 and (self.decoder, self.loss_on) != ("cross", "masked"):
             raise ValueError('decode_fraction below 1 needs decoder="cross" and loss_on="masked"')
         if self.decoder == "cross" and self.mask_tokens == "encoder":
             raise ValueError('decoder="cross" needs mask_tokens="decoder"')
 
-    @property
-    def normalize(self) -> Literal["patch"] | None:
-        """What `masked_pixel_loss` calls the target."""
-        return "patch" if self.normalize_pixels else None
-
 
 @container
 class MAEOutput:
     """What a forward pass gives; of a list of K masks, K rows an image, mask by mask.
 
-    Under a `RaggedMask`, predictions and latents are packed: one sample behind the other.
+    Under a `RaggedMask`, predictions and latents are packed: one sample after the other.
 
     Attributes:
         loss: Mean squared error over the masked patches.
@@ -143,9 +142,6 @@ class MAE(nn.Module):
         [12, 5]
     """
 
-    pca_center: Tensor
-    pca_directions: Tensor
-
     def __init__(self, config: MAEConfig) -> None:
         super().__init__()
         self.config = config
@@ -173,18 +169,13 @@ class MAE(nn.Module):
             num_prefix=self.encoder.num_prefix_tokens,
         )
         self.patch_size = self.encoder.patch_embed.patch_size
-        values = config.in_channels * math.prod(self.patch_size)
+        shape = (self.patch_size, config.in_channels)
+        self.target: targets.Target
         if config.target == "pca":
-            if not 1 <= config.pca_components <= values:
-                raise ValueError(
-                    f"pca_components must be in [1, {values}] for these patches; "
-                    f"got {config.pca_components}"
-                )
+            self.target = targets.PCATarget(*shape, config.pca_components)
             self.head: nn.Module = nn.Linear(config.decoder_dim, config.pca_components)
-            # Buffers, so that a checkpoint holds what `fit` finds.
-            self.register_buffer("pca_center", torch.zeros(values))
-            self.register_buffer("pca_directions", torch.zeros(config.pca_components, values))
         else:
+            self.target = targets.PixelTarget(*shape, normalize=config.normalize_pixels)
             self.head = PixelHead(
                 dim=config.decoder_dim, patch_size=self.patch_size, in_channels=config.in_channels
             )
@@ -208,7 +199,7 @@ class MAE(nn.Module):
             seen = _with_masked(mask, 0)
         query_ids = None if scored is seen else scored.masked_ids
         prediction = self.head(self.decoder(latent, seen, query_ids))
-        loss = self._score(prediction, images, scored)
+        loss = self.target.loss(prediction, images, scored)
         if self.config.loss_on == "all":
             prediction = gather_masked(prediction, mask)
         return MAEOutput(loss, prediction, latent)
@@ -224,10 +215,8 @@ class MAE(nn.Module):
             )
         latent = self.encoder(images, mask)
         prediction = self.head(self.decoder(latent, mask))
-        loss = losses.masked_pixel_loss(
-            prediction, images, mask, self.patch_size, normalize=config.normalize
-        )
-        return MAEOutput(loss, prediction, latent)
+        assert isinstance(self.target, targets.PixelTarget)
+        return MAEOutput(self.target.loss(prediction, images, mask), prediction, latent)
 
     def _choose_scored(self, mask: Mask) -> Mask:
         """Return a mask of the patches to predict and to score."""
@@ -240,56 +229,11 @@ class MAE(nn.Module):
         noise = torch.rand(hidden.shape, device=hidden.device)
         return Mask.from_noise(hidden * (1 + noise), mask.grid, count)
 
-    def _score(self, prediction: Tensor, images: Tensor, mask: Mask) -> Tensor:
-        if self.config.target == "pca":
-            return losses.masked_mse(prediction, self.target(images, mask), mask)
-        return losses.masked_pixel_loss(
-            prediction, images, mask, self.patch_size, normalize=self.config.normalize
-        )
-
-    @property
-    def target(self) -> targets.Pixels | targets.NormalizedPixels | targets.PCATarget:
-        """What is predicted."""
-        if self.config.target == "pca":
-            target = targets.PCATarget(self.patch_size, self.config.pca_components)
-            target.center, target.components = self.pca_center, self.pca_directions
-            return target
-        target_type = targets.NormalizedPixels if self.config.normalize_pixels else targets.Pixels
-        return target_type(self.patch_size)
-
-    def fit(self, images: Float[Tensor, "images channels *spatial"]) -> None:
-        """Find the principal components of images, where these are to be predicted."""
-        if self.config.target == "pca":
-            fitted = targets.PCATarget(self.patch_size, self.config.pca_components).fit(images)
-            assert fitted.center is not None
-            assert fitted.components is not None
-            self.pca_center.copy_(fitted.center)
-            self.pca_directions.copy_(fitted.components)
-
 
 def _with_masked(mask: Mask, count: int) -> Mask:
     """Mask none or all of a grid, for as many samples as `mask` has."""
     noise = torch.zeros(mask.batch_size, mask.num_tokens, device=mask.device)
     return Mask.from_noise(noise, mask.grid, count)
-
-
-def reconstruct(
-    model: MAE, images: Float[Tensor, "batch channels *spatial"], mask: Mask
-) -> Float[Tensor, "batch channels *spatial"]:
-    """Fill in the masked patches; normalised ones with the true patches' statistics."""
-    prediction = model(images, mask).prediction.float()
-    patches = model.target.invert(prediction, images, mask)
-    return viz.fill_masked(images, mask, patches, model.patch_size)
-
-
-def baselines(
-    model: MAE, images: Float[Tensor, "batch channels *spatial"], mask: Mask
-) -> dict[str, Float32[Tensor, ""]]:
-    """Score trivial predictors under the model's loss: the mean patch alone for "pca"."""
-    if model.config.target == "pca":
-        target = model.target(images, mask)
-        return {"zero": losses.masked_mse(torch.zeros_like(target), target, mask)}
-    return losses.baselines(images, mask, model.patch_size, normalize=model.config.normalize)
 
 
 PAPER = Training(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40)
@@ -330,8 +274,6 @@ RECIPE = Recipe(
     name="mae",
     presets=PRESETS,
     build=MAE,
-    baselines=baselines,
-    reconstruct=reconstruct,
     flags=(
         "sampler",
         "views",
@@ -345,10 +287,6 @@ RECIPE = Recipe(
         "decoder_dim",
         "decoder_depth",
         "decoder_heads",
-    ),
-    fit=MAE.fit,
-    note=lambda model: notes.of_pixels(
-        normalized=model.config.normalize_pixels and model.config.target == "pixels"
     ),
 )
 

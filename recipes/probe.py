@@ -15,7 +15,6 @@ Published on ImageNet-1K for MAE's 1600 epochs, linear / attentive: ViT-B 68.0 /
 
 import dataclasses
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,10 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 if __name__ == "__main__":
-    # Threads that spin for long while they wait bring a busy machine to a crawl.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch loads
-    if not __package__:  # a script: the same as `python -m recipes.probe` from the root
-        sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __import__("recipes.script" if __package__ else "script")  # import path, threads
 
 import torch
 import yaml

@@ -12,34 +12,37 @@ at epoch 700; for 100 epochs: 2e-4, cosine. Published top-1 on ImageNet-1K after
 """
 
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 if __name__ == "__main__":
-    # Threads that spin for long while they wait bring a busy machine to a crawl.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch loads
-    if not __package__:  # a script: the same as `python -m recipes.simmim` from the root
-        sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __import__("recipes.script" if __package__ else "script")  # import path, threads
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from mimkit import container, losses, masking, targets, viz
+from mimkit import container, masking
 from mimkit._grids import Grid
 from mimkit.masking import Key, Mask
-from mimkit.nn import PatchTokenizer, SimMIMHead, SwinTransformer, ViT
-from recipes.engine import Preset, Recipe, Training, notes, run
-from recipes.engine.fields import check_fields
-from recipes.engine.masks import check_ratio, join
+from mimkit.nn import SimMIMHead, SwinTransformer, ViT
+from recipes.engine import Preset, Recipe, Training, run, targets
+from recipes.engine.fields import (
+    Fraction,
+    NonNegativeInt,
+    OpenFraction,
+    Pixels,
+    PositiveFloat,
+    PositiveInt,
+    check_fields,
+)
+from recipes.engine.masks import join
 from recipes.engine.pretrained.teachers import load_teacher
-from recipes.engine.pretrained.tokenizers import Tokenizer, decode_masked, make_tokenizer
+from recipes.engine.pretrained.tokenizers import make_tokenizer
 
 TargetName = Literal[
     "pixels", "pixels_2x", "pixels_4x", "pixels_8x", "pixels_16x", "pixels_32x",
@@ -47,11 +50,6 @@ TargetName = Literal[
 ]  # fmt: skip
 HeadName = Literal["linear", "mlp", "inverse_swin_t", "inverse_swin_b"]
 LossName = Literal["l1", "l2", "smooth_l1", "cosine", "cross_entropy"]
-_CLASS_TARGETS = ("clusters", "bins_8", "bins_256", "tokens")
-_PATCH_TARGETS = ("hog", "tokens", "features")  # predicted for a patch as a whole
-_NO_WAY_BACK = ("hog", "features")  # to pixels
-# ImageNet-normalised pixels lie between these.
-_DARKEST, _BRIGHTEST = -2.2, 2.7
 # The paper's base models; what is 0 in a configuration is taken from here.
 _BASE: dict[str, dict[str, Any]] = {
     "vit": {"patch_size": 16, "dim": 768, "depth": 12, "heads": 12},
@@ -75,33 +73,37 @@ class SimMIMConfig:
         mlp_ratio: Hidden width of every MLP over its input's.
         layer_scale: First value of the ViT's learned factors of residual branches; None for none.
         drop_path: Fraction of samples whose residual branches the last encoder block leaves out.
-        target: What is predicted: "pixels", their means over squares ("pixels_2x" to "pixels_32x"),
-            "window_normalized" pixels, the nearest of color "clusters", the bin of each channel
-            ("bins_8", "bins_256"), "hog", the "tokens" of a tokenizer, or "features" of a teacher.
-        head: "linear", "mlp", "inverse_swin_t" or "inverse_swin_b".
-        loss: "l1", "l2", "smooth_l1"; of features also "cosine"; of classes, "cross_entropy". None
-            for "l1" or, of features and classes, these.
+        target: What is predicted (figure 4, table 5): "pixels", their means over squares
+            ("pixels_2x" to "pixels_32x"; squares larger than a patch need a `unit` that covers
+            them), "window_normalized" pixels, the nearest of color "clusters", the bin of each
+            channel ("bins_8", "bins_256"), "hog", the "tokens" of a tokenizer, or "features" of a
+            teacher.
+        head: The prediction head (table 2).
+        loss: "l1", "l2", "smooth_l1"; of features also "cosine"; of classes, "cross_entropy"
+            (table 5). None for "l1" or, of features and classes, these.
         num_clusters: Number of color clusters, or of the codes of tokenizer "patches".
-        tokenizer: "patches" for k-means codes of normalised patches, fitted on the first images; or
-            a file: `tokenizer.safetensors` of `recipes/tokenizer.py`, or DALL-E's encoder.
-        teacher: File of the encoder whose features are predicted.
+        tokenizer: With target "tokens", "patches" for k-means codes of normalised patches, fitted
+            on the first images; or a file: `tokenizer.safetensors` of `recipes/tokenizer.py`, or
+            DALL-E's encoder.
+        teacher: With target "features", the encoder that makes them: an encoder.safetensors with
+            its config.yaml, or a checkpoint of the authors' MAE or CAE.
     """
 
-    image_size: int | tuple[int, ...]
+    image_size: Pixels | tuple[Pixels, ...]
     encoder: Literal["vit", "swin"] = "vit"
-    patch_size: int | tuple[int, ...] = 0
-    in_channels: int = 3
-    dim: int = 0
-    depth: int | tuple[int, ...] = 0
-    heads: int | tuple[int, ...] = 0
-    window: int = 6
-    mlp_ratio: float = 4.0
+    patch_size: NonNegativeInt | tuple[Pixels, ...] = 0
+    in_channels: PositiveInt = 3
+    dim: NonNegativeInt = 0
+    depth: NonNegativeInt | tuple[NonNegativeInt, ...] = 0
+    heads: NonNegativeInt | tuple[PositiveInt, ...] = 0
+    window: PositiveInt = 6
+    mlp_ratio: PositiveFloat = 4.0
     layer_scale: float | None = 0.1
-    drop_path: float = 0.0
+    drop_path: Fraction = 0.0
     target: TargetName = "pixels"
     head: HeadName = "linear"
     loss: LossName | None = None
-    num_clusters: int = 512
+    num_clusters: PositiveInt = 512
     tokenizer: str = "patches"
     teacher: str | None = None
 
@@ -126,18 +128,13 @@ class SimMIMConfig:
                 )
 
     @property
-    def predicts_classes(self) -> bool:
-        """Whether the target is classes, not numbers."""
-        return self.target in _CLASS_TARGETS
-
-    @property
     def scored_by(self) -> LossName:
         """The loss: what was asked for, or what fits the target best."""
         return self.loss or self._fitting_losses[0]
 
     @property
     def _fitting_losses(self) -> tuple[LossName, ...]:
-        if self.predicts_classes:
+        if self.target in ("clusters", "bins_8", "bins_256", "tokens"):
             return ("cross_entropy",)
         if self.target == "features":
             return ("cosine", "l1", "l2", "smooth_l1")
@@ -150,8 +147,8 @@ class SimMIMOutput:
 
     Attributes:
         loss: Mean error over the masked patches.
-        prediction: Predicted values of the masked patches: of pixels, in `patchify`'s order; of
-            classes, their logits behind one axis for each pixel (and channel).
+        prediction: Predicted values of the masked patches, in `patchify`'s order. Classes have
+            their logits on the last axis, after one axis for pixels (and channels).
         latent: The encoder's output: class token (ViT), then one token per position.
     """
 
@@ -173,8 +170,6 @@ class SimMIM(nn.Module):
         (torch.Size([2, 32, 48]), torch.Size([2, 16, 32]))
     """
 
-    colors: Tensor
-
     def __init__(self, config: SimMIMConfig) -> None:
         super().__init__()
         self.config = config
@@ -184,32 +179,25 @@ class SimMIM(nn.Module):
         self.patch_size = self.encoder.patch_embed.patch_size
         self.mask_token = nn.Parameter(torch.empty(1, 1, config.dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        if config.target == "clusters":
-            # A buffer, so that a checkpoint holds what `fit` finds.
-            self.register_buffer("colors", torch.zeros(config.num_clusters, config.in_channels))
-        images = (config.image_size, self.patch_size, config.in_channels)
-        self.tokenizer: Tokenizer | None = None
-        self.teacher: ViT | None = None
-        if config.target == "tokens":
-            self.tokenizer = make_tokenizer(config.tokenizer, *images, config.num_clusters)
-        elif config.target == "features":
-            self.teacher = load_teacher(config.teacher, *images)
-        self.point, values = self._size_of_points()
+        self.target = make_target(config, self.patch_size)
+        point = self.target.point
         stride = getattr(self.encoder, "stride", self.patch_size)
-        if any(side % point for side, point in zip(stride, self.point, strict=True)):
+        if any(side % p for side, p in zip(stride, point, strict=True)):
             raise ValueError(
-                f"target {config.target!r} has points of {self.point} pixels, which do not divide "
-                f"the {tuple(stride)} pixels of the encoder's tokens: choose a finer target"
+                f"target {config.target!r} has points of {point} pixels, which do not divide the "
+                f"{tuple(stride)} pixels of the encoder's tokens: choose a finer target"
             )
+        patch = _count_points(self.patch_size, point)
+        self.points_per_patch = math.prod(patch)
         self.head = SimMIMHead(
             config.head,
             grid=getattr(self.encoder, "out_grid", self.encoder.grid),
             dim=self.encoder.dim,
-            token=_points(stride, self.point),
-            patch=_points(self.patch_size, self.point),
-            values=values,
+            token=_count_points(stride, point),
+            patch=patch,
+            values=self.target.num_values // self.points_per_patch,
             window=config.window,
-            finest=max(4 // self.point[0], 1),
+            finest=max(4 // point[0], 1),
         )
         # What the authors leave out of weight decay, besides vectors.
         self.not_decayed = ("mask_token",) if config.encoder == "swin" else ("encoder.cls_token",)
@@ -221,38 +209,12 @@ class SimMIM(nn.Module):
         mask, images = join(mask, images)
         latent = self.encoder(images, mask, mask_token=self.mask_token)
         tokens = latent[:, self.encoder.num_prefix_tokens :]
-        predicted = self.head(tokens, self._scored(mask))
-        prediction = self._arrange(predicted)
-        return SimMIMOutput(self._score(predicted, prediction, images, mask), prediction, latent)
-
-    def _arrange(self, predicted: Tensor) -> Tensor:
-        """Bring what the head predicts from "c p1 p2" to `patchify`'s order; classes come last."""
-        channels, target = self.config.in_channels, self.config.target
-        if target in _PATCH_TARGETS:
-            return predicted
-        if target == "clusters":
-            return rearrange(predicted, "b m (k p) -> b m p k", k=self.config.num_clusters)
-        if self.config.predicts_classes:
-            bins = _num_bins(target)
-            return rearrange(predicted, "b m (c k p) -> b m (p c) k", c=channels, k=bins)
-        return rearrange(predicted, "b m (c p) -> b m (p c)", c=channels)
-
-    def _score(self, predicted: Tensor, prediction: Tensor, images: Tensor, mask: Mask) -> Tensor:
-        kind = self.config.scored_by
-        if self.config.target == "pixels":
-            assert kind != "cross_entropy"
-            assert kind != "cosine"
-            return losses.masked_pixel_loss(
-                predicted, images, mask, self.patch_size, normalize=None, kind=kind, order="c p1 p2"
-            )
-        target = self.target(images, mask)
-        loss: Tensor = _ERRORS[kind](prediction, target, self._scored(mask))
-        return loss
-
-    def _scored(self, mask: Mask) -> Mask:
-        """Return the mask of what is predicted together: patches, or squares of several."""
-        target = self.target
-        return target.group(mask) if isinstance(target, targets.DownsampledPixels) else mask
+        predicted = self.head(tokens, self.target.group(mask))
+        # The head's order is "c p1 p2", as published.
+        prediction = rearrange(predicted, "b m (c p) -> b m (p c)", p=self.points_per_patch)
+        prediction = prediction.unflatten(2, self.target.value_shape)
+        loss = self.target.loss(prediction, images, mask)
+        return SimMIMOutput(loss, prediction, latent)
 
     def check_masks(self, mask: Mask) -> None:
         """Check that masked patches fill whole squares, where these are to be predicted.
@@ -260,80 +222,32 @@ class SimMIM(nn.Module):
         Raises:
             ValueError: They do not.
         """
-        try:
-            self._scored(mask)
-        except ValueError as error:
-            unit = max(-(-p // q) for p, q in zip(self.point, self.patch_size, strict=True))
-            raise ValueError(
-                f"--target {self.config.target} predicts squares of several patches, which must be "
-                f"masked as a whole: give --unit {unit} or a multiple of it"
-            ) from error
-
-    @property
-    def target(self) -> Any:
-        """What is predicted."""
-        name = self.config.target
-        if name == "window_normalized":
-            return targets.WindowNormalizedPixels(self.patch_size)
-        if name == "clusters":
-            clusters = targets.ColorClusters(self.patch_size, self.config.num_clusters)
-            clusters.centers = self.colors
-            return clusters
-        if name == "tokens":
-            assert self.tokenizer is not None
-            return targets.TokenTarget(self.tokenizer.encode)
-        if name == "features":
-            assert self.teacher is not None
-            prefix = self.teacher.num_prefix_tokens
-            return targets.FeatureTarget(self.teacher, num_prefix=prefix)
-        if name.startswith("bins"):
-            return targets.ChannelBins(self.patch_size, _num_bins(name), _DARKEST, _BRIGHTEST)
-        if name == "hog":
-            return targets.HOG(self.patch_size, _hog_cell(self.patch_size))
-        if name == "pixels":
-            return targets.Pixels(self.patch_size)
-        return targets.DownsampledPixels(self.patch_size, _factor(name))
-
-    def _size_of_points(self) -> tuple[Grid, int]:
-        """Return the pixels that one predicted point stands for, and its number of values."""
-        name, channels = self.config.target, self.config.in_channels
-        axes = len(self.patch_size)
-        if name == "hog":
-            cells = math.prod(
-                patch // cell
-                for patch, cell in zip(self.patch_size, _hog_cell(self.patch_size), strict=True)
-            )
-            return self.patch_size, cells * channels * self.target.num_bins
-        if self.tokenizer is not None:
-            return self.patch_size, self.tokenizer.vocabulary_size
-        if self.teacher is not None:
-            return self.patch_size, self.teacher.dim
-        if name == "clusters":
-            return (1,) * axes, self.config.num_clusters
-        if self.config.predicts_classes:
-            return (1,) * axes, channels * _num_bins(name)
-        return (_factor(name),) * axes, channels
-
-    def fit(self, images: Float[Tensor, "images channels *spatial"]) -> None:
-        """Find the color clusters or the typical patches of images, where they are the target."""
-        if isinstance(self.tokenizer, PatchTokenizer):
-            self.tokenizer.fit(images)
-        if self.config.target == "clusters":
-            clusters = targets.ColorClusters(self.patch_size, self.config.num_clusters)
-            colors = images.movedim(1, -1).flatten(0, -2)
-            few = colors[:: max(len(colors) // (64 * self.config.num_clusters), 1)]
-            clusters.fit(few.T[None], max_iterations=20, generator=torch.Generator().manual_seed(0))
-            assert clusters.centers is not None
-            self.colors.copy_(clusters.centers)
+        self.target.group(mask)
 
 
-_ERRORS: dict[LossName, Any] = {
-    "l1": losses.masked_l1,
-    "l2": losses.masked_mse,
-    "smooth_l1": losses.masked_smooth_l1,
-    "cosine": losses.masked_cosine,
-    "cross_entropy": losses.masked_cross_entropy,
-}
+def make_target(config: SimMIMConfig, patch_size: Grid) -> targets.Target:
+    """Make what is predicted."""
+    name, error = config.target, cast(Any, config.scored_by)
+    shape = (patch_size, config.in_channels)
+    if name == "pixels":
+        return targets.PixelTarget(*shape, error=error)
+    if name.startswith("pixels_"):  # "pixels_8x"
+        return targets.SquareTarget(*shape, int(name[len("pixels_") : -1]), error=error)
+    if name == "window_normalized":
+        return targets.WindowTarget(*shape, error=error)
+    if name == "hog":
+        return targets.HOGTarget(*shape, error=error)
+    if name == "clusters":
+        return targets.ClusterTarget(*shape, config.num_clusters)
+    if name.startswith("bins_"):  # "bins_256"
+        return targets.BinTarget(*shape, int(name.removeprefix("bins_")))
+    if name == "tokens":
+        return targets.TokenTarget(
+            make_tokenizer(config.tokenizer, config.image_size, *shape, config.num_clusters),
+            patch_size,
+        )
+    teacher = load_teacher(config.teacher, config.image_size, *shape)
+    return targets.FeatureTarget(teacher, normalize=True, error=error)
 
 
 def make_swin(config: SimMIMConfig) -> SwinTransformer:
@@ -388,77 +302,9 @@ def make_vit(config: SimMIMConfig) -> ViT:
     return encoder
 
 
-def _points(side: Grid, point: Grid) -> Grid:
-    """Count the points per axis in so many pixels; a point larger than these counts as one."""
+def _count_points(side: Grid, point: Grid) -> Grid:
+    """Count points along each axis of a patch; one that is larger than the patch counts as one."""
     return tuple(max(s, p) // p for s, p in zip(side, point, strict=True))
-
-
-def _factor(target: str) -> int:
-    """Return the side of a square whose mean is predicted: 8 for "pixels_8x"."""
-    return int(target[len("pixels_") : -1]) if target.startswith("pixels_") else 1
-
-
-def _num_bins(target: str) -> int:
-    return int(target.removeprefix("bins_"))
-
-
-def _hog_cell(patch: Grid) -> Grid:
-    return tuple(math.gcd(side, 8) for side in patch)
-
-
-def reconstruct(
-    model: SimMIM, images: Float[Tensor, "batch channels *spatial"], mask: Mask
-) -> Float[Tensor, "batch channels *spatial"]:
-    """Fill in the masked patches; leave them gray where there is no way back to pixels."""
-    if model.config.target in _NO_WAY_BACK:
-        return viz.show_masked(images, mask, model.patch_size, color=0.0)
-    prediction = model(images, mask).prediction.float()
-    values = prediction.argmax(dim=-1) if model.config.predicts_classes else prediction
-    if model.tokenizer is None:
-        patches = model.target.invert(values, images, mask)
-    else:
-        patches = decode_masked(model.tokenizer, values, images, mask, model.patch_size)
-    return viz.fill_masked(images, mask, patches, model.patch_size)
-
-
-def describe_way_back(model: SimMIM) -> str:
-    """Say how predictions became the pixels of the picture."""
-    name = model.config.target
-    if name == "pixels":
-        return notes.AS_PREDICTED
-    if name == "window_normalized":
-        return "Predictions are normalised; here they have the ground truth's window statistics."
-    if name in _NO_WAY_BACK:
-        return f"{name} has no way back to pixels: masked patches stay gray."
-    if name == "tokens":
-        is_of_patches = isinstance(model.tokenizer, PatchTokenizer)
-        return notes.WITH_TRUE_CONTRAST if is_of_patches else notes.AS_DECODED
-    if model.config.predicts_classes:
-        return "Each masked pixel has the color of its most likely class."
-    return f"Each square of {_factor(name)} x {_factor(name)} px has the mean predicted for it."
-
-
-def baselines(
-    model: SimMIM, images: Float[Tensor, "batch channels *spatial"], mask: Mask
-) -> dict[str, Float32[Tensor, ""]]:
-    """Score trivial predictors under the model's loss.
-
-    Of targets other than pixels: 0 everywhere, for features their mean, or for classes how often
-    each one occurs.
-    """
-    kind = model.config.scored_by
-    if model.config.target == "pixels":
-        assert kind != "cross_entropy"
-        assert kind != "cosine"
-        return losses.baselines(images, mask, model.patch_size, normalize=None, kind=kind)
-    target = model.target(images, mask)
-    if model.config.target == "features":
-        mean = target.mean(dim=(0, 1)).expand_as(target)
-        return {"mean": _ERRORS[kind](mean, target, mask)}
-    if not model.config.predicts_classes:
-        return {"zero": _ERRORS[kind](torch.zeros_like(target), target, model._scored(mask))}
-    share = target.flatten().bincount() / target.numel()
-    return {"frequencies": -(share * share.clamp(min=1e-12).log()).sum()}
 
 
 @dataclass(frozen=True)
@@ -467,16 +313,14 @@ class UnitMasking:
 
     Attributes:
         mask_ratio: Fraction of units to mask, in (0, 1), rounded up as the authors do.
-        unit: Patches per axis of a unit.
+        unit: Patches per axis that are masked together (table 1).
     """
 
-    mask_ratio: float
-    unit: int
+    mask_ratio: OpenFraction
+    unit: PositiveInt
 
     def __post_init__(self) -> None:
-        check_ratio(self.mask_ratio)
-        if self.unit < 1:
-            raise ValueError(f"--unit {self.unit} is too small: give 1 or more patches")
+        check_fields(self)
 
     def draw(self, key: Key, grid: tuple[int, ...]) -> Mask:
         """Draw the masks of a batch.
@@ -573,11 +417,7 @@ RECIPE = Recipe(
     name="simmim",
     presets=PRESETS,
     build=SimMIM,
-    baselines=baselines,
-    reconstruct=reconstruct,
-    note=describe_way_back,
     flags=("unit", "window", "head", "target", "loss", "tokenizer", "teacher"),
-    fit=SimMIM.fit,
 )
 
 if __name__ == "__main__":

@@ -12,18 +12,13 @@ many are: a code book of which few codes are used makes tokens that say little.
 
 import dataclasses
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 if __name__ == "__main__":
-    # Threads that spin for long while they wait bring a busy machine to a crawl.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch loads
-    if not __package__:  # a script: the same as `python -m recipes.tokenizer` from the root
-        sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __import__("recipes.script" if __package__ else "script")  # import path, threads
 
 import torch
 import yaml

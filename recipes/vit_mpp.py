@@ -10,33 +10,32 @@ warm-up): 79.9 % on ImageNet-1K after fine-tuning, 2 points above training from 
 preset is that schedule in epochs of ImageNet.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 if __name__ == "__main__":
-    # Threads that spin for long while they wait bring a busy machine to a crawl.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch loads
-    if not __package__:  # a script: the same as `python -m recipes.vit_mpp` from the root
-        sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __import__("recipes.script" if __package__ else "script")  # import path, threads
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from mimkit import container, losses, targets, viz
+from mimkit import container
 from mimkit.masking import Mask
 from mimkit.nn import ConvStem, ViT
 from mimkit.patches import gather_masked
-from recipes.engine import Masking, Preset, Recipe, Training, run
+from recipes.engine import Masking, Preset, Recipe, Training, run, targets
+from recipes.engine.fields import (
+    Depth,
+    Fraction,
+    Pixels,
+    PositiveFloat,
+    PositiveInt,
+    Width,
+    check_fields,
+)
 from recipes.engine.masks import join
-
-_BITS = 3  # a channel
-_LEVELS = 1 << _BITS
-# ImageNet-normalised pixels lie between these.
-_DARKEST, _BRIGHTEST = -2.2, 2.7
 
 
 @dataclass(frozen=True)
@@ -52,26 +51,27 @@ class MPPConfig:
         heads: Attention heads of the encoder.
         mlp_ratio: Hidden width of every MLP over its input's.
         drop_path: Fraction of samples whose residual branches the last block leaves out.
-        stem: Channels behind each strided convolution of a hybrid's stem; none for patches of
+        stem: Channels after each strided convolution of a hybrid's stem; none for patches of
             pixels.
         mask_share: Share of the corrupted patches that become the mask token.
         other_share: Share of them that become another corrupted patch.
     """
 
-    image_size: int | tuple[int, ...]
-    patch_size: int | tuple[int, ...] = 16
-    in_channels: int = 3
-    dim: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
-    drop_path: float = 0.0
-    stem: tuple[int, ...] = ()
-    mask_share: float = 0.8
-    other_share: float = 0.1
+    image_size: Pixels | tuple[Pixels, ...]
+    patch_size: Pixels | tuple[Pixels, ...] = 16
+    in_channels: PositiveInt = 3
+    dim: Width = 768
+    depth: Depth = 12
+    heads: PositiveInt = 12
+    mlp_ratio: PositiveFloat = 4.0
+    drop_path: Fraction = 0.0
+    stem: tuple[Width, ...] = ()
+    mask_share: Fraction = 0.8
+    other_share: Fraction = 0.1
 
     def __post_init__(self) -> None:
-        if min(self.mask_share, self.other_share) < 0 or self.mask_share + self.other_share > 1:
+        check_fields(self)
+        if self.mask_share + self.other_share > 1:
             raise ValueError(
                 "mask_share and other_share must be shares of one whole; "
                 f"got {self.mask_share} and {self.other_share}"
@@ -126,7 +126,8 @@ class MPP(nn.Module):
         )
         self.patch_size = self.encoder.patch_embed.patch_size
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, config.dim))
-        self.head = nn.Linear(config.dim, _LEVELS**config.in_channels)
+        self.target = targets.MeanColorTarget(self.patch_size, config.in_channels)
+        self.head = nn.Linear(config.dim, self.target.num_values)
 
     def forward(
         self, images: Float[Tensor, "images channels *spatial"], mask: Mask | Sequence[Mask]
@@ -137,26 +138,7 @@ class MPP(nn.Module):
         latent = self.encoder(images, mask, mask_token=tokens)
         prefix = self.encoder.num_prefix_tokens
         prediction = self.head(gather_masked(latent, mask, num_prefix=prefix)[:, prefix:])
-        loss = losses.masked_cross_entropy(prediction, self.colors(images, mask), mask)
-        return MPPOutput(loss, prediction, latent)
-
-    def colors(
-        self, images: Float[Tensor, "images channels *spatial"], mask: Mask
-    ) -> Int64[Tensor, "images masked"]:
-        """Return the class of each corrupted patch's mean color: a digit for each channel."""
-        means = targets.DownsampledPixels(self.patch_size, self.patch_size)(images, mask)
-        position = (means - _DARKEST) * (_LEVELS / (_BRIGHTEST - _DARKEST))
-        levels = position.floor().long().clamp(0, _LEVELS - 1)
-        return (levels << self._shifts(images.device)).sum(dim=2)
-
-    def paint(self, colors: Int64[Tensor, "images masked"]) -> Float[Tensor, "images masked patch"]:
-        """Return patches of the colors that classes stand for."""
-        levels = (colors.unsqueeze(2) >> self._shifts(colors.device)) & (_LEVELS - 1)
-        values = _DARKEST + (levels + 0.5) * ((_BRIGHTEST - _DARKEST) / _LEVELS)
-        return values.repeat(1, 1, self.patch_size[0] * self.patch_size[1])
-
-    def _shifts(self, device: torch.device) -> Tensor:
-        return torch.arange(self.config.in_channels, device=device) * _BITS
+        return MPPOutput(self.target.loss(prediction, images, mask), prediction, latent)
 
     def _corrupt(self, images: Tensor, mask: Mask) -> Float[Tensor, "images masked dim"]:
         """Return what stands for each corrupted patch."""
@@ -166,23 +148,6 @@ class MPP(nn.Module):
         dice = torch.rand(*hidden.shape[:2], 1, device=hidden.device)
         kept = torch.where(dice < self.config.mask_share + self.config.other_share, others, hidden)
         return torch.where(dice < self.config.mask_share, self.mask_token.to(kept.dtype), kept)
-
-
-def reconstruct(
-    model: MPP, images: Float[Tensor, "batch channels *spatial"], mask: Mask
-) -> Float[Tensor, "batch channels *spatial"]:
-    """Paint the corrupted patches in their most likely colors."""
-    patches = model.paint(model(images, mask).prediction.argmax(dim=-1))
-    return viz.fill_masked(images, mask, patches, model.patch_size)
-
-
-def baselines(
-    model: MPP, images: Float[Tensor, "batch channels *spatial"], mask: Mask
-) -> dict[str, Float32[Tensor, ""]]:
-    """Score what knows how often each color occurs, and nothing of the image."""
-    colors = model.colors(images, mask)
-    share = colors.flatten().bincount() / colors.numel()
-    return {"frequencies": -(share * share.clamp(min=1e-12).log()).sum()}
 
 
 PRESETS = {
@@ -209,9 +174,6 @@ RECIPE = Recipe(
     name="vit_mpp",
     presets=PRESETS,
     build=MPP,
-    baselines=baselines,
-    reconstruct=reconstruct,
-    note="Each masked patch has the one color that is predicted for it, of 8 levels a channel.",
 )
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ class Masking:
 
     Attributes:
         mask_ratio: Fraction of patches to mask, in (0, 1).
-        sampler: "uniform" draws patches one by one, "blockwise" in blocks; "gridwise" leaves every
-            second one of every second row visible.
+        sampler: How masks are drawn (table 1f): "uniform" patch by patch, "blockwise" in blocks;
+            "gridwise" leaves every second patch of every second row visible (ratio 0.75).
         views: Masks an image: a step costs as many passes, and loads each image once.
 
     Source:
@@ -61,18 +61,6 @@ def draw_views(
     if views == 1:
         return draw(key, grid)
     return [draw(key.view(view), grid) for view in range(views)]
-
-
-def check_ratio(mask_ratio: float) -> None:
-    """Check that a fraction of patches is masked, and one left.
-
-    Raises:
-        ValueError: It is not in (0, 1).
-    """
-    if not 0 < mask_ratio < 1:
-        raise ValueError(
-            f"--mask-ratio {mask_ratio} is out of range: give a fraction between 0 and 1"
-        )
 
 
 def take_rows(masks: Masks, rows: Tensor) -> Masks:

@@ -72,10 +72,11 @@ def draw_reconstructions(
     """Draw held-out pictures: as they are, masked, and reconstructed tile by tile."""
     encoder: Any = model.encoder
     height, width = encoder.image_size
-    rows = []
+    rows, share = [], 0.0
     for number, picture in enumerate(tiled_pictures(data, encoder.image_size)):
         ids = torch.arange(len(picture.tiles)) + (number << 32)
         mask = first(config.masking.draw(masking.key(ids, seed=config.seed), encoder.grid))
+        share = mask.num_masked / mask.num_tokens
         patch_size = height // mask.grid[0], width // mask.grid[1]  # not always the encoder's
         with config.autocast():
             filled = recipe.reconstruct(
@@ -84,8 +85,7 @@ def draw_reconstructions(
         masked = viz.show_masked(picture.tiles, mask, patch_size)
         shown = (picture.tiles, masked, picture.from_inputs(filled))
         rows.append([picture.join(tiles) for tiles in shown])
-    percent = f"{config.masking.mask_ratio:.0%}"
-    captions = ["input (not trained on)", f"masked, {percent}", "reconstruction"]
+    captions = ["input (not trained on)", f"masked, {share:.0%}", "reconstruction"]
     note = f"{_tile_note(encoder)} and filled in by itself.\n{_note(recipe, model)}"
     viz.panel(rows, captions, note=note).save(folder.path / "reconstructions.png")
 

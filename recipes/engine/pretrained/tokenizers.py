@@ -4,7 +4,6 @@ import pickle
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,9 +13,7 @@ from torch.nn import functional as F
 
 from mimkit._grids import per_axis, sides_of
 from mimkit.interop import from_official, load_checkpoint
-from mimkit.masking import Mask
 from mimkit.nn import DiscreteVAE, PatchTokenizer
-from mimkit.targets import TokenTarget
 from recipes.engine.data.images import NORMALIZE
 from recipes.engine.errors import UserError, reason_of
 
@@ -148,19 +145,6 @@ def decode_codes(
     if isinstance(tokenizer, PatchTokenizer):
         return tokenizer.decode(ids, like=like)
     return tokenizer.decode(ids)
-
-
-def decode_masked(
-    tokenizer: Tokenizer,
-    values: Int64[Tensor, "batch masked"],
-    images: Float[Tensor, "batch channels height width"],
-    mask: Mask,
-    patch_size: Sequence[int],
-) -> Float[Tensor, "batch masked patch"]:
-    """Return the masked patches that predicted codes stand for, beside the true visible ones."""
-    decode = partial(decode_codes, tokenizer, like=images)
-    target = TokenTarget(tokenizer.encode, decode, tuple(patch_size))
-    return target.invert(values, images, mask)
 
 
 def load_tokenizer(

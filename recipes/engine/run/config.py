@@ -23,6 +23,7 @@ from recipes.engine.fields import (
     PositiveInt,
     check_fields,
 )
+from recipes.engine.run import defaults
 from recipes.engine.run.cli import Options, override
 
 # Of the files in a run folder. 2: one loop for all recipes.
@@ -103,6 +104,9 @@ class Preset:
 class Recipe:
     """What the engine needs to know of a method.
 
+    Where a field from `baselines` to `fit` is left out, the model's `target` does the work (see
+    `recipes.engine.targets`).
+
     Attributes:
         name: Name of the recipe, as in the default output folder.
         presets: Name -> preset; the first one is the default.
@@ -121,14 +125,14 @@ class Recipe:
     name: str
     presets: Mapping[str, Preset]
     build: Callable[[Any], nn.Module]
-    baselines: Callable[[Any, Tensor, Mask], dict[str, Tensor]]
-    reconstruct: Callable[[Any, Tensor, Mask], Tensor]
-    note: str | Callable[[Any], str]
+    baselines: Callable[[Any, Tensor, Mask], dict[str, Tensor]] = defaults.baselines
+    reconstruct: Callable[[Any, Tensor, Mask], Tensor] = defaults.reconstruct
+    note: str | Callable[[Any], str] = defaults.note
     flags: Sequence[str] = ()
     pictures: Mapping[str, Callable[[Any, Tensor], Mapping[str, Tensor]]] = field(
         default_factory=dict
     )
-    fit: Callable[[Any, Tensor], None] | None = None
+    fit: Callable[[Any, Tensor], None] | None = defaults.fit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,44 @@
+"""What a recipe leaves to its model's target (see `recipes.engine.targets`).
+
+Axes: batch; channels; *spatial.
+"""
+
+from typing import Any
+
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from mimkit import viz
+from mimkit.masking import Mask
+
+
+def fit(model: Any, images: Float[Tensor, "batch channels *spatial"]) -> None:
+    """Let the target learn from some model inputs what it needs."""
+    model.target.fit(images)
+
+
+def baselines(
+    model: Any, images: Float[Tensor, "batch channels *spatial"], mask: Mask
+) -> dict[str, Float32[Tensor, ""]]:
+    """Score trivial predictors under the model's loss."""
+    scores: dict[str, Tensor] = model.target.baselines(images, mask)
+    return scores
+
+
+def reconstruct(
+    model: Any, images: Float[Tensor, "batch channels *spatial"], mask: Mask
+) -> Float[Tensor, "batch channels *spatial"]:
+    """Fill in the masked patches; leave them gray where there is no way back to pixels."""
+    patch_size = [size // n for size, n in zip(images.shape[2:], mask.grid, strict=True)]
+    prediction = model(images, mask).prediction.float()
+    try:
+        patches = model.target.invert(prediction, images, mask)
+    except NotImplementedError:
+        return viz.show_masked(images, mask, patch_size, color=0.0)
+    return viz.fill_masked(images, mask, patches, patch_size)
+
+
+def note(model: Any) -> str:
+    """Say what a viewer of reconstructions must know."""
+    text: str = model.target.note
+    return text
