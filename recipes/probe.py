@@ -14,34 +14,26 @@ Published on ImageNet-1K for MAE's 1600 epochs, linear / attentive: ViT-B 68.0 /
 """
 
 import dataclasses
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 if __name__ == "__main__":
     __import__("recipes.script" if __package__ else "script")  # import path, threads
 
-import torch
 import yaml
-from jaxtyping import Float
-from torch import Tensor, nn
 
-from mimkit import viz
-from mimkit.nn import AttentiveProbe
 from recipes.engine import Training
-from recipes.engine.classify import Classification, fit, score
 from recipes.engine.data.augment import Augmentation
 from recipes.engine.data.labelled import LabelledData, load_labelled
 from recipes.engine.data.load import load_data
-from recipes.engine.data.mixing import Mixing
 from recipes.engine.data.sets import DataSet, ProbeData
 from recipes.engine.errors import UserError
 from recipes.engine.loop import make_plan
-from recipes.engine.optim import LARS
+from recipes.engine.paper_probes import train_probe
+from recipes.engine.pictures import draw_attention
 from recipes.engine.pretrained.encoders import (
     EncoderFile,
     EncoderOptions,
@@ -49,23 +41,15 @@ from recipes.engine.pretrained.encoders import (
     fill_encoder,
     open_encoder,
 )
-from recipes.engine.pretrained.shapes import (
-    ConvViTShape,
-    Encoder,
-    EncoderShape,
-    SwinShape,
-    ViTShape,
-)
+from recipes.engine.pretrained.shapes import ConvViTShape, EncoderShape, SwinShape, ViTShape
 from recipes.engine.probes import (
     Features,
     compute_features,
-    evaluate,
-    fit_attentive,
+    features_to_compare,
     knn,
-    raw_pixels,
-    standardize,
+    print_probes,
+    run_probes,
 )
-from recipes.engine.report import pixels_per_token
 from recipes.engine.run.cli import options_of, override, run_command
 from recipes.engine.run.config import (
     Preset,
@@ -79,11 +63,6 @@ from recipes.engine.run.world import World, check_shares, join
 
 Pool = Literal["token", "mean"]
 Protocol = Literal["small", "paper"]
-
-_NAMES = {"knn": "k-NN", "linear": "linear", "attentive": "attentive"}
-_ATTENTIVE_HEADS = 12
-_ATTENTION_ROWS = 8  # images in the picture of attention
-_ENLARGED = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,93 +106,13 @@ class ProbeConfig(RunConfig):
     features: str = "all"
 
 
-class FrozenProbe(nn.Module):
-    """Classify images by frozen features; only the classifier has weights here.
-
-    Args:
-        features: Computes pooled features and tokens.
-        head: Classifies one of them.
-        on_tokens: Whether it looks at the tokens.
-    """
-
-    def __init__(self, features: Features, head: nn.Module, *, on_tokens: bool) -> None:
-        super().__init__()
-        self.features = features
-        self.head = head
-        self.on_tokens = on_tokens
-
-    def forward(
-        self, images: Float[Tensor, "batch channels *spatial"]
-    ) -> Float[Tensor, "batch classes"]:
-        """Return the logits of each image."""
-        with torch.no_grad():
-            pooled, tokens = self.features(images)
-        logits: Tensor = self.head(tokens if self.on_tokens else pooled)
-        return logits
-
-
-def linear_probe(features: Features, dim: int, num_classes: int) -> FrozenProbe:
-    """Make MAE's linear probe.
-
-    Source:
-        facebookresearch/mae `main_linprobe.py`.
-    """
-    linear = nn.Linear(dim, num_classes)
-    nn.init.trunc_normal_(linear.weight, std=0.01)
-    nn.init.zeros_(linear.bias)
-    head = nn.Sequential(nn.BatchNorm1d(dim, affine=False, eps=1e-6), linear)
-    return FrozenProbe(features, head, on_tokens=False)
-
-
-def attentive_probe(features: Features, dim: int, num_classes: int, *, heads: int) -> FrozenProbe:
-    """Make CAE's attentive probe, with as many heads as divide the width.
-
-    Source:
-        Atten4Vis/CAE `run_attentive.py`.
-    """
-    heads = next(number for number in range(heads, 0, -1) if dim % number == 0)
-    head = AttentiveProbe(dim=dim, heads=heads, num_classes=num_classes)
-    return FrozenProbe(features, head, on_tokens=True)
-
-
-def probe_optimizer(config: ProbeConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Make the optimizer of a probe: LARS for the linear one, SGD for the attentive one."""
-    if config.probe == "linear":
-        return LARS(model.parameters(), config.lr)
-    return torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9, nesterov=True)
-
-
 def load_features(config: ProbeConfig, file: EncoderFile) -> dict[str, Features]:
     """Make the features to probe: of the encoder, of the same untrained, and the pixels."""
     trained, untrained = (
         build_encoder(config.model, seed=config.seed, pool=config.pool) for _ in range(2)
     )
     fill_encoder(trained, file)
-    return {
-        "trained": encoder_features(trained, config),
-        "untrained": encoder_features(untrained, config),
-        "pixels": raw_pixels(pixels_per_token(trained)),
-    }
-
-
-def encoder_features(encoder: Encoder, config: RunConfig) -> Features:
-    """Return pooled features and tokens of a frozen encoder."""
-    encoder.to(config.device).eval().requires_grad_(False)
-
-    def features(images: Tensor) -> tuple[Tensor, Tensor]:
-        with config.autocast():
-            tokens = encoder(images.to(config.device)).float()
-        return encoder.pool(tokens), tokens
-
-    return features
-
-
-def probe_small(
-    config: ProbeConfig, features: dict[str, Features], probe: ProbeData
-) -> dict[str, dict[str, float]]:
-    """Fit every probe to few labelled images: accuracy in percent by probe and features."""
-    scores = {name: evaluate(f, probe, seed=config.seed) for name, f in features.items()}
-    return {kind: {name: scores[name][kind] for name in features} for kind in _NAMES}
+    return features_to_compare(trained, untrained, config)
 
 
 def probe_as_papers(
@@ -234,6 +133,8 @@ def probe_as_papers(
         training = override(preset.training if kind == "linear" else preset.attentive, options)
         found[kind] = {
             name: train_probe(
+                kind,
+                one,
                 dataclasses.replace(
                     config,
                     training=training,
@@ -241,7 +142,6 @@ def probe_as_papers(
                     probe=kind,
                     features=name,
                 ),
-                one,
                 data,
                 options,
                 path / f"{kind}-{name}",
@@ -270,45 +170,6 @@ def nearest(features: Features, probe: ProbeData) -> float:
     return knn(train, labels[0], test, labels[1])
 
 
-def train_probe(
-    config: ProbeConfig,
-    features: Features,
-    data: LabelledData,
-    options: ProbeOptions,
-    path: Path,
-    world: World,
-) -> float:
-    """Train one probe on one kind of features, or go on with it; return its accuracy."""
-    with RunFolder(path, config, world) as folder:
-        summary = folder.read_summary()
-        if summary is None:
-            height, width = config.model.image_axes()
-            blank = torch.zeros(1, data.images.in_channels, height, width)
-            with torch.no_grad():
-                pooled, tokens = features(blank.to(config.device))
-            torch.manual_seed(config.seed)
-            model = (
-                linear_probe(features, pooled.shape[1], data.num_classes)
-                if config.probe == "linear"
-                else attentive_probe(
-                    features, tokens.shape[2], data.num_classes, heads=_ATTENTIVE_HEADS
-                )
-            ).to(config.device)
-            task = Classification(
-                model,
-                partial(probe_optimizer, config),
-                Mixing(data.num_classes, mixup=0.0, cutmix=0.0, smoothing=0.0),
-                config,
-                data,
-                world,
-            )
-            fit(task, data, folder, options)
-            accuracy = score(model, config, data, world, workers=options.workers)
-            summary = {"accuracy": accuracy}
-            folder.write_summary(summary)
-    return float(summary["accuracy"])
-
-
 def probe_encoder(
     config: ProbeConfig,
     preset: ProbePreset,
@@ -325,7 +186,7 @@ def probe_encoder(
         if summary is None:
             features = load_features(config, file)
             if config.protocol == "small":
-                found = probe_small(config, features, data.probe)
+                found = run_probes(features, data.probe, seed=config.seed)
             else:
                 found = probe_as_papers(config, preset, features, data.probe, options, path, world)
             encoder = build_encoder(config.model, seed=config.seed)
@@ -335,42 +196,6 @@ def probe_encoder(
             summary = {"probes": found}
             folder.write_summary(summary)
     return summary
-
-
-def draw_attention(
-    features: dict[str, Features],
-    probe: ProbeData,
-    grid: tuple[int, ...],
-    folder: RunFolder,
-    *,
-    seed: int,
-) -> None:
-    """Draw where the attentive probe looks in test images, with a line around half of it.
-
-    Source:
-        CAE, arXiv:2202.03026, its figure of attention maps; there the encoders are trained.
-    """
-    # One image a class, so that each row shows something else.
-    labels = probe.test_labels
-    rows = [int((labels == label).nonzero()[0]) for label in labels.unique()[:_ATTENTION_ROWS]]
-    images = probe.test_images[rows]
-    low, high = (f(images, dim=(1, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))
-    stretched = (images - low) / (high - low).clamp(min=1e-6)
-    shown = stretched.repeat_interleave(_ENLARGED, 2).repeat_interleave(_ENLARGED, 3)
-    columns = {"input (contrast stretched)": shown}
-    for name, encode in features.items():
-        train, some = (
-            compute_features(encode, part, 256)[1] for part in (probe.train_images, images)
-        )
-        train, some = standardize(train, some)
-        classifier = fit_attentive(train, probe.train_labels.to(train.device), seed=seed)
-        attention = classifier.attention(some).mean(dim=1).cpu()
-        columns[name] = viz.show_attention(
-            shown, attention[:, -math.prod(grid) :].unflatten(1, grid)
-        )
-    panel = [list(row) for row in zip(*columns.values(), strict=True)]
-    note = "The line encloses the patches that hold half of the attention (mean over heads)."
-    viz.panel(panel, list(columns), note=note).save(folder.path / "attention.png")
 
 
 def resolve_probing(options: ProbeOptions) -> tuple[ProbeConfig, EncoderFile]:
@@ -404,10 +229,7 @@ def _default_pool(protocol: Protocol, shape: EncoderShape) -> Pool:
 
 def print_summary(summary: dict[str, Any], path: Path) -> None:
     """Print what the run showed."""
-    print(f"{'probe (accuracy, %)':<22}{'trained':>10}{'untrained':>11}{'raw pixels':>12}")
-    for kind, name in _NAMES.items():
-        row = summary["probes"][kind]
-        print(f"{name:<22}{row['trained']:>10.1f}{row['untrained']:>11.1f}{row['pixels']:>12.1f}")
+    print_probes(summary["probes"])
     print(f"numbers: {path}")
 
 

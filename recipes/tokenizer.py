@@ -25,7 +25,6 @@ import yaml
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from mimkit import viz
 from mimkit.nn import DiscreteVAE
 from recipes.engine.data.load import load_data
 from recipes.engine.data.sets import Batch, DataSet
@@ -42,8 +41,9 @@ from recipes.engine.fields import (
     check_fields,
 )
 from recipes.engine.loop import Moment, Task, make_plan, run_steps
+from recipes.engine.pictures import TiledPicture, draw_columns
 from recipes.engine.pretrained.tokenizers import to_inputs, to_pixels
-from recipes.engine.report import print_unreadable, tiled_pictures
+from recipes.engine.report import print_unreadable
 from recipes.engine.run.cli import FLAGS, Options, options_of, run_command
 from recipes.engine.run.config import Preset, RunConfig, Training, resolve
 from recipes.engine.run.folder import RunFolder, output_folder
@@ -190,16 +190,17 @@ def draw_reconstructions(
     model: DiscreteVAE, config: RunConfig, data: DataSet, folder: RunFolder
 ) -> None:
     """Draw held-out pictures as they are and as their codes have them."""
-    height, width = config.image_size
-    rows = []
-    for picture in tiled_pictures(data, (height, width)):
+
+    def columns(_: int, picture: TiledPicture) -> dict[str, Tensor]:
         pixels = to_pixels(picture.inputs.to(config.device))
-        decoded = to_inputs(model.decode(model.encode(pixels)))
-        read = to_inputs(pixels)
-        shown = (picture.tiles, picture.from_inputs(read), picture.from_inputs(decoded))
-        rows.append([picture.join(tiles) for tiles in shown])
-    captions = ["input (not trained on)", "as the tokenizer reads it", "from its codes"]
-    viz.panel(rows, captions).save(folder.path / "reconstructions.png")
+        decoded = model.decode(model.encode(pixels))
+        return {
+            "as the tokenizer reads it": picture.from_inputs(to_inputs(pixels)),
+            "from its codes": picture.from_inputs(to_inputs(decoded)),
+        }
+
+    height, width = config.image_size
+    draw_columns(folder.path / "reconstructions.png", data, (height, width), columns)
 
 
 @torch.no_grad()

@@ -24,3 +24,13 @@ def reason_of(error: BaseException) -> str:
         return error.strerror
     # PyTorch's own message is a page, and advises to switch a safety off.
     return "it is neither a safetensors file nor a checkpoint of PyTorch, or it is damaged"
+
+
+def escaped(text: str) -> str:
+    r"""Return a name or text from outside without characters that steer a terminal.
+
+    Example:
+        >>> print(escaped("a\x1b[2J.png"))
+        a\x1b[2J.png
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

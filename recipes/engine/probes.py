@@ -6,20 +6,24 @@ computed once and cached; the probes run on the device that the features are on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimkit.nn import AttentiveProbe
 from recipes.engine.data.sets import ProbeData
+from recipes.engine.run.config import RunConfig
 
 # Images [B, C, H, W] -> pooled features [B, width] and tokens [B, tokens, width of a token].
 Features = Callable[[Tensor], tuple[Tensor, Tensor]]
 
+# Key in `summary.json` -> name in the table.
+PROBES = {"knn": "k-NN", "linear": "linear", "attentive": "attentive"}
 # Strongest first: of equally good ones the first is taken.
 L2_STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4)
 LBFGS_ITERATIONS = 300
@@ -30,6 +34,62 @@ ATTENTIVE_SAMPLES = 28_000
 ATTENTIVE_BATCH = 64
 ATTENTIVE_LR = 2e-3
 TEST_BATCH = 256
+
+
+def features_to_compare(
+    trained: nn.Module, untrained: nn.Module, config: RunConfig
+) -> dict[str, Features]:
+    """Return what is probed: an encoder, the same encoder untrained, and raw pixels."""
+    return {
+        "trained": encoder_features(trained, config),
+        "untrained": encoder_features(untrained, config),
+        "pixels": raw_pixels(pixels_per_token(trained)),
+    }
+
+
+def encoder_features(encoder: Any, config: RunConfig) -> Features:
+    """Freeze an encoder; return pooled features and tokens of the whole images that it sees."""
+    encoder.to(config.device).eval().requires_grad_(False)
+
+    def features(images: Tensor) -> tuple[Tensor, Tensor]:
+        with config.autocast():
+            tokens = encoder(images.to(config.device)).float()
+        return encoder.pool(tokens), tokens
+
+    return features
+
+
+def pixels_per_token(encoder: Any) -> tuple[int, int]:
+    """Return height and width, in pixels, of what an encoder's token stands for."""
+    height, width = (
+        size // tokens for size, tokens in zip(encoder.image_size, encoder.grid, strict=True)
+    )
+    return height, width
+
+
+def run_probes(
+    features: Mapping[str, Features], probe: ProbeData, *, seed: int
+) -> dict[str, dict[str, float]]:
+    """Score several features with every probe.
+
+    Args:
+        features: What is probed, by name.
+        probe: The labelled images.
+        seed: Seed of the attentive probe.
+
+    Returns:
+        Accuracy in percent, by probe and by name of the features.
+    """
+    scores = {name: evaluate(f, probe, seed=seed) for name, f in features.items()}
+    return {kind: {name: scores[name][kind] for name in features} for kind in PROBES}
+
+
+def print_probes(scores: Mapping[str, Mapping[str, float]]) -> None:
+    """Print the accuracies of `run_probes` as a table."""
+    print(f"{'probe (accuracy, %)':<22}{'trained':>10}{'untrained':>11}{'raw pixels':>12}")
+    for kind, name in PROBES.items():
+        row = scores[kind]
+        print(f"{name:<22}{row['trained']:>10.1f}{row['untrained']:>11.1f}{row['pixels']:>12.1f}")
 
 
 def evaluate(
@@ -95,7 +155,7 @@ def knn(
     k: int = 10,
     temperature: float = 0.07,
 ) -> float:
-    """Classify by the nearest neighbors, which vote with weight exp(cosine / temperature).
+    """Classify by the nearest neighbors, each weighted by exp(cosine / temperature).
 
     Args:
         train: Labelled features.
@@ -103,7 +163,7 @@ def knn(
         test: Features to classify.
         test_labels: Their classes.
         k: How many neighbors vote; all if there are fewer.
-        temperature: A smaller one gives the nearest a greater say.
+        temperature: A smaller one gives the nearest neighbors a larger weight.
 
     Returns:
         Accuracy in percent.
@@ -225,7 +285,7 @@ def shuffled_batches(number: int, generator: torch.Generator) -> Int64[Tensor, "
         generator: Source of randomness.
 
     Returns:
-        One row of ids per step, as many as hold about `ATTENTIVE_SAMPLES`.
+        One row of ids per step; about `ATTENTIVE_SAMPLES` ids in all.
     """
     steps = ATTENTIVE_SAMPLES // ATTENTIVE_BATCH + 1
     epochs = steps * ATTENTIVE_BATCH // number + 1
@@ -246,17 +306,17 @@ def standardize(
 def rotate_to_span(
     train: Float[Tensor, "train width"], test: Float[Tensor, "test width"]
 ) -> tuple[Float[Tensor, "train reduced"], Float[Tensor, "test reduced"]]:
-    """Express features that are wider than they are many in an orthonormal basis of their span.
+    """Reduce features with more dimensions than samples to an orthonormal basis of their span.
 
-    A classifier with an L2 penalty keeps its weights in the span of what it was fitted to, and the
-    penalty does not notice a rotation: the fit is the same, at a cost bounded by the images.
+    The weights of a classifier with an L2 penalty lie in the span of its training features, and the
+    penalty is invariant to rotation: the fit is the same, and costs no more than its images.
 
     Args:
-        train: Features that span.
-        test: Features to express in the same basis; what lies outside the span has no weight.
+        train: Features that define the span.
+        test: Features to express in the same basis; parts outside the span would get no weight.
 
     Returns:
-        The features, no wider than there are in `train`.
+        Both, with at most as many dimensions as `train` has samples.
     """
     if train.shape[1] <= train.shape[0]:
         return train, test
@@ -267,7 +327,7 @@ def rotate_to_span(
 def fit_logistic(
     features: Float[Tensor, "train width"], labels: Int64[Tensor, " train"], *, l2: float
 ) -> tuple[Float[Tensor, "width classes"], Float[Tensor, " classes"]]:
-    """Minimize the mean cross-entropy plus `l2 / 2` times the squared weights, biases left free.
+    """Minimize the mean cross-entropy plus `l2 / 2` times the squared weights, without the biases.
 
     Args:
         features: Features to fit to.
@@ -298,7 +358,7 @@ def fit_logistic(
 
 
 def num_classes(labels: Int64[Tensor, " train"]) -> int:
-    """Count the classes that labels from 0 speak of."""
+    """Count the classes: labels start at 0."""
     return int(labels.max()) + 1
 
 

@@ -79,12 +79,12 @@ class Options:
 # Fields of every preset that are options: of the model and of the training.
 FLAGS = ("image_size", "epochs", "batch_size", "warmup_epochs", "precision")
 
-OptionsType = TypeVar("OptionsType", bound=Options)
+OptionsType = TypeVar("OptionsType")
 
 
 def run_command(
     command: Callable[[Any], None],
-    options_type: type[Options],
+    options_type: type[Any],
     *,
     name: str,
     description: str,
@@ -94,7 +94,7 @@ def run_command(
 
     Args:
         command: What to do with the options.
-        options_type: The options.
+        options_type: A dataclass of options.
         name: Name of the script.
         description: Text above the options of `--help`.
         arguments: Command line; that of the process if `None`.
@@ -234,7 +234,7 @@ def parse_options(
         raise UserError(_one_line(messages.getvalue())) from None
     with refusing():
         check_fields(options)
-    if options.out == "":
+    if getattr(options, "out", None) == "":
         raise UserError('--out "" names no folder: give one, or leave it out')
     return options
 

@@ -1,0 +1,311 @@
+"""Pictures of a run: curves, reconstructions, attention; and those of several runs side by side.
+
+    python -m recipes.engine.pictures RUN RUN [RUN ...] [--out FOLDER]
+
+puts the pictures that all the runs have beside each other, each under its folder's name and what
+its configuration has different from the others'.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from einops import rearrange
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+from mimkit import masking, viz
+from recipes.engine.data.sets import DataSet, ProbeData
+from recipes.engine.errors import UserError, escaped
+from recipes.engine.masks import first
+from recipes.engine.probes import Features, compute_features, fit_attentive, standardize
+from recipes.engine.reading import UnreadableError, read_yaml
+from recipes.engine.run.cli import run_command
+from recipes.engine.run.config import Recipe, RunConfig
+from recipes.engine.run.folder import RunFolder
+
+_ATTENTION_ROWS = 8  # images in the picture of attention
+_ENLARGED = 4
+
+
+def draw_curves(folder: RunFolder) -> None:
+    """Draw the loss over the steps, beside what trivial predictors score."""
+    metrics = folder.read_metrics()
+    names = metrics[0]["baselines"]
+    series = {"loss": [row["loss"] for row in metrics]}
+    series |= {name: [row["baselines"][name] for row in metrics] for name in names}
+    picture = viz.curves([row["step"] for row in metrics], series, title="loss")
+    picture.save(folder.path / "curves.png")
+
+
+@torch.no_grad()
+def draw_reconstructions(
+    recipe: Recipe, config: RunConfig, data: DataSet, folder: RunFolder, model: nn.Module
+) -> None:
+    """Draw held-out pictures: as they are, masked, and reconstructed tile by tile."""
+    encoder: Any = model.encoder
+    height, width = encoder.image_size
+
+    def columns(number: int, picture: "TiledPicture") -> dict[str, Tensor]:
+        ids = torch.arange(len(picture.tiles)) + (number << 32)
+        mask = first(config.masking.draw(masking.key(ids, seed=config.seed), encoder.grid))
+        patch_size = height // mask.grid[0], width // mask.grid[1]  # not always the encoder's
+        with config.autocast():
+            filled = recipe.reconstruct(
+                model, picture.inputs.to(config.device), mask.to(config.device)
+            )
+        masked = viz.show_masked(picture.tiles, mask, patch_size)
+        share = f"masked, {mask.num_masked / mask.num_tokens:.0%}"
+        return {share: masked, "reconstruction": picture.from_inputs(filled)}
+
+    note = f"{_tile_note(encoder)} and filled in by itself.\n{_note(recipe, model)}"
+    file = folder.path / "reconstructions.png"
+    draw_columns(file, data, (height, width), columns, note=note)
+
+
+@torch.no_grad()
+def draw_more_pictures(
+    recipe: Recipe, config: RunConfig, data: DataSet, folder: RunFolder, model: nn.Module
+) -> None:
+    """Draw what the recipe shows of held-out pictures beside reconstructions."""
+    encoder: Any = model.encoder
+    note = f"{_tile_note(encoder)}.\n{_note(recipe, model)}"
+    for name, draw in recipe.pictures.items():
+
+        def columns(_: int, picture: "TiledPicture", draw: Any = draw) -> dict[str, Tensor]:
+            with config.autocast():
+                found = draw(model, picture.inputs.to(config.device))
+            return {caption: picture.from_inputs(tiles) for caption, tiles in found.items()}
+
+        draw_columns(folder.path / f"{name}.png", data, encoder.image_size, columns, note=note)
+
+
+def draw_columns(
+    file: Path,
+    data: DataSet,
+    size: tuple[int, int],
+    columns: Callable[[int, "TiledPicture"], Mapping[str, Tensor]],
+    *,
+    note: str = "",
+) -> None:
+    """Draw held-out pictures with columns of what is made of them; nothing if there are none.
+
+    Args:
+        file: Where to.
+        data: Has the pictures.
+        size: Height and width of a tile.
+        columns: Makes tiles in [0, 1] by caption, of a picture and its number.
+        note: Text below.
+    """
+    rows, captions = [], ["input (not trained on)"]
+    for number, picture in enumerate(tiled_pictures(data, size)):
+        found = columns(number, picture)
+        captions = [captions[0], *found]
+        rows.append([picture.join(tiles) for tiles in (picture.tiles, *found.values())])
+    if rows:
+        viz.panel(rows, captions, note=note).save(file)
+
+
+def _note(recipe: Recipe, model: nn.Module) -> str:
+    return recipe.note if isinstance(recipe.note, str) else recipe.note(model)
+
+
+@dataclass(frozen=True, eq=False)
+class TiledPicture:
+    """A picture cut into tiles of the encoder's size.
+
+    Attributes:
+        tiles: Tiles in [0, 1], row by row.
+        inputs: Tiles as model inputs.
+        mean: What was subtracted from them.
+        std: What they were divided by then.
+        down: Tiles in a column.
+        across: Tiles in a row.
+    """
+
+    tiles: Tensor
+    inputs: Tensor
+    mean: Tensor
+    std: Tensor
+    down: int
+    across: int
+
+    def from_inputs(self, inputs: Tensor) -> Tensor:
+        """Turn model inputs of the tiles into tiles."""
+        return inputs.float().cpu() * self.std + self.mean
+
+    def join(self, tiles: Tensor) -> Tensor:
+        """Put the tiles together."""
+        return rearrange(tiles, "(a b) c h w -> c (a h) (b w)", a=self.down, b=self.across)
+
+
+def tiled_pictures(data: DataSet, size: tuple[int, int]) -> Iterator[TiledPicture]:
+    """Cut each held-out picture into tiles of a height and width."""
+    height, width = size
+    for picture in data.pictures:
+        down, across = picture.shape[1] // height, picture.shape[2] // width
+        tiles = rearrange(picture, "c (a h) (b w) -> (a b) c h w", a=down, b=across)
+        yield TiledPicture(tiles, *data.normalize(tiles), down, across)
+
+
+def _tile_note(encoder: Any) -> str:
+    height, width = encoder.image_size
+    return f"Tiles of {height} x {width} px, each normalised"
+
+
+def draw_attention(
+    features: dict[str, Features],
+    probe: ProbeData,
+    grid: tuple[int, ...],
+    folder: RunFolder,
+    *,
+    seed: int,
+) -> None:
+    """Draw where the attentive probe looks in test images, with a line around half of it.
+
+    Source:
+        CAE, arXiv:2202.03026, its figure of attention maps; there the encoders are trained.
+    """
+    # One image a class, so that each row shows something else.
+    labels = probe.test_labels
+    rows = [int((labels == label).nonzero()[0]) for label in labels.unique()[:_ATTENTION_ROWS]]
+    images = probe.test_images[rows]
+    low, high = (f(images, dim=(1, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))
+    stretched = (images - low) / (high - low).clamp(min=1e-6)
+    shown = stretched.repeat_interleave(_ENLARGED, 2).repeat_interleave(_ENLARGED, 3)
+    columns = {"input (contrast stretched)": shown}
+    for name, encode in features.items():
+        train, some = (
+            compute_features(encode, part, 256)[1] for part in (probe.train_images, images)
+        )
+        train, some = standardize(train, some)
+        classifier = fit_attentive(train, probe.train_labels.to(train.device), seed=seed)
+        attention = classifier.attention(some).mean(dim=1).cpu()
+        columns[name] = viz.show_attention(
+            shown, attention[:, -math.prod(grid) :].unflatten(1, grid)
+        )
+    panel = [list(row) for row in zip(*columns.values(), strict=True)]
+    note = "The line encloses the patches that hold half of the attention (mean over heads)."
+    viz.panel(panel, list(columns), note=note).save(folder.path / "attention.png")
+
+
+# Several runs
+
+
+def place_side_by_side(runs: Sequence[Path], out: Path) -> list[Path]:
+    """Put the pictures that all of several runs have beside each other.
+
+    Args:
+        runs: Folders of finished runs, of any recipes.
+        out: Folder for the new pictures; made if need be.
+
+    Returns:
+        The files written: `<name>-side-by-side.png` for each picture.
+
+    Raises:
+        UserError: A folder without a finished run, no common picture, or one that cannot be read.
+    """
+    if len(runs) < 2:
+        raise UserError("give the folders of two or more runs")
+    captions = _captions([_config_of(run) for run in runs], runs)
+    names = sorted(set.intersection(*({file.stem for file in run.glob("*.png")} for run in runs)))
+    if not names:
+        raise UserError(f"no picture is in all of {', '.join(map(escaped, map(str, runs)))}")
+    written = []
+    out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        pictures = [_read_picture(run / f"{name}.png") for run in runs]
+        written.append(out / f"{name}-side-by-side.png")
+        _beside(pictures, captions).save(written[-1])
+    return written
+
+
+def _config_of(run: Path) -> dict[str, Any]:
+    """Read the configuration of a finished run, flat."""
+    if not (run / "summary.json").is_file():
+        raise UserError(f"{run} is not the folder of a finished run: it has no summary.json")
+    try:
+        config = read_yaml(run / "config.yaml")
+    except UnreadableError as error:
+        raise UserError(f"{run / 'config.yaml'} cannot be read: {error}") from error
+    return dict(_flat(config)) if isinstance(config, dict) else {}
+
+
+def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _captions(configs: Sequence[Mapping[str, Any]], runs: Sequence[Path]) -> list[str]:
+    """Name each run, and what its configuration has different."""
+    names = sorted({name for config in configs for name in config})
+    different = [n for n in names if any(c.get(n) != configs[0].get(n) for c in configs)]
+    return [
+        "\n".join([run.resolve().name, *(f"{name}: {config.get(name)}" for name in different[:8])])
+        for run, config in zip(runs, configs, strict=True)
+    ]
+
+
+def _read_picture(file: Path) -> Image.Image:
+    try:
+        return Image.open(file).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{file} cannot be read: it is not a whole picture") from error
+
+
+def _beside(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
+    """Put pictures in a row, each under its caption."""
+    gap, line = 12, 14
+    top = gap + line * max(caption.count("\n") + 1 for caption in captions) + gap
+    width = sum(picture.width + gap for picture in pictures) + gap
+    sheet = Image.new("RGB", (width, top + max(p.height for p in pictures) + gap), "white")
+    pen, left = ImageDraw.Draw(sheet), gap
+    for picture, caption in zip(pictures, captions, strict=True):
+        for number, text in enumerate(caption.split("\n")):
+            most = max(picture.width // 7, 12)  # characters of the built-in font
+            shown = text if len(text) <= most else f"{text[: most - 3]}..."
+            pen.text((left, gap + number * line), escaped(shown), fill="black")
+        sheet.paste(picture, (left, top))
+        left += picture.width + gap
+    return sheet
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Put the pictures of several runs side by side.
+
+    Attributes:
+        runs: Folders of finished runs.
+        out: Folder for the new pictures.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    out: Path = Path()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command, and return its exit code."""
+
+    def command(options: SideBySide) -> None:
+        for file in place_side_by_side(options.runs, options.out):
+            print(file)
+
+    return run_command(
+        command,
+        SideBySide,
+        name="engine/pictures",
+        description="Put the pictures of several runs side by side.",
+        arguments=arguments,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
