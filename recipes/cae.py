@@ -17,7 +17,6 @@ masked patches: it predicts a teacher's features by their cosine. docs/recipes.m
 """
 
 import dataclasses
-import math
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -30,11 +29,10 @@ if __name__ == "__main__":
 import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mimkit import container, losses, masking, viz
+from mimkit import container, losses, viz
 from mimkit._grids import per_axis, sides_of
-from mimkit.masking import Key, Mask
+from mimkit.masking import Mask
 from mimkit.nn import CAEDecoder, ContextRegressor, PatchTokenizer, PixelHead, TokenHead, ViT
 from mimkit.patches import sincos_positions, unpatchify
 from recipes.engine import Preset, Recipe, Training, run, targets
@@ -42,14 +40,13 @@ from recipes.engine.fields import (
     Depth,
     Fraction,
     NonNegativeFloat,
-    OpenFraction,
     Pixels,
     PositiveFloat,
     PositiveInt,
     Width,
     check_fields,
 )
-from recipes.engine.masks import join
+from recipes.engine.masks import BlockMasking, join
 from recipes.engine.pretrained.teachers import load_teacher
 from recipes.engine.pretrained.tokenizers import make_tokenizer
 
@@ -74,13 +71,18 @@ class CAEConfig:
         decoder_depth: Blocks of the decoder.
         decoder_heads: Attention heads of regressor and decoder.
         decoder_layer_scale: As `layer_scale`, of regressor and decoder.
-        vocabulary_size: Codes of the tokenizer.
+        vocabulary_size: Codes of the tokenizer; a file brings its own.
         alignment_weight: Weight of the alignment loss; 0 leaves its target out.
         target: What is predicted: "tokens" of a tokenizer, "rgb", normalised pixels, or "features"
             of a teacher (CAE v2).
-        feature_dim: Width of the teacher's features.
+        feature_dim: Width of the teacher's features; a file brings its own.
         no_alignment: Whether to train without alignment (the paper's ablation).
         no_decoder: Whether to predict from the regressor's output directly (the paper's ablation).
+        tokenizer: With target "tokens", "patches" for k-means codes of normalised patches, fitted
+            on the first images; or a file: `tokenizer.safetensors` of `recipes/tokenizer.py`, or
+            DALL-E's encoder.
+        teacher: With target "features", the encoder that makes them: an encoder.safetensors with
+            its config.yaml, or a checkpoint of the authors' MAE or CAE.
         drop_path: Fraction of samples whose residual branches the last block of encoder, regressor
             and decoder leaves out.
         alignment_drop_path: Whether paths are dropped where the alignment's target is made, too,
@@ -106,6 +108,8 @@ class CAEConfig:
     feature_dim: PositiveInt = 512
     no_alignment: bool = False
     no_decoder: bool = False
+    tokenizer: str = "patches"
+    teacher: str | None = None
     drop_path: Fraction = 0.0
     alignment_drop_path: bool = True
 
@@ -330,21 +334,6 @@ class CAE(nn.Module):
             nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)
 
 
-@dataclass(frozen=True)
-class PretrainConfig(CAEConfig):
-    """Shape of the model, and where its targets come from.
-
-    Attributes:
-        tokenizer: "patches" for k-means codes of normalised patches, fitted on the first images; or
-            a file: `tokenizer.safetensors` of `recipes/tokenizer.py`, or DALL-E's encoder.
-        teacher: With target "features", the encoder that makes them: an encoder.safetensors with
-            its config.yaml, or a checkpoint of the authors' MAE or CAE.
-    """
-
-    tokenizer: str = "patches"
-    teacher: str | None = None
-
-
 @container
 class PretrainOutput:
     """What a step gives: numbers for the log.
@@ -371,7 +360,7 @@ class PretrainOutput:
 class PretrainCAE(nn.Module):
     """CAE with its target: the tokenizer or teacher is frozen."""
 
-    def __init__(self, config: PretrainConfig) -> None:
+    def __init__(self, config: CAEConfig) -> None:
         super().__init__()
         self.target = make_target(config)
         if config.target == "tokens":
@@ -416,7 +405,7 @@ class PretrainCAE(nn.Module):
         return {}
 
 
-def make_target(config: PretrainConfig) -> targets.Target:
+def make_target(config: CAEConfig) -> targets.Target:
     """Make what is predicted."""
     axes = len(sides_of("image_size", config.image_size))
     patch_size = per_axis("patch_size", config.patch_size, axes)
@@ -424,27 +413,9 @@ def make_target(config: PretrainConfig) -> targets.Target:
     if config.target == "rgb":
         return targets.PixelTarget(patch_size, config.in_channels, normalize=True)
     if config.target == "features":
-        return SimilarityTarget(load_teacher(config.teacher, *images))
+        return targets.SimilarityTarget(load_teacher(config.teacher, *images))
     tokenizer = make_tokenizer(config.tokenizer, *images, config.vocabulary_size)
     return targets.CountedTokenTarget(tokenizer, patch_size)
-
-
-class SimilarityTarget(targets.FeatureTarget):
-    """Features of a teacher; a prediction is drawn as its cosine with them."""
-
-    def __init__(self, teacher: ViT) -> None:
-        super().__init__(teacher, normalize=False, error="cosine")
-        self.note = "The brighter a patch, the nearer its features to the teacher's."
-
-    def invert(
-        self,
-        prediction: Float[Tensor, "images masked features"],
-        images: Float[Tensor, "images channels *spatial"],
-        mask: Mask,
-    ) -> Float[Tensor, "images masked patch"]:
-        """Return patches of one brightness: the cosine."""
-        cosine = F.cosine_similarity(prediction, self(images, mask), dim=2)
-        return cosine.unsqueeze(2).expand(-1, -1, images.shape[1] * math.prod(self.patch_size))
 
 
 def reconstruct(
@@ -475,30 +446,6 @@ def decode_full(
     return {name: unpatchify(patches, grid, target.patch_size) for name, patches in columns.items()}
 
 
-@dataclass(frozen=True)
-class BlockMasking:
-    """Which patches of a batch are masked.
-
-    Attributes:
-        mask_ratio: Fraction of patches to mask, in (0, 1).
-        sampler: How masks are drawn: "blockwise" as published, or "uniform".
-        min_block: Smallest block of a mask, in patches.
-    """
-
-    mask_ratio: OpenFraction = 0.5
-    sampler: Literal["blockwise", "uniform"] = "blockwise"
-    min_block: PositiveInt = 16
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    def draw(self, key: Key, grid: tuple[int, ...]) -> Mask:
-        """Draw the masks of a batch."""
-        if self.sampler == "uniform":
-            return masking.uniform(key, grid, self.mask_ratio)
-        return masking.blockwise(key, grid, self.mask_ratio, min_block=self.min_block)
-
-
 PAPER = Training(
     epochs=1600,
     batch_size=2048,
@@ -509,7 +456,7 @@ PAPER = Training(
     clip_grad=3.0,
     crop_area=(0.08, 1.0),
 )
-LARGE = PretrainConfig(
+LARGE = CAEConfig(
     image_size=224,
     dim=1024,
     depth=24,
@@ -524,7 +471,7 @@ LARGE = PretrainConfig(
 PRESETS = {
     # Up to five minutes on two CPU cores, tokenizer and probes included.
     "tiny": Preset(
-        PretrainConfig(
+        CAEConfig(
             image_size=32,
             patch_size=4,
             dim=96,
@@ -541,7 +488,7 @@ PRESETS = {
         BlockMasking(min_block=4),
     ),
     "vit_base": Preset(
-        PretrainConfig(image_size=224, drop_path=0.1, tokenizer="dalle_encoder.pt"),
+        CAEConfig(image_size=224, drop_path=0.1, tokenizer="dalle_encoder.pt"),
         PAPER,
         BlockMasking(),
     ),

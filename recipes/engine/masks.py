@@ -1,5 +1,6 @@
 """How the masks of a run are drawn."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -52,6 +53,71 @@ class Masking:
             return masking.gridwise(key, grid)
         draw = masking.blockwise if self.sampler == "blockwise" else masking.uniform
         return draw(key, grid, self.mask_ratio)
+
+
+@dataclass(frozen=True)
+class UnitMasking:
+    """Which patches of a batch are masked: whole units of them, as SimMIM does.
+
+    Attributes:
+        mask_ratio: Fraction of units to mask, in (0, 1), rounded up as the authors do.
+        unit: Patches per axis that are masked together (table 1).
+
+    Source:
+        SimMIM, arXiv:2111.09886, section 3.2 and table 1.
+    """
+
+    mask_ratio: OpenFraction
+    unit: PositiveInt
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def draw(self, key: Key, grid: tuple[int, ...]) -> Mask:
+        """Draw the masks of a batch.
+
+        Raises:
+            ValueError: Units that do not divide the grid, or nothing that is left to see.
+        """
+        if any(size % self.unit for size in grid):
+            raise ValueError(
+                f"--unit {self.unit} does not divide the {'x'.join(map(str, grid))} patches of an "
+                f"image: give a divisor of {math.gcd(*grid)}"
+            )
+        mask = masking.uniform(key, grid, self.mask_ratio, unit=self.unit, rounding="simmim")
+        if mask.num_visible == 0:
+            raise ValueError(
+                f"--mask-ratio {self.mask_ratio}, rounded up to whole units of {self.unit}, hides "
+                f"all {'x'.join(map(str, grid))} patches: give a smaller one"
+            )
+        return mask
+
+
+@dataclass(frozen=True)
+class BlockMasking:
+    """Which patches of a batch are masked: blocks of them, as CAE does.
+
+    Attributes:
+        mask_ratio: Fraction of patches to mask, in (0, 1).
+        sampler: How masks are drawn: "blockwise" as published, or "uniform".
+        min_block: Smallest block of a mask, in patches.
+
+    Source:
+        CAE, arXiv:2202.03026, section 4.1, with BEiT's blocks.
+    """
+
+    mask_ratio: OpenFraction = 0.5
+    sampler: Literal["blockwise", "uniform"] = "blockwise"
+    min_block: PositiveInt = 16
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def draw(self, key: Key, grid: tuple[int, ...]) -> Mask:
+        """Draw the masks of a batch."""
+        if self.sampler == "uniform":
+            return masking.uniform(key, grid, self.mask_ratio)
+        return masking.blockwise(key, grid, self.mask_ratio, min_block=self.min_block)
 
 
 def draw_views(

@@ -13,10 +13,11 @@ from mimkit.patches import patchify, unpatchify
 from recipes.engine import loop
 from recipes.engine.data.load import load_data
 from recipes.engine.errors import UserError
+from recipes.engine.masks import UnitMasking
 from recipes.engine.optim import parameter_groups, scheduled_lr
 from recipes.engine.pretrain import Pretraining
 from recipes.engine.run.world import World
-from recipes.simmim import PRESETS, RECIPE, SimMIM, SimMIMConfig, UnitMasking
+from recipes.simmim import PRESETS, RECIPE, SimMIM, SimMIMConfig
 from tests.golden_files import golden
 from tests.recipes.command import check_command, config_for
 

@@ -10,7 +10,6 @@ from mimkit import losses, masking, viz
 from mimkit.masking import Mask
 from mimkit.nn import PatchTokenizer, ViT
 from mimkit.patches import gather_masked, patchify
-from recipes.cae import SimilarityTarget
 from recipes.engine import targets
 from recipes.engine.run import defaults
 from recipes.engine.targets import ClassTarget, NumberTarget, PixelTarget, Target
@@ -40,7 +39,7 @@ KINDS: dict[str, Callable[[], Target]] = {
     "histograms": lambda: targets.HOGTarget(*SHAPE, error="l1"),
     "features": lambda: targets.FeatureTarget(make_teacher(), normalize=True, error="l2"),
     "directions": lambda: targets.FeatureTarget(make_teacher(), normalize=False),
-    "similarities": lambda: SimilarityTarget(make_teacher()),
+    "similarities": lambda: targets.SimilarityTarget(make_teacher()),
     "clusters": lambda: targets.ClusterTarget(*SHAPE, 6),
     "bins": lambda: targets.BinTarget(*SHAPE, 8),
     "mean colors": lambda: targets.MeanColorTarget(*SHAPE),
