@@ -26,6 +26,7 @@ class Masking:
         sampler: How masks are drawn (table 1f): "uniform" patch by patch, "blockwise" in blocks;
             "gridwise" leaves every second patch of every second row visible (ratio 0.75).
         views: Masks an image: a step costs as many passes, and loads each image once.
+        min_block: Smallest block of a "blockwise" mask, in patches.
 
     Source:
         MAE, arXiv:2111.06377, table 1f.
@@ -34,6 +35,7 @@ class Masking:
     mask_ratio: OpenFraction
     sampler: Sampler = "uniform"
     views: PositiveInt = 1
+    min_block: PositiveInt = 16
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -50,8 +52,9 @@ class Masking:
     def _draw_one(self, key: Key, grid: tuple[int, ...]) -> Mask:
         if self.sampler == "gridwise":
             return masking.gridwise(key, grid)
-        draw = masking.blockwise if self.sampler == "blockwise" else masking.uniform
-        return draw(key, grid, self.mask_ratio)
+        if self.sampler == "blockwise":
+            return masking.blockwise(key, grid, self.mask_ratio, min_block=self.min_block)
+        return masking.uniform(key, grid, self.mask_ratio)
 
 
 def draw_views(
