@@ -26,7 +26,7 @@ from recipes.engine.pretrained.encoders import (
     load_encoder,
 )
 from recipes.engine.pretrained.shapes import SwinShape, ViTShape
-from recipes.simmim import SimMIM, SimMIMConfig, baselines, reconstruct
+from recipes.simmim import RECIPE, SimMIM, SimMIMConfig
 from tests.nn import plain
 
 SHAPE = ViTShape(image_size=32, patch_size=8, dim=16, depth=2, heads=2)
@@ -114,9 +114,9 @@ def test_features_of_a_teacher_are_predicted_where_patches_are_masked(tmp_path: 
     cosine = F.cosine_similarity(output.prediction, expected, dim=2)
     torch.testing.assert_close(output.loss, 1 - cosine.mean())
     output.loss.backward()
-    assert all(weight.grad is None for weight in model.teacher.parameters())
-    assert baselines(model, images, mask)["mean"] > 0
-    drawn = reconstruct(model, images, mask)
+    assert all(weight.grad is None for weight in model.target.teacher.parameters())
+    assert RECIPE.baselines(model, images, mask)["mean"] > 0
+    drawn = RECIPE.reconstruct(model, images, mask)
     assert not gather_masked(patchify(drawn, 4), mask).any(), "features have no way back"
     with pytest.raises(UserError, match=r"patches of \(4, 4\) pixels and 3 channels where"):
         SimMIM(SimMIMConfig(16, "vit", 8, target="features", teacher=teacher))
@@ -234,6 +234,6 @@ def test_what_does_not_fit_a_swin_is_one_line(
 def test_the_full_presets_are_simmims(preset, decay, drop_path):
     training = finetune.PRESETS[preset].training
     assert (training.layer_decay, training.drop_path) == (decay, drop_path)
-    assert finetune.scaled_lr(training) == pytest.approx(1.25e-3 * 4)
+    assert training.scaled_lr == pytest.approx(1.25e-3 * 4)
     assert (training.epochs, training.batch_size, training.warmup_epochs) == (100, 2048, 20)
     assert (training.warmup_lr, training.min_lr, training.clip_grad) == (1e-6, 1e-6, 5.0)
