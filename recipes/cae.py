@@ -352,7 +352,7 @@ def _checked(name: str, values: Tensor | None, shape: tuple[int, ...], what: str
     return values
 
 
-def build(config: CAEConfig) -> CAE:
+def build_with_target(config: CAEConfig) -> CAE:
     """Make the model together with the frozen tokenizer or teacher that makes its target."""
     target = make_target(config)
     if config.target == "tokens":
@@ -466,7 +466,7 @@ PRESETS = {
 RECIPE = Recipe(
     name="cae",
     presets=PRESETS,
-    build=build,
+    build=build_with_target,
     reconstruct=reconstruct,
     flags=(
         "tokenizer",

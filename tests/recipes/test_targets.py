@@ -10,10 +10,9 @@ from mimkit import losses, masking, viz
 from mimkit.masking import Mask
 from mimkit.nn import PatchTokenizer, ViT
 from mimkit.patches import gather_masked, patchify
-from recipes.cae import SimilarityTarget
 from recipes.engine import targets
 from recipes.engine.run import defaults
-from recipes.engine.targets import ClassTarget, NumberTarget, PixelTarget, Target
+from recipes.engine.targets import ClassTarget, NumberTarget, PixelTarget, SimilarityTarget, Target
 
 PATCH = (4, 4)
 SHAPE = (PATCH, 2)
