@@ -27,6 +27,7 @@ class Masking:
         sampler: How masks are drawn (table 1f): "uniform" patch by patch, "blockwise" in blocks;
             "gridwise" leaves every second patch of every second row visible (ratio 0.75).
         views: Masks an image: a step costs as many passes, and loads each image once.
+        min_block: Smallest block of a "blockwise" mask, in patches.
 
     Source:
         MAE, arXiv:2111.06377, table 1f.
@@ -35,6 +36,7 @@ class Masking:
     mask_ratio: OpenFraction
     sampler: Sampler = "uniform"
     views: PositiveInt = 1
+    min_block: PositiveInt = 16
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -51,8 +53,9 @@ class Masking:
     def _draw_one(self, key: Key, grid: tuple[int, ...]) -> Mask:
         if self.sampler == "gridwise":
             return masking.gridwise(key, grid)
-        draw = masking.blockwise if self.sampler == "blockwise" else masking.uniform
-        return draw(key, grid, self.mask_ratio)
+        if self.sampler == "blockwise":
+            return masking.blockwise(key, grid, self.mask_ratio, min_block=self.min_block)
+        return masking.uniform(key, grid, self.mask_ratio)
 
 
 @dataclass(frozen=True)
@@ -91,33 +94,6 @@ class UnitMasking:
                 f"all {'x'.join(map(str, grid))} patches: give a smaller one"
             )
         return mask
-
-
-@dataclass(frozen=True)
-class BlockMasking:
-    """Which patches of a batch are masked: blocks of them, as CAE does.
-
-    Attributes:
-        mask_ratio: Fraction of patches to mask, in (0, 1).
-        sampler: How masks are drawn: "blockwise" as published, or "uniform".
-        min_block: Smallest block of a mask, in patches.
-
-    Source:
-        CAE, arXiv:2202.03026, section 4.1, with BEiT's blocks.
-    """
-
-    mask_ratio: OpenFraction = 0.5
-    sampler: Literal["blockwise", "uniform"] = "blockwise"
-    min_block: PositiveInt = 16
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    def draw(self, key: Key, grid: tuple[int, ...]) -> Mask:
-        """Draw the masks of a batch."""
-        if self.sampler == "uniform":
-            return masking.uniform(key, grid, self.mask_ratio)
-        return masking.blockwise(key, grid, self.mask_ratio, min_block=self.min_block)
 
 
 def draw_views(

@@ -397,17 +397,21 @@ class FeatureTarget(NumberTarget):
 
 
 class SimilarityTarget(FeatureTarget):
-    """Features of a teacher; a prediction is drawn as its cosine with them."""
+    """Features of a teacher, predicted by direction alone; drawn as the cosine with the teacher's.
+
+    Args:
+        teacher: The teacher.
+
+    Source:
+        CAE v2, arXiv:2211.09799.
+    """
 
     def __init__(self, teacher: ViT) -> None:
         super().__init__(teacher, normalize=False, error="cosine")
         self.note = "The brighter a patch, the nearer its features to the teacher's."
 
     def invert(
-        self,
-        prediction: Float[Tensor, "images masked features"],
-        images: Images,
-        mask: Mask,
+        self, prediction: Tensor, images: Images, mask: Mask
     ) -> Float[Tensor, "images masked patch"]:
         """Return patches of one brightness: the cosine."""
         cosine = F.cosine_similarity(prediction, self(images, mask), dim=2)

@@ -20,7 +20,7 @@ from mimkit.nn import DiscreteVAE
 from mimkit.targets import FeatureTarget
 from mimkit.testing import assert_no_leak, assert_samples_isolated
 from recipes import tokenizer
-from recipes.cae import CAE, RECIPE, CAEConfig, PretrainCAE
+from recipes.cae import CAE, RECIPE, CAEConfig, build_with_target
 from recipes.engine import run
 from recipes.engine.errors import UserError
 from recipes.engine.pretrained.encoders import load_encoder
@@ -275,8 +275,8 @@ def test_a_run_predicts_the_features_of_a_given_encoder(pictures, other_run, tmp
     config = dataclasses.replace(
         RECIPE.presets["tiny"].model, target="features", teacher=teacher, no_alignment=True
     )
-    model, images = PretrainCAE(config), torch.randn(2, 3, 32, 32)
-    own = PretrainCAE(dataclasses.replace(config, target="tokens", teacher=None)).encoder
+    model, images = build_with_target(config), torch.randn(2, 3, 32, 32)
+    own = build_with_target(dataclasses.replace(config, target="tokens", teacher=None)).encoder
     own.load_state_dict(load_file(teacher))
     mask = masking.uniform(masking.key(range(2), seed=0), (8, 8), 0.5)
     expected = own(images)[:, 1:].gather(1, mask.masked_ids.unsqueeze(2).expand(-1, -1, 96))
@@ -314,7 +314,9 @@ def test_a_run_takes_a_trained_tokenizer(pictures, trained_tokenizer, tmp_path):
     assert run(RECIPE, "", options(pictures, out, *more)) == 0
     assert (out / "decode_full.png").exists()
     model = RECIPE.presets["tiny"].model
-    vae = PretrainCAE(dataclasses.replace(model, tokenizer=str(trained_tokenizer))).target.tokenizer
+    vae = build_with_target(
+        dataclasses.replace(model, tokenizer=str(trained_tokenizer))
+    ).target.tokenizer
     assert vae.vocabulary_size == 32
     assert vae.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 8, 8)
 
@@ -339,7 +341,7 @@ def test_openais_names_are_read_and_make_the_same_tokens(tmp_path):
     model = dataclasses.replace(
         RECIPE.presets["tiny"].model, tokenizer=str(tmp_path / "encoder.safetensors")
     )
-    pretrain, images = PretrainCAE(model), torch.randn(2, 3, 32, 32)
+    pretrain, images = build_with_target(model), torch.randn(2, 3, 32, 32)
     # A code stands for 2 pixels, a patch for 4: the image is read at half its size.
     halved = nn.functional.interpolate(
         to_pixels(images), scale_factor=0.5, mode="bicubic", antialias=True
@@ -356,7 +358,7 @@ def test_pixels_and_model_inputs_are_each_others_inverse():
 
 def test_the_trivial_predictors_know_what_they_say_they_know():
     torch.manual_seed(0)
-    model = PretrainCAE(RECIPE.presets["tiny"].model)
+    model = build_with_target(RECIPE.presets["tiny"].model)
     images = torch.randn(64, 3, 32, 32)
     RECIPE.fit(model, images)
     counts = torch.bincount(model.target.encode(images).flatten(), minlength=128)
@@ -374,8 +376,8 @@ def test_every_preset_builds_on_the_meta_device():
     for name, preset in RECIPE.presets.items():
         config = dataclasses.replace(preset.model, tokenizer="patches")
         with torch.device("meta"):
-            model = PretrainCAE(config)
-        assert isinstance(model.cae.project, nn.Sequential) == (name == "vit_large_as_shipped")
+            model = build_with_target(config)
+        assert isinstance(model.project, nn.Sequential) == (name == "vit_large_as_shipped")
 
 
 @pytest.mark.parametrize(
