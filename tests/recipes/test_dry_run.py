@@ -64,8 +64,8 @@ MISTAKES = [
     ("simmim", ["--unit", "1", "--target", "pixels_8x"], "give --unit 2 or a multiple"),
     ("simmim", ["--unit", "16"], "--unit 16 does not divide the 8x8 patches"),
     ("simmim", ["--teacher", "none.pt"], "a teacher is for target"),
-    ("cae", ["--alignment-weight", "-1"], "must not be negative; got -1.0"),
-    ("cae", ["--decoder-depth", "-1"], "depth must not be negative; got -1"),
+    ("cae", ["--alignment-weight", "-1"], "--alignment-weight -1.0 is too small"),
+    ("cae", ["--decoder-depth", "-1"], "--decoder-depth -1 is too small"),
 ]
 
 
