@@ -119,5 +119,5 @@ def test_the_full_preset_is_the_authors():
     training = preset.training
     assert (training.epochs, training.batch_size, training.warmup_epochs) == (100, 1024, 5)
     assert (training.layer_decay, training.drop_path, training.min_lr) == (0.65, 0.1, 1e-6)
-    assert finetune.scaled_lr(training) == pytest.approx(2e-3)
+    assert training.scaled_lr == pytest.approx(2e-3)
     assert preset.model == ConvViTShape()

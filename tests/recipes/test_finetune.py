@@ -29,6 +29,7 @@ from recipes import finetune, probe
 from recipes.engine.data.augment import Augmentation, rand_augment, random_box, random_erase
 from recipes.engine.data.labelled import StoredImages, load_labelled
 from recipes.engine.errors import UserError
+from recipes.engine.paper_probes import FrozenProbe, linear_head
 from recipes.engine.pretrained.encoders import build_encoder, fill_encoder, load_encoder
 from recipes.engine.pretrained.shapes import ViTShape
 from recipes.engine.run.loader import held_out_batches
@@ -191,8 +192,7 @@ def test_training_from_scratch_needs_no_file(images, tmp_path):
 
 def test_a_new_head_is_almost_zero(encoder):
     options = finetune.FineTuneOptions(encoder=str(encoder))
-    file = load_encoder(encoder, SHAPE)
-    config = finetune.resolve(options, "tiny", finetune.PRESETS["tiny"], file)
+    config, file = finetune.resolve_fine_tuning(options)
     model = finetune.build_model(config, file, 1000)
     assert model.encoder.head.weight.std().item() == pytest.approx(2e-5, rel=0.05)
     assert model.encoder.head.bias.abs().max() == 0
@@ -204,9 +204,9 @@ def test_the_full_presets_are_the_authors():
     assert [preset.training.layer_decay for preset in (base, large, huge)] == [0.65, 0.75, 0.75]
     assert [preset.training.drop_path for preset in (base, large, huge)] == [0.1, 0.2, 0.3]
     for preset, rate in ((base, 2e-3), (large, 4e-3), (huge, 4e-3)):
-        assert finetune.scaled_lr(preset.training) == pytest.approx(rate)
-    assert probe.scaled_lr(probe.LINEAR) == pytest.approx(6.4)
-    assert probe.scaled_lr(probe.ATTENTIVE) == pytest.approx(0.4)
+        assert preset.training.scaled_lr == pytest.approx(rate)
+    assert probe.LINEAR.scaled_lr == pytest.approx(6.4)
+    assert probe.ATTENTIVE.scaled_lr == pytest.approx(0.4)
 
 
 def test_a_dry_run_writes_nothing(encoder, images, tmp_path, monkeypatch, capsys):
@@ -286,12 +286,14 @@ def test_probes_show_trained_untrained_and_pixels(
 
 def test_a_probe_trains_its_head_alone():
     features = torch.nn.Linear(4, 4)
-    classifier = probe.linear_probe(lambda x: (features(x), features(x)[:, None]), 4, 3, lr=1.0)
-    names = [name for name, _ in classifier.model.named_parameters()]
+    model = FrozenProbe(
+        lambda x: (features(x), features(x)[:, None]), linear_head(4, 3), on_tokens=False
+    )
+    names = [name for name, _ in model.named_parameters()]
     assert names == ["head.1.weight", "head.1.bias"]
-    classifier.model(torch.randn(8, 4)).square().sum().backward()
+    model(torch.randn(8, 4)).square().sum().backward()
     assert features.weight.grad is None
-    norm = classifier.model.head[0]
+    norm = model.head[0]
     assert (norm.affine, norm.eps) == (False, 1e-6)
 
 

@@ -234,6 +234,6 @@ def test_what_does_not_fit_a_swin_is_one_line(
 def test_the_full_presets_are_simmims(preset, decay, drop_path):
     training = finetune.PRESETS[preset].training
     assert (training.layer_decay, training.drop_path) == (decay, drop_path)
-    assert finetune.scaled_lr(training) == pytest.approx(1.25e-3 * 4)
+    assert training.scaled_lr == pytest.approx(1.25e-3 * 4)
     assert (training.epochs, training.batch_size, training.warmup_epochs) == (100, 2048, 20)
     assert (training.warmup_lr, training.min_lr, training.clip_grad) == (1e-6, 1e-6, 5.0)
