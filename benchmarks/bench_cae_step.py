@@ -145,8 +145,8 @@ class AuthorsEncoder(nn.Module):
         x = x[~is_masked].reshape(batch, -1, dim)
         x = torch.cat([self.cls_token.expand(batch, -1, -1), x], dim=1)
         table = self.pos_embed.expand(batch, -1, -1)
-        seen = table[:, 1:][~is_masked].reshape(batch, -1, dim)
-        x = x + torch.cat([table[:, :1], seen], dim=1)
+        visible = table[:, 1:][~is_masked].reshape(batch, -1, dim)
+        x = x + torch.cat([table[:, :1], visible], dim=1)
         for block in self.blocks:
             x = block(x)
         out: Tensor = self.norm(x)

@@ -270,17 +270,17 @@ def bench_convmae_growth(bench: Bench, setting: str) -> None:
     images = torch.randn(batch, 3, size, size, device=bench.device)
     key = masking.key(torch.arange(batch, device=bench.device), seed=0)
     stages = tuple(model.encoder.stages.parameters())
-    bench.note(["", f"ConvMAE-B, {setting}, float32; stages 1 and 2: forward and backward alone"])
-    steps, alone = {}, {}
+    bench.note(["", f"ConvMAE-B, {setting}, float32; stages 1 and 2: their forward and backward"])
+    steps, stage_steps = {}, {}
     for ratio in (0.5, 0.75, 0.9):
         step = _step(Packed(model, ratio), torch.float32)
         steps[ratio] = Variant(f"ratio {ratio}", step, (images, key), leaves)
         mask = masking.uniform(key, model.encoder.grid, ratio)
-        alone[ratio] = Variant(f"ratio {ratio}", _run_stages(model, mask), (images,), stages)
-    for variant in (*steps.values(), *alone.values()):
+        stage_steps[ratio] = Variant(f"ratio {ratio}", _run_stages(model, mask), (images,), stages)
+    for variant in (*steps.values(), *stage_steps.values()):
         variant.backward(variant.forward())
     clocks = {("step", r): timer(v, "both", bench.device) for r, v in steps.items()}
-    clocks |= {("stages", r): timer(v, "both", bench.device) for r, v in alone.items()}
+    clocks |= {("stages", r): timer(v, "both", bench.device) for r, v in stage_steps.items()}
     times = alternate(clocks, BUDGET * bench.seconds, MIN_REPEATS)
     for ratio in steps:
         step_ms, stages_ms = (1e3 * min(times[part, ratio]) for part in ("step", "stages"))

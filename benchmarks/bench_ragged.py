@@ -32,8 +32,8 @@ Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, is_padding: Tensor | None) -> Tensor:
     """Attend with PyTorch's fused operator and a key padding mask."""
-    seen = None if is_padding is None else ~is_padding[:, None, None]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+    is_token = None if is_padding is None else ~is_padding[:, None, None]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=is_token)
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, is_padding: Tensor | None) -> Tensor:

@@ -17,12 +17,11 @@ masked patches: it predicts a teacher's features by their cosine. docs/recipes.m
 """
 
 import dataclasses
-import math
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 if __name__ == "__main__":
     __import__("recipes.script" if __package__ else "script")  # import path, threads
@@ -30,25 +29,22 @@ if __name__ == "__main__":
 import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mimkit import container, losses, masking, viz
-from mimkit._grids import per_axis, sides_of
-from mimkit.masking import Key, Mask
+from mimkit import container, losses, viz
+from mimkit.masking import Mask
 from mimkit.nn import CAEDecoder, ContextRegressor, PatchTokenizer, PixelHead, TokenHead, ViT
 from mimkit.patches import sincos_positions, unpatchify
-from recipes.engine import Preset, Recipe, Training, run, targets
+from recipes.engine import Masking, Preset, Recipe, Training, run, targets
 from recipes.engine.fields import (
     Depth,
     Fraction,
     NonNegativeFloat,
-    OpenFraction,
     Pixels,
     PositiveFloat,
     PositiveInt,
     Width,
     check_fields,
-)
+)  # fmt: skip
 from recipes.engine.masks import join
 from recipes.engine.pretrained.teachers import load_teacher
 from recipes.engine.pretrained.tokenizers import make_tokenizer
@@ -74,17 +70,21 @@ class CAEConfig:
         decoder_depth: Blocks of the decoder.
         decoder_heads: Attention heads of regressor and decoder.
         decoder_layer_scale: As `layer_scale`, of regressor and decoder.
-        vocabulary_size: Codes of the tokenizer.
+        vocabulary_size: Codes of the tokenizer; a file brings its own.
         alignment_weight: Weight of the alignment loss; 0 leaves its target out.
         target: What is predicted: "tokens" of a tokenizer, "rgb", normalised pixels, or "features"
             of a teacher (CAE v2).
-        feature_dim: Width of the teacher's features.
+        feature_dim: Width of the teacher's features; a file brings its own.
         no_alignment: Whether to train without alignment (the paper's ablation).
         no_decoder: Whether to predict from the regressor's output directly (the paper's ablation).
         drop_path: Fraction of samples whose residual branches the last block of encoder, regressor
             and decoder leaves out.
         alignment_drop_path: Whether paths are dropped where the alignment's target is made, too,
             as published.
+        tokenizer: "patches" for k-means codes of normalised patches, fitted on the first images; or
+            a file: `tokenizer.safetensors` of `recipes/tokenizer.py`, or DALL-E's encoder.
+        teacher: With target "features", the encoder that makes them: an encoder.safetensors with
+            its config.yaml, or a checkpoint of the authors' MAE or CAE.
     """
 
     image_size: Pixels | tuple[Pixels, ...]
@@ -108,6 +108,8 @@ class CAEConfig:
     no_decoder: bool = False
     drop_path: Fraction = 0.0
     alignment_drop_path: bool = True
+    tokenizer: str = "patches"
+    teacher: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -128,6 +130,10 @@ class CAEOutput:
         latent_target: What they should be: the encoder's output for the masked patches alone; None
             without alignment.
         prediction: Logits of the masked tokens, if asked for; or the predicted pixels or features.
+        latent_spread: Standard deviation of the predicted latents over the patches of all images,
+            mean over channels: near 0 where the alignment made all latents the same.
+        top_token_share: Accuracy of always predicting the most frequent code; None without a
+            tokenizer.
     """
 
     loss: Float32[Tensor, ""]
@@ -138,6 +144,8 @@ class CAEOutput:
     latent_prediction: Float[Tensor, "batch masked decoder_dim"]
     latent_target: Float[Tensor, "batch masked decoder_dim"] | None
     prediction: Float[Tensor, "batch masked values"] | None
+    latent_spread: Float32[Tensor, ""]
+    top_token_share: Float32[Tensor, ""] | None = None
 
 
 class CAE(nn.Module):
@@ -187,32 +195,26 @@ class CAE(nn.Module):
             )[None],
             requires_grad=False,
         )
-        self.regressor = ContextRegressor(
-            dim=width,
-            depth=config.regressor_depth,
-            heads=config.decoder_heads,
-            mlp_ratio=config.mlp_ratio,
-            layer_scale=config.decoder_layer_scale,
-            drop_path=config.drop_path,
-        )
-        self.decoder = CAEDecoder(
-            dim=width,
-            depth=0 if config.no_decoder else config.decoder_depth,
-            heads=config.decoder_heads,
-            mlp_ratio=config.mlp_ratio,
-            layer_scale=config.decoder_layer_scale,
-            drop_path=config.drop_path,
-        )
+        blocks: dict[str, Any] = {
+            "dim": width,
+            "heads": config.decoder_heads,
+            "mlp_ratio": config.mlp_ratio,
+            "layer_scale": config.decoder_layer_scale,
+            "drop_path": config.drop_path,
+        }
+        self.regressor = ContextRegressor(depth=config.regressor_depth, **blocks)
+        depth = 0 if config.no_decoder else config.decoder_depth
+        self.decoder = CAEDecoder(depth=depth, **blocks)
         self.patch_size = self.encoder.patch_embed.patch_size
-        self.head: nn.Module
+        self.head: nn.Module = nn.Linear(width, config.feature_dim)
         if config.target == "tokens":
             self.head = TokenHead(dim=width, vocabulary_size=config.vocabulary_size)
         elif config.target == "rgb":
             self.head = PixelHead(
                 dim=width, patch_size=self.patch_size, in_channels=config.in_channels
             )
-        else:
-            self.head = nn.Linear(width, config.feature_dim)
+        # In pre-training, the frozen tokenizer or teacher; else its output is given to `forward`.
+        self.target: targets.Target | None = None
         self._initialize()
 
     def forward(
@@ -242,6 +244,10 @@ class CAE(nn.Module):
         if token_ids is not None:
             _, token_ids = join(mask, token_ids)
         mask, images = join(mask, images)
+        if isinstance(self.target, targets.TokenTarget):
+            token_ids = self.target.encode(images)
+        elif isinstance(self.target, targets.FeatureTarget):
+            features = self.target(images, mask)
         latent = self.encoder(images, mask)
         visible = self.project(latent[:, self.encoder.num_prefix_tokens :])
         positions = self.pos_embed[0, self.encoder.num_prefix_tokens :]
@@ -253,18 +259,32 @@ class CAE(nn.Module):
             else losses.alignment_mse(predicted, wanted)
         )
         tokens = self.decoder(predicted, positions[mask.masked_ids])
-        if self.config.target == "rgb":
-            prediction, accuracy = self.head(tokens), None
-            main = losses.masked_pixel_loss(prediction, images, mask, self.patch_size)
-        elif self.config.target == "features":
-            prediction, accuracy = self.head(tokens), None
-            main = losses.masked_cosine(prediction, self._features(features, mask), mask)
+        prediction, accuracy, top_share = None, None, None
+        if self.config.target == "tokens":
+            ids = self._masked_ids(token_ids, mask)
+            main, accuracy = self.head(tokens, ids, return_accuracy=True)
+            if isinstance(self.target, targets.CountedTokenTarget):
+                top_share = (ids == self.target.frequencies.argmax()).float().mean()
+            if return_logits:
+                prediction = self.head(tokens)
         else:
-            target = self._masked_ids(token_ids, mask)
-            main, accuracy = self.head(tokens, target, return_accuracy=True)
-            prediction = self.head(tokens) if return_logits else None
-        loss = main + self.config.alignment_weight * alignment
-        return CAEOutput(loss, main, alignment, accuracy, latent, predicted, wanted, prediction)
+            prediction = self.head(tokens)
+            if self.config.target == "rgb":
+                main = losses.masked_pixel_loss(prediction, images, mask, self.patch_size)
+            else:
+                main = losses.masked_cosine(prediction, self._features(features, mask), mask)
+        return CAEOutput(
+            loss=main + self.config.alignment_weight * alignment,
+            main_loss=main,
+            alignment_loss=alignment,
+            token_accuracy=accuracy,
+            latent=latent,
+            latent_prediction=predicted,
+            latent_target=wanted,
+            prediction=prediction,
+            latent_spread=predicted.detach().float().flatten(0, 1).std(dim=0).mean(),
+            top_token_share=top_share,
+        )
 
     def decode_full(
         self, images: Float[Tensor, "batch channels *spatial"]
@@ -297,23 +317,13 @@ class CAE(nn.Module):
 
     def _masked_ids(self, token_ids: Tensor | None, mask: Mask) -> Int64[Tensor, "batch masked"]:
         shape = (mask.batch_size, mask.num_tokens)
-        if token_ids is None or token_ids.shape != shape:
-            got = None if token_ids is None else tuple(token_ids.shape)
-            raise ValueError(
-                f"token_ids must hold one code for each of the {mask.num_tokens} patches of "
-                f"{mask.batch_size} images, {shape}; got {got}"
-            )
-        return token_ids.gather(1, mask.masked_ids)
+        what = f"one code for each of the {shape[1]} patches of {shape[0]} images"
+        return _checked("token_ids", token_ids, shape, what).gather(1, mask.masked_ids)
 
     def _features(self, features: Tensor | None, mask: Mask) -> Tensor:
         shape = (mask.batch_size, mask.num_masked, self.config.feature_dim)
-        if features is None or features.shape != shape:
-            got = None if features is None else tuple(features.shape)
-            raise ValueError(
-                f"features must hold {shape[2]} numbers for each of the {shape[1]} masked patches "
-                f"of {shape[0]} images, {shape}; got {got}"
-            )
-        return features
+        what = f"{shape[2]} numbers for each of the {shape[1]} masked patches of {shape[0]} images"
+        return _checked("features", features, shape, what)
 
     def _initialize(self) -> None:
         """Draw weights as published: every linear layer Xavier-uniform, the rest as BEiT's."""
@@ -330,140 +340,63 @@ class CAE(nn.Module):
             nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)
 
 
-@dataclass(frozen=True)
-class PretrainConfig(CAEConfig):
-    """Shape of the model, and where its targets come from.
+def _checked(name: str, values: Tensor | None, shape: tuple[int, ...], what: str) -> Tensor:
+    """Return values of a shape.
 
-    Attributes:
-        tokenizer: "patches" for k-means codes of normalised patches, fitted on the first images; or
-            a file: `tokenizer.safetensors` of `recipes/tokenizer.py`, or DALL-E's encoder.
-        teacher: With target "features", the encoder that makes them: an encoder.safetensors with
-            its config.yaml, or a checkpoint of the authors' MAE or CAE.
+    Raises:
+        ValueError: They are missing, or of another shape.
     """
-
-    tokenizer: str = "patches"
-    teacher: str | None = None
-
-
-@container
-class PretrainOutput:
-    """What a step gives: numbers for the log.
-
-    Attributes:
-        loss: As in `CAEOutput`.
-        main_loss: As in `CAEOutput`.
-        alignment_loss: As in `CAEOutput`.
-        token_accuracy: As in `CAEOutput`.
-        top_token_share: What always predicting the most frequent code would score; None without
-            tokens.
-        latent_spread: Standard deviation of the predicted latents over the patches of all images,
-            mean over channels: near 0 where the alignment made all latents the same.
-    """
-
-    loss: Float32[Tensor, ""]
-    main_loss: Float32[Tensor, ""]
-    alignment_loss: Float32[Tensor, ""]
-    token_accuracy: Float32[Tensor, ""] | None
-    top_token_share: Float32[Tensor, ""] | None
-    latent_spread: Float32[Tensor, ""]
+    if values is None or values.shape != shape:
+        got = None if values is None else tuple(values.shape)
+        raise ValueError(f"{name} must hold {what}, {shape}; got {got}")
+    return values
 
 
-class PretrainCAE(nn.Module):
-    """CAE with its target: the tokenizer or teacher is frozen."""
-
-    def __init__(self, config: PretrainConfig) -> None:
-        super().__init__()
-        self.target = make_target(config)
-        if config.target == "tokens":
-            config = dataclasses.replace(config, vocabulary_size=self.target.num_values)
-        elif config.target == "features":
-            config = dataclasses.replace(config, feature_dim=self.target.num_values)
-        self.cae = CAE(config)
-
-    @property
-    def encoder(self) -> ViT:
-        """The encoder, which is what pre-training is for."""
-        return self.cae.encoder
-
-    def forward(
-        self, images: Float[Tensor, "images channels height width"], mask: Mask
-    ) -> PretrainOutput:
-        """Score a batch of model inputs."""
-        truth = self.truth(images, mask)
-        output = self.cae(images, mask, **truth)
-        spread = output.latent_prediction.detach().float().flatten(0, 1).std(dim=0).mean()
-        share = None
-        if isinstance(self.target, targets.CountedTokenTarget):
-            ids = truth["token_ids"].gather(1, mask.masked_ids)
-            share = (ids == self.target.frequencies.argmax()).float().mean()
-        return PretrainOutput(
-            output.loss,
-            output.main_loss,
-            output.alignment_loss,
-            output.token_accuracy,
-            share,
-            spread,
-        )
-
-    def truth(
-        self, images: Float[Tensor, "images channels height width"], mask: Mask
-    ) -> dict[str, Tensor]:
-        """Return what `CAE.forward` takes besides images and mask: token ids or features."""
-        if isinstance(self.target, targets.CountedTokenTarget):
-            return {"token_ids": self.target.encode(images)}
-        if isinstance(self.target, targets.FeatureTarget):
-            return {"features": self.target(images, mask)}
-        return {}
+def build_with_target(config: CAEConfig) -> CAE:
+    """Make the model together with the frozen tokenizer or teacher that makes its target."""
+    target = make_target(config)
+    if config.target == "tokens":
+        config = dataclasses.replace(config, vocabulary_size=target.num_values)
+    elif config.target == "features":
+        config = dataclasses.replace(config, feature_dim=target.num_values)
+    model = CAE(config)
+    model.target = target
+    return model
 
 
-def make_target(config: PretrainConfig) -> targets.Target:
+def make_target(config: CAEConfig) -> targets.Target:
     """Make what is predicted."""
-    axes = len(sides_of("image_size", config.image_size))
-    patch_size = per_axis("patch_size", config.patch_size, axes)
+    axes = 2 if isinstance(config.image_size, int) else len(config.image_size)
+    patch = config.patch_size
+    patch_size = (patch,) * axes if isinstance(patch, int) else patch
     images = (config.image_size, patch_size, config.in_channels)
     if config.target == "rgb":
         return targets.PixelTarget(patch_size, config.in_channels, normalize=True)
     if config.target == "features":
-        return SimilarityTarget(load_teacher(config.teacher, *images))
+        return targets.SimilarityTarget(load_teacher(config.teacher, *images))
     tokenizer = make_tokenizer(config.tokenizer, *images, config.vocabulary_size)
     return targets.CountedTokenTarget(tokenizer, patch_size)
 
 
-class SimilarityTarget(targets.FeatureTarget):
-    """Features of a teacher; a prediction is drawn as its cosine with them."""
-
-    def __init__(self, teacher: ViT) -> None:
-        super().__init__(teacher, normalize=False, error="cosine")
-        self.note = "The brighter a patch, the nearer its features to the teacher's."
-
-    def invert(
-        self,
-        prediction: Float[Tensor, "images masked features"],
-        images: Float[Tensor, "images channels *spatial"],
-        mask: Mask,
-    ) -> Float[Tensor, "images masked patch"]:
-        """Return patches of one brightness: the cosine."""
-        cosine = F.cosine_similarity(prediction, self(images, mask), dim=2)
-        return cosine.unsqueeze(2).expand(-1, -1, images.shape[1] * math.prod(self.patch_size))
-
-
 def reconstruct(
-    model: PretrainCAE, images: Float[Tensor, "batch channels height width"], mask: Mask
+    model: CAE, images: Float[Tensor, "batch channels height width"], mask: Mask
 ) -> Float[Tensor, "batch channels height width"]:
-    """Fill in the masked patches."""
-    output = model.cae(images, mask, **model.truth(images, mask), return_logits=True)
-    patches = model.target.invert(output.prediction.float(), images, mask)
-    return viz.fill_masked(images, mask, patches, model.target.patch_size)
+    """Fill in the masked patches, by logits that a training step does not keep."""
+    assert model.target is not None
+    prediction = model(images, mask, return_logits=True).prediction.float()
+    patches = model.target.invert(prediction, images, mask)
+    return viz.fill_masked(images, mask, patches, model.patch_size)
 
 
 def decode_full(
-    model: PretrainCAE, images: Float[Tensor, "batch channels height width"]
+    model: CAE, images: Float[Tensor, "batch channels height width"]
 ) -> Mapping[str, Float[Tensor, "batch channels height width"]]:
     """Decode the latents of whole images, which the decoder never saw in training."""
+    assert model.target is not None
     target, grid = model.target, model.encoder.grid
     nothing = torch.zeros(len(images), 0, dtype=torch.int64)
     everything = Mask.from_visible_ids(nothing, grid).to(images.device)
-    prediction = model.cae.decode_full(images).float()
+    prediction = model.decode_full(images).float()
     columns = {"encoder + decoder": target.invert(prediction, images, everything)}
     if isinstance(target, targets.CountedTokenTarget):
         ids = target(images, everything)
@@ -472,31 +405,7 @@ def decode_full(
             # What the pictures show before any code is right.
             common = target.frequencies.argmax().expand_as(ids)
             columns["contrast, one code"] = target.draw(common, images, everything)
-    return {name: unpatchify(patches, grid, target.patch_size) for name, patches in columns.items()}
-
-
-@dataclass(frozen=True)
-class BlockMasking:
-    """Which patches of a batch are masked.
-
-    Attributes:
-        mask_ratio: Fraction of patches to mask, in (0, 1).
-        sampler: How masks are drawn: "blockwise" as published, or "uniform".
-        min_block: Smallest block of a mask, in patches.
-    """
-
-    mask_ratio: OpenFraction = 0.5
-    sampler: Literal["blockwise", "uniform"] = "blockwise"
-    min_block: PositiveInt = 16
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    def draw(self, key: Key, grid: tuple[int, ...]) -> Mask:
-        """Draw the masks of a batch."""
-        if self.sampler == "uniform":
-            return masking.uniform(key, grid, self.mask_ratio)
-        return masking.blockwise(key, grid, self.mask_ratio, min_block=self.min_block)
+    return {name: unpatchify(patches, grid, model.patch_size) for name, patches in columns.items()}
 
 
 PAPER = Training(
@@ -509,7 +418,8 @@ PAPER = Training(
     clip_grad=3.0,
     crop_area=(0.08, 1.0),
 )
-LARGE = PretrainConfig(
+MASKING = Masking(mask_ratio=0.5, sampler="blockwise")
+LARGE = CAEConfig(
     image_size=224,
     dim=1024,
     depth=24,
@@ -524,7 +434,7 @@ LARGE = PretrainConfig(
 PRESETS = {
     # Up to five minutes on two CPU cores, tokenizer and probes included.
     "tiny": Preset(
-        PretrainConfig(
+        CAEConfig(
             image_size=32,
             patch_size=4,
             dim=96,
@@ -538,25 +448,25 @@ PRESETS = {
             alignment_weight=0.2,
         ),
         Training(epochs=4, batch_size=32, base_lr=8e-3, warmup_epochs=0.3, clip_grad=1.0),
-        BlockMasking(min_block=4),
+        Masking(mask_ratio=0.5, sampler="blockwise", min_block=4),
     ),
     "vit_base": Preset(
-        PretrainConfig(image_size=224, drop_path=0.1, tokenizer="dalle_encoder.pt"),
+        CAEConfig(image_size=224, drop_path=0.1, tokenizer="dalle_encoder.pt"),
         PAPER,
-        BlockMasking(),
+        MASKING,
     ),
-    "vit_large": Preset(LARGE, PAPER, BlockMasking()),
+    "vit_large": Preset(LARGE, PAPER, MASKING),
     # `scripts/cae_large_1600e.sh` misses a line continuation: the width of regressor and decoder
     # never reaches the program, and the encoder's latents go through a projection to 768.
     "vit_large_as_shipped": Preset(
-        dataclasses.replace(LARGE, decoder_dim=768, decoder_heads=12), PAPER, BlockMasking()
+        dataclasses.replace(LARGE, decoder_dim=768, decoder_heads=12), PAPER, MASKING
     ),
 }
 
 RECIPE = Recipe(
     name="cae",
     presets=PRESETS,
-    build=PretrainCAE,
+    build=build_with_target,
     reconstruct=reconstruct,
     flags=(
         "tokenizer",
@@ -569,7 +479,7 @@ RECIPE = Recipe(
         "decoder_depth",
         "sampler",
         "min_block",
-    ),
+    ),  # fmt: skip
     pictures={"decode_full": decode_full},
 )
 

@@ -26,21 +26,20 @@ from einops import rearrange
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from mimkit import container, masking
+from mimkit import container
 from mimkit._grids import Grid
-from mimkit.masking import Key, Mask
+from mimkit.masking import Mask
 from mimkit.nn import SimMIMHead, SwinTransformer, ViT
 from recipes.engine import Preset, Recipe, Training, run, targets
 from recipes.engine.fields import (
     Fraction,
     NonNegativeInt,
-    OpenFraction,
     Pixels,
     PositiveFloat,
     PositiveInt,
     check_fields,
 )
-from recipes.engine.masks import join
+from recipes.engine.masks import UnitMasking, join
 from recipes.engine.pretrained.teachers import load_teacher
 from recipes.engine.pretrained.tokenizers import make_tokenizer
 
@@ -161,6 +160,7 @@ class SimMIM(nn.Module):
     """Encoder of visible patches and mask tokens, and a light head.
 
     Example:
+        >>> from mimkit import masking
         >>> model = SimMIM(SimMIMConfig(image_size=32, encoder="swin", patch_size=4, dim=16,
         ...                             depth=(2, 2), heads=(1, 2), window=4))
         >>> key = masking.key([0, 1], seed=0)
@@ -305,41 +305,6 @@ def make_vit(config: SimMIMConfig) -> ViT:
 def _count_points(side: Grid, point: Grid) -> Grid:
     """Count points along each axis of a patch; one that is larger than the patch counts as one."""
     return tuple(max(s, p) // p for s, p in zip(side, point, strict=True))
-
-
-@dataclass(frozen=True)
-class UnitMasking:
-    """Which patches of a batch are masked: whole units of them.
-
-    Attributes:
-        mask_ratio: Fraction of units to mask, in (0, 1), rounded up as the authors do.
-        unit: Patches per axis that are masked together (table 1).
-    """
-
-    mask_ratio: OpenFraction
-    unit: PositiveInt
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    def draw(self, key: Key, grid: tuple[int, ...]) -> Mask:
-        """Draw the masks of a batch.
-
-        Raises:
-            ValueError: Units that do not divide the grid, or nothing that is left to see.
-        """
-        if any(size % self.unit for size in grid):
-            raise ValueError(
-                f"--unit {self.unit} does not divide the {'x'.join(map(str, grid))} patches of an "
-                f"image: give a divisor of {math.gcd(*grid)}"
-            )
-        mask = masking.uniform(key, grid, self.mask_ratio, unit=self.unit, rounding="simmim")
-        if mask.num_visible == 0:
-            raise ValueError(
-                f"--mask-ratio {self.mask_ratio}, rounded up to whole units of {self.unit}, hides "
-                f"all {'x'.join(map(str, grid))} patches: give a smaller one"
-            )
-        return mask
 
 
 # Rates per 512 images there; 2048 images a step.

@@ -48,11 +48,10 @@ def store_split(
     is_visible: tl.tensor,
     num_tokens: tl.tensor,
     num_visible: tl.tensor,
+    num_masked: tl.tensor,
 ) -> None:
     """Store the ids of visible and of masked tokens of one sample, ascending."""
     seen = tl.cumsum(is_visible.to(tl.int32), axis=0)
-    place = row * num_visible + seen - 1
-    tl.store(visible + place, token.to(tl.int64), mask=is_visible)
-    place = row * (num_tokens - num_visible) + token - seen
+    tl.store(visible + (row * num_visible + seen - 1), token.to(tl.int64), mask=is_visible)
     is_masked = token < tl.where(is_visible, 0, num_tokens)
-    tl.store(masked + place, token.to(tl.int64), mask=is_masked)
+    tl.store(masked + (row * num_masked + token - seen), token.to(tl.int64), mask=is_masked)

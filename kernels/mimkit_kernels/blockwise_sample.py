@@ -342,7 +342,8 @@ def _blockwise_kernel(
     last = tl.sum(tl.where(token == left - 1, in_order, 0), axis=0)
     last = tl.where(left > 0, last, -1)
     is_visible = is_free & (ranks > last)
-    store_split(visible, masked, row, token, is_visible, num_tokens, num_tokens - num_masked)
+    num_visible = num_tokens - num_masked
+    store_split(visible, masked, row, token, is_visible, num_tokens, num_visible, num_masked)
 
 
 # Launcher: as in uniform_sample, the sort needs the most registers.

@@ -94,7 +94,8 @@ def _sample_kernel(
     in_order = tl.sort(ranks)
     last = tl.sum(tl.where(token == num_visible - 1, in_order, 0), axis=0)
     is_visible = ranks <= tl.where(num_visible > 0, last, -1)
-    store_split(visible, masked, row, token, is_visible, num_tokens, num_visible)
+    num_masked = num_tokens - num_visible
+    store_split(visible, masked, row, token, is_visible, num_tokens, num_visible, num_masked)
 
 
 # Launcher: one warp sorts up to 256 tokens without shared memory. With more tokens, more warps

@@ -130,19 +130,19 @@ class MAEDecoder(nn.Module):
         order = order_by_length(mask)
         latent, mask = reorder(latent, num_latents, order), mask[order]
         prefix_position = self.pos_embed[0, : self.num_prefix]
-        visible, masked = (
+        visible_positions, masked_positions = (
             positions_at(ids, counts, mask.grids, self._positions_on)
             for ids, counts in (
                 (mask.visible_ids, mask.num_visible),
                 (mask.masked_ids, mask.num_masked),
             )
         )
-        seen = self.embed(latent) + interleave(
-            [prefix_position] * mask.batch_size, mask.split_visible(visible)
+        visible = self.embed(latent) + interleave(
+            [prefix_position] * mask.batch_size, mask.split_visible(visible_positions)
         )
-        hidden = self.mask_token[0] + masked
+        masked = self.mask_token[0] + masked_positions
         tokens = interleave(
-            mask.split_visible(seen, num_prefix=self.num_prefix), mask.split_masked(hidden)
+            mask.split_visible(visible, num_prefix=self.num_prefix), mask.split_masked(masked)
         ).unsqueeze(0)
         lengths = [self.num_prefix + count for count in mask.num_tokens]
         all_tokens = pack(lengths, tokens.device)

@@ -168,16 +168,16 @@ def _image_gradient(
     return torch.zeros_like(images) if grad is None else grad
 
 
-def _assert_close(what: str, where: str, seen: Tensor, expected: Tensor) -> None:
-    if seen.shape != expected.shape:
+def _assert_close(what: str, where: str, actual: Tensor, expected: Tensor) -> None:
+    if actual.shape != expected.shape:
         raise AssertionError(
             f"{what} differs in shape {where}: expected {tuple(expected.shape)}; "
-            f"got {tuple(seen.shape)}"
+            f"got {tuple(actual.shape)}"
         )
     bound = _ROUNDING * float(expected.abs().max()) if expected.numel() else 0.0
-    if not bool(((seen - expected).abs() <= bound).all()):  # also catches nan
+    if not bool(((actual - expected).abs() <= bound).all()):  # also catches nan
         raise AssertionError(
-            f"{what} differs {where}: {_difference(seen, expected)} differ; at most {bound:.2g} "
+            f"{what} differs {where}: {_difference(actual, expected)} differ; at most {bound:.2g} "
             "is rounding"
         )
 

@@ -59,15 +59,15 @@ def assert_reduction_exact(
         parts = [
             _run(loss, _take(prediction, mask, i), _take(target, mask, i), mask[i]) for i in rows
         ]
-        for what, expected, seen in zip(
+        for what, expected, actual in zip(
             ("value", "gradient"), whole, _weighted_mean(parts, split), strict=True
         ):
-            _assert_same(what, expected, seen, split)
+            _assert_same(what, expected, actual, split)
     mask = draw(2, 0)
-    for what, seen in zip(("value", "gradient"), _run(loss, *make(mask), mask), strict=True):
-        if not bool((seen == 0).all()):  # also catches nan
+    for what, actual in zip(("value", "gradient"), _run(loss, *make(mask), mask), strict=True):
+        if not bool((actual == 0).all()):  # also catches nan
             raise AssertionError(
-                f"expected a {what} of 0 where nothing is masked; got {_largest(seen)}"
+                f"expected a {what} of 0 where nothing is masked; got {_largest(actual)}"
             )
 
 
@@ -124,14 +124,14 @@ def _weighted_mean(
     return values, grads
 
 
-def _assert_same(what: str, expected: Tensor, seen: Tensor, split: Sequence[int]) -> None:
+def _assert_same(what: str, expected: Tensor, actual: Tensor, split: Sequence[int]) -> None:
     bound = _TOLERANCE * float(expected.abs().max())
-    if bool(((seen - expected).abs() <= bound).all()):
+    if bool(((actual - expected).abs() <= bound).all()):
         return
     kind = "micro-batches or processes" if len(set(split)) == 1 else "micro-batches"
     raise AssertionError(
         f"expected the {what} of {sum(split)} samples, {_largest(expected)}, as the mean over "
-        f"parts of {tuple(split)} samples ({kind}); got {_largest(seen)}"
+        f"parts of {tuple(split)} samples ({kind}); got {_largest(actual)}"
     )
 
 

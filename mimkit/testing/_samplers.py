@@ -161,21 +161,21 @@ def _check_batching(
     for rows in torch.arange(len(ids)).split(_SPLIT):
         part = _draw(sampler, key(ids[rows], seed=1), grid, ratio)
         cases.append(("size", ids[rows], part, drawn[rows]))
-    for name, of, seen, expected in cases:
-        if not seen.equal(expected):
+    for name, of, actual, expected in cases:
+        if not actual.equal(expected):
             raise AssertionError(
                 f"expected masks that do not depend on the batch's {name}; in a batch of {len(of)} "
-                f"of {len(ids)} samples, {_first_difference(seen, expected, of)}"
+                f"of {len(ids)} samples, {_first_difference(actual, expected, of)}"
             )
 
 
-def _first_difference(seen: Mask, expected: Mask, ids: torch.Tensor) -> str:
+def _first_difference(actual: Mask, expected: Mask, ids: torch.Tensor) -> str:
     """Describe the first sample whose masks differ."""
-    differs = (seen.is_masked != expected.is_masked).flatten(1).any(dim=1)
+    differs = (actual.is_masked != expected.is_masked).flatten(1).any(dim=1)
     row = int(differs.nonzero()[0])
     both = [
         f"{mask.num_masked} positions, {mask.masked_ids[row, :_SHOWN].tolist()} ..."
-        for mask in (expected, seen)
+        for mask in (expected, actual)
     ]
     return f"sample id {int(ids[row])} masks {both[0]} the first time, then {both[1]}"
 

@@ -68,7 +68,7 @@ def _run(recipe: Recipe, given: DataSet | None, options: Options) -> None:
     data = _load(config) if given is None else given
     config = _with_channels(config, data)
     plan = make_plan(config, options, data.train)
-    _check_fit(recipe, config)  # before a folder is made
+    check_fit(recipe, config)  # before a folder is made
     check_shard(options.shard)
     check_shares(config.training.batch_size, World(), accumulate=config.accumulate)
     warn_of_slow_precision(config)
@@ -104,7 +104,7 @@ def _with_channels(config: RunConfig, data: DataSet) -> RunConfig:
     return dataclasses.replace(config, model=model)
 
 
-def _check_fit(recipe: Recipe, config: RunConfig) -> None:
+def check_fit(recipe: Recipe, config: RunConfig) -> None:
     """Check that a model of this shape can be made, and that masks fit it and what it predicts."""
     try:
         with torch.device("meta"):  # shapes alone

@@ -1,5 +1,6 @@
 """How the masks of a run are drawn."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -26,6 +27,7 @@ class Masking:
         sampler: How masks are drawn (table 1f): "uniform" patch by patch, "blockwise" in blocks;
             "gridwise" leaves every second patch of every second row visible (ratio 0.75).
         views: Masks an image: a step costs as many passes, and loads each image once.
+        min_block: Smallest block of a "blockwise" mask, in patches.
 
     Source:
         MAE, arXiv:2111.06377, table 1f.
@@ -34,6 +36,7 @@ class Masking:
     mask_ratio: OpenFraction
     sampler: Sampler = "uniform"
     views: PositiveInt = 1
+    min_block: PositiveInt = 16
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -50,8 +53,47 @@ class Masking:
     def _draw_one(self, key: Key, grid: tuple[int, ...]) -> Mask:
         if self.sampler == "gridwise":
             return masking.gridwise(key, grid)
-        draw = masking.blockwise if self.sampler == "blockwise" else masking.uniform
-        return draw(key, grid, self.mask_ratio)
+        if self.sampler == "blockwise":
+            return masking.blockwise(key, grid, self.mask_ratio, min_block=self.min_block)
+        return masking.uniform(key, grid, self.mask_ratio)
+
+
+@dataclass(frozen=True)
+class UnitMasking:
+    """Which patches of a batch are masked: whole units of them, as SimMIM does.
+
+    Attributes:
+        mask_ratio: Fraction of units to mask, in (0, 1), rounded up as the authors do.
+        unit: Patches per axis that are masked together (table 1).
+
+    Source:
+        SimMIM, arXiv:2111.09886, section 3.2 and table 1.
+    """
+
+    mask_ratio: OpenFraction
+    unit: PositiveInt
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def draw(self, key: Key, grid: tuple[int, ...]) -> Mask:
+        """Draw the masks of a batch.
+
+        Raises:
+            ValueError: Units that do not divide the grid, or nothing that is left to see.
+        """
+        if any(size % self.unit for size in grid):
+            raise ValueError(
+                f"--unit {self.unit} does not divide the {'x'.join(map(str, grid))} patches of an "
+                f"image: give a divisor of {math.gcd(*grid)}"
+            )
+        mask = masking.uniform(key, grid, self.mask_ratio, unit=self.unit, rounding="simmim")
+        if mask.num_visible == 0:
+            raise ValueError(
+                f"--mask-ratio {self.mask_ratio}, rounded up to whole units of {self.unit}, hides "
+                f"all {'x'.join(map(str, grid))} patches: give a smaller one"
+            )
+        return mask
 
 
 def draw_views(

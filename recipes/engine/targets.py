@@ -396,6 +396,28 @@ class FeatureTarget(NumberTarget):
         return {"mean": self._error(mean, features, mask)}
 
 
+class SimilarityTarget(FeatureTarget):
+    """Features of a teacher, predicted by direction alone; drawn as the cosine with the teacher's.
+
+    Args:
+        teacher: The teacher.
+
+    Source:
+        CAE v2, arXiv:2211.09799.
+    """
+
+    def __init__(self, teacher: ViT) -> None:
+        super().__init__(teacher, normalize=False, error="cosine")
+        self.note = "The brighter a patch, the nearer its features to the teacher's."
+
+    def invert(
+        self, prediction: Tensor, images: Images, mask: Mask
+    ) -> Float[Tensor, "images masked patch"]:
+        """Return patches of one brightness: the cosine."""
+        cosine = F.cosine_similarity(prediction, self(images, mask), dim=2)
+        return cosine.unsqueeze(2).expand(-1, -1, images.shape[1] * math.prod(self.patch_size))
+
+
 # Classes
 
 

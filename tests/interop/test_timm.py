@@ -96,8 +96,8 @@ def test_a_wrapped_model_without_a_mask_equals_forward_features(name, images):
     assert encoder.num_prefix_tokens == model.num_prefix_tokens
     expected = model.forward_features(images)
     assert torch.equal(encoder(images), expected)
-    nothing = Mask.from_bool(torch.zeros(2, *GRID, dtype=torch.bool))
-    assert torch.equal(encoder(images, nothing), expected)
+    all_visible = Mask.from_bool(torch.zeros(2, *GRID, dtype=torch.bool))
+    assert torch.equal(encoder(images, all_visible), expected)
 
 
 @pytest.mark.parametrize("name", MODELS)

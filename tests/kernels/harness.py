@@ -111,14 +111,19 @@ def is_poison(values: Tensor) -> Tensor:
     return values == poison(values.dtype)
 
 
-def assert_near(result: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """Assert equality within the rounding of `dtype`, relative to the largest expected value."""
+def assert_near(
+    result: Tensor, expected: Tensor, dtype: torch.dtype, *, least: float = 1e-3
+) -> None:
+    """Assert equality within the rounding of `dtype`, relative to the largest expected value.
+
+    If all expected values are below `least`, errors are relative to `least` instead.
+    """
     assert result.shape == expected.shape
     assert bool(result.isfinite().all() if result.is_floating_point() else True)
     if not expected.numel():
         return
     error = (result.double() - expected.double()).abs().max().item()
-    bound = TOLERANCE[dtype] * max(expected.double().abs().max().item(), 1e-3)
+    bound = TOLERANCE[dtype] * max(expected.double().abs().max().item(), least)
     assert error <= bound, f"error {error:.3g}, tolerance {bound:.3g}"
 
 

@@ -84,13 +84,13 @@ def test_the_fine_tuned_features_and_logits_equal_the_authors(images):
 def test_the_attentive_probe_equals_the_authors_in_training(probe, tokens):
     expected = GOLDEN.tensors("attentive/")
     probe.train()
-    seen: dict[str, Tensor] = {}
+    captured: dict[str, Tensor] = {}
     for name, module in (("pooled", probe.cross_attn), ("bn", probe.fc_norm)):
-        module.register_forward_hook(lambda _, __, out, name=name: seen.__setitem__(name, out))
+        module.register_forward_hook(lambda _, __, out, name=name: captured.__setitem__(name, out))
     with torch.no_grad():
         logits = probe(tokens)
-        torch.testing.assert_close(seen["pooled"], expected["pooled"], rtol=1e-4, atol=2e-5)
-        torch.testing.assert_close(seen["bn"], expected["bn_train"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(captured["pooled"], expected["pooled"], rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(captured["bn"], expected["bn_train"], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(logits, expected["logits_train"], rtol=1e-4, atol=1e-4)
         for name in ("mean", "var"):
             ours = getattr(probe.fc_norm, f"running_{name}")
@@ -99,7 +99,7 @@ def test_the_attentive_probe_equals_the_authors_in_training(probe, tokens):
         # The released code uses batch statistics here; the golden values use running ones.
         probe.eval()
         probe(tokens)
-        torch.testing.assert_close(seen["bn"], expected["bn_eval"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(captured["bn"], expected["bn_eval"], rtol=1e-4, atol=1e-4)
 
 
 def test_a_pre_training_checkpoint_loads_into_the_encoder():

@@ -128,8 +128,8 @@ def test_gradients_equal_those_of_the_authors_way(shape):
 def test_a_mask_that_hides_nothing_changes_nothing():
     encoder = make_encoder()
     images = make_images(encoder)
-    nothing = Mask.from_bool(torch.zeros(2, *encoder.grid, dtype=torch.bool))
-    torch.testing.assert_close(encoder(images, nothing), encoder(images), rtol=1e-4, atol=1e-5)
+    all_visible = Mask.from_bool(torch.zeros(2, *encoder.grid, dtype=torch.bool))
+    torch.testing.assert_close(encoder(images, all_visible), encoder(images), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -163,8 +163,8 @@ def test_a_mask_on_the_fine_grid_encodes_all_tokens_without_a_leak():
     images, mask = make_images(encoder), make_fine_mask(encoder)
     assert encoder(images, mask).shape == (2, 8, 8)
     assert_no_leak(encoder, images, mask)
-    nothing = Mask.from_bool(torch.zeros(2, *encoder.fine_grid, dtype=torch.bool))
-    torch.testing.assert_close(encoder(images, nothing), encoder(images))
+    all_visible = Mask.from_bool(torch.zeros(2, *encoder.fine_grid, dtype=torch.bool))
+    torch.testing.assert_close(encoder(images, all_visible), encoder(images))
 
 
 @torch.no_grad()

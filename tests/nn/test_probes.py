@@ -41,18 +41,18 @@ def close(ours: Tensor, key: str) -> None:
 
 def test_pooling_normalisation_and_logits_equal_the_authors(tokens):
     probe = authors_probe().train()
-    seen: dict[str, Tensor] = {}
+    captured: dict[str, Tensor] = {}
     probe.fc_norm.register_forward_hook(
-        lambda _, inputs, output: seen.update(pooled=inputs[0], bn=output)
+        lambda _, inputs, output: captured.update(pooled=inputs[0], bn=output)
     )
     logits = probe(tokens)
-    close(seen["pooled"], "pooled")
-    close(seen["bn"], "bn_train")
+    close(captured["pooled"], "pooled")
+    close(captured["bn"], "bn_train")
     close(logits, "logits_train")
     close(probe.fc_norm.running_mean, "bn_running_mean_after")
     close(probe.fc_norm.running_var, "bn_running_var_after")
     probe.eval()(tokens)
-    close(seen["bn"], "bn_eval")
+    close(captured["bn"], "bn_eval")
 
 
 def test_every_parameter_of_the_probe_has_a_gradient(tokens):

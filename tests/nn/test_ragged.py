@@ -141,9 +141,9 @@ def padded_mae(model: MAE, images: list[Tensor], mask: RaggedMask) -> tuple[Tens
     for number in range(2):
         tokens = padded_block(tokens, encoder, f"blocks.{number}", HEADS, is_padding)
     latent = plain.norm(tokens, encoder, "norm")
-    seen = plain.linear(latent, decoder, "embed")
+    embedded = plain.linear(latent, decoder, "embed")
     rows = []
-    for row, one, grid in zip(seen, mask.unbind(), grids, strict=True):
+    for row, one, grid in zip(embedded, mask.unbind(), grids, strict=True):
         whole = decoder["mask_token"][0].expand(one.num_tokens, -1)
         whole = whole.index_copy(0, one.visible_ids[0], row[1 : 1 + one.num_visible])
         rows.append(torch.cat([row[:1], whole + sincos_positions(WIDTH, grid)]))
@@ -278,17 +278,17 @@ def test_a_gpu_gives_the_same_results_as_a_cpu():
 
 
 def test_samples_of_equal_length_share_an_attention_call_without_padding(monkeypatch):
-    seen, attend = [], layers.attend
+    calls, attend = [], layers.attend
 
     def count(query, key, value, bias=None):
-        seen.append((query.shape[0], query.shape[2], key.shape[2]))
+        calls.append((query.shape[0], query.shape[2], key.shape[2]))
         return attend(query, key, value, bias)
 
     monkeypatch.setattr(layers, "attend", count)
     mask = make_ragged([(2, 3)] * 4, [2, 4, 2, 4])
     make_model()(make_images(mask, torch.Generator().manual_seed(0)), mask)
     encoder_block, middle = [(2, 3, 3), (2, 5, 5)], [(4, 7, 7)]
-    assert seen == [*encoder_block * 2, *middle, (2, 4, 7), (2, 2, 7)]
+    assert calls == [*encoder_block * 2, *middle, (2, 4, 7), (2, 2, 7)]
 
 
 def test_drop_path_drops_whole_samples():

@@ -87,10 +87,8 @@ def test_values_have_no_positions():
     """With a single key its weight is 1, so positions could reach the output only by the value."""
     regressor = ContextRegressor(dim=WIDTH, depth=1, heads=3)
     q, p = torch.randn(2, 1, WIDTH), torch.randn(2, 1, WIDTH)
-    nothing = torch.zeros(2, 0, WIDTH)
-    torch.testing.assert_close(
-        regressor(q, nothing, p, nothing), regressor(q, nothing, 3 * p, nothing)
-    )
+    none = torch.zeros(2, 0, WIDTH)  # no visible tokens
+    torch.testing.assert_close(regressor(q, none, p, none), regressor(q, none, 3 * p, none))
 
 
 def test_a_decoder_of_depth_zero_is_its_norm():

@@ -109,8 +109,8 @@ def test_masked_patches_are_not_read(data, generator):
 def test_without_masked_patches_the_mask_token_is_not_used():
     model, images = swin(), torch.randn(2, 2, 16, 32)
     mask = masking.uniform(masking.key([0, 1], seed=0), (8, 16), num_masked=0)
-    seen = model(images, mask, mask_token=torch.full((1, 1, 8), torch.nan))
-    torch.testing.assert_close(seen, model(images))
+    tokens = model(images, mask, mask_token=torch.full((1, 1, 8), torch.nan))
+    torch.testing.assert_close(tokens, model(images))
 
 
 def test_samples_do_not_affect_each_other():
@@ -191,10 +191,10 @@ def test_a_bias_depends_on_the_offset_alone(grid, class_token, generator):
     square = bias()[0, :, prefix:, prefix:]
     positions = torch.cartesian_prod(*[torch.arange(size) for size in grid]).view(-1, len(grid))
     offsets = (positions[:, None] - positions).tolist()
-    seen: dict[tuple[int, ...], torch.Tensor] = {}
+    by_offset: dict[tuple[int, ...], torch.Tensor] = {}
     for query, row in enumerate(offsets):
         for key, offset in enumerate(row):
-            value = seen.setdefault(tuple(offset), square[:, query, key])
+            value = by_offset.setdefault(tuple(offset), square[:, query, key])
             assert torch.equal(value, square[:, query, key])
 
 
@@ -207,16 +207,17 @@ def test_visible_tokens_keep_their_positions(relative, class_token, mask):
     encoded = model(images, mask)
     assert encoded.shape[1] == model.num_prefix_tokens + mask.num_visible
     prefix = model.num_prefix_tokens
-    seen = F.pad(~mask.is_masked.flatten(1), (prefix, 0), value=True)
-    closed = torch.zeros(2, 1, 1, seen.shape[1]).masked_fill(~seen[:, None, None], -torch.inf)
+    is_visible = F.pad(~mask.is_masked.flatten(1), (prefix, 0), value=True)
+    key_bias = torch.zeros(2, 1, 1, is_visible.shape[1])
+    key_bias = key_bias.masked_fill(~is_visible[:, None, None], -torch.inf)
     tokens = model.patch_embed(images)
     if model.cls_token is not None:
         tokens = torch.cat([model.cls_token.expand(2, -1, -1), tokens], dim=1)
     for index, block in enumerate(model.blocks):
         table = model.rel_pos_bias[index if relative == "block" else 0]
-        tokens = block(tokens, attn_bias=table() + closed)
+        tokens = block(tokens, attn_bias=table() + key_bias)
     for row in range(2):
-        expected = model.norm(tokens[row][seen[row]])
+        expected = model.norm(tokens[row][is_visible[row]])
         torch.testing.assert_close(encoded[row], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -276,10 +277,10 @@ def test_masked_patches_equal_those_of_a_prediction_of_the_whole_image():
 def test_a_head_predicts_only_masked_patches_if_a_token_is_a_patch():
     mask = masking.uniform(masking.key([0, 1], seed=0), (2, 3), num_masked=2)
     head = SimMIMHead("mlp", grid=(2, 3), dim=10, token=(4, 4), patch=(4, 4), values=3)
-    seen = []
-    head.predict.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+    shapes = []
+    head.predict.register_forward_hook(lambda module, args, output: shapes.append(args[0].shape))
     assert head(torch.randn(2, 6, 10), mask).shape == (2, 2, 48)
-    assert seen == [(2, 2, 10)]
+    assert shapes == [(2, 2, 10)]
 
 
 @pytest.mark.untyped

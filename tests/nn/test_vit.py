@@ -68,9 +68,9 @@ def test_visible_patches_are_encoded_as_the_authors_encode_them(shape, class_tok
     encoder = make_encoder(shape, class_token=class_token)
     images, mask = make_images(encoder), make_mask(encoder)
     assert encoder.num_prefix_tokens == class_token
-    for some in (mask, None):
-        encoded = encoder(images, some)
-        expected = encode_then_drop(encoder, images, some)
+    for mask_or_none in (mask, None):
+        encoded = encoder(images, mask_or_none)
+        expected = encode_then_drop(encoder, images, mask_or_none)
         torch.testing.assert_close(encoded, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -89,8 +89,8 @@ def test_any_count_of_visible_patches_is_encoded(mask):
 def test_a_mask_that_hides_nothing_changes_nothing():
     encoder = make_encoder()
     images = make_images(encoder)
-    nothing = Mask.from_bool(torch.zeros(3, *encoder.grid, dtype=torch.bool))
-    torch.testing.assert_close(encoder(images, nothing), encoder(images))
+    all_visible = Mask.from_bool(torch.zeros(3, *encoder.grid, dtype=torch.bool))
+    torch.testing.assert_close(encoder(images, all_visible), encoder(images))
 
 
 GOLDEN = golden("mae_finetune_vit_A")

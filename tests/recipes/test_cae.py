@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,20 +20,13 @@ from mimkit.nn import DiscreteVAE
 from mimkit.targets import FeatureTarget
 from mimkit.testing import assert_no_leak, assert_samples_isolated
 from recipes import tokenizer
-from recipes.cae import (
-    CAE,
-    RECIPE,
-    CAEConfig,
-    PretrainCAE,
-    baselines,
-    decode_full,
-    fit,
-    load_run,
-)
+from recipes.cae import CAE, RECIPE, CAEConfig, build_with_target
 from recipes.engine import run
+from recipes.engine.errors import UserError
 from recipes.engine.pretrained.encoders import load_encoder
 from recipes.engine.pretrained.shapes import ViTShape
 from recipes.engine.pretrained.tokenizers import ImageTokenizer, to_inputs, to_pixels
+from tests.recipes.command import check_command
 from tests.strategies import keys
 
 SHAPE = CAEConfig(
@@ -283,39 +275,18 @@ def test_a_run_predicts_the_features_of_a_given_encoder(pictures, other_run, tmp
     config = dataclasses.replace(
         RECIPE.presets["tiny"].model, target="features", teacher=teacher, no_alignment=True
     )
-    model, images = PretrainCAE(config), torch.randn(2, 3, 32, 32)
-    own = load_run(str(other_run)).encoder
+    model, images = build_with_target(config), torch.randn(2, 3, 32, 32)
+    own = build_with_target(dataclasses.replace(config, target="tokens", teacher=None)).encoder
+    own.load_state_dict(load_file(teacher))
     mask = masking.uniform(masking.key(range(2), seed=0), (8, 8), 0.5)
     expected = own(images)[:, 1:].gather(1, mask.masked_ids.unsqueeze(2).expand(-1, -1, 96))
-    torch.testing.assert_close(model.features(images, mask), expected)
-    assert not any(weight.requires_grad for weight in model.teacher.parameters())
-    mean = float(baselines(model, images, mask)["mean"])
+    torch.testing.assert_close(model.target(images, mask), expected)
+    assert not any(weight.requires_grad for weight in model.target.teacher.parameters())
+    mean = float(RECIPE.baselines(model, images, mask)["mean"])
     assert 0 <= mean < 1
 
 
-def test_the_picture_of_another_run_stands_beside_this_ones(pictures, other_run, tmp_path):
-    alone, beside = tmp_path / "alone", tmp_path / "beside"
-    assert run(RECIPE, "", options(pictures, alone)) == 0
-    assert run(RECIPE, "", options(pictures, beside, "--beside", str(other_run))) == 0
-    widths = [Image.open(out / "decode_full.png").width for out in (alone, beside)]
-    assert widths[0] < widths[1]
-    config = RECIPE.presets["tiny"].model
-    model = PretrainCAE(dataclasses.replace(config, beside=str(other_run))).eval()
-    images = torch.randn(2, 3, 32, 32)
-    columns = decode_full(model, images)
-    assert list(columns)[:2] == ["encoder + decoder", "without alignment: encoder + decoder"]
-    weights = load_file(other_run / "encoder.safetensors")
-    other = load_run(str(other_run))
-    for name, tensor in other.encoder.state_dict().items():
-        assert torch.equal(tensor, weights[name]), name
-    expected = decode_full(other, images)["encoder + decoder"]
-    assert torch.equal(columns["without alignment: encoder + decoder"], expected)
-    assert not torch.equal(columns["encoder + decoder"], expected)
-
-
-def test_a_teacher_or_a_run_that_does_not_fit_gets_one_clear_line(
-    pictures, other_run, tmp_path, capfd
-):
+def test_a_teacher_that_does_not_fit_gets_one_clear_line(other_run, tmp_path):
     teacher = str(other_run / "encoder.safetensors")
     shapeless = tmp_path / "encoder.safetensors"
     shapeless.write_bytes((other_run / "encoder.safetensors").read_bytes())
@@ -329,15 +300,12 @@ def test_a_teacher_or_a_run_that_does_not_fit_gets_one_clear_line(
             f"--teacher {teacher} takes patches of (4, 4) pixels and 3 channels where this model "
             "takes (16, 16) and 3",
         ),
-        (["--beside", str(pictures)], f"--beside {pictures} is no folder of a finished run"),
-        (["--beside", str(other_run), "--target", "rgb"], "has target tokens where this run has"),
-        (["--beside", str(other_run), "--image-size", "40"], "has image_size 32 where this run"),
         (["--image-size", "30"], "image size (30, 30) is not divisible"),
     ):
-        assert run(RECIPE, "", options(pictures, tmp_path / "run", *more)) == 2, more
-        error = capfd.readouterr().err
-        assert says in error
-        assert error.count("\n") == 1, error
+        with pytest.raises(UserError) as caught:
+            check_command(RECIPE, *more)
+        assert says in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_run_takes_a_trained_tokenizer(pictures, trained_tokenizer, tmp_path):
@@ -346,7 +314,9 @@ def test_a_run_takes_a_trained_tokenizer(pictures, trained_tokenizer, tmp_path):
     assert run(RECIPE, "", options(pictures, out, *more)) == 0
     assert (out / "decode_full.png").exists()
     model = RECIPE.presets["tiny"].model
-    vae = PretrainCAE(dataclasses.replace(model, tokenizer=str(trained_tokenizer))).tokenizer
+    vae = build_with_target(
+        dataclasses.replace(model, tokenizer=str(trained_tokenizer))
+    ).target.tokenizer
     assert vae.vocabulary_size == 32
     assert vae.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 8, 8)
 
@@ -371,12 +341,12 @@ def test_openais_names_are_read_and_make_the_same_tokens(tmp_path):
     model = dataclasses.replace(
         RECIPE.presets["tiny"].model, tokenizer=str(tmp_path / "encoder.safetensors")
     )
-    pretrain, images = PretrainCAE(model), torch.randn(2, 3, 32, 32)
+    pretrain, images = build_with_target(model), torch.randn(2, 3, 32, 32)
     # A code stands for 2 pixels, a patch for 4: the image is read at half its size.
     halved = nn.functional.interpolate(
         to_pixels(images), scale_factor=0.5, mode="bicubic", antialias=True
     ).clamp(0, 1)
-    assert torch.equal(pretrain.tokenize(images), vae.encode(halved).flatten(1))
+    assert torch.equal(pretrain.target.encode(images), vae.encode(halved).flatten(1))
 
 
 def test_pixels_and_model_inputs_are_each_others_inverse():
@@ -388,17 +358,17 @@ def test_pixels_and_model_inputs_are_each_others_inverse():
 
 def test_the_trivial_predictors_know_what_they_say_they_know():
     torch.manual_seed(0)
-    model = PretrainCAE(RECIPE.presets["tiny"].model)
+    model = build_with_target(RECIPE.presets["tiny"].model)
     images = torch.randn(64, 3, 32, 32)
-    fit(model, images)
-    counts = torch.bincount(model.tokenize(images).flatten(), minlength=128)
-    assert torch.equal(model.frequencies, (counts + 1) / (counts + 1).sum())
+    RECIPE.fit(model, images)
+    counts = torch.bincount(model.target.encode(images).flatten(), minlength=128)
+    assert torch.equal(model.target.frequencies, (counts + 1) / (counts + 1).sum())
     mask = masking.uniform(masking.key(range(64), seed=0), (8, 8), 0.5)
-    scores = baselines(model, images, mask)
+    scores = RECIPE.baselines(model, images, mask)
     assert float(scores["uniform"]) == pytest.approx(np.log(128))
     assert scores["unigram"] < scores["uniform"]
     share = model(images, mask).top_token_share
-    ids = model.tokenize(images).gather(1, mask.masked_ids)
+    ids = model.target.encode(images).gather(1, mask.masked_ids)
     assert float(share) == pytest.approx(float((ids == counts.argmax()).float().mean()))
 
 
@@ -406,8 +376,8 @@ def test_every_preset_builds_on_the_meta_device():
     for name, preset in RECIPE.presets.items():
         config = dataclasses.replace(preset.model, tokenizer="patches")
         with torch.device("meta"):
-            model = PretrainCAE(config)
-        assert isinstance(model.cae.project, nn.Sequential) == (name == "vit_large_as_shipped")
+            model = build_with_target(config)
+        assert isinstance(model.project, nn.Sequential) == (name == "vit_large_as_shipped")
 
 
 @pytest.mark.parametrize(
@@ -419,15 +389,15 @@ def test_every_preset_builds_on_the_meta_device():
         (["--target", "words"], "words"),
     ],
 )
-def test_a_mistake_gets_one_clear_line(more, says, pictures, tmp_path, capfd, monkeypatch):
+def test_a_mistake_gets_one_clear_line(more, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run(RECIPE, "", options(pictures, tmp_path / "run", *more)) == 2
-    error = capfd.readouterr().err
-    assert says in error
-    assert error.count("\n") == 1
+    with pytest.raises(UserError) as caught:
+        check_command(RECIPE, *more)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_a_tokenizer_that_does_not_fit_gets_one_clear_line(pictures, tmp_path, capfd):
+def test_a_tokenizer_that_does_not_fit_gets_one_clear_line(tmp_path):
     files = {
         "stride 8": DiscreteVAE(dim=4, groups=4, depth=1, vocabulary_size=8, stem_dim=4),
         "gray": DiscreteVAE(in_channels=1, dim=4, groups=3, depth=1, vocabulary_size=8, stem_dim=4),
@@ -441,11 +411,10 @@ def test_a_tokenizer_that_does_not_fit_gets_one_clear_line(pictures, tmp_path, c
     for name, module in files.items():
         path = tmp_path / f"{name}.safetensors"
         save_file(module.state_dict(), path)
-        more = ["--tokenizer", str(path)]
-        assert run(RECIPE, "", options(pictures, tmp_path / "run", *more)) == 2
-        error = capfd.readouterr().err
-        assert says[name] in error
-        assert error.count("\n") == 1
+        with pytest.raises(UserError) as caught:
+            check_command(RECIPE, "--tokenizer", str(path))
+        assert says[name] in str(caught.value)
+        assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="no multiple"):
         ImageTokenizer(files["stride 8"], (16, 16), (4, 4))
 

@@ -10,8 +10,9 @@ import torch
 
 from mimkit import masking
 from mimkit.testing import assert_no_leak
-from recipes.convmae import PRESETS, RECIPE, ConvMAE, ConvMAEConfig, ConvMAEMasking, reconstruct
-from recipes.engine import run
+from recipes.convmae import PRESETS, RECIPE, ConvMAE, ConvMAEConfig, ConvMAEMasking
+from recipes.engine.errors import UserError
+from tests.recipes.command import check_command, config_for
 
 SMALL = {
     "image_size": (16, 24),
@@ -81,7 +82,7 @@ def test_a_mask_of_the_first_stage_predicts_its_own_patches():
     assert output.latent.shape == (3, 6, 16)
     assert_no_leak(lambda images, mask: model(images, mask).latent, IMAGES, mask)
     with torch.no_grad():
-        filled = reconstruct(model, IMAGES, mask)
+        filled = RECIPE.reconstruct(model, IMAGES, mask)
     visible = ~mask.refine(2).is_masked.unsqueeze(1).expand_as(IMAGES)
     assert torch.equal(filled[visible], IMAGES[visible])
 
@@ -90,7 +91,7 @@ def test_a_reconstruction_keeps_the_visible_pixels():
     model = make_model()
     mask = masking.uniform(KEY, model.encoder.grid, 0.5)
     with torch.no_grad():
-        filled = reconstruct(model, IMAGES, mask)
+        filled = RECIPE.reconstruct(model, IMAGES, mask)
     hidden = mask.refine(8).is_masked.unsqueeze(1).expand_as(IMAGES)
     assert torch.equal(filled[~hidden], IMAGES[~hidden])
     assert filled[hidden].ne(IMAGES[hidden]).all()
@@ -123,12 +124,21 @@ def test_parts_that_cannot_be_stacked_are_refused():
         (["--decoder-heads", "7"], "heads=7"),
     ],
 )
-def test_a_flag_that_does_not_fit_gets_one_line(arguments, message, capsys, tmp_path):
-    assert run(RECIPE, None, [*arguments, "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert len(error.strip().splitlines()) == 1
-    assert not (tmp_path / "out").exists()
+def test_a_flag_that_does_not_fit_gets_one_line(arguments, message):
+    with pytest.raises(UserError) as caught:
+        check_command(RECIPE, *arguments)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "share"),
+    [([], 0.75), (["--parts", "4"], 0.75), (["--parts", "2"], 0.5), (["--mask-ratio", "0.5"], 0.5)],
+)
+def test_the_ratio_follows_from_the_parts_where_none_is_given(arguments, share):
+    masks = config_for(RECIPE, *arguments).masking.draw(KEY, (4, 4))
+    masks = masks if isinstance(masks, list) else [masks]
+    assert {mask.num_masked / mask.num_tokens for mask in masks} == {share}
 
 
 FLAGS = [
@@ -143,14 +153,21 @@ FLAGS = [
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=" ".join)
-def test_every_ablation_trains(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr("recipes.engine.main.write_report", lambda *a, **k: {"steps": 2})
-    monkeypatch.setattr("recipes.engine.main.print_summary", lambda *a: None)
-    out = tmp_path / "out"
-    size = ["--max-steps", "2", "--batch-size", "8", "--data", "digits"]
-    assert run(RECIPE, None, [*size, *flags, "--out", str(out)]) == 0
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert all(0 < row["loss"] < 10 for row in rows)
+def test_every_ablation_trains(flags):
+    config = config_for(RECIPE, *flags)
+    torch.manual_seed(0)
+    model = ConvMAE(config.model).train()
+    images = torch.randn(8, 3, 32, 32)
+    masks = config.masking.draw(masking.key(range(8), seed=0), model.encoder.grid)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(4):
+        loss = model(images, masks).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] < 10
 
 
 @pytest.mark.full

@@ -1,17 +1,16 @@
 """MAE's ablations: what each option computes, and that the command line reaches it."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from mimkit import losses, masking
 from mimkit.masking import Mask
 from mimkit.patches import gather_masked, patchify
-from recipes.engine import run
+from recipes.engine.masks import first
 from recipes.mae import MAE, RECIPE, MAEConfig
+from tests.recipes.command import check_command, config_for
 
 SMALL = MAEConfig(
     image_size=(16, 24), patch_size=4, dim=32, depth=2, heads=4,
@@ -60,18 +59,18 @@ def test_principal_components_are_fitted_kept_in_the_state_and_scored(
     images: torch.Tensor, mask: Mask
 ) -> None:
     model = make(target="pca", pca_components=5)
-    model.fit(images)
+    model.target.fit(images)
     patches = patchify(images, 4).flatten(0, 1)
     centered = patches - patches.mean(0)
     directions = torch.linalg.svd(centered, full_matrices=False).Vh[:5]
-    aligned = (model.pca_directions * directions).sum(1).abs()
+    aligned = (model.target.components * directions).sum(1).abs()
     torch.testing.assert_close(aligned, torch.ones(5), rtol=1e-4, atol=1e-4)
     other = make(target="pca", pca_components=5)
     other.load_state_dict(model.state_dict())
     output = other(images, mask)
     assert output.prediction.shape == (3, 18, 5)
     target = gather_masked(
-        (centered @ model.pca_directions.T).unflatten(0, (3, 24)), mask
+        (centered @ model.target.components.T).unflatten(0, (3, 24)), mask
     )  # fmt: skip
     torch.testing.assert_close(output.loss, losses.masked_mse(output.prediction, target, mask))
 
@@ -132,16 +131,18 @@ def test_options_that_do_not_fit_together_are_refused(
     ],
     ids=" ".join,
 )
-def test_the_command_line_reaches_every_ablation(
-    arguments: list[str], pictures: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    common = ["--data", str(pictures), "--batch-size", "4", "--max-steps", "2"]
-    assert run(RECIPE, "", [*common, "--out", str(out), *arguments]) == 0
-    config = yaml.safe_load((out / "config.yaml").read_text())
-    parts = {**config["model"], **config["masking"]}
+def test_the_command_line_reaches_every_ablation(arguments: list[str]) -> None:
+    config = config_for(RECIPE, *arguments)
+    check_command(RECIPE, *arguments)
+    parts = {**dataclasses.asdict(config.model), **dataclasses.asdict(config.masking)}
     for flag, value in zip(arguments[::2], arguments[1::2], strict=True):
         assert str(parts[flag.removeprefix("--").replace("-", "_")]) == value
+    model = MAE(config.model).train()
+    masks = config.masking.draw(masking.key([0, 1], seed=0), model.encoder.grid)
+    batch = torch.randn(2, 3, 32, 32)
+    RECIPE.fit(model, batch)
+    model(batch, masks).loss.backward()
+    assert RECIPE.baselines(model, batch, first(masks))
 
 
 def test_mask_tokens_inside_the_encoder_go_through_it_and_the_decoder(

@@ -26,8 +26,7 @@ from recipes.engine.pretrained.encoders import (
     load_encoder,
 )
 from recipes.engine.pretrained.shapes import SwinShape, ViTShape
-from recipes.engine.run.defaults import baselines, reconstruct
-from recipes.simmim import SimMIM, SimMIMConfig
+from recipes.simmim import RECIPE, SimMIM, SimMIMConfig
 from tests.nn import plain
 
 SHAPE = ViTShape(image_size=32, patch_size=8, dim=16, depth=2, heads=2)
@@ -116,8 +115,8 @@ def test_features_of_a_teacher_are_predicted_where_patches_are_masked(tmp_path: 
     torch.testing.assert_close(output.loss, 1 - cosine.mean())
     output.loss.backward()
     assert all(weight.grad is None for weight in model.target.teacher.parameters())
-    assert baselines(model, images, mask)["mean"] > 0
-    drawn = reconstruct(model, images, mask)
+    assert RECIPE.baselines(model, images, mask)["mean"] > 0
+    drawn = RECIPE.reconstruct(model, images, mask)
     assert not gather_masked(patchify(drawn, 4), mask).any(), "features have no way back"
     with pytest.raises(UserError, match=r"patches of \(4, 4\) pixels and 3 channels where"):
         SimMIM(SimMIMConfig(16, "vit", 8, target="features", teacher=teacher))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from mimkit import masking
 from mimkit.nn import ConvStem, ViT
 from mimkit.patches import gather_masked, patchify
-from recipes.vit_mpp import MPP, MPPConfig, reconstruct
+from recipes.vit_mpp import MPP, RECIPE, MPPConfig
 from tests.nn import plain
 from tests.strategies import masks
 
@@ -29,8 +29,9 @@ def test_a_class_is_the_mean_color_in_eight_levels_a_channel():
     mpp = model()
     means = gather_masked(patchify(images, 4), mask).unflatten(2, (-1, 3)).mean(2)
     levels = ((means + 2.2) / 4.9 * 8).long().clamp(0, 7)
-    assert torch.equal(mpp.colors(images, mask), levels @ torch.tensor([1, 8, 64]))
-    painted = mpp.paint(mpp.colors(images, mask)).unflatten(2, (-1, 3)).mean(2)
+    colors = mpp.target(images, mask)
+    assert torch.equal(colors, levels @ torch.tensor([1, 8, 64]))
+    painted = mpp.target.draw(colors, images, mask).unflatten(2, (-1, 3)).mean(2)
     assert (painted - means).abs().max() <= 4.9 / 16 + 1e-5
 
 
@@ -74,7 +75,7 @@ def test_colors_are_learned(channels):
         optimizer.step()
     assert loss < before
     assert all(p.grad is not None for p in mpp.parameters())
-    assert reconstruct(mpp.eval(), images, mask).shape == images.shape
+    assert RECIPE.reconstruct(mpp.eval(), images, mask).shape == images.shape
 
 
 def test_shares_of_more_than_everything_are_refused():

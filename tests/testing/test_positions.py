@@ -59,9 +59,9 @@ def expected_leak(
     """Return the first masked patch that reaches a visible one, and the farthest one it reaches."""
     for sample, is_masked in enumerate(mask.is_masked):
         for row, column in is_masked.nonzero().tolist():
-            there = (reached(is_masked, (row, column)) & ~is_masked).nonzero().tolist()
-            if there:
-                far = max(there, key=lambda place: math.dist((row, column), place))
+            affected = (reached(is_masked, (row, column)) & ~is_masked).nonzero().tolist()
+            if affected:
+                far = max(affected, key=lambda place: math.dist((row, column), place))
                 distance = round(math.dist((row, column), far), 1)
                 return (row, column), sample, tuple(far), distance
     raise AssertionError("nothing leaks")
@@ -73,9 +73,9 @@ def around(places: Tensor, reach: int) -> Tensor:
 
 
 def only(is_masked: Tensor, patch: Patch) -> Tensor:
-    there = torch.zeros_like(is_masked)
-    there[patch] = True
-    return there
+    affected = torch.zeros_like(is_masked)
+    affected[patch] = True
+    return affected
 
 
 MASKS = [
@@ -143,9 +143,9 @@ def test_a_stem_that_overlaps_on_one_side_leaks_to_that_side(mask: Mask) -> None
         return torch.take_along_dim(tokens, mask.visible_ids.unsqueeze(2), dim=1)
 
     def reached(is_masked: Tensor, patch: Patch) -> Tensor:
-        there = only(is_masked, patch)
-        there[patch[0] : patch[0] + 2, patch[1] : patch[1] + 2] = True
-        return there
+        affected = only(is_masked, patch)
+        affected[patch[0] : patch[0] + 2, patch[1] : patch[1] + 2] = True
+        return affected
 
     kernel = torch.rand(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
     message = leak_message(encoder, torch.rand(2, 3, 10, 14), mask)
@@ -186,10 +186,10 @@ def test_a_mask_missing_in_one_layer_leaks_at_the_right_patches(masked: tuple, m
     """After that layer the leak spreads through visible patches only."""
 
     def reached(is_masked: Tensor, patch: Patch) -> Tensor:
-        there = only(is_masked, patch)
+        affected = only(is_masked, patch)
         for layer in masked:
-            there = there | around(there & ~is_masked if layer else there, 1)
-        return there
+            affected = affected | around(affected & ~is_masked if layer else affected, 1)
+        return affected
 
     torch.manual_seed(0)
     encoder, images = MaskedConvolutions(masked), torch.rand(2, 3, 20, 28)
@@ -226,10 +226,12 @@ def test_a_convmae_block_without_a_mask_leaks_at_the_right_patches(unmasked: int
     """5x5 kernels on half patches: each block reaches one patch further."""
 
     def reached(is_masked: Tensor, patch: Patch) -> Tensor:
-        there = only(is_masked, patch)
+        affected = only(is_masked, patch)
         for layer in range(3):
-            there = there | around(there if layer == unmasked else there & ~is_masked, 1)
-        return there
+            affected = affected | around(
+                affected if layer == unmasked else affected & ~is_masked, 1
+            )
+        return affected
 
     torch.manual_seed(0)
     encoder, images, mask = OneUnmaskedBlock(unmasked), torch.rand(2, 3, 40, 56), MASKS[1]
