@@ -36,7 +36,7 @@ from recipes.engine.data.augment import Augmentation, rand_augment
 from recipes.engine.data.labelled import LabelledData, load_labelled
 from recipes.engine.data.mixing import Mixing
 from recipes.engine.errors import UserError
-from recipes.engine.fields import Fraction, NonNegativeFloat
+from recipes.engine.fields import Fraction, NonNegativeFloat, NonNegativeInt
 from recipes.engine.loop import Plan, make_plan
 from recipes.engine.optim import layer_decay_groups
 from recipes.engine.pretrained import encoders
@@ -82,8 +82,8 @@ class FineTuning(Training):
             or torchvision) and random erasing.
     """
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    min_lr: float = 1e-6
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    min_lr: NonNegativeFloat = 1e-6
     layer_decay: Fraction = 0.75
     drop_path: Fraction = 0.1
     mixup: NonNegativeFloat = 0.8
@@ -97,13 +97,13 @@ class FineTuneOptions(EncoderOptions):
     """Options of fine-tuning; `--encoder none` trains from scratch.
 
     Attributes:
-        trained_blocks: Train the last so many blocks, the last norm and the head only; 0 for no
-            block; all weights by default.
+        trained_blocks: Train the last N blocks, the last norm and the head only; 0 for no block;
+            all weights by default.
         scratch: Whether the same training is also run from an untrained encoder; "auto" does so
             for the bundled sets.
     """
 
-    trained_blocks: int | None = None
+    trained_blocks: NonNegativeInt | None = None
     scratch: Literal["auto", "always", "never"] = "auto"
 
 

@@ -1,9 +1,11 @@
-"""What all recipes share: options, data, the training loop, probes and reports."""
+"""What all recipes share: options, data, the training loop, probes and reports.
+
+In this namespace `run` is the function; the package of that name is reached by its modules, as in
+`from recipes.engine.run.config import RunConfig`.
+"""
 
 from recipes.engine.main import run
 from recipes.engine.masks import Masking
 from recipes.engine.run.config import Preset, Recipe, Training
-
-# Last: the function takes the place of the room of the same name in this namespace.
 
 __all__ = ["Masking", "Preset", "Recipe", "Training", "run"]

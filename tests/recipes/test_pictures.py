@@ -1,5 +1,7 @@
 """Pictures of several runs, side by side."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +77,27 @@ def test_a_run_that_does_not_fit_is_one_line(
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
+
+
+def test_an_output_folder_that_is_a_file_is_one_line(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main([*map(str, runs), "--out", str(tmp_path / "file")]) == 2
+    error = capsys.readouterr().err
+    assert "file cannot be written to" in error
+    assert error.count("\n") == 1
+
+
+def test_the_command_starts_without_a_warning(runs: list[Path], tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "error", "-m", "recipes.engine.pictures"]
+    result = subprocess.run(
+        [*command, *map(str, runs), "--out", str(tmp_path)],
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_one_run_is_not_enough(runs: list[Path], tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ its configuration has different from the others'.
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,7 +207,8 @@ def place_side_by_side(runs: Sequence[Path], out: Path) -> list[Path]:
         The files written: `<name>-side-by-side.png` for each picture.
 
     Raises:
-        UserError: A folder without a finished run, no common picture, or one that cannot be read.
+        UserError: A folder without a finished run, no common picture, one that cannot be read, or
+            an output folder that cannot be written to.
     """
     if len(runs) < 2:
         raise UserError("give the folders of two or more runs")
@@ -216,13 +216,19 @@ def place_side_by_side(runs: Sequence[Path], out: Path) -> list[Path]:
     names = sorted(set.intersection(*({file.stem for file in run.glob("*.png")} for run in runs)))
     if not names:
         raise UserError(f"no picture is in all of {', '.join(map(escaped, map(str, runs)))}")
-    written = []
-    out.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        pictures = [_read_picture(run / f"{name}.png") for run in runs]
-        written.append(out / f"{name}-side-by-side.png")
-        _beside(pictures, captions).save(written[-1])
-    return written
+    sheets = {
+        out / f"{name}-side-by-side.png": _beside(
+            [_read_picture(run / f"{name}.png") for run in runs], captions
+        )
+        for name in names
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for file, sheet in sheets.items():
+            sheet.save(file)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written to: {error.strerror}") from error
+    return list(sheets)
 
 
 def _config_of(run: Path) -> dict[str, Any]:
@@ -248,9 +254,12 @@ def _captions(configs: Sequence[Mapping[str, Any]], runs: Sequence[Path]) -> lis
     """Name each run, and what its configuration has different."""
     names = sorted({name for config in configs for name in config})
     different = [n for n in names if any(c.get(n) != configs[0].get(n) for c in configs)]
+    folders = [run.resolve().name for run in runs]
+    if len(set(folders)) < len(folders):  # the same name in several places
+        folders = [str(run) for run in runs]
     return [
-        "\n".join([run.resolve().name, *(f"{name}: {config.get(name)}" for name in different[:8])])
-        for run, config in zip(runs, configs, strict=True)
+        "\n".join([folder, *(f"{name}: {config.get(name)}" for name in different[:8])])
+        for folder, config in zip(folders, configs, strict=True)
     ]
 
 
@@ -305,7 +314,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Put the pictures of several runs side by side.",
         arguments=arguments,
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())
