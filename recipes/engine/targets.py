@@ -607,7 +607,7 @@ class TokenTarget(ClassTarget):
 
 
 class CountedTokenTarget(TokenTarget):
-    """Codes of a tokenizer, beside how often each occurs in the first images.
+    """Codes of a tokenizer, and how often each occurs in the first images.
 
     Args:
         tokenizer: As in `TokenTarget`.
