@@ -168,6 +168,7 @@ def test_the_whole_image_goes_through_encoder_and_decoder():
     torch.testing.assert_close(model.decode_full(images), expected)
 
 
+@pytest.mark.full
 def test_the_model_traces_into_one_graph():
     model = build()
     images, mask, ids = draw()
@@ -241,7 +242,14 @@ def trained_tokenizer(pictures: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.parametrize(
     "more",
-    [[], ["--target", "rgb"], ["--no-alignment"], ["--no-decoder"], ["--sampler", "uniform"]],
+    [
+        [],
+        ["--target", "rgb"],
+        *(
+            pytest.param(more, marks=pytest.mark.full)
+            for more in (["--no-alignment"], ["--no-decoder"], ["--sampler", "uniform"])
+        ),
+    ],
     ids=lambda more: " ".join(more) or "default",
 )
 def test_a_run_writes_numbers_and_pictures(more, pictures, tmp_path, capfd):

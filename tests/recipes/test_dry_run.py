@@ -8,7 +8,12 @@ from recipes import cae, convmae, mae, simmim, tokenizer, vit_mpp
 from recipes.engine import Recipe, run
 
 RECIPES = {recipe.RECIPE.name: recipe.RECIPE for recipe in (cae, convmae, mae, simmim, vit_mpp)}
-PRESETS = [(name, preset) for name, recipe in RECIPES.items() for preset in recipe.presets]
+# The first large preset of every recipe; the others in the long tier.
+PRESETS = [
+    pytest.param(name, preset, marks=[] if number == 1 else pytest.mark.full)
+    for name, recipe in RECIPES.items()
+    for number, preset in enumerate(recipe.presets)
+]
 
 
 def arguments(recipe: Recipe, pictures: Path, *more: str) -> list[str]:

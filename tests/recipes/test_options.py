@@ -145,11 +145,17 @@ def numbers_of(options: type[Any]) -> list[str]:
     return [name for name, kind in hints.items() if has_range(kind)]
 
 
-def flags_of_everything() -> list[tuple[str, str]]:
-    found = [(recipe.name, name) for recipe in RECIPES for name in numbers_of(options_type(recipe))]
-    found += [("tokenizer", name) for name in numbers_of(tokenizer.OPTIONS)]
-    found += [("finetune", name) for name in numbers_of(finetune.OPTIONS)]
-    return found + [("probe", name) for name in numbers_of(probe.OPTIONS)]
+def flags_of_everything() -> list[Any]:
+    """Return each recipe's number flags; what all share is tried with the first one only."""
+    kinds = {recipe.name: options_type(recipe) for recipe in RECIPES}
+    kinds |= {"tokenizer": tokenizer.OPTIONS, "finetune": finetune.OPTIONS, "probe": probe.OPTIONS}
+    found, seen = [], set[str]()
+    for name, kind in kinds.items():
+        for flag in numbers_of(kind):
+            marks = [pytest.mark.full] if flag in seen else []
+            found.append(pytest.param(name, flag, marks=marks))
+            seen.add(flag)
+    return found
 
 
 def resolve_line(name: str, *arguments: str) -> None:

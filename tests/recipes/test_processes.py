@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         [],
         pytest.param(["--accumulate", "2"], marks=pytest.mark.full),
-        ["--shard"],
+        pytest.param(["--shard"], marks=pytest.mark.full),
         pytest.param(["--shard", "--accumulate", "2"], marks=pytest.mark.full),
     ],
     ids=lambda more: " ".join(more) or "plain",
@@ -126,6 +126,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     np.testing.assert_allclose(losses(out), losses(folder / "one"), rtol=1e-5)
 
 
+@pytest.mark.full
 def test_a_job_ends_clearly_when_a_process_dies_and_goes_on_when_started_again(
     folder: Path,
 ) -> None:

@@ -56,6 +56,7 @@ def test_a_run_writes_all_it_promises(
     encoder.load_state_dict(load_file(folder / "encoder.safetensors"))
 
 
+@pytest.mark.full  # the installed one below is started from another folder, too
 def test_a_recipe_runs_as_a_script_from_any_folder(tmp_path: Path) -> None:
     script = [str(ROOT / "recipes/mae.py"), *SHORT, "--dry-run"]
     result = start([sys.executable, *script], tmp_path)
@@ -63,6 +64,7 @@ def test_a_recipe_runs_as_a_script_from_any_folder(tmp_path: Path) -> None:
     assert "parameters" in result.stdout
 
 
+@pytest.mark.full  # test_processes.py starts torchrun
 def test_a_recipe_runs_under_torchrun(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1"]
     script = [str(ROOT / "recipes/mae.py"), *SHORT, "--dry-run"]
