@@ -4,8 +4,9 @@ In this namespace `run` is the function; the package of that name is reached by 
 `from recipes.engine.run.config import RunConfig`.
 """
 
+from recipes.engine.data.sets import DataSet, TrainSet
 from recipes.engine.main import run
 from recipes.engine.masks import Masking
 from recipes.engine.run.config import Preset, Recipe, Training
 
-__all__ = ["Masking", "Preset", "Recipe", "Training", "run"]
+__all__ = ["DataSet", "Masking", "Preset", "Recipe", "TrainSet", "Training", "run"]
