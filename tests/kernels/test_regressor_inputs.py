@@ -157,7 +157,7 @@ def test_operator_works_in_training(dtype):
     tensors += [torch.randn(12, device=DEVICE).to(dtype) for _ in range(6)]
     with mimkit.use("triton"):
         assert_op_correct(
-            make_all, by_reference(all_inputs), [tensor.requires_grad_() for tensor in tensors]
+            all_inputs, by_reference(all_inputs), [tensor.requires_grad_() for tensor in tensors]
         )
 
 
