@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_told_in_one_line(name, options, says, pictures, ca
             ["--divergence-weight", "nan"],
             "--divergence-weight nan is out of range: give 0 or a positive number",
         ),
-        (["--resume", "elsewhere"], "--resume elsewhere is no complete checkpoint"),
+        (["--resume", "elsewhere"], "--resume elsewhere is not a complete checkpoint"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_is_told_in_one_line(options, says, pictures, tmp_path, capsys):

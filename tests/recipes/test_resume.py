@@ -201,7 +201,7 @@ def test_a_finished_run_prints_its_summary_again_and_trains_no_more(
     ("more", "says"),
     [
         (["--seed", "1"], "seed"),
-        (["--accumulate", "3"], "cannot be cut evenly for 1 processes with --accumulate 3"),
+        (["--accumulate", "3"], "cannot be divided evenly among 1 processes with --accumulate 3"),
         (["--resume", "nowhere"], "--resume nowhere"),
     ],
     ids=["other-config", "accumulate", "resume"],
