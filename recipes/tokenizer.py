@@ -262,7 +262,7 @@ def resolve_tokenizer(options: Options) -> RunConfig:
     sizes = (model.image_size,) if isinstance(model.image_size, int) else model.image_size
     if any(size % stride for size in sizes):
         raise UserError(
-            f"--image-size {model.image_size} is no multiple of the {stride} pixels that a code "
+            f"--image-size {model.image_size} is not a multiple of the {stride} pixels that a code "
             f"stands for with --groups {model.groups}"
         )
     return config

@@ -101,9 +101,9 @@ class RunFolder:
             found = _read_config(file)
             if not isinstance(found, dict) or found.get("format") != wanted["format"]:
                 raise UserError(
-                    f"the output folder {self.path} holds a run of another version of mimkit, which "
-                    f"cannot be resumed (its config.yaml does not have format {wanted['format']}): "
-                    "choose another --out"
+                    f"the output folder {self.path} holds a run of another version of mimkit, "
+                    "which cannot be resumed (format number in its config.yaml must be "
+                    f"{wanted['format']}): choose another --out"
                 )
             different = _differences(found, wanted)
             if different:
