@@ -28,6 +28,7 @@ class Mixing:
         fine-tuning uses it: one draw for the whole batch.
 
     Example:
+        >>> from recipes.engine.seeds import step_generator
         >>> mixing = Mixing(num_classes=2, smoothing=0.0)
         >>> images, targets = mixing(
         ...     torch.rand(4, 3, 8, 8), torch.tensor([0, 0, 1, 1]), step_generator(seed=0, step=5))
