@@ -4,10 +4,10 @@
     python recipes/tokenizer.py --data /path/to/images --preset base
     python recipes/cae.py --tokenizer runs/<folder>/tokenizer.safetensors
 
-The encoder and decoder are DALL-E's (arXiv:2102.12092), trained with one-hot codes and the gradient
-of a Gumbel softmax whose temperature falls (straight-through), Adam without weight decay, and a
-small weight on the divergence from equally likely codes, which keeps codes in use. The log says how
-many are: a code book of which few codes are used makes tokens that say little.
+The encoder and decoder are DALL-E's (arXiv:2102.12092). Training uses a straight-through Gumbel
+softmax with falling temperature, and Adam without weight decay. A small KL divergence from the
+uniform distribution keeps codes in use. The log shows how many codes are used: if there are few,
+the tokens carry little information.
 """
 
 import dataclasses
@@ -52,19 +52,19 @@ from recipes.engine.run.world import World, check_shard, check_shares, join, who
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Shape of the tokenizer, in the words of `nn.DiscreteVAE`, and how its codes are drawn.
+    """Configuration of the tokenizer: the arguments of `nn.DiscreteVAE`, and its Gumbel softmax.
 
     Attributes:
         image_size: Pixels per axis; an integer means a square image.
         in_channels: Channels of the images.
         dim: Width at full resolution.
-        groups: Groups of blocks: a code stands for `2 ** (groups - 1)` pixels an axis.
-        depth: Blocks of a group.
+        groups: Groups of blocks. A code covers `2 ** (groups - 1)` pixels per axis.
+        depth: Blocks per group.
         vocabulary_size: Number of codes.
         stem_dim: Width of a code's embedding in the decoder.
-        first_temperature: Of the Gumbel softmax at the start.
-        last_temperature: At the end; in between it falls exponentially.
-        divergence_weight: Weight of the codes' divergence from equally likely ones.
+        first_temperature: Temperature of the Gumbel softmax at the start.
+        last_temperature: Temperature at the end; it falls exponentially.
+        divergence_weight: Weight of the codes' KL divergence from the uniform distribution.
     """
 
     image_size: Pixels | tuple[Pixels, ...]
@@ -82,7 +82,7 @@ class VAEConfig:
         check_fields(self)
 
     def build(self) -> DiscreteVAE:
-        """Make the tokenizer."""
+        """Build the tokenizer."""
         return DiscreteVAE(
             in_channels=self.in_channels,
             dim=self.dim,
@@ -93,7 +93,7 @@ class VAEConfig:
         )
 
     def temperature(self, progress: float) -> float:
-        """Return the temperature at a share of the run."""
+        """Return the temperature at a fraction of the run."""
         ratio = self.last_temperature / self.first_temperature
         return self.first_temperature * math.pow(ratio, progress)
 
@@ -117,7 +117,7 @@ PRESETS = {
             betas=(0.9, 0.999),
         ),
     ),
-    # OpenAI's shape, at the resolution at which CAE reads it.
+    # OpenAI's shape, at the resolution that CAE uses.
     "base": Preset(
         VAEConfig(image_size=112),
         Training(
@@ -133,11 +133,10 @@ PRESETS = {
 
 
 def usage(ids: Int64[Tensor, "..."], vocabulary_size: int) -> tuple[float, float]:
-    """Measure how many codes are in use.
+    """Measure the use of codes.
 
     Returns:
-        The share of codes that occur, and the perplexity: how many equally likely codes would be as
-        hard to guess.
+        The fraction of codes that occur, and the perplexity: the exponential of the entropy.
 
     Example:
         >>> share, perplexity = usage(torch.tensor([0, 0, 3, 3]), 8)
@@ -150,7 +149,7 @@ def usage(ids: Int64[Tensor, "..."], vocabulary_size: int) -> tuple[float, float
 
 
 class TokenizerTask(Task):
-    """A discrete VAE that reconstructs pixels."""
+    """Training of a discrete VAE."""
 
     temperature: float
 
@@ -163,7 +162,7 @@ class TokenizerTask(Task):
         shape, epochs = self.config.model, self.config.training.epochs
         self.temperature = shape.temperature(min(at.epoch / epochs, 1.0))
         images = batch.images.to(self.config.device, non_blocking=True)
-        if len(images) == 0:  # this process takes part in the step all the same
+        if len(images) == 0:  # this process must still take part in the step
             images = images.new_empty(0, shape.in_channels, *self.config.image_size)
         return to_pixels(images)
 
@@ -179,7 +178,7 @@ class TokenizerTask(Task):
 
     @torch.no_grad()
     def extras(self) -> dict[str, Any]:
-        """Return how many codes the last batch uses."""
+        """Return the use of codes in the last batch, and the temperature."""
         model: Any = self.model
         used, perplexity = usage(model.encode(self.inputs), self.config.model.vocabulary_size)
         return {"codes_used": used, "perplexity": perplexity, "temperature": self.temperature}
@@ -189,14 +188,14 @@ class TokenizerTask(Task):
 def draw_reconstructions(
     model: DiscreteVAE, config: RunConfig, data: DataSet, folder: RunFolder
 ) -> None:
-    """Draw held-out pictures as they are and as their codes have them."""
+    """Draw held-out pictures beside their reconstructions."""
 
     def columns(_: int, picture: TiledPicture) -> dict[str, Tensor]:
         pixels = to_pixels(picture.inputs.to(config.device))
         decoded = model.decode(model.encode(pixels))
         return {
-            "as the tokenizer reads it": picture.from_inputs(to_inputs(pixels)),
-            "from its codes": picture.from_inputs(to_inputs(decoded)),
+            "input of the tokenizer": picture.from_inputs(to_inputs(pixels)),
+            "reconstruction from codes": picture.from_inputs(to_inputs(decoded)),
         }
 
     height, width = config.image_size
@@ -205,7 +204,7 @@ def draw_reconstructions(
 
 @torch.no_grad()
 def measure_usage(model: DiscreteVAE, config: RunConfig, data: DataSet) -> tuple[float, float]:
-    """Measure how many codes the first thousand training images use."""
+    """Measure the use of codes on the first thousand training images."""
     count = min(len(data.train), 1000)
     items = (data.train[0, sample_id][0] for sample_id in range(count))
     images = torch.stack([image for image in items if image is not None])
@@ -217,7 +216,7 @@ def run(options: Options) -> None:
     """Train a tokenizer.
 
     Raises:
-        UserError: Something that was asked for does not fit.
+        UserError: If an option does not fit.
     """
     config = resolve_tokenizer(options)
     data = load_data(config.data, image_size=config.image_size, seed=config.seed)
@@ -247,10 +246,10 @@ def run(options: Options) -> None:
 
 
 def resolve_tokenizer(options: Options) -> RunConfig:
-    """Fill in the preset's values.
+    """Build the configuration of a run from a preset and the given options.
 
     Raises:
-        UserError: A value that does not fit, or a size that the stride of a code does not divide.
+        UserError: If a value does not fit, or the image size is not a multiple of the stride.
     """
     config = resolve(options, "tokenizer", PRESETS, config_type=RunConfig)
     model: VAEConfig = config.model
@@ -258,7 +257,7 @@ def resolve_tokenizer(options: Options) -> RunConfig:
     sizes = (model.image_size,) if isinstance(model.image_size, int) else model.image_size
     if any(size % stride for size in sizes):
         raise UserError(
-            f"--image-size {model.image_size} is no multiple of the {stride} pixels that a code "
+            f"--image-size {model.image_size} is not a multiple of the {stride} pixels that a code "
             f"stands for with --groups {model.groups}"
         )
     return config
@@ -267,7 +266,7 @@ def resolve_tokenizer(options: Options) -> RunConfig:
 def finish(
     weights: Mapping[str, Tensor], config: RunConfig, data: DataSet, folder: RunFolder
 ) -> dict[str, Any]:
-    """Write weights, pictures and summary."""
+    """Write weights, pictures and summary; return the summary."""
     model: DiscreteVAE = config.model.build().to(config.device).eval()
     model.load_state_dict(weights)
     folder.write_weights("tokenizer.safetensors", model)
@@ -287,8 +286,8 @@ def finish(
 
 
 def print_summary(summary: dict[str, Any], config: RunConfig, folder: RunFolder) -> None:
-    """Print what the run showed."""
-    print(f"training loss     {summary['final_loss']:.3f} nats a pixel value")
+    """Print the results of a run."""
+    print(f"training loss     {summary['final_loss']:.3f} nats per pixel value")
     print(
         f"codes in use      {summary['codes_used']:.0%} of {config.model.vocabulary_size}, "
         f"perplexity {summary['perplexity']:.1f}"

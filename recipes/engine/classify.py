@@ -1,4 +1,4 @@
-"""Classification: the task of fine-tuning and of the papers' probes, and its score."""
+"""Classification: the task of fine-tuning and of the papers' probes, and test accuracy."""
 
 from collections.abc import Callable, Mapping
 
@@ -26,16 +26,16 @@ MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 class Classification(Task):
-    """A model that maps images to logits.
+    """Classification: the model maps images to logits.
 
     Args:
         model: The model, on its device.
         make_optimizer: Makes the optimizer of the model.
-        mixing: Mixes images, and turns labels into targets.
+        mixing: Mixup, cutmix and label smoothing.
         config: The run's configuration.
         data: Labelled images.
         world: The processes.
-        shard: Whether weights are spread over the processes, or copied to each.
+        shard: Whether to shard the weights (FSDP2) instead of copying them (DDP).
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class Classification(Task):
         return self._make_optimizer(self.model)
 
     def prepare(self, batch: Batch, at: Moment) -> tuple[Tensor, Tensor]:
-        """Mix images within this process's share, all processes in the same proportion."""
+        """Mix images within this process's share; all processes draw the same mixing ratio."""
         device = self.config.device
         images = batch.images.to(device, non_blocking=True)
-        if len(images) == 0:  # this process takes part in the step all the same
+        if len(images) == 0:  # this process must still take part in the step
             images = images.new_empty(0, *self.image_shape)
         labels = self.labels[batch.sample_ids].to(device, non_blocking=True)
         generator = step_generator(seed=self.config.seed, step=at.step)
@@ -76,7 +76,7 @@ class Classification(Task):
 
 
 def fit(task: Classification, data: LabelledData, folder: RunFolder, options: Options) -> None:
-    """Train a classifier from its last checkpoint on, and log its metrics."""
+    """Train a classifier from its last checkpoint, and log its metrics."""
     plan = make_plan(
         task.config,
         options,
@@ -91,9 +91,9 @@ def fit(task: Classification, data: LabelledData, folder: RunFolder, options: Op
 def score(
     model: nn.Module, config: RunConfig, data: LabelledData, world: World, *, workers: int
 ) -> float:
-    """Return the accuracy on the images to score on, in percent."""
+    """Return the accuracy on the test images, in percent."""
     model.eval()
-    counts = torch.zeros(2, dtype=torch.int64, device=config.device)  # right ones, all
+    counts = torch.zeros(2, dtype=torch.int64, device=config.device)  # correct, total
     for batch in held_out_batches(data, world, batch_size=_TEST_BATCH, workers=workers):
         if len(batch.images):
             with config.autocast():
@@ -103,5 +103,8 @@ def score(
             counts[1] += len(labels)
     correct, total = world.total(counts).tolist()
     if total == 0:
-        raise UserError(f"none of the {len(data.test)} test images of {data.images.name} is read")
+        raise UserError(
+            f"none of the {len(data.test)} test images of {data.images.name} can be read: replace "
+            "them, or give another --data"
+        )
     return 100 * float(correct) / float(total)

@@ -1,4 +1,4 @@
-"""What a run would cost, without running it."""
+"""Estimate the cost of a run without training."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ _BYTES_PER_PARAMETER = 16
 
 
 def describe(recipe: Recipe, config: RunConfig, data: DataSet, plan: Plan) -> str:
-    """Describe a run: configuration, parameters, FLOPs of an image, memory, steps."""
+    """Describe a run: configuration, steps, parameters, FLOPs per image and memory."""
     with torch.device("meta"):
         model = recipe.build(config.model).train()
     encoder: Any = model.encoder
@@ -32,24 +32,24 @@ def describe(recipe: Recipe, config: RunConfig, data: DataSet, plan: Plan) -> st
         [
             yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip(),
             "---",
-            f"data          {data.name}: {len(data.train):,} images an epoch",
+            f"data          {data.name}: {len(data.train):,} images per epoch",
             f"steps         {plan.num_steps:,} of {batch_size:,} images",
             f"parameters    {num_parameters:,} "
             f"({sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained, "
             f"{count_parameters(encoder):,} in the encoder)",
-            f"FLOPs         {flops / 1e9:,.2f} G an image, forward and backward",
+            f"FLOPs         {flops / 1e9:,.2f} G per image, forward and backward",
             f"memory        about {memory / _GIB:,.2f} GiB for weights, optimizer and activations",
         ]
     )
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Count parameters, fixed position tables included."""
+    """Return the number of parameters, including fixed position tables."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def measure(recipe: Recipe, config: RunConfig, data: DataSet, model: nn.Module) -> tuple[int, int]:
-    """Return FLOPs of a step on one image, and the bytes kept for its backward."""
+    """Return the FLOPs of a step on one image, and the bytes of its saved activations."""
     encoder: Any = model.encoder
     saved: dict[int, int] = {}
 

@@ -1,28 +1,28 @@
-"""The errors that a user of a recipe can repair."""
+"""Errors that a user of a recipe can fix."""
 
 
 class UserError(Exception):
-    """One line that repeats what was passed and says what would fit.
+    """A user's mistake. The message repeats what was passed and says what would fit.
 
     Args:
-        message: The line, shown to the user without a traceback.
+        message: One line, printed without a traceback.
     """
 
     def __init__(self, message: str) -> None:
-        # A DataLoader worker's error is raised again around the text of its traceback: the line
-        # that the user needs is the last thing in it.
+        # `DataLoader` raises a worker's error again with its traceback in the message. The line for
+        # the user is at the end.
         super().__init__(message.rsplit("UserError: ", maxsplit=1)[-1].strip())
 
 
 class LostProcessError(UserError):
-    """Another process of the job died: every one that is left says so."""
+    """Another process of the job died. Every surviving process prints this error."""
 
 
 def reason_of(error: BaseException) -> str:
-    """Return why a file of weights cannot be read, in a few words."""
+    """Return a short reason why a file of weights cannot be read."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    # PyTorch's own message is a page, and advises to switch a safety off.
+    # PyTorch's own message is a page long, and advises to set `weights_only=False`.
     return "it is neither a safetensors file nor a checkpoint of PyTorch, or it is damaged"
 
 

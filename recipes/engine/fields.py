@@ -1,10 +1,10 @@
-"""Configuration fields: a range stands in the field's type, and all are checked here.
+"""Ranges of configuration fields. The type of a field contains its range.
 
     depth: Depth = 12
     mask_ratio: OpenFraction = 0.75
 
-A configuration calls `check_fields(self)` in its `__post_init__`. The command line says the same of
-its options.
+A configuration calls `check_fields(self)` in its `__post_init__`. The command line checks its
+options in the same way.
 """
 
 import math
@@ -19,13 +19,13 @@ _PLAIN = {int: "an integer", float: "a number", str: "a text", bool: "true or fa
 
 @dataclass(frozen=True)
 class Within:
-    """Range of a number; NaN lies in none.
+    """Range of a number. NaN is outside of every range.
 
     Attributes:
         low: Least value.
         high: Largest value.
-        fits: What would fit, in words; by default made from the two.
-        is_open: Whether the two themselves lie outside.
+        fits: Description of the range for messages; by default "low to high".
+        is_open: Whether `low` and `high` themselves are excluded.
     """
 
     low: float
@@ -39,7 +39,7 @@ class Within:
         return bool(self.low <= value <= self.high)
 
     def describe(self) -> str:
-        """Say what would fit."""
+        """Return the description for messages."""
         return self.fits or f"{self.low:,} to {self.high:,}"
 
 
@@ -58,13 +58,13 @@ OpenFraction = Annotated[float, Within(0, 1, "a fraction between 0 and 1", is_op
 
 
 class FieldError(ValueError):
-    """A field of a configuration has a value that does not fit.
+    """A configuration field has a value that does not fit.
 
     Args:
-        name: The field.
+        name: Name of the field.
         value: Its value.
-        fits: What would fit, in words.
-        fault: What is wrong with the value: "too small", "too large" or "out of range".
+        fits: Description of what would fit.
+        fault: "too small", "too large" or "out of range".
     """
 
     def __init__(self, name: str, value: object, fits: str, fault: str = "out of range") -> None:
@@ -77,12 +77,12 @@ class FieldError(ValueError):
 def check_fields(config: Any) -> None:
     """Check the values of a dataclass against the types of its fields.
 
-    A range, the names of a `Literal`, numbers, texts, tuples and unions of them are checked; other
-    types are not. From a command line a misspelled name cannot come, but from Python it would train
-    another model in silence.
+    Ranges, `Literal`, numbers, strings, booleans, tuples and unions of these are checked; other
+    types are not. The command line rejects a misspelled name itself. From Python, an unchecked one
+    would silently train another model.
 
     Raises:
-        FieldError: A field with a value that does not fit.
+        FieldError: If the value of a field does not fit.
 
     Example:
         >>> @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def check_fields(config: Any) -> None:
 
 
 def _bare(kind: Any) -> Any:
-    """Take off annotations that are no range, such as an option's help text."""
+    """Remove annotations that are not ranges, such as an option's help text."""
     is_range = any(isinstance(part, Within) for part in get_args(kind)[1:])
     return get_args(kind)[0] if get_origin(kind) is Annotated and not is_range else kind
 
@@ -134,7 +134,7 @@ def _admits(kind: Any, value: object) -> bool:
 
 
 def _fits(kind: Any, value: object) -> str:
-    """Say what a type allows, as far as it concerns a value."""
+    """Describe what a type allows instead of a value."""
     choices = tuple(_choices(kind))
     if choices:
         return f"one of {choices}"
@@ -143,7 +143,7 @@ def _fits(kind: Any, value: object) -> str:
 
 
 def _fault(kind: Any, value: object) -> str:
-    """Say on which side of a range a number lies."""
+    """Return "too small", "too large" or "out of range"."""
     parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     ranges = [r for part in parts for r in get_args(part) if isinstance(r, Within)]
     if ranges and isinstance(value, int | float) and not ranges[0].is_open:
@@ -192,7 +192,7 @@ def _describe(kind: Any, value: object) -> Iterator[str]:
 
 
 def shown(value: object) -> str:
-    """Show a value, cut where it is too long for a line."""
+    """Return the representation of a value, shortened to 60 characters."""
     try:
         text = repr(value)
     except ValueError:  # an integer of more than 4,300 digits

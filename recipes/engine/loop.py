@@ -1,7 +1,8 @@
 """The training loop of every recipe.
 
-A `Task` says how a batch becomes a loss; `run_steps` loads, steps, logs, saves, and goes back where
-a step is not finite. What is trained (an autoencoder, a classifier, a tokenizer) is the task's.
+A `Task` holds the model and its optimizer, and computes the loss of a batch. There is one for
+pre-training, one for classifiers and one for tokenizers. `run_steps` loads batches, steps, logs and
+saves checkpoints, and can rewind when a loss or gradient is not finite.
 """
 
 import contextlib
@@ -32,16 +33,16 @@ from recipes.engine.run.world import World, distribute, gradient_sync, whole
 from recipes.engine.seeds import stream_seed
 
 _MAX_SKIPPED = 10
-_LINES_PER_RUN = 50  # where no terminal shows a progress bar
+_LINES_PER_RUN = 50  # if stderr is not a terminal, which gets a progress bar
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Where in a run a step is.
+    """Position of a step in a run.
 
     Attributes:
-        step: Steps before it.
-        epoch: Epochs before it, a fraction within an epoch.
+        step: Number of steps before it.
+        epoch: Number of epochs before it, with fractions.
     """
 
     step: int
@@ -50,10 +51,10 @@ class Moment:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a run.
+    """Number of steps of a run, and when to log and save.
 
     Attributes:
-        steps_per_epoch: Steps of an epoch.
+        steps_per_epoch: Steps per epoch.
         num_steps: Steps of the run.
         checkpoint_every: Steps between checkpoints.
         log_every: Steps between logged rows.
@@ -74,31 +75,32 @@ class Plan:
     log_every: int
 
     def moment(self, step: int) -> Moment:
-        """Return where a step is."""
+        """Return the position of a step."""
         return Moment(step, step / self.steps_per_epoch)
 
     def saves(self, done: int) -> bool:
-        """Whether a checkpoint is due after this many steps."""
+        """Whether to save a checkpoint after this many steps."""
         return done % self.checkpoint_every == 0 or done == self.num_steps
 
     def logs(self, done: int) -> bool:
-        """Whether a row is due after this many steps."""
+        """Whether to log a row after this many steps."""
         return done == 1 or done % self.log_every == 0 or done == self.num_steps
 
 
 def make_plan(
     config: RunConfig, options: Options, train_set: TrainSet, *, checkpoint_at_least: int = 1
 ) -> Plan:
-    """Count the steps of a run.
+    """Plan the steps of a run.
 
     Args:
         config: The run's configuration.
-        options: How often to log and to save; by default a checkpoint is written every epoch.
-        train_set: The images to train on.
-        checkpoint_at_least: Steps between checkpoints where an epoch is shorter than that.
+        options: How often to log and save; by default a checkpoint is saved every epoch.
+        train_set: The training images.
+        checkpoint_at_least: Least number of steps between checkpoints, for short epochs. Ignored
+            with `--checkpoint-every`.
 
     Raises:
-        UserError: A batch larger than the data set.
+        UserError: If a batch is larger than the data set.
     """
     batch_size = config.training.batch_size
     steps_per_epoch = len(train_set) // batch_size
@@ -116,7 +118,7 @@ def make_plan(
 
 
 class NonFiniteError(Exception):
-    """A step whose loss or gradient is not finite; it changed no weight."""
+    """The loss or gradient of a step is not finite. The weights have not changed."""
 
     def __init__(self, at: Moment, loss: float, norm: float) -> None:
         super().__init__(
@@ -127,12 +129,12 @@ class NonFiniteError(Exception):
 
 @dataclass(frozen=True)
 class Step:
-    """What a step gives the log.
+    """Numbers of a step for the log.
 
     Attributes:
-        numbers: The loss and the task's other numbers, means over the images of all processes;
-            learning rate and norm of the gradient before clipping.
-        num_images: Images of all processes.
+        numbers: The loss and other numbers of the task, averaged over the images of all processes;
+            the learning rate; the gradient norm before clipping.
+        num_images: Number of images in all processes.
     """
 
     numbers: dict[str, float]
@@ -140,16 +142,18 @@ class Step:
 
 
 class Task(ABC):
-    """A model with its optimizer, spread over the processes, and how a batch becomes a loss.
+    """A kind of training: the model, its optimizer and the loss of a batch.
+
+    Subclasses define `make_optimizer`, `prepare` and `forward`.
 
     Args:
-        model: What is trained, on its device. A checkpoint holds its weights.
+        model: The model, on its device. Checkpoints hold its weights.
         config: The run's configuration.
         world: The processes.
-        shard: Whether weights are spread over the processes, or copied to each.
+        shard: Whether to shard the weights (FSDP2) instead of copying them (DDP).
     """
 
-    inputs: Any = None  # of the last step: `extras` looks at them
+    inputs: Any = None  # inputs of the last step, for `extras`
 
     def __init__(
         self, model: nn.Module, config: RunConfig, world: World, *, shard: bool = False
@@ -166,50 +170,50 @@ class Task(ABC):
     def make_optimizer(self) -> Optimizer:
         """Make the optimizer of `self.model`.
 
-        A group may have an `lr_scale`, a factor of the schedule's rate.
+        A parameter group may have an `lr_scale`, a factor of the scheduled learning rate.
         """
 
     @abstractmethod
     def prepare(self, batch: Batch, at: Moment) -> Any:
-        """Move a batch to the device and turn it into what `forward` takes; it may be empty."""
+        """Move a batch, which may be empty, to the device, and return the inputs of `forward`."""
 
     @abstractmethod
     def forward(self, model: nn.Module, inputs: Any) -> Mapping[str, Tensor]:
-        """Run the model; return the loss as "loss", and other numbers for the log by name.
+        """Return the loss as "loss", and other numbers for the log by name.
 
-        Each is a mean over the inputs' samples.
+        Each is a mean over the samples in `inputs`.
         """
 
     def extras(self) -> dict[str, Any]:
-        """Return more entries for a logged row, such as what trivial predictors score.
+        """Return more entries for a logged row, such as the losses of trivial predictors.
 
-        Called in the main process alone, after a step that had images in it.
+        It is called only in the main process, after a step with images.
         """
         return {}
 
     def take(self, inputs: Any, rows: Tensor) -> Any:
-        """Take some samples of prepared inputs: here, rows of every tensor in them."""
+        """Select some samples of the inputs. By default, index every tensor in them."""
         return tree_map_only(Tensor, lambda tensor: tensor[rows.to(tensor.device)], inputs)
 
     def step(self, batch: Batch, at: Moment) -> Step | None:
-        """Make one step; return None where not one image of the batch could be read.
+        """Run one training step; return None if no image of the batch could be read.
 
         Args:
             batch: This process's share of the batch.
-            at: Where in the run.
+            at: Position of the step.
 
         Raises:
-            NonFiniteError: The loss or its gradient is not finite; the weights are as they were.
+            NonFiniteError: If the loss or gradient is not finite; the weights have not changed.
         """
         if self.world.size == 1 and len(batch.images) == 0:
             return None
         lr = self._set_lr(at)
         self.inputs = self.prepare(batch, at)
-        # Drop path and code draws use the global generator: another stream in every step and rank.
+        # Drop path and Gumbel noise use the global generator: seed it for every step and rank.
         torch.manual_seed(stream_seed(self.config.seed, at.step, self.world.rank))
         totals, num_images = self._backward(len(batch.images))
         norm = self._clip()
-        # The only wait for the device in a step.
+        # The only synchronization with the device in a step.
         fetched = torch.stack([num_images, norm, *totals.values()]).tolist()
         numbers = dict(zip(["num_images", "grad_norm", *totals], fetched, strict=True))
         if not numbers["num_images"]:
@@ -227,7 +231,7 @@ class Task(ABC):
         return lr
 
     def _backward(self, num_images: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Fill in the gradients, part by part.
+        """Compute the gradients, part by part (gradient accumulation).
 
         Returns:
             The task's numbers and the number of images, over all processes.
@@ -235,7 +239,7 @@ class Task(ABC):
         self.spread.zero_grad(set_to_none=True)
         count = torch.tensor(float(num_images), device=self.config.device)
         count = self.world.total(count)
-        # Processes count the same, however many images each could read: weigh by images.
+        # DDP averages over processes, which may have different numbers of readable images.
         all_images = num_images if self.world.size == 1 else count.clamp(min=1)
         totals: dict[str, Tensor] = {}
         parts = torch.arange(num_images).tensor_split(self.config.accumulate)
@@ -248,14 +252,14 @@ class Task(ABC):
                 (numbers["loss"] * share).backward()
             for name, value in numbers.items():
                 number = value.detach().float()
-                if len(rows) == 0:  # a mean over no sample
+                if len(rows) == 0:  # a mean over no samples may be NaN
                     number = torch.zeros_like(number)
                 totals[name] = totals.get(name, 0.0) + number * share
         summed = self.world.total(torch.stack(list(totals.values()))) / self.world.size
         return dict(zip(totals, summed, strict=True)), count
 
     def _clip(self) -> Tensor:
-        """Clip the gradient to a norm, and return the norm that it had."""
+        """Clip the gradient norm, and return the norm before clipping."""
         norm = whole(nn.utils.get_total_norm(gradients(self.model.parameters())))
         clip_grad = self.config.training.clip_grad
         if clip_grad is not None:
@@ -269,14 +273,14 @@ def run_steps(
     """Train from the last checkpoint to the end of the plan, and log metrics.
 
     Args:
-        task: What is trained.
+        task: The task.
         plan: The steps.
-        train_set: The images.
-        folder: Where checkpoints and metrics are.
-        options: How to log, save, resume, load, and what to do about a step that is not finite.
+        train_set: The training images.
+        folder: Folder of checkpoints and metrics.
+        options: Options for logging, saving, resuming, loading and non-finite steps.
 
     Raises:
-        UserError: A checkpoint that cannot be read or written, or steps that are not finite.
+        UserError: If a checkpoint cannot be read or written, or a step is not finite.
     """
     world = folder.world
     checkpoints = Checkpoints(folder.path / "checkpoints", world, keep_every=options.keep_every)
@@ -293,7 +297,7 @@ def run_steps(
 def _run_from(
     first_step: int, log: "_Log", train_set: TrainSet, checkpoints: Checkpoints, options: Options
 ) -> int | None:
-    """Make the steps from `first_step` on; return the step to go back to, None at the end."""
+    """Train from `first_step`; return the step to rewind to, or None at the end of the run."""
     task, plan, folder = log.task, log.plan, log.folder
     skipped = folder.read_skipped()
     folder.start_metrics(first_step=first_step)
@@ -330,10 +334,10 @@ def _rewind(
     checkpoints: Checkpoints,
     options: Options,
 ) -> int:
-    """Go back to the last checkpoint and skip the batch, if that is asked for and helps.
+    """Load the last checkpoint and mark the batch as skipped; return the checkpoint's step.
 
     Raises:
-        UserError: It is not, or it did not the last few times.
+        UserError: If `--non-finite` is "stop", or too many batches have been skipped.
     """
     steps = task.world.agree(checkpoints.steps())
     safe = f"the checkpoint of step {steps[-1]} is safe" if steps else "no checkpoint was written"
@@ -345,10 +349,13 @@ def _rewind(
     skipped = sorted({*folder.read_skipped(), error.step})
     if len(skipped) > _MAX_SKIPPED:
         raise UserError(f"{error}, after {_MAX_SKIPPED} batches that were skipped; {safe}")
-    # On disk, so that a run which is killed and resumed skips the same batches.
+    # Written to disk, so that a resumed run skips the same batches.
     folder.write_skipped(skipped)
     if task.world.is_main:
-        print(f"warning: {error}; back to step {steps[-1]}, without its batch", file=sys.stderr)
+        print(
+            f"warning: {error}; rewinding to step {steps[-1]}, this batch will be skipped",
+            file=sys.stderr,
+        )
     task.world.wait()
     checkpoints.load(steps[-1], task.model, task.optimizer)
     last: int = steps[-1]
@@ -357,7 +364,7 @@ def _rewind(
 
 @dataclass
 class _Log:
-    """Rows of metrics, a progress bar or lines of text, and throughput since the last row."""
+    """Logs rows of metrics, shows progress, and measures throughput since the last row."""
 
     task: Task
     plan: Plan
@@ -370,8 +377,8 @@ class _Log:
     bar: Any = None
 
     def watch(self, loader: Iterable[Batch], first_step: int) -> Iterator[Batch]:
-        """Pass batches on, and measure how long each one is waited for."""
-        # A terminal gets a bar; a file or a pipe gets lines.
+        """Yield batches, and measure the time spent waiting for them."""
+        # A terminal gets a progress bar; a file or a pipe gets lines.
         self.bar = tqdm(
             total=self.plan.num_steps,
             initial=first_step,
@@ -392,7 +399,7 @@ class _Log:
                 self.bar.update()
 
     def add(self, done: int, batch: Batch, result: Step | None) -> None:
-        """Count a step, and log a row where one is due."""
+        """Count a step, and log a row if one is due."""
         if result is None:
             return
         self.images += result.num_images

@@ -1,4 +1,4 @@
-"""From the command line to a finished run."""
+"""Run a recipe from the command line."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -38,13 +38,13 @@ def run(
     """Run a recipe.
 
     Args:
-        recipe: The method.
-        description: Text above the options of `--help`.
-        arguments: Command line; that of the process if `None`.
-        data: Images to train on instead of those that `--data` names.
+        recipe: The recipe.
+        description: Text above the options in `--help`.
+        arguments: Command-line arguments; by default those of the process.
+        data: Data set to train on instead of the one that `--data` names.
 
     Returns:
-        The exit code: 0, or 2 after a user's mistake, which is one line on stderr.
+        The exit code: 0, or 2 after a `UserError`, which is printed as one line on stderr.
     """
     return run_command(
         partial(_run, recipe, data),
@@ -56,7 +56,7 @@ def run(
 
 
 def options_type(recipe: Recipe) -> type[Options]:
-    """Derive the command line of a recipe from its first preset."""
+    """Derive the options of a recipe from its first preset."""
     preset = next(iter(recipe.presets.values()))
     return options_of(preset.parts, (*FLAGS, "mask_ratio", *recipe.flags), Options)
 
@@ -80,7 +80,7 @@ def _run(recipe: Recipe, given: DataSet | None, options: Options) -> None:
         check_shares(config.training.batch_size, world, accumulate=config.accumulate)
         path = output_folder(options.out, config)
         if not path.exists():
-            find_origin(options.resume, world, plan.num_steps)  # so that a mistake leaves no folder
+            find_origin(options.resume, world, plan.num_steps)  # fails before creating the folder
         with RunFolder(path, config, world) as folder:
             summary = folder.read_summary()
             if summary is None:
@@ -105,9 +105,9 @@ def _with_channels(config: RunConfig, data: DataSet) -> RunConfig:
 
 
 def check_fit(recipe: Recipe, config: RunConfig) -> None:
-    """Check that a model of this shape can be made, and that masks fit it and what it predicts."""
+    """Check that the model can be built, and that the masks fit the model and its target."""
     try:
-        with torch.device("meta"):  # shapes alone
+        with torch.device("meta"):  # shapes only
             model: Any = recipe.build(config.model)
     except ValueError as error:
         raise UserError(f"preset {config.preset} on {config.data}: {error}") from error
@@ -126,7 +126,7 @@ def _train(
     folder: RunFolder,
     options: Options,
 ) -> dict[str, Any]:
-    """Train from the last checkpoint on, evaluate, and return the summary."""
+    """Train from the last checkpoint, evaluate, and return the summary."""
     task = Pretraining(recipe, config, data, folder.world, shard=options.shard)
     run_steps(task, plan, data.train, folder, options)
     weights = whole_weights(task.model)

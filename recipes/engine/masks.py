@@ -1,4 +1,4 @@
-"""How the masks of a run are drawn."""
+"""Draw the masks of a run."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from mimkit._checks import check_even
 from mimkit.masking import Key, Mask
 from recipes.engine.fields import OpenFraction, PositiveInt, check_fields
 
-# Several masks an image, one after the other for the whole batch, as the models take them.
+# One mask for the batch, or several masks of the same batch.
 Masks: TypeAlias = Mask | Sequence[Mask]
 
 Sampler = Literal["uniform", "blockwise", "gridwise"]
@@ -20,13 +20,13 @@ Sampler = Literal["uniform", "blockwise", "gridwise"]
 
 @dataclass(frozen=True)
 class Masking:
-    """Which patches of a batch are masked.
+    """Configuration of the masks.
 
     Attributes:
         mask_ratio: Fraction of patches to mask, in (0, 1).
         sampler: How masks are drawn (table 1f): "uniform" patch by patch, "blockwise" in blocks;
             "gridwise" leaves every second patch of every second row visible (ratio 0.75).
-        views: Masks an image: a step costs as many passes, and loads each image once.
+        views: Masks per image. Each step runs the model on all of them, and loads each image once.
         min_block: Smallest block of a "blockwise" mask, in patches.
 
     Source:
@@ -42,12 +42,12 @@ class Masking:
         check_fields(self)
         if self.sampler == "gridwise" and self.mask_ratio != 0.75:
             raise ValueError(
-                f"--sampler gridwise masks three patches in four: --mask-ratio {self.mask_ratio} "
-                "does not fit"
+                f"--sampler gridwise masks three of four patches: give --mask-ratio 0.75 instead "
+                f"of {self.mask_ratio}"
             )
 
     def draw(self, key: Key, grid: tuple[int, ...]) -> Masks:
-        """Draw the masks of a batch; a list where each image gets several."""
+        """Draw the masks of a batch; a list if there are several views."""
         return draw_views(self._draw_one, key, grid, self.views)
 
     def _draw_one(self, key: Key, grid: tuple[int, ...]) -> Mask:
@@ -99,22 +99,22 @@ class UnitMasking:
 def draw_views(
     draw: Callable[[Key, tuple[int, ...]], Mask], key: Key, grid: tuple[int, ...], views: int
 ) -> Masks:
-    """Draw one mask an image, or a list of independent ones."""
+    """Draw one mask, or a list of independent masks."""
     if views == 1:
         return draw(key, grid)
     return [draw(key.view(view), grid) for view in range(views)]
 
 
 def take_rows(masks: Masks, rows: Tensor) -> Masks:
-    """Take the masks of some samples."""
+    """Select the masks of some samples."""
     return masks[rows] if isinstance(masks, Mask) else [mask[rows] for mask in masks]
 
 
 def join(masks: Masks, images: Tensor) -> tuple[Mask, Tensor]:
-    """Make one mask of several of the same images, and repeat these: mask by mask.
+    """Concatenate several masks of the same images into one, and repeat the images to match.
 
     Raises:
-        TypeError: A `RaggedMask`, or what is no mask at all.
+        TypeError: If `masks` holds a `RaggedMask` or something else than a `Mask`.
     """
     if isinstance(masks, Sequence):
         for mask in masks:
@@ -125,5 +125,5 @@ def join(masks: Masks, images: Tensor) -> tuple[Mask, Tensor]:
 
 
 def first(masks: Masks) -> Mask:
-    """Return the first mask of each image."""
+    """Return the first mask, if there are several."""
     return masks if isinstance(masks, Mask) else masks[0]

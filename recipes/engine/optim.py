@@ -1,4 +1,4 @@
-"""Optimizers, their parameter groups and learning-rate schedules, as the authors have them."""
+"""Parameter groups, learning-rate schedules and LARS, as in the authors' code."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -13,12 +13,14 @@ from recipes.engine.run.config import RunConfig
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, object]]:
-    """Split trainable parameters into decayed and not decayed ones.
+    """Split trainable parameters into groups with and without weight decay.
+
+    Parameters with one axis have no weight decay, nor do those that the model names in its
+    attribute `not_decayed`.
 
     Source:
-        MAE's pre-training: timm's `add_weight_decay` leaves out what has one axis (norms, biases).
-        Class and mask tokens have three, and are decayed; but a model may name parameters that are
-        not, in an attribute `not_decayed`.
+        MAE's pre-training uses timm's `add_weight_decay`, which excludes parameters with one axis
+        (norms, biases). Class and mask tokens have three axes, so they are decayed.
 
     Example:
         >>> groups = parameter_groups(nn.Linear(2, 3), weight_decay=0.05)
@@ -41,17 +43,18 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
 def layer_decay_groups(
     encoder: Encoder, shape: EncoderShape, *, weight_decay: float, layer_decay: float
 ) -> list[dict[str, object]]:
-    """Group the trained parameters by layer, and by whether their weights decay.
+    """Group trainable parameters by layer and weight decay.
 
     Args:
         encoder: The encoder, with its head.
-        shape: Its shape, which tells the layer of a parameter.
-        weight_decay: Of parameters with more than one axis, but for those that `shape` names.
-        layer_decay: Factor from each layer's learning rate to that of the layer before it.
+        shape: Its shape, which gives the layer of each parameter.
+        weight_decay: Weight decay of parameters with more than one axis, except those in
+            `shape.not_decayed`.
+        layer_decay: Each layer's learning rate is this factor times that of the next layer.
 
     Returns:
-        Parameter groups for an optimizer. Each has an `lr_scale`, by which the schedule's rate must
-        be multiplied at every step.
+        Parameter groups for an optimizer. Each has an `lr_scale`, a factor of the scheduled
+        learning rate.
 
     Source:
         BEiT, arXiv:2106.08254; facebookresearch/mae `lr_decay.py`; microsoft/SimMIM `optimizer.py`.
@@ -78,7 +81,7 @@ def layer_decay_groups(
 
 
 def scheduled_lr(epoch: float, config: RunConfig) -> float:
-    """Return the learning rate: falling in steps if there are milestones, else along a cosine."""
+    """Return the learning rate: a step schedule if there are milestones, else a cosine schedule."""
     training = config.training
     rise = {"warmup_epochs": training.warmup_epochs, "warmup_lr": training.warmup_lr}
     if training.milestones:
@@ -103,17 +106,17 @@ def warmup_cosine(
     warmup_lr: float = 0.0,
     from_start: bool = False,
 ) -> float:
-    """Rise linearly from `warmup_lr`, then fall along half a cosine to `min_lr`.
+    """Cosine schedule with linear warm-up from `warmup_lr`.
 
     Args:
-        epoch: Epochs done, a fraction within an epoch: the rate changes every step.
-        lr: The highest rate.
+        epoch: Epochs done, with fractions: the learning rate changes every step.
+        lr: Peak learning rate.
         epochs: Length of the run.
-        warmup_epochs: Length of the rise.
-        min_lr: The rate at the end.
-        warmup_lr: The rate at the start.
-        from_start: Whether the cosine begins with the run, so that what lies in the rise is left
-            out, instead of where the rise ends.
+        warmup_epochs: Length of the warm-up.
+        min_lr: Learning rate at the end.
+        warmup_lr: Learning rate at the start.
+        from_start: Whether the cosine starts with the run instead of after the warm-up. Then the
+            warm-up replaces the first part of the cosine.
 
     Source:
         facebookresearch/mae `lr_sched.py`; with `from_start`, timm's `CosineLRScheduler`, which
@@ -139,15 +142,15 @@ def warmup_steps(
     factor: float = 0.1,
     warmup_lr: float = 0.0,
 ) -> float:
-    """Rise linearly from `warmup_lr`, then multiply by `factor` at every milestone.
+    """Step schedule with linear warm-up from `warmup_lr`.
 
     Args:
-        epoch: Epochs done.
-        lr: The highest rate.
-        warmup_epochs: Length of the rise.
-        milestones: Epochs at which the rate falls.
-        factor: By which it falls.
-        warmup_lr: The rate at the start.
+        epoch: Epochs done, with fractions.
+        lr: Peak learning rate.
+        warmup_epochs: Length of the warm-up.
+        milestones: Epochs at which the learning rate is multiplied by `factor`.
+        factor: The factor.
+        warmup_lr: Learning rate at the start.
 
     Source:
         microsoft/SimMIM `lr_scheduler.py` `MultiStepLRScheduler`.
@@ -162,25 +165,26 @@ def warmup_steps(
 
 
 def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """List the gradients that exist."""
+    """Return the gradients that are not None."""
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 class LARS(Optimizer):
-    """Stochastic gradient descent whose steps are proportional to the size of the weights.
+    """LARS: SGD with momentum whose updates are scaled to the norm of the weights.
 
-    Parameters with one axis (biases, norms) have neither the proportion nor weight decay.
+    Parameters with one axis (biases, norms) are not scaled and have no weight decay.
 
     Args:
-        params: Parameters or groups of them.
+        params: Parameters or parameter groups.
         lr: Learning rate.
-        weight_decay: Factor of the weights in their gradient.
-        momentum: Factor of the last step in the next one.
-        trust_coefficient: Step at learning rate 1, as a fraction of the weights' norm.
+        weight_decay: Weight decay, added to the gradient.
+        momentum: Momentum.
+        trust_coefficient: Norm of the update at learning rate 1, divided by the norm of the
+            weights.
 
     Source:
         You et al., arXiv:1708.03888; facebookresearch/mae `lars.py` (the learning rate multiplies
-        the momentum buffer, not what goes into it).
+        the momentum buffer, not the gradient).
 
     Example:
         >>> weight = nn.Parameter(torch.tensor([[3.0, 4.0]]))
@@ -212,7 +216,7 @@ class LARS(Optimizer):
         """Take one step.
 
         Args:
-            closure: Must be `None`: the gradients are those of the last backward pass.
+            closure: Not supported; must be None.
         """
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -229,10 +233,10 @@ class LARS(Optimizer):
 
 
 def _scaled_update(parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
-    """Add weight decay, and give the update a fixed proportion to the weights."""
+    """Add weight decay to a gradient, and scale it to the norm of the weights."""
     update = gradient.add(parameter, alpha=group["weight_decay"])
     weight_norm, update_norm = parameter.norm(), update.norm()
-    # Where one of them is 0 the proportion has no meaning. No branch: it would wait for the device.
+    # The ratio is undefined if one norm is 0. No `if`: it would synchronize with the device.
     ratio = group["trust_coefficient"] * weight_norm / update_norm
     is_defined = (weight_norm > 0) & (update_norm > 0)
     return update * torch.where(is_defined, ratio, torch.ones_like(ratio))

@@ -20,7 +20,7 @@ _FITTING_IMAGES = 256
 
 
 def build_model(recipe: Recipe, config: RunConfig) -> nn.Module:
-    """Make the model with the weights that the run's seed gives."""
+    """Build the model, with weights drawn from the run's seed."""
     torch.manual_seed(config.seed)
     try:
         return recipe.build(config.model).to(config.device)
@@ -29,14 +29,14 @@ def build_model(recipe: Recipe, config: RunConfig) -> nn.Module:
 
 
 class Pretraining(Task):
-    """A model of a recipe, called with images and masks.
+    """Pre-training: the model of a recipe is called with images and masks.
 
     Args:
-        recipe: The method.
+        recipe: The recipe.
         config: The run's configuration.
-        data: The images.
+        data: The data set.
         world: The processes.
-        shard: Whether weights are spread over the processes, or copied to each.
+        shard: Whether to shard the weights (FSDP2) instead of copying them (DDP).
     """
 
     inputs: tuple[Tensor, Masks]
@@ -52,14 +52,14 @@ class Pretraining(Task):
     ) -> None:
         self.recipe = recipe
         model: Any = build_model(recipe, config)
-        if recipe.fit is not None:  # the same in every process; a checkpoint overwrites it
+        if recipe.fit is not None:  # same result in every process; a checkpoint overwrites it
             recipe.fit(model, fitting_images(data).to(config.device))
         self.grid: tuple[int, ...] = model.encoder.grid
         self.image_shape = (data.in_channels, *model.encoder.image_size)
         super().__init__(model, config, world, shard=shard)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """Make AdamW, which decays weights with more than one axis."""
+        """Make AdamW, with weight decay for parameters with more than one axis."""
         training = self.config.training
         groups = parameter_groups(self.model, weight_decay=training.weight_decay)
         return torch.optim.AdamW(groups, betas=training.betas, fused=True)
@@ -68,32 +68,32 @@ class Pretraining(Task):
         """Move images to the device, and draw their masks there."""
         device = self.config.device
         images = batch.images.to(device, non_blocking=True)
-        if len(images) == 0:  # this process takes part in the step all the same
+        if len(images) == 0:  # this process must still take part in the step
             images = images.new_empty(0, *self.image_shape)
         sample_ids = batch.sample_ids.to(device, non_blocking=True)
         key = masking.key(sample_ids, seed=self.config.seed, epoch=int(at.epoch))
         return images, self.config.masking.draw(key, self.grid)
 
     def forward(self, model: nn.Module, inputs: tuple[Tensor, Masks]) -> Mapping[str, Tensor]:
-        """Return the numbers of the model's output."""
+        """Return the scalars of the model's output, which include the loss."""
         return scalars(model(*inputs))
 
     def extras(self) -> dict[str, Any]:
-        """Return what trivial predictors score on the same images under the same masks."""
+        """Return the losses of trivial predictors on the same images and masks."""
         images, masks = self.inputs
         scores = self.recipe.baselines(self.model, images, first(masks))
         return {"baselines": {name: score.item() for name, score in scores.items()}}
 
 
 def fitting_images(data: DataSet) -> Tensor:
-    """Take some model inputs for `Recipe.fit`."""
+    """Return up to 256 training inputs for `Recipe.fit`."""
     count = min(len(data.train), _FITTING_IMAGES)
     items = (data.train[0, sample_id] for sample_id in range(count))
     return torch.stack([image for image, _ in items if image is not None])
 
 
 def scalars(output: Any) -> dict[str, Tensor]:
-    """Return the numbers of a model's output, the loss among them, by name."""
+    """Return the scalar tensors of a model's output by name."""
     values = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
     return {
         name: value

@@ -1,4 +1,4 @@
-"""Small text files that others may have written: read whole, bounded, and never executed."""
+"""Safe readers of small text files. Their size is limited, and nothing in them is executed."""
 
 import json
 from collections.abc import Hashable
@@ -11,18 +11,18 @@ _MOST_BYTES = 1_000_000
 
 
 class UnreadableError(Exception):
-    """A file that cannot be read; the message says why, without the file's name."""
+    """A file cannot be read. The message says why, without the name of the file."""
 
 
 def read_bytes(file: Path) -> bytes:
     """Read a file of at most a megabyte.
 
     Raises:
-        UnreadableError: It is no regular file, cannot be opened, or is larger.
+        UnreadableError: If it is not a regular file, cannot be opened, or is larger.
     """
     try:
         if not file.is_file():  # a pipe or a device may never end
-            raise UnreadableError("it is no file" if file.exists() else "there is no such file")
+            raise UnreadableError("it is not a file" if file.exists() else "there is no such file")
         with file.open("rb") as content:
             data = content.read(_MOST_BYTES + 1)
         if len(data) > _MOST_BYTES:
@@ -33,7 +33,7 @@ def read_bytes(file: Path) -> bytes:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Plain values alone, and no key twice."""
+    """YAML loader of plain values that rejects duplicate keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -47,7 +47,7 @@ def read_yaml(file: Path) -> Any:
     """Read a YAML file of plain values.
 
     Raises:
-        UnreadableError: As in `read_bytes`, or what it holds is not YAML.
+        UnreadableError: As in `read_bytes`; or if its content is not YAML.
     """
     content = read_bytes(file)
     try:
@@ -62,7 +62,7 @@ def read_json(file: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UnreadableError: As in `read_bytes`, or what it holds is not JSON.
+        UnreadableError: As in `read_bytes`; or if its content is not JSON.
     """
     content = read_bytes(file)
     try:

@@ -301,7 +301,7 @@ def test_a_teacher_that_does_not_fit_gets_one_clear_line(other_run, tmp_path):
     features = ["--target", "features"]
     for more, says in (
         (features, "--target features needs --teacher FILE"),
-        ([*features, "--teacher", "nowhere"], "--teacher nowhere is no file"),
+        ([*features, "--teacher", "nowhere"], "--teacher nowhere is not a file"),
         ([*features, "--teacher", str(shapeless)], f"--teacher {shapeless}"),
         (
             [*features, "--teacher", teacher, "--preset", "vit_base"],
@@ -391,9 +391,9 @@ def test_every_preset_builds_on_the_meta_device():
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--tokenizer", "nowhere.pt"], "--tokenizer nowhere.pt is no file"),
+        (["--tokenizer", "nowhere.pt"], "--tokenizer nowhere.pt is not a file"),
         (["--mask-ratio", "1"], "--mask-ratio 1.0"),
-        (["--preset", "vit_base"], "--tokenizer dalle_encoder.pt is no file"),
+        (["--preset", "vit_base"], "--tokenizer dalle_encoder.pt is not a file"),
         (["--target", "words"], "words"),
     ],
 )
@@ -412,7 +412,7 @@ def test_a_tokenizer_that_does_not_fit_gets_one_clear_line(tmp_path):
         "no vae": nn.Linear(2, 2),
     }
     says = {
-        "stride 8": "stands for 8 x 8 pixels, of which patches of (4, 4) pixels are no multiple",
+        "stride 8": "stands for 8 x 8 pixels, and a patch size of (4, 4) is not a multiple",
         "gray": "takes images of 1 channels, not 3",
         "no vae": "holds no discrete VAE",
     }
@@ -423,14 +423,14 @@ def test_a_tokenizer_that_does_not_fit_gets_one_clear_line(tmp_path):
             check_command(RECIPE, "--tokenizer", str(path))
         assert says[name] in str(caught.value)
         assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="no multiple"):
+    with pytest.raises(ValueError, match="not a multiple"):
         ImageTokenizer(files["stride 8"], (16, 16), (4, 4))
 
 
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--image-size", "30"], "--image-size 30 is no multiple of the 4 pixels"),
+        (["--image-size", "30"], "--image-size 30 is not a multiple of the 4 pixels"),
         (["--batch-size", "1000"], "--batch-size 1000"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The recipes' data sets: what is drawn, from where, and what becomes of files that are broken."""
+"""Data sets of the recipes: items, folders, formats and broken files."""
 
 import io
 import os
@@ -48,7 +48,7 @@ def noise(height: int, width: int, *, seed: int = 0) -> Image.Image:
 
 
 def write_tree(root: Path, counts: dict[str, int]) -> Path:
-    """Write that many small images, all different, into each folder of a tree."""
+    """Write small images, all different, into subfolders: `counts` maps each to its number."""
     for subfolder, number in counts.items():
         (root / subfolder).mkdir(parents=True, exist_ok=True)
         for index in range(number):
@@ -91,7 +91,7 @@ def test_items_do_not_depend_on_the_number_of_workers(photo_set):
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_items_have_the_shape_and_type_that_a_model_wants(name, drawn):
+def test_items_have_the_shape_and_type_of_model_inputs(name, drawn):
     data = drawn[name]
     assert len(data.train) == 12_800
     image, sample_id = data.train[0, 7]
@@ -101,14 +101,14 @@ def test_items_have_the_shape_and_type_that_a_model_wants(name, drawn):
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_inputs_are_about_standardized(name, drawn):
+def test_inputs_have_about_zero_mean_and_unit_variance(name, drawn):
     images = collate(drawn[name].train.__getitems__([(0, i) for i in range(500)])).images
     assert abs(images.mean()) < 0.1
     assert 0.7 < images.std() < 1.1
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_normalize_gives_what_brings_the_image_back(name, drawn):
+def test_normalize_can_be_inverted(name, drawn):
     data = drawn[name]
     images = torch.rand(4, data.in_channels, 8, 12)
     images[0] = 0.5
@@ -192,7 +192,7 @@ def test_every_photo_offers_all_five_scales_and_both_directions(photo_set):
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 1000))
-def test_gray_std_is_that_of_each_window(height, width, seed):
+def test_gray_std_is_the_standard_deviation_of_each_window(height, width, seed):
     pixels = np.random.default_rng(seed).integers(0, 256, (3, 9, 11), dtype=np.uint8)
     windows = np.lib.stride_tricks.sliding_window_view(pixels.mean(axis=0) / 255, (height, width))
     np.testing.assert_allclose(
@@ -219,7 +219,7 @@ def test_a_digit_lies_inside_its_canvas(image_size):
         assert (canvas == 0).float().mean() > 0.1
 
 
-# What a user can get wrong
+# Mistakes
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_a_digit_lies_inside_its_canvas(image_size):
         ("digits", (8, 32), 0, "at least 16.*8 x 32"),
     ],
 )
-def test_a_wrong_request_is_repeated_with_what_would_fit(name, image_size, seed, message):
+def test_a_mistake_is_repeated_with_what_would_fit(name, image_size, seed, message):
     with pytest.raises(UserError, match=message):
         load_data(name, image_size=image_size, seed=seed)
 
@@ -269,7 +269,7 @@ def test_a_labelled_tree_gives_classes_items_and_a_probe(tmp_path):
 
 
 def test_without_val_a_tenth_of_each_class_is_held_out(tmp_path):
-    # As whole paths "b-2/..." would come before "b/...".
+    # Sorted as whole paths, "b-2/..." would come before "b/...".
     write_tree(tmp_path, {"train/b": 30, "train/b-2": 5, "train/lone": 1})
     data = load_data(str(tmp_path), image_size=(8, 8), seed=0)
     train, held_out = data.load_probe.args[:2]
@@ -310,7 +310,7 @@ def test_val_without_labels_gives_the_pictures_and_leaves_all_images_to_train(tm
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "JPEG", "png", "webp", "BMP"])
-def test_every_format_is_found_and_read_whatever_its_case(suffix, tmp_path):
+def test_every_format_is_found_and_read_in_upper_and_lower_case(suffix, tmp_path):
     noise(20, 30).save(tmp_path / f"image.{suffix}")
     assert list(find_images(tmp_path)) == [f"image.{suffix}"]
     image = read_image(tmp_path / f"image.{suffix}")
@@ -369,7 +369,9 @@ def test_images_of_any_shape_give_items_and_pictures(shape, tmp_path):
     seed=st.integers(0, 2**32),
     area=st.sampled_from([(0.2, 1.0), (0.67, 1.0), (0.08, 1.0)]),
 )
-def test_a_random_box_lies_inside_and_keeps_to_its_area_and_ratio(width, height, seed, area):
+def test_a_random_box_lies_inside_the_image_and_has_the_right_area_and_ratio(
+    width, height, seed, area
+):
     left, top, right, bottom = random_box(width, height, np.random.default_rng(seed), area=area)
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
@@ -469,7 +471,7 @@ def test_a_damaged_file_is_read_or_unreadable_but_never_fatal(
         ({"train/a": 2, "val": 0}, "val holds no images"),
     ],
 )
-def test_a_folder_that_does_not_fit_is_named(counts, message, tmp_path):
+def test_a_folder_that_does_not_fit_is_named_in_the_message(counts, message, tmp_path):
     write_tree(tmp_path, counts)
     with pytest.raises(UserError, match=message):
         load_data(str(tmp_path), image_size=SIZE, seed=0)

@@ -1,4 +1,4 @@
-"""What a run would cost, told of every preset; and what is seen before a run begins."""
+"""The dry run of every preset, and mistakes that are found before training."""
 
 from pathlib import Path
 
@@ -23,7 +23,9 @@ def arguments(recipe: Recipe, pictures: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "preset"), PRESETS)
-def test_the_cost_of_every_preset_is_told(name, preset, pictures, tmp_path, monkeypatch, capsys):
+def test_a_dry_run_prints_the_cost_of_every_preset(
+    name, preset, pictures, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     options = arguments(RECIPES[name], pictures, "--preset", preset, "--dry-run")
     assert run(RECIPES[name], "", options) == 0
@@ -37,13 +39,13 @@ def memory(printed: str) -> float:
     return float(line.split("about ")[1].split()[0].replace(",", ""))
 
 
-def test_a_batch_in_parts_takes_less_memory(pictures, capsys):
-    told = []
+def test_gradient_accumulation_takes_less_memory(pictures, capsys):
+    estimates = []
     for parts in ("1", "4"):
         options = ["--preset", "vit_base", "--accumulate", parts, "--dry-run"]
         assert run(mae.RECIPE, "", arguments(mae.RECIPE, pictures, *options)) == 0
-        told.append(memory(capsys.readouterr().out))
-    assert told[1] < told[0]
+        estimates.append(memory(capsys.readouterr().out))
+    assert estimates[1] < estimates[0]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,7 @@ def test_a_batch_in_parts_takes_less_memory(pictures, capsys):
         ("swin_base", "800", None),
     ],
 )
-def test_a_run_that_is_too_short_for_its_schedule_is_told_so(
+def test_a_run_that_is_too_short_for_its_schedule_gets_a_warning(
     preset, epochs, says, pictures, capsys
 ):
     options = ["--preset", preset, "--epochs", epochs, "--dry-run"]
@@ -75,7 +77,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("name", "options", "says"), MISTAKES)
-def test_what_does_not_fit_is_told_in_one_line(name, options, says, pictures, capsys):
+def test_options_that_do_not_fit_give_one_line(name, options, says, pictures, capsys):
     assert run(RECIPES[name], "", arguments(RECIPES[name], pictures, *options, "--dry-run")) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1
@@ -91,10 +93,10 @@ def test_what_does_not_fit_is_told_in_one_line(name, options, says, pictures, ca
             ["--divergence-weight", "nan"],
             "--divergence-weight nan is out of range: give 0 or a positive number",
         ),
-        (["--resume", "elsewhere"], "--resume elsewhere is no complete checkpoint"),
+        (["--resume", "elsewhere"], "--resume elsewhere is not a complete checkpoint"),
     ],
 )
-def test_a_tokenizer_that_cannot_be_is_told_in_one_line(options, says, pictures, tmp_path, capsys):
+def test_tokenizer_options_that_do_not_fit_give_one_line(options, says, pictures, tmp_path, capsys):
     common = ["--data", str(pictures), "--batch-size", "4", "--out", str(tmp_path / "run")]
     assert tokenizer.main([*common, *options]) == 2
     assert says in capsys.readouterr().err

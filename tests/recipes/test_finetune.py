@@ -322,11 +322,11 @@ def test_a_probe_that_normalises_needs_a_batch(encoder, images, tmp_path, capfd)
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--encoder", "missing.pth"], "missing.pth is no file"),
+        (["--encoder", "missing.pth"], "missing.pth is not a file"),
         (["--encoder", "garbage.pth"], "garbage.pth cannot be read"),
         (["--encoder", "garbage.safetensors"], "garbage.safetensors cannot be read"),
         (["--encoder", "empty.pth"], "holds no encoder: expected a Vision Transformer or"),
-        (["--encoder", "small/encoder.safetensors"], "is (16,) where (128,) is wanted"),
+        (["--encoder", "small/encoder.safetensors"], "has shape (16,) instead of (128,)"),
         (["--encoder", "deep/encoder.safetensors"], "blocks.4"),
         (["--data", "digits"], "for images of 3 channels, those of digits have 1"),
         (["--data", "flat"], "flat has no labels"),

@@ -1,4 +1,4 @@
-"""One loop for every recipe: what it logs, saves, refuses and waits for."""
+"""The training loop of every recipe: logs, checkpoints, non-finite steps, synchronizations."""
 
 import dataclasses
 import itertools
@@ -31,11 +31,11 @@ from recipes.mae import RECIPE as MAE
 from recipes.simmim import RECIPE as SIMMIM
 from tests.recipes.command import config_for
 
-# The smallest task: a line through numbers.
+# The smallest task: linear regression.
 
 
 class Numbers(TrainSet):
-    """Sixteen samples: x, from which 3 x is to be predicted."""
+    """Sixteen samples x; the model must predict 3 x."""
 
     def __len__(self) -> int:
         return 16
@@ -45,7 +45,7 @@ class Numbers(TrainSet):
 
 
 class Line(Task):
-    """Fits 3 x; `spoil` gives the loss a factor at a call of `forward`."""
+    """Fits 3 x. `spoil` maps the number of a call of `forward` to a factor of its loss."""
 
     def __init__(self, config: RunConfig, spoil: Callable[[int], float] = lambda call: 1.0) -> None:
         torch.manual_seed(0)
@@ -104,7 +104,7 @@ def test_by_default_every_twentieth_step_has_a_row() -> None:
     assert Options().log_every == 20
 
 
-def test_a_batch_in_parts_makes_the_same_steps(tmp_path: Path) -> None:
+def test_gradient_accumulation_gives_the_same_steps(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", Line(make_config()))
     parts = train(tmp_path / "parts", Line(make_config(accumulate=3)))  # parts of 2, 1 and 1
     np.testing.assert_allclose([r["loss"] for r in parts], [r["loss"] for r in whole], rtol=1e-5)
@@ -121,7 +121,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(factor: float) -> None:
     assert torch.equal(task.model.weight, before)
 
 
-def test_a_gradient_that_is_not_finite_is_noticed_where_the_loss_is() -> None:
+def test_a_gradient_that_is_not_finite_is_noticed_when_the_loss_is_finite() -> None:
     class Root(Line):
         def forward(self, model: nn.Module, inputs: Tensor) -> Mapping[str, Tensor]:
             return {"loss": (model(inputs) - model(inputs)).square().sum().sqrt()}  # 0 / 0
@@ -130,7 +130,7 @@ def test_a_gradient_that_is_not_finite_is_noticed_where_the_loss_is() -> None:
         Root(make_config()).step(Batch(torch.ones(4, 1), torch.arange(4), []), Moment(0, 0.0))
 
 
-def test_a_batch_without_readable_images_is_passed_over() -> None:
+def test_a_batch_without_readable_images_is_skipped() -> None:
     task = Line(make_config())
     nothing = Batch(torch.empty(0, 0, 0, 0), torch.empty(0, dtype=torch.int64), [3])
     assert task.step(nothing, Moment(0, 0.0)) is None
@@ -150,7 +150,7 @@ DIGITS = ["--data", "digits", "--batch-size", "8", "--max-steps", "4", "--worker
 
 
 class Syncs(TorchDispatchMode):
-    """Counts what would wait for a GPU: `item`, `bool`, `int` and `float` of a tensor."""
+    """Counts synchronizations with the device: `item`, `bool`, `int` and `float` of a tensor."""
 
     count = 0
 
@@ -161,7 +161,9 @@ class Syncs(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("recipe", [MAE, SIMMIM, CONVMAE, CAE], ids=lambda recipe: recipe.name)
-def test_a_step_waits_for_the_device_once(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_synchronizes_with_the_device_once(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = config_for(recipe, "--data", "digits", "--device", "cpu")
     data = load_data("digits", image_size=(32, 32), seed=0)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, in_channels=1))
@@ -173,12 +175,12 @@ def test_a_step_waits_for_the_device_once(recipe: Recipe, monkeypatch: pytest.Mo
     with Syncs() as syncs:
         step = task.step(Batch(images, torch.arange(4), []), Moment(1, 0.1))
     assert step is not None
-    # Codes out of range are looked for on a CPU only, where that waits for nothing.
+    # CAE checks the range of codes, but only on a CPU, where this needs no synchronization.
     assert (len(fetched), syncs.count) == (1, 2 if recipe is CAE else 0)
 
 
 def spoiled(recipe: Recipe, bad: set[int]) -> Recipe:
-    """Multiply the loss by nan at some forward passes in training."""
+    """Multiply the loss by nan at the given training passes."""
     calls = itertools.count()
 
     def build(config: Any) -> nn.Module:
@@ -233,7 +235,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("command", "spoil"), OTHERS)
-def test_other_loops_stop_at_a_loss_that_is_not_finite_and_keep_their_checkpoint(
+def test_other_tasks_stop_at_a_loss_that_is_not_finite_and_keep_their_checkpoint(
     command: Callable[..., int],
     spoil: Callable[..., None],
     tmp_path: Path,
@@ -248,7 +250,7 @@ def test_other_loops_stop_at_a_loss_that_is_not_finite_and_keep_their_checkpoint
 
 
 @pytest.mark.parametrize(("command", "spoil"), OTHERS)
-def test_other_loops_rewind_past_a_loss_that_is_not_finite(
+def test_other_tasks_rewind_after_a_loss_that_is_not_finite(
     command: Callable[..., int],
     spoil: Callable[..., None],
     tmp_path: Path,
@@ -263,7 +265,7 @@ def test_other_loops_rewind_past_a_loss_that_is_not_finite(
 
 
 @pytest.mark.parametrize("command", [fine_tune, train_tokenizer])
-def test_other_loops_have_a_tracker_parts_and_rows(
+def test_other_tasks_have_a_tracker_accumulation_and_log_every(
     command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[dict[str, float]] = []
@@ -279,7 +281,7 @@ def test_other_loops_have_a_tracker_parts_and_rows(
 
 
 def test_the_seed_of_a_tokenizer_changes_its_codes(tmp_path: Path) -> None:
-    """The seed once entered in bits that the generator of a CPU does not read."""
+    """The seed was once in bits that PyTorch's CPU generator ignores."""
     draws = []
     for seed in (0, 1):
         arguments = ["--data", "digits", "--device", "cpu"]

@@ -1,4 +1,4 @@
-"""Schedules, layer decay and LARS against what the authors' code computed; mixing by its rules."""
+"""Schedules, layer decay and LARS against golden values of the authors' code; mixup and cutmix."""
 
 import bisect
 import math
@@ -31,7 +31,7 @@ def test_the_learning_rate_is_the_authors(curve, settings):
 
 
 def test_the_cosine_through_a_discrete_schedule_is_caes():
-    # CAE tabulates: a linear warm-up with both ends, then a cosine that ends before its last value.
+    # CAE's table: a linear warm-up that includes its end, then a cosine without its last value.
     theirs = GOLDEN["cae_pretrain/lr_per_iter"]
     steps, warmup = len(theirs), 40
     rise = [1.5e-3 * step / (warmup - 1) for step in range(warmup)]
@@ -49,7 +49,7 @@ def test_the_cosine_through_a_discrete_schedule_is_caes():
     min_lr=st.floats(0, 1e-5),
 )  # fmt: skip
 def test_a_cosine_from_the_start_ends_as_the_other_and_never_passes_it(epoch, warmup, lr, min_lr):
-    """timm's, as SimMIM uses it: the same rise, then a curve that has begun with the run."""
+    """timm's schedule, as SimMIM uses it: the same warm-up, then a cosine from the first step."""
     settings = {"lr": lr, "epochs": 100, "warmup_epochs": warmup, "min_lr": min_lr}
     early, late = (
         warmup_cosine(epoch, **settings, from_start=from_start) for from_start in (True, False)
@@ -76,7 +76,7 @@ def test_steps_are_simmims(epoch, milestones, warmup):
 SWIN = SwinShape(
     image_size=32, patch_size=4, dim=8, depth=(2, 1, 3), heads=(1, 2, 2), window=2
 )  # fmt: skip
-# By SimMIM's rule: the layers of each stage follow on those before; merging ends its stage.
+# SimMIM's rule: layers are numbered through all stages; patch merging belongs to its stage's last.
 SWIN_LAYERS = {
     "patch_embed.proj.weight": 0,
     "patch_embed.norm.bias": 0,
@@ -93,7 +93,7 @@ SWIN_LAYERS = {
 }
 
 
-def test_swins_layers_follow_each_other_through_the_stages():
+def test_swins_layers_are_numbered_through_all_stages():
     encoder = SWIN.build_classifier(num_classes=3, drop_path=0.0)
     named = dict(encoder.named_parameters())
     assert {name: SWIN.layer_id(name) for name in SWIN_LAYERS} == SWIN_LAYERS
@@ -106,7 +106,7 @@ def test_swins_layers_follow_each_other_through_the_stages():
     }
     assert len(of) == len(named)
     for name, parameter in named.items():
-        # Relative positions are spared by name, unlike in SimMIM's pre-training.
+        # Relative positions are excluded by name, unlike in SimMIM's pre-training.
         is_decayed = parameter.ndim > 1 and "table" not in name
         scale = pytest.approx(0.9 ** (7 - SWIN.layer_id(name)))
         assert of[id(parameter)] == (scale, 0.05 if is_decayed else 0.0), name
@@ -136,7 +136,7 @@ def test_lars_moves_weights_that_are_zero():
     assert torch.equal(weight.data, torch.full((2, 2), -0.5))
 
 
-def test_lars_leaves_alone_what_has_no_gradient_or_a_zero_one():
+def test_lars_does_not_move_weights_without_a_gradient_or_with_a_zero_gradient():
     still, zero = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
     zero.grad = torch.zeros(2, 2)
     LARS([still, zero], lr=0.5).step()
@@ -183,7 +183,7 @@ ALPHAS = st.sampled_from([0.0, 0.3, 0.8, 1.0])
 
 
 def numbered_images(batch: int, size: tuple[int, int]) -> torch.Tensor:
-    """Every pixel of an image is its number in the batch."""
+    """Return images whose pixels all equal the image's index in the batch."""
     return torch.arange(batch).float().view(batch, 1, 1, 1).expand(batch, 1, *size)
 
 
@@ -195,14 +195,14 @@ def numbered_images(batch: int, size: tuple[int, int]) -> torch.Tensor:
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     step=st.integers(0, 1000),
 )
-def test_targets_say_how_much_of_each_image_there_is(batch, mixup, cutmix, smoothing, size, step):
-    # Each image is its own class: without smoothing, a target is the histogram of the pixels.
+def test_targets_are_the_shares_of_the_mixed_images(batch, mixup, cutmix, smoothing, size, step):
+    # Each image has its own class, so without smoothing a target is the histogram of the pixels.
     mixing = Mixing(num_classes=batch + 1, mixup=mixup, cutmix=cutmix, smoothing=smoothing)
     labels = torch.arange(batch)
     images = numbered_images(batch, size)
     mixed, targets = mixing(images, labels, step_generator(seed=3, step=step))
     torch.testing.assert_close(targets.sum(dim=1), torch.ones(batch))
-    assert torch.equal(images, numbered_images(batch, size))  # the input is left alone
+    assert torch.equal(images, numbered_images(batch, size))  # the input has not changed
     hard = (targets - smoothing / (batch + 1)) / (1 - smoothing)
     torch.testing.assert_close(
         (hard * torch.arange(batch + 1.0)).sum(dim=1), mixed.mean(dim=(1, 2, 3)),
@@ -264,7 +264,7 @@ def test_shares_follow_the_beta_distribution():
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 1), st.integers(0, 1000))
-def test_a_box_lies_inside_and_leaves_at_least_its_share(height, width, share, seed):
+def test_a_box_lies_inside_the_image_and_leaves_at_least_its_share(height, width, share, seed):
     generator = step_generator(seed=seed, step=0)
     top, bottom, left, right = draw_box(height, width, share, generator)
     assert 0 <= top <= bottom <= height

@@ -1,4 +1,4 @@
-"""Options come from the fields of configurations: their types, help and ranges."""
+"""Options are derived from configuration fields: their types, help texts and ranges."""
 
 import dataclasses
 import math
@@ -75,12 +75,12 @@ def parse(*arguments: str) -> Any:
     return parse_options(kind, arguments, program="", description="")
 
 
-def test_what_is_not_given_stays_as_the_preset_has_it() -> None:
+def test_an_option_that_is_not_given_keeps_the_presets_value() -> None:
     preset = Model(depth=3, normalize=False, no_decoder=True, kind="other")
     assert override(preset, parse()) == preset
 
 
-def test_what_is_given_replaces_the_preset() -> None:
+def test_an_option_that_is_given_replaces_the_presets_value() -> None:
     arguments = "--depth 0 --size 64 48 --kind one --normalize False --no-decoder --weight 0"
     expected = Model(
         depth=0, size=(64, 48), kind="one", normalize=False, no_decoder=True, weight=0.0
@@ -122,13 +122,15 @@ def test_the_help_of_an_option_is_its_fields_description(
         ("normalize", "yes"),
     ],
 )
-def test_a_value_that_does_not_fit_names_its_field_and_what_would(field: str, value: Any) -> None:
+def test_the_message_for_a_value_that_does_not_fit_names_field_and_value(
+    field: str, value: Any
+) -> None:
     with pytest.raises(FieldError, match=rf"^{field} must be .+; got ") as caught:
         Model(**{field: value})
     assert repr(value)[:40] in str(caught.value)
 
 
-def test_the_ends_of_a_range_belong_to_it_but_for_open_ones() -> None:
+def test_a_range_includes_its_ends_unless_it_is_open() -> None:
     assert 1 in Within(1, 2)
     assert 2 in Within(1, 2)
     assert 1 not in Within(1, 2, is_open=True)
@@ -140,12 +142,12 @@ def has_range(kind: Any) -> bool:
 
 
 def numbers_of(options: type[Any]) -> list[str]:
-    """Return the flags of an options class that take numbers."""
+    """Return the names of options that take numbers with a range."""
     hints = get_type_hints(options, include_extras=True)
     return [name for name, kind in hints.items() if has_range(kind)]
 
 
-def flags_of_everything() -> list[Any]:
+def flags_of_all_scripts() -> list[Any]:
     """Return each recipe's number flags; what all share is tried with the first one only."""
     kinds = {recipe.name: options_type(recipe) for recipe in RECIPES}
     kinds |= {"tokenizer": tokenizer.OPTIONS, "finetune": finetune.OPTIONS, "probe": probe.OPTIONS}
@@ -159,7 +161,7 @@ def flags_of_everything() -> list[Any]:
 
 
 def resolve_line(name: str, *arguments: str) -> None:
-    """Parse a command line and resolve it, as the recipe does before anything else."""
+    """Parse a command line and resolve its configuration, as a recipe does first."""
     scripts = {"tokenizer": tokenizer, "finetune": finetune, "probe": probe}
     if name in scripts:
         script: Any = scripts[name]
@@ -171,8 +173,8 @@ def resolve_line(name: str, *arguments: str) -> None:
     config_for(recipe, *arguments)
 
 
-@pytest.mark.parametrize(("name", "flag"), flags_of_everything())
-def test_no_number_that_makes_no_sense_is_taken(name: str, flag: str) -> None:
+@pytest.mark.parametrize(("name", "flag"), flags_of_all_scripts())
+def test_no_number_out_of_range_is_accepted(name: str, flag: str) -> None:
     option = f"--{flag.replace('_', '-')}"
     for value in BAD:
         with pytest.raises(UserError) as caught:
@@ -215,7 +217,7 @@ def test_an_empty_output_folder_is_refused() -> None:
         config_for(MAE, "--out", "")
 
 
-def test_a_yaml_file_gives_options_and_the_command_line_wins(tmp_path: Path) -> None:
+def test_the_command_line_takes_precedence_over_a_yaml_file(tmp_path: Path) -> None:
     file = tmp_path / "options.yaml"
     file.write_text("epochs: 3\ndecoder-depth: 2\n")
     config = config_for(MAE, "--config", str(file), "--epochs", "5")
@@ -234,7 +236,7 @@ def test_a_yaml_file_gives_options_and_the_command_line_wins(tmp_path: Path) -> 
         ("epochs: 1\nepochs: 2", "the key .epochs. twice"),
     ],
 )
-def test_a_yaml_file_that_does_not_fit_is_one_line(text: str, says: str, tmp_path: Path) -> None:
+def test_a_mistake_in_a_yaml_file_gives_one_line(text: str, says: str, tmp_path: Path) -> None:
     file = tmp_path / "options.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=says) as caught:

@@ -1,4 +1,4 @@
-"""One process or two: the same samples, crops, masks and losses."""
+"""One process and two processes have the same samples, crops, masks and losses."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def command(out: Path, processes: int, *more: str, steps: int = STEPS) -> list[s
 
 
 def train(out: Path, processes: int, *more: str) -> None:
-    """Run the recipe; what counts is the files it leaves, not how the processes say goodbye."""
+    """Run the recipe, and check that it finished. Its exit code is ignored."""
     result = subprocess.run(
         command(out, processes, *more),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -51,7 +51,7 @@ def losses(out: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Unlabelled noise, and a run of one process on it."""
+    """A folder with unlabelled noise images and a run of one process on them."""
     folder = tmp_path_factory.mktemp("processes")
     write_noise(folder / "pictures", 36)
     train(folder / "one", 1)
@@ -96,7 +96,7 @@ def launch(script: str, out: Path, processes: int, *more: str) -> list[dict[str,
 @pytest.mark.full
 @pytest.mark.parametrize("more", [[], ["--accumulate", "2"], ["--shard"]], ids=str)
 def test_a_classifier_trains_the_same_in_two_processes(more: list[str], tmp_path: Path) -> None:
-    # What is drawn for each process (drop path, the pairs that are mixed) is left out.
+    # Without drop path and mixing, whose draws differ between the processes.
     plain = ["--encoder", "none", "--drop-path", "0", "--mixup", "0", "--cutmix", "0"]
     one = launch("finetune", tmp_path / "one", 1, *plain)
     two = launch("finetune", tmp_path / "two", 2, *plain, *more)
@@ -115,11 +115,11 @@ def test_a_tokenizer_trains_in_two_processes(tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["ddp", "fsdp"])
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)], ids=["2-to-1", "1-to-2"])
-def test_a_run_goes_on_with_another_number_of_processes(
+def test_a_run_resumes_with_another_number_of_processes(
     before: int, after: int, shard: list[str], folder: Path
 ) -> None:
     out = folder / f"from-{before}-to-{after}{''.join(shard)}"
-    # A run that was stopped half-way: the same configuration, cut at a checkpoint.
+    # An interrupted run: remove everything after its first checkpoint.
     train(out, before, *(shard if before > 1 else []))
     cut_after_first_checkpoint(out)
     train(out, after, *(shard if after > 1 else []))
@@ -127,14 +127,15 @@ def test_a_run_goes_on_with_another_number_of_processes(
 
 
 @pytest.mark.full
-def test_a_job_ends_clearly_when_a_process_dies_and_goes_on_when_started_again(
+def test_a_job_ends_with_a_clear_message_when_a_process_dies_and_resumes_when_started_again(
     folder: Path,
 ) -> None:
     out = folder / "one-killed"
-    # Steps enough to be killed in.
+    # Enough steps to be killed during the run.
     long = ["--epochs", "8", "--batch-size", "4"]
     start = command(out, 2, *long, steps=60)
-    # `torchrun` ends the other process as soon as it looks: not before that has seen for itself.
+    # `torchrun` ends the other process when it polls. Poll rarely, so that this process notices
+    # the lost connection first.
     start.insert(start.index("--standalone"), "--monitor-interval=5")
     job = subprocess.Popen(
         start,

@@ -1,4 +1,4 @@
-"""A killed run goes on bit for bit; what must not be overwritten is not."""
+"""A killed run resumes bit for bit, and existing runs are never overwritten."""
 
 import dataclasses
 import itertools
@@ -49,7 +49,7 @@ def uninterrupted(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 class single_thread:
-    """One thread here as in the child processes: sums of two threads round differently."""
+    """Use one thread, as the child processes do: the number of threads changes rounding."""
 
     def __enter__(self) -> None:
         self.before = torch.get_num_threads()
@@ -100,7 +100,7 @@ def losses(out: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").open()]
 
 
-def test_a_killed_run_ends_as_one_that_never_was(
+def test_a_killed_run_ends_like_an_uninterrupted_one(
     pictures: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     kill_at_random_and_finish(pictures, tmp_path / "run", random.Random(0))
@@ -109,7 +109,7 @@ def test_a_killed_run_ends_as_one_that_never_was(
 
 @pytest.mark.full
 @pytest.mark.parametrize("trial", range(20))
-def test_twenty_killed_runs_end_as_one_that_never_was(
+def test_twenty_killed_runs_end_like_an_uninterrupted_one(
     trial: int, pictures: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     kill_at_random_and_finish(pictures, tmp_path / "run", random.Random())
@@ -122,7 +122,7 @@ def test_a_full_disk_gives_one_clear_line_and_loses_nothing(
     out = tmp_path / "run"
     process = start(pictures, out, stderr=subprocess.PIPE)
     wait_until(Checkpoints(out / "checkpoints", World()).steps, "first checkpoint", process)
-    # No file may grow beyond 64 kB from now on: checkpoints do not fit, lines of text do.
+    # From now on no file may be larger than 64 kB: too small for checkpoints, enough for text.
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (65_536, 65_536))
     code, printed = end_of(process)
     *_, error = printed.decode().splitlines()
@@ -133,7 +133,7 @@ def test_a_full_disk_gives_one_clear_line_and_loses_nothing(
     assert_equal_runs(out, uninterrupted)
 
 
-def test_a_checkpoint_holds_the_state_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
+def test_a_checkpoint_holds_the_state_at_the_time_of_the_call(tmp_path: Path) -> None:
     model = torch.nn.Linear(1000, 1000)
     optimizer = torch.optim.AdamW(model.parameters())
     before = model.weight.detach().clone()
@@ -145,7 +145,7 @@ def test_a_checkpoint_holds_the_state_of_the_moment_it_was_asked_for(tmp_path: P
     assert torch.equal(model.weight, before)
 
 
-def test_only_the_last_two_checkpoints_and_the_asked_for_ones_are_kept(
+def test_only_the_last_two_checkpoints_and_those_of_keep_every_are_kept(
     pictures: Path, tmp_path: Path
 ) -> None:
     with single_thread():
@@ -153,7 +153,7 @@ def test_only_the_last_two_checkpoints_and_the_asked_for_ones_are_kept(
     assert Checkpoints(tmp_path / "run/checkpoints", World()).steps() == [10, 20, 22, 24]
 
 
-def test_a_half_written_checkpoint_is_ignored_and_cleaned(
+def test_an_incomplete_checkpoint_is_ignored_and_removed(
     pictures: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -169,7 +169,7 @@ def test_a_half_written_checkpoint_is_ignored_and_cleaned(
     assert not list(checkpoints.folder.glob("*.partial"))
 
 
-def test_a_run_begins_with_the_checkpoint_of_another_one(
+def test_a_run_can_start_from_the_checkpoint_of_another_run(
     pictures: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     origin = uninterrupted / "checkpoints/step-00000022"
@@ -179,7 +179,7 @@ def test_a_run_begins_with_the_checkpoint_of_another_one(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_accumulating_in_parts_gives_the_same_losses(
+def test_gradient_accumulation_gives_the_same_losses(
     pictures: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     with single_thread():
@@ -187,7 +187,7 @@ def test_accumulating_in_parts_gives_the_same_losses(
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(uninterrupted), rtol=1e-4)
 
 
-def test_a_finished_run_prints_its_summary_again_and_trains_no_more(
+def test_a_finished_run_prints_its_summary_again_and_does_not_train(
     pictures: Path, uninterrupted: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = (uninterrupted / "metrics.jsonl").stat().st_mtime_ns
@@ -200,12 +200,12 @@ def test_a_finished_run_prints_its_summary_again_and_trains_no_more(
     ("more", "says"),
     [
         (["--seed", "1"], "seed"),
-        (["--accumulate", "3"], "cannot be cut evenly for 1 processes with --accumulate 3"),
+        (["--accumulate", "3"], "cannot be divided evenly among 1 processes with --accumulate 3"),
         (["--resume", "nowhere"], "--resume nowhere"),
     ],
     ids=["other-config", "accumulate", "resume"],
 )
-def test_what_would_be_lost_is_refused(
+def test_options_that_do_not_fit_an_existing_run_are_refused(
     more: list[str],
     says: str,
     pictures: Path,
@@ -270,14 +270,14 @@ def test_an_unreadable_image_is_left_out_and_named_at_the_end(
     assert summary["unreadable_images"] == [str(folder / "05.png")]
 
 
-def test_an_unreadable_image_is_named_after_a_new_start_too(
+def test_an_unreadable_image_is_still_named_after_a_resume(
     pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = tmp_path / "pictures", tmp_path / "run"
     shutil.copytree(pictures, folder)
     (folder / "05.png").write_bytes(b"cut off")
     assert run(RECIPE, "", options(folder, out)) == 0
-    # As if it had been killed after its last checkpoint.
+    # As if the run had been killed after its last checkpoint.
     (out / "summary.json").unlink()
     assert run(RECIPE, "", options(folder, out)) == 0
     assert "05.png" in capfd.readouterr().out.rpartition("could not be read")[2]
@@ -294,7 +294,7 @@ def test_a_checkpoint_of_the_last_step_leaves_nothing_to_train(
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "summary.json"])
-def test_a_damaged_file_of_a_run_is_named(
+def test_a_damaged_file_of_a_run_is_named_in_the_message(
     name: str, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run(RECIPE, "", options(pictures, tmp_path / "run")) == 0
@@ -304,7 +304,7 @@ def test_a_damaged_file_of_a_run_is_named(
 
 
 def spoiled_recipe(spoiled: set[int]) -> Recipe:
-    """MAE whose loss is nan at its n-th forward passes."""
+    """MAE whose loss is nan at the given forward passes."""
     calls = itertools.count()
 
     class Spoiled(MAE):

@@ -1,4 +1,4 @@
-"""The four ways to start a recipe, and what a wrong start says."""
+"""The four ways to start a recipe, and the messages after mistakes."""
 
 import dataclasses
 import json
@@ -18,17 +18,17 @@ SHORT = ["--data", "digits", "--max-steps", "2", "--batch-size", "8"]
 
 
 def start(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    # One thread: the machine may be busy, and nothing here is large.
+    # One thread, because the machine may be busy and the runs are small.
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, env=env, check=False, timeout=600
     )
 
 
-def test_a_run_writes_all_it_promises(
+def test_a_run_writes_all_documented_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    # Few and quick probes: what they measure is tested elsewhere.
+    # Small and fast probes; other tests check what they measure.
     monkeypatch.setattr("recipes.engine.data.digits.PROBE_PER_DIGIT", 10)
     monkeypatch.setattr("recipes.engine.data.digits.PROBE_TEST", 100)
     monkeypatch.setattr("recipes.engine.probes.ATTENTIVE_SAMPLES", 640)
@@ -85,7 +85,7 @@ def test_a_recipe_is_imported_from_the_root_without_side_effects() -> None:
 
 
 def test_a_recipe_runs_after_a_plain_installation(tmp_path: Path) -> None:
-    # The wheel as `pip install .` would install it, in a folder of its own that comes first.
+    # The wheel as `pip install .` installs it, in a separate folder at the front of the path.
     site = tmp_path / "site"
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation",

@@ -1,4 +1,4 @@
-"""Metrics that go elsewhere too."""
+"""Experiment trackers get the metrics."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ SHORT = ["--data", "digits", "--max-steps", "3", "--batch-size", "8", "--log-eve
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the probes out; other tests have them."""
+    """Skip the report and its probes, which other tests cover."""
     monkeypatch.setattr("recipes.engine.main.write_report", lambda *a, **k: {"steps": 3})
     monkeypatch.setattr("recipes.engine.main.print_summary", lambda *a, **k: None)
 

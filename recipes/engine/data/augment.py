@@ -14,7 +14,7 @@ from torch import Tensor
 from recipes.engine.data.images import CROP_RATIO, NORMALIZE, model_input
 from recipes.engine.errors import UserError
 
-# Of timm and of BYOL's linear probe; pre-training's crops have .2 and more.
+# Share of the image in a crop, as in timm and BYOL's linear probe. Pre-training uses 20 % or more.
 CROP_AREA = (0.08, 1.0)
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
 ERASED_AREA = (0.02, 1 / 3)
@@ -25,12 +25,13 @@ Policy = Callable[[Image.Image], Image.Image]
 
 @dataclass(frozen=True, eq=False)
 class Augmentation:
-    """Turns an image file's content into a model input.
+    """Random crop, flip, RandAugment, normalization and random erasing.
 
     Attributes:
-        attempts: Boxes to draw until one lies inside the image; the last one is cut to fit.
+        attempts: Largest number of boxes to draw until one lies inside the image. If none does, the
+            last one is clipped.
         policy: RandAugment, or None.
-        erase: Fraction of the images of which a box is replaced by noise.
+        erase: Probability of random erasing.
     """
 
     attempts: int = 10
@@ -40,7 +41,7 @@ class Augmentation:
     def __call__(
         self, image: Image.Image, size: tuple[int, int], rng: np.random.Generator
     ) -> Float[Tensor, "3 height width"]:
-        """Crop, flip, recolor and erase; height and width are in pixels."""
+        """Turn an image into a model input; `size` is height and width in pixels."""
         height, width = size
         box = random_box(image.width, image.height, rng, attempts=self.attempts)
         crop = image.crop(box).resize((width, height), Image.Resampling.BICUBIC)
@@ -56,17 +57,22 @@ class Augmentation:
 def random_box(
     width: int, height: int, rng: np.random.Generator, *, attempts: int
 ) -> tuple[int, int, int, int]:
-    """Draw left, top, right and bottom of a box of 8-100 % of an image's area, in pixels.
+    """Draw a box that covers 8-100 % of an image.
 
     Args:
-        width: Of the image.
-        height: Of the image.
-        rng: Source of randomness.
-        attempts: Draws until a box lies inside; the last one is cut to fit.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
+        rng: Random generator.
+        attempts: Largest number of boxes to draw until one lies inside the image. If none does, the
+            last one is clipped.
+
+    Returns:
+        Left, top, right and bottom in pixels.
 
     Source:
-        One attempt: facebookresearch/mae `crop.py`, after BYOL. Ten: timm and torchvision, but for
-        images so long that all ten fail, of which those take the center.
+        One attempt: facebookresearch/mae `crop.py`, which follows BYOL. Ten attempts: timm and
+        torchvision. They differ in very long images: where all ten attempts fail, they take the
+        center.
     """
     for _ in range(attempts):
         area = width * height * rng.uniform(*CROP_AREA)
@@ -83,7 +89,7 @@ def random_box(
 def random_erase(
     inputs: Float[Tensor, "channels height width"], rng: np.random.Generator
 ) -> Float[Tensor, "channels height width"]:
-    """Replace a box by noise.
+    """Replace a random box with noise.
 
     Source:
         Zhong et al., arXiv:1708.04896; timm `RandomErasing`, mode "pixel", one box, ten attempts.
@@ -106,7 +112,7 @@ def random_erase(
 def with_seed(seed: int) -> None:
     """Seed the generators that timm (Python's, NumPy's) and torchvision (PyTorch's) draw from.
 
-    In the training process nothing else draws from them but drop path, seeded in every step.
+    In the training process only drop path draws from them as well, and each step seeds it again.
     """
     random.seed(seed)
     np.random.seed(seed)
@@ -114,13 +120,15 @@ def with_seed(seed: int) -> None:
 
 
 def rand_augment(image_size: tuple[int, int]) -> Policy:
-    """Make the RandAugment of MAE's fine-tuning; timm's, or torchvision's which is close to it.
+    """Make the RandAugment policy of MAE's fine-tuning.
+
+    It is timm's. If timm is not installed, it is torchvision's, which is similar.
 
     Args:
         image_size: Height and width of the images in pixels.
 
     Raises:
-        UserError: Neither package is installed.
+        UserError: If neither package is installed.
     """
     fill = tuple(round(255 * mean) for mean in NORMALIZE.mean)
     try:

@@ -23,7 +23,7 @@ from recipes.engine.errors import UserError
 from recipes.engine.seeds import sample_rng
 
 NUM_TEST_DIGITS = 360
-# Pixels around a digit that let its edge fade into the canvas instead of ending in a step.
+# Black pixels around a digit, so that interpolation blends its edge into the canvas.
 MARGIN = 1
 # A smaller canvas would shrink a digit below its own 8 pixels.
 MIN_SIZE = 16
@@ -42,7 +42,7 @@ class DigitCanvases:
     """Canvases with one digit each.
 
     Attributes:
-        digits: The images of each class, 8 x 8 pixels inside a black margin.
+        digits: The images of each class: 8 x 8 pixels and a black margin.
         image_size: Height and width of a canvas in pixels.
     """
 
@@ -51,11 +51,11 @@ class DigitCanvases:
 
     @property
     def num_classes(self) -> int:
-        """Count the classes."""
+        """Number of classes."""
         return len(self.digits)
 
     def draw(self, label: int, rng: np.random.Generator) -> UInt8[Tensor, "1 height width"]:
-        """Draw an image of a digit, its size, angle and place, each uniformly."""
+        """Draw an image of the class, its size, angle and position, each uniformly."""
         digit = self.digits[label][rng.integers(len(self.digits[label]))]
         side = rng.uniform(*DIGIT_SCALE) * min(self.image_size)
         angle = rng.uniform(-MAX_ROTATION, MAX_ROTATION)
@@ -66,17 +66,17 @@ class DigitCanvases:
 def load_digits(*, image_size: tuple[int, int], seed: int) -> DataSet:
     """Load the digits.
 
-    A class has 50 labelled canvases to fit a probe on; 2,500 canvases of all classes test it.
+    A probe is fitted on 50 labelled canvases per class and tested on 2,500 canvases in total.
 
     Args:
         image_size: Height and width of a canvas in pixels, at least 16.
-        seed: Seed of the canvases.
+        seed: Seed of the run.
 
     Returns:
         The data set.
 
     Raises:
-        UserError: The canvas is too small, or scikit-learn is missing.
+        UserError: If the canvas is too small, or scikit-learn is not installed.
     """
     if min(image_size) < MIN_SIZE:
         raise UserError(
@@ -129,10 +129,10 @@ def place(
     """Draw a digit on a black canvas.
 
     Args:
-        digit: Its small square image with its margin.
+        digit: A small square image with a margin.
         image_size: Height and width of the canvas in pixels.
-        center: Where the digit's center goes, from the top and from the left, in pixels.
-        side: Side of the digit's square on the canvas in pixels, margin excluded.
+        center: Row and column of the digit's center on the canvas, in pixels.
+        side: Side of the digit on the canvas in pixels, without its margin.
         angle: Rotation in radians.
 
     Returns:
@@ -143,7 +143,7 @@ def place(
     cos, sin = scale * math.cos(angle), scale * math.sin(angle)
     y, x = center
     middle = source.width / 2
-    # Pillow maps a place on the canvas to its place in the source.
+    # Pillow wants the map from the canvas to the source.
     to_source = (cos, sin, middle - cos * x - sin * y, -sin, cos, middle + sin * x - cos * y)
     height, width = image_size
     return source.transform(
@@ -152,7 +152,7 @@ def place(
 
 
 def mosaic(canvases: DigitCanvases, rng: np.random.Generator) -> Float[Tensor, "1 height width"]:
-    """Draw a picture of about 192 pixels, or one canvas, from canvases of random digits."""
+    """Tile canvases of random digits into a picture of about 192 pixels, at least one canvas."""
     rows, columns = (max(1, PICTURE_SIZE // side) for side in canvases.image_size)
     labels = rng.integers(canvases.num_classes, size=rows * columns)
     tiles = torch.stack([canvases.draw(int(label), rng) for label in labels])

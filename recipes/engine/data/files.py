@@ -1,4 +1,4 @@
-"""Image files of a folder: listing, splitting and reading them."""
+"""Image files in a folder: list, split and read them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from recipes.engine.errors import UserError
 
 try:
     import simplejpeg
-except ModuleNotFoundError:  # Pillow reads the same files in about twice the time.
+except ModuleNotFoundError:  # Pillow reads the same files, about half as fast.
     simplejpeg = None
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
-# What Pillow raises for files that are missing, cut off, no images or absurdly large.
+# What Pillow raises for files that are missing, truncated, not images or far too large.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
-# A run goes on while no more images than this, and no larger share of the set, are unreadable.
+# A run stops when more images than this and a larger share of the data set are unreadable.
 MAX_UNREADABLE = 10
-
 MAX_UNREADABLE_SHARE = 0.01
 
 HELD_OUT_SHARE = 0.1
@@ -41,9 +40,9 @@ class ImageFiles:
 
     Attributes:
         root: The folder.
-        paths: Paths inside the folder, encoded for the file system. One array, because the pages
-            of a list of a million strings are copied into every worker as it counts references.
-        labels: Class of each file, counted from 0; 0 throughout without labels.
+        paths: Paths relative to the folder, encoded for the file system. They are one array,
+            because reference counts would copy a list of a million strings into every worker.
+        labels: Class of each file, counted from 0; all 0 without labels.
     """
 
     root: Path
@@ -54,29 +53,29 @@ class ImageFiles:
         return len(self.paths)
 
     def path(self, index: int) -> Path:
-        """Give the path of a file."""
+        """Return the path of a file."""
         return self.root / os.fsdecode(self.paths[index])
 
     def subset(self, chosen: NDArray[np.int64] | NDArray[np.bool_]) -> ImageFiles:
-        """Choose files by their indices or by a boolean for each."""
+        """Select files by their indices or by a boolean array."""
         return ImageFiles(self.root, self.paths[chosen], self.labels[chosen])
 
 
 def list_images(root: Path, *, labelled: bool) -> tuple[ImageFiles, tuple[str, ...]]:
-    """List the images below a folder, and the classes if each image lies in a folder of its class.
+    """List the images in a folder and its subfolders, and their classes.
 
     Args:
         root: The folder.
-        labelled: Whether the folders inside are classes.
+        labelled: Whether its subfolders are classes.
 
     Returns:
-        The files in the order of their paths, and the names of their classes; no names if the
-        folder has no folders with images inside.
+        The files sorted by path, and the names of their classes. There are no names if no subfolder
+        holds images.
 
     Raises:
-        UserError: There are no images, or only some lie in folders.
+        UserError: If there are no images, or only some of them are in subfolders.
     """
-    # By parts: as whole strings "cat-2/1.jpg" would come before "cat/1.jpg".
+    # Sorted by parts: as whole strings, "cat-2/1.jpg" would come before "cat/1.jpg".
     paths = sorted(find_images(root), key=lambda path: path.split("/"))
     if not paths:
         raise UserError(f"{root} holds no images: expected files ending in {', '.join(SUFFIXES)}")
@@ -94,7 +93,10 @@ def list_images(root: Path, *, labelled: bool) -> tuple[ImageFiles, tuple[str, .
 
 
 def find_images(root: Path) -> Iterator[str]:
-    """Find the images below a folder, links followed; paths are relative and use slashes."""
+    """Find the images in a folder and its subfolders, and follow links.
+
+    Paths are relative and use slashes.
+    """
     for folder, subfolders, names in os.walk(root, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         inside = Path(folder).relative_to(root)
@@ -104,12 +106,12 @@ def find_images(root: Path) -> Iterator[str]:
 
 
 def encode(paths: list[str]) -> NDArray[np.bytes_]:
-    """Put paths into one array."""
+    """Encode paths as one array."""
     return np.array([os.fsencode(path) for path in paths])
 
 
 def relabel(files: ImageFiles, names: tuple[str, ...], class_names: tuple[str, ...]) -> ImageFiles:
-    """Renumber the classes of held-out files as in training.
+    """Give held-out files the class numbers of training.
 
     Args:
         files: The held-out files.
@@ -120,7 +122,7 @@ def relabel(files: ImageFiles, names: tuple[str, ...], class_names: tuple[str, .
         The files with new labels.
 
     Raises:
-        UserError: The held-out files have no classes while the training images do, or others.
+        UserError: If the training images have classes and the held-out files have none or others.
     """
     if class_names and not names:
         raise UserError(f"{files.root} has no class folders while the training images do")
@@ -133,18 +135,18 @@ def relabel(files: ImageFiles, names: tuple[str, ...], class_names: tuple[str, .
 
 
 def hold_out(files: ImageFiles, *, labelled: bool) -> tuple[ImageFiles, ImageFiles]:
-    """Split files into those to train on and the last ones, held out.
+    """Split files into training files and held-out files, which are the last ones.
 
     Args:
-        files: The files, those of a class in one run.
-        labelled: Whether to hold out a tenth of each class, at least one image, rather than the
-            last images of the folder.
+        files: The files, sorted by class.
+        labelled: Whether to hold out a tenth of each class, at least one image; otherwise the last
+            four images of the folder.
 
     Returns:
-        Files to train on and files held out.
+        Training files and held-out files.
 
     Raises:
-        UserError: There are too few to split.
+        UserError: If there are too few files to split.
     """
     counts = np.bincount(files.labels)
     if labelled:
@@ -163,7 +165,7 @@ def hold_out(files: ImageFiles, *, labelled: bool) -> tuple[ImageFiles, ImageFil
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read a file as RGB, its orientation tag ignored as the papers' loaders do.
+    """Read a file as RGB, and ignore its orientation tag, as the papers' loaders do.
 
     Args:
         path: The file.
@@ -172,11 +174,11 @@ def read_image(path: Path) -> Image.Image:
         The image.
 
     Raises:
-        OSError: It is no image, or one of the other errors in `UNREADABLE`.
+        OSError: If it is not an image; or one of the other errors in `UNREADABLE`.
     """
     data = path.read_bytes()
     if simplejpeg is not None and data.startswith(b"\xff\xd8"):
-        with suppress(ValueError):  # CMYK, or damaged: Pillow decides.
+        with suppress(ValueError):  # CMYK or damaged: leave it to Pillow
             return Image.fromarray(simplejpeg.decode_jpeg(data, colorspace="RGB"))
     image: Image.Image = Image.open(io.BytesIO(data))
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8 instead of scaling them.
@@ -185,14 +187,14 @@ def read_image(path: Path) -> Image.Image:
 
 
 def check_readable(files: ImageFiles, unreadable: Iterable[int]) -> None:
-    """Stop once too many images turned out unreadable.
+    """Check that few images are unreadable.
 
     Args:
         files: The images.
-        unreadable: Indices of those that could not be read.
+        unreadable: Indices of the images that could not be read.
 
     Raises:
-        UserError: There are more than 10 of them, and more than 1 % of the images.
+        UserError: If more than 10 images and more than 1 % of all images are unreadable.
     """
     indices = sorted(unreadable)
     limit = max(MAX_UNREADABLE, MAX_UNREADABLE_SHARE * len(files))
@@ -205,18 +207,18 @@ def check_readable(files: ImageFiles, unreadable: Iterable[int]) -> None:
 
 
 def first_readable(files: ImageFiles, order: Iterable[int], number: int) -> Iterator[Image.Image]:
-    """Read the first images that can be read; an unreadable one makes room for the next.
+    """Read the first images that can be read, and skip the others.
 
     Args:
         files: The files.
         order: Indices of the files to try.
-        number: How many images to read at most.
+        number: Largest number of images to read.
 
     Yields:
         The images.
 
     Raises:
-        UserError: Too many cannot be read.
+        UserError: If too many cannot be read.
     """
     unreadable: set[int] = set()
     for index in order:

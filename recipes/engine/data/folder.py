@@ -1,8 +1,8 @@
 """A folder of images as a data set.
 
-Two shapes are understood: `train/<class>/<image>` with an optional `val/<class>/<image>`, which
-gives labels; and images at any depth, in the folder itself or in its `train/` and `val/`, which
-gives none. Names that begin with a dot are passed over.
+A folder has one of two layouts. With labels: `train/<class>/<image>`, and optionally
+`val/<class>/<image>`. Without labels: images at any depth, in the folder itself or in its `train/`
+and `val/`. Names that begin with a dot are ignored.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from recipes.engine.errors import UserError
 from recipes.engine.seeds import sample_rng
 
 PROBE_PER_CLASS = 50
-# At 224 pixels this many inputs take 1.5 GB; with many classes each has fewer than 50.
+# At 224 pixels this many inputs take 1.5 GB. With many classes, each gets fewer than 50 images.
 MAX_PROBE = 2_500
 
 
 @dataclass(frozen=True, eq=False)
 class FolderImages(TrainSet):
-    """Random crops of the images of a folder.
+    """Random crops of the images in a folder.
 
     Attributes:
-        files: The images; a sample id counts them.
+        files: The images, indexed by sample id.
         image_size: Height and width of a crop in pixels.
         seed: Seed of the run.
-        crops: How they are taken.
+        crops: How crops are drawn.
     """
 
     files: ImageFiles
@@ -80,7 +80,7 @@ class FolderImages(TrainSet):
         return model_input(crop), sample_id
 
     def describe(self, sample_id: int) -> str:
-        """Give the path of an image."""
+        """Return the path of an image."""
         return str(self.files.path(sample_id))
 
 
@@ -89,20 +89,21 @@ def load_folder(
 ) -> DataSet:
     """Load a folder of images.
 
-    Without `val/`, the last tenth of each class is held out, or without labels the last 4 images.
-    A class has up to 50 labelled images to fit a probe on and 50 to test it, 2,500 of all classes.
+    Without `val/`, the last tenth of each class is held out; without labels, the last 4 images. A
+    probe is fitted on up to 50 images per class and tested on up to 50, each at most 2,500 in
+    total.
 
     Args:
         name: Path of the folder.
         image_size: Height and width of a model input in pixels.
-        seed: Seed of the crops.
-        crops: How random crops are taken.
+        seed: Seed of the run.
+        crops: How random crops are drawn.
 
     Returns:
         The data set.
 
     Raises:
-        UserError: The folder holds too few readable images, or only some of them have classes.
+        UserError: If the folder holds too few readable images, or only some of them have classes.
     """
     folder = Path(name)
     has_train = (folder / "train").is_dir()
@@ -134,17 +135,8 @@ def load_folder(
     )
 
 
-# Files
-
-
-# Images
-
-
-# Probe
-
-
 def spread(number: int) -> list[int]:
-    """Order indices so that the first few lie evenly over all of them."""
+    """Order indices so that the first few are evenly spaced over all of them."""
     step = max(1, number // NUM_PICTURES)
     return [index for start in range(step) for index in range(start, number, step)]
 
@@ -156,14 +148,14 @@ def load_probe(
     image_size: tuple[int, int],
     seed: int,
 ) -> ProbeData:
-    """Read labelled images, as many of each class where there are.
+    """Read labelled images for the probes, the same number of each class where there are enough.
 
     Args:
-        train: Files to fit on.
-        held_out: Files to score on.
-        num_classes: Classes in `train`.
+        train: Files to fit a probe on.
+        held_out: Files to test it on.
+        num_classes: Number of classes in `train`.
         image_size: Height and width of a model input in pixels.
-        seed: Seed of the choice.
+        seed: Seed of the run.
 
     Returns:
         Center crops with their labels.

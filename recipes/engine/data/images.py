@@ -18,11 +18,11 @@ Interpolation = Literal["bicubic", "bilinear"]
 
 Normalize = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
-# A picture is a mosaic of tiles of `image_size`, about this many pixels on its shorter side.
+# A picture is a mosaic of tiles of `image_size`. Its shorter side has about this many pixels.
 PICTURE_SIZE = 192
 CROP_RATIO = (3 / 4, 4 / 3)
 
-# Evaluation resizes to 256 pixels to cut out 224.
+# Evaluation resizes to 256 pixels and crops the central 224.
 CENTER_MARGIN = 256 / 224
 
 
@@ -41,7 +41,7 @@ class NormalizeByConstants:
     def __call__(
         self, images: Float[Tensor, "batch channels height width"]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Give inputs, mean [1, C, 1, 1] and standard deviation [1, C, 1, 1]."""
+        """Return inputs, mean [1, C, 1, 1] and standard deviation [1, C, 1, 1]."""
         mean = images.new_tensor(self.mean).view(1, -1, 1, 1)
         std = images.new_tensor(self.std).view(1, -1, 1, 1)
         return (images - mean) / std, mean, std
@@ -54,7 +54,7 @@ NORMALIZE = NormalizeByConstants(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 
 def as_they_are(
     images: Float[Tensor, "batch channels height width"],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Take images as model inputs, with mean 0 and standard deviation 1."""
+    """Return images unchanged, with mean 0 and standard deviation 1."""
     return images, images.new_zeros(1, 1, 1, 1), images.new_ones(1, 1, 1, 1)
 
 
@@ -63,14 +63,14 @@ def normalize_by_image(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalize each channel of each image by its own mean and standard deviation.
 
-    Color texture stays; the mean color and the brightness, which would name the photo, go.
+    This removes mean color and brightness, which would identify the photo. Color texture stays.
 
     Args:
         images: Images in [0, 1].
 
     Returns:
-        Inputs, mean [B, C, 1, 1] and standard deviation [B, C, 1, 1]; .02 is added to the latter
-        so that noise in a flat channel stays small.
+        Inputs, mean [B, C, 1, 1] and standard deviation [B, C, 1, 1]. The standard deviation has
+        0.02 added, so that noise in a flat channel stays small.
     """
     mean = images.mean(dim=(2, 3), keepdim=True)
     centered = images - mean
@@ -80,26 +80,26 @@ def normalize_by_image(
 
 
 def center_crop(image: Image.Image, size: tuple[int, int], *, scale: float) -> Image.Image:
-    """Resize an image and cut out its center.
+    """Resize an image and crop its center.
 
     Args:
         image: The image.
         size: Height and width of the result in pixels.
-        scale: Factor of the resizing.
+        scale: Factor by which the image is resized.
 
     Returns:
-        The center.
+        The crop.
     """
     height, width = size
     left = max(0.0, (image.width - width / scale) / 2)
     top = max(0.0, (image.height - height / scale) / 2)
-    # Resizing the box alone keeps a 1 x 10,000 image from becoming 256 x 2,560,000 on the way.
+    # Only the box is resized: all of a 1 x 10,000 image would become 256 x 2,560,000 pixels.
     box = (left, top, image.width - left, image.height - top)
     return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
 
 
 def covering_scale(image: Image.Image, size: tuple[int, int]) -> float:
-    """Find the factor by which an image must be resized to just cover a size in pixels."""
+    """Return the smallest resize factor with which an image covers a size in pixels."""
     return max(size[0] / image.height, size[1] / image.width)
 
 
@@ -110,22 +110,22 @@ def to_bytes(image: Image.Image) -> UInt8[Tensor, "channels height width"]:
 
 
 def to_unit(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Convert bytes to numbers in [0, 1]."""
+    """Convert bytes to floats in [0, 1]."""
     return images.float() / 255
 
 
 @dataclass(frozen=True)
 class RandomCrops:
-    """How random crops are taken.
+    """Random resized crops.
 
     Attributes:
-        area: Least and largest share of an image in a crop.
+        area: Least and largest share of the image in a crop.
         interpolation: How crops are resized.
 
     Source:
-        torchvision `RandomResizedCrop` as the papers use it: ratio 3/4-4/3, ten attempts and then
-        the largest central box; its draws come from another generator. MAE and ConvMAE take areas
-        of 20-100 % and resize bicubically, SimMIM 67-100 %, bilinearly, CAE 8-100 %.
+        torchvision `RandomResizedCrop` as the papers use it, with another random generator: aspect
+        ratio 3/4-4/3, ten attempts, then the largest central box. MAE and ConvMAE use areas of
+        20-100 % and bicubic interpolation, SimMIM 67-100 % and bilinear, CAE 8-100 %.
     """
 
     area: tuple[float, float] = (0.2, 1.0)
@@ -134,7 +134,7 @@ class RandomCrops:
     def __call__(
         self, image: Image.Image, size: tuple[int, int], rng: np.random.Generator
     ) -> Image.Image:
-        """Cut a box out of an image and resize it to height and width in pixels."""
+        """Crop a random box of an image and resize it to height and width in pixels."""
         box = random_box(image.width, image.height, rng, area=self.area)
         height, width = size
         resampling = Image.Resampling[self.interpolation.upper()]
@@ -160,7 +160,7 @@ def random_box(
 
 
 def center_crop_to(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Cut out the center as evaluation does: 224 of 256 pixels of the shorter side."""
+    """Crop the center as evaluation does: 224 of 256 pixels of the shorter side."""
     return center_crop(image, size, scale=covering_scale(image, size) * CENTER_MARGIN)
 
 
@@ -171,6 +171,6 @@ def model_input(image: Image.Image) -> Float[Tensor, "3 height width"]:
 
 
 def picture_size(image_size: tuple[int, int]) -> tuple[int, int]:
-    """Size a picture of whole tiles: as many as fit 192 pixels, at least one, on each side."""
+    """Return the size of a picture: per side, the tiles that fit 192 pixels, at least one."""
     height, width = (side * max(1, PICTURE_SIZE // side) for side in image_size)
     return height, width

@@ -1,4 +1,4 @@
-"""Labelled images to train a classifier on, and to score it."""
+"""Labelled images to train and test a classifier."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -30,10 +30,10 @@ class LabelledData:
     """Labelled images.
 
     Attributes:
-        images: The data set; its `train` are the labelled images to train on.
-        train_labels: Class of each of them by sample id, counted from 0.
-        test: Images to score on, one epoch of them, always the same.
-        test_labels: Class of each of those by sample id.
+        images: The data set. Its `train` holds the labelled training images.
+        train_labels: Class of each training image by sample id, counted from 0.
+        test: Test images, without augmentation.
+        test_labels: Class of each test image by sample id.
     """
 
     images: DataSet
@@ -43,17 +43,17 @@ class LabelledData:
 
     @property
     def num_classes(self) -> int:
-        """Count the classes."""
+        """Number of classes."""
         return len(self.images.class_names)
 
 
 @dataclass(frozen=True, eq=False)
 class StoredImages(TrainSet):
-    """Model inputs that are in memory.
+    """Model inputs in memory.
 
     Attributes:
-        inputs: The inputs; a sample id counts them.
-        flip: Whether half of them, drawn anew in each epoch, are mirrored.
+        inputs: The inputs, indexed by sample id.
+        flip: Whether to flip each image horizontally with probability 1/2.
         seed: Seed of the run.
     """
 
@@ -73,12 +73,12 @@ class StoredImages(TrainSet):
 
 @dataclass(frozen=True, eq=False)
 class AugmentedFiles(TrainSet):
-    """Image files, augmented to train on, or their centers to score on.
+    """Image files: augmented for training, center crops for testing.
 
     Attributes:
-        files: The images; a sample id counts them.
+        files: The images, indexed by sample id.
         image_size: Height and width of a model input in pixels.
-        augmentation: None for the center.
+        augmentation: Augmentation; None for center crops.
         seed: Seed of the run.
         unreadable: Ids of images that this process could not read.
     """
@@ -106,7 +106,7 @@ class AugmentedFiles(TrainSet):
         return self.augmentation(image, self.image_size, rng), sample_id
 
     def describe(self, sample_id: int) -> str:
-        """Give the path of an image."""
+        """Return the path of an image."""
         return str(self.files.path(sample_id))
 
 
@@ -116,14 +116,16 @@ def load_labelled(
     """Load a labelled data set.
 
     Args:
-        name: "photos" or "digits", of which 50 crops a class are labelled; or a folder with
-            `train/<class>/<image>`, and `val/<class>/<image>` or else a tenth held out.
+        name: "photos" or "digits", with 50 labelled crops per class; or a folder with
+            `train/<class>/<image>` and optionally `val/<class>/<image>`. Without `val/`, a tenth of
+            each class is held out.
         image_size: Height and width of a model input in pixels.
-        augmentation: Of the images of a folder. Stored photos are mirrored, digits left alone.
-        seed: Seed of everything that is drawn.
+        augmentation: Augmentation of the images in a folder. Photos are only flipped, and digits
+            are not augmented.
+        seed: Seed of the run.
 
     Raises:
-        UserError: There is no such data set, or it has no labels.
+        UserError: If there is no such data set, or it has no labels.
     """
     if name not in ("photos", "digits") and Path(name).is_dir():
         return _load_folder(name, image_size, augmentation, seed)

@@ -18,18 +18,18 @@ def load_data(
     """Load a data set by its name.
 
     Args:
-        name: "photos", "digits" or the path of a folder of images; a folder of the same name as a
-            data set is reached as "./photos".
+        name: "photos", "digits" or the path of a folder of images. A folder that is itself called
+            "photos" is "./photos".
         image_size: Height and width of a model input in pixels.
-        seed: Seed of everything that is drawn, not negative.
-        crop_area: Of an image of a folder: least and largest share in a random crop.
-        interpolation: How crops of a folder's images are resized.
+        seed: Seed of the run, 0 or more.
+        crop_area: Least and largest share of the image in a random crop; for folders only.
+        interpolation: How random crops are resized; for folders only.
 
     Returns:
         The data set.
 
     Raises:
-        UserError: There is no such data set, or it has nothing of this size to offer.
+        UserError: If there is no such data set, or it has no images of this size.
     """
     if len(image_size) != 2:
         raise UserError(f"image_size {image_size} must have two axes for {name}: height and width")
@@ -40,7 +40,7 @@ def load_data(
 
     size = (image_size[0], image_size[1])
 
-    # Imported here: each of the three brings packages that the other two do not need.
+    # Imported here, because each data set needs packages that the others do not.
     if name == "photos":
         from recipes.engine.data.photos import load_photos
 

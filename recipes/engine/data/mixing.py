@@ -1,4 +1,4 @@
-"""Mixup and cutmix: two images in one, and targets that say how much of each."""
+"""Mixup and cutmix: two images are mixed into one, and so are their targets."""
 
 import math
 from dataclasses import dataclass
@@ -12,14 +12,16 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Mixing:
-    """Mix each image of a batch with its mirror image in the batch: the first with the last.
+    """Mixup and cutmix with label smoothing: each image is mixed with its partner in the batch.
+
+    The partners are the first and the last image, the second and the second to last, and so on.
 
     Attributes:
-        num_classes: Width of the targets.
-        mixup: Alpha of the Beta distribution of mixup's share; 0 for no mixup.
-        cutmix: Alpha of the Beta distribution of the share that cutmix keeps; 0 for no cutmix.
-        smoothing: Share of each target that is spread over all classes.
-        switch_probability: Of cutmix, where both are in use.
+        num_classes: Number of classes.
+        mixup: Alpha of mixup's Beta distribution; 0 for no mixup.
+        cutmix: Alpha of cutmix's Beta distribution; 0 for no cutmix.
+        smoothing: Label smoothing: share of each target that is spread over all classes.
+        switch_probability: Probability of cutmix where both are used.
 
     Source:
         Mixup, arXiv:1710.09412; cutmix, arXiv:1905.04899; timm `Mixup` in mode "batch", as MAE's
@@ -52,17 +54,17 @@ class Mixing:
         Args:
             images: Model inputs.
             labels: Their classes.
-            generator: Source of randomness, on the CPU.
+            generator: Random generator on the CPU.
 
         Returns:
-            Mixed inputs, and for each the probabilities of the classes.
+            Mixed inputs, and the class probabilities of each.
         """
         images, share = self._mix(images, generator)
         targets = smooth_targets(labels, self.num_classes, smoothing=self.smoothing)
         return images, targets * share + targets.flip(0) * (1 - share)
 
     def _mix(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:
-        """Return mixed images, and the share of each that is its own."""
+        """Return mixed images, and the share of the original image in each."""
         if not (self.mixup or self.cutmix):
             return images, 1.0
         switch = torch.rand((), generator=generator).item()
@@ -74,21 +76,21 @@ class Mixing:
         top, bottom, left, right = draw_box(height, width, share, generator)
         mixed = images.clone()
         mixed[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
-        # A box that the border cuts off is smaller than drawn.
+        # The border of the image may have clipped the box.
         return mixed, 1 - (bottom - top) * (right - left) / (height * width)
 
 
 def smooth_targets(
     labels: Int64[Tensor, " batch"], num_classes: int, *, smoothing: float
 ) -> Float[Tensor, "batch classes"]:
-    """Spread a share of each target evenly over all classes, its own included."""
+    """Smooth labels: spread a share of each target evenly over all classes."""
     hard = F.one_hot(labels, num_classes).float()
     return hard * (1 - smoothing) + smoothing / num_classes
 
 
 def draw_beta(alpha: float, generator: torch.Generator) -> float:
     """Draw from the Beta(alpha, alpha) distribution."""
-    # PyTorch's own takes no generator.
+    # PyTorch's Beta distribution takes no generator.
     seed = torch.randint(2**63 - 1, (), generator=generator).item()
     return float(np.random.default_rng(int(seed)).beta(alpha, alpha))
 
@@ -96,9 +98,9 @@ def draw_beta(alpha: float, generator: torch.Generator) -> float:
 def draw_box(
     height: int, width: int, share: float, generator: torch.Generator
 ) -> tuple[int, int, int, int]:
-    """Draw top, bottom, left and right of a box that leaves about `share` of an image.
+    """Draw top, bottom, left and right of a box that covers about `1 - share` of an image.
 
-    The center is anywhere in the image, so the border may cut off a part of the box.
+    The center is drawn anywhere in the image, so the border may clip the box.
     """
     ratio = math.sqrt(1 - share)
     bounds: list[int] = []

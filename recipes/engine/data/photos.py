@@ -1,7 +1,7 @@
-"""`photos`: crops of 14 photographs that ship inside scikit-image; the label is the photo.
+"""`photos`: crops of 14 photographs that ship with scikit-image. The label is the photo.
 
-A photo's left 60 % is for training, its right 40 % held out. The parts are cut before anything is
-resized, so that no pixel of one mixes into the other.
+The left 60 % of each photo is for training, and the right 40 % is held out. Photos are split before
+they are resized, so that no pixel of one part mixes into the other.
 """
 
 from __future__ import annotations
@@ -49,10 +49,11 @@ PICTURES = ("chelsea", "coffee", "motorcycle_left", "rocket")
 TRAIN_SHARE = 0.6
 # Longer side of a crop as a fraction of the photo's shorter side.
 CROP_SCALES = np.geomspace(0.14, 0.45, num=5)
-# Crops below this standard deviation of gray, in [0, 1], are flat sky or black: not drawn.
+# Least standard deviation of a crop's gray values, in [0, 1]. Flatter crops (sky, black) are not
+# drawn.
 MIN_GRAY_STD = 0.03
-# A smaller crop may be flat wherever it lies; beyond the largest, even the largest part of a photo
-# is enlarged about twice and the pyramids take a gigabyte.
+# Smaller crops may all be flat. Larger crops enlarge even the largest photo about twice, and the
+# pyramids take a gigabyte.
 MIN_SIZE, MAX_SIZE = 8, 256
 PROBE_PER_PHOTO = 50
 PROBE_TEST = 2_500
@@ -60,10 +61,10 @@ PROBE_TEST = 2_500
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """Part of a photo, resized so that one slice of it is one crop.
+    """Level of an image pyramid: part of a photo, resized for one crop scale.
 
     Attributes:
-        pixels: Channels first: the crops are used so.
+        pixels: The resized part, channels first.
         corners: Top and left of every crop that is not flat.
     """
 
@@ -76,7 +77,7 @@ class PhotoCrops:
     """Random crops of one part of every photo.
 
     Attributes:
-        pyramids: The levels of each photo's part, one per crop scale that is not flat throughout.
+        pyramids: The levels of each photo. A crop scale without a crop that is not flat has none.
         image_size: Height and width of a crop in pixels.
     """
 
@@ -85,11 +86,11 @@ class PhotoCrops:
 
     @property
     def num_classes(self) -> int:
-        """Count the photos."""
+        """Number of photos, which are the classes."""
         return len(self.pyramids)
 
     def draw(self, label: int, rng: np.random.Generator) -> UInt8[Tensor, "3 height width"]:
-        """Draw scale, position and flip of a crop of one photo, each uniformly."""
+        """Draw a crop of one photo: its scale, position and flip, each uniformly."""
         levels = self.pyramids[label]
         level = levels[rng.integers(len(levels))]
         top, left = level.corners[rng.integers(len(level.corners))]
@@ -103,17 +104,17 @@ class PhotoCrops:
 def load_photos(*, image_size: tuple[int, int], seed: int) -> DataSet:
     """Load the photographs.
 
-    A class has 50 labelled crops to fit a probe on; 2,500 crops of all classes test it.
+    A probe is fitted on 50 labelled crops per class and tested on 2,500 crops in total.
 
     Args:
         image_size: Height and width of a crop in pixels, 8 to 256.
-        seed: Seed of the crops.
+        seed: Seed of the run.
 
     Returns:
         The data set.
 
     Raises:
-        UserError: The crops are too small or too large, or the photographs are not installed.
+        UserError: If the crops are too small or too large, or scikit-image is not installed.
     """
     if min(image_size) < MIN_SIZE or max(image_size) > MAX_SIZE:
         raise UserError(
@@ -168,7 +169,7 @@ def read_photo(name: str) -> Image.Image:
 
 
 def split(photo: Image.Image) -> tuple[Image.Image, Image.Image]:
-    """Cut a photo into its part for training and its held-out part."""
+    """Split a photo into its training part and its held-out part."""
     cut = round(TRAIN_SHARE * photo.width)
     return (
         photo.crop((0, 0, cut, photo.height)),
@@ -177,7 +178,7 @@ def split(photo: Image.Image) -> tuple[Image.Image, Image.Image]:
 
 
 def build_pyramid(part: Image.Image, shorter_side: int, image_size: tuple[int, int]) -> list[Level]:
-    """Resize a part of a photo once per crop scale.
+    """Resize a part of a photo for each crop scale.
 
     Args:
         part: Part of a photo.
@@ -185,11 +186,11 @@ def build_pyramid(part: Image.Image, shorter_side: int, image_size: tuple[int, i
         image_size: Height and width of a crop in pixels.
 
     Returns:
-        The levels that have a crop to offer.
+        The levels that have a crop that is not flat.
     """
     levels = []
     for crop_scale in CROP_SCALES:
-        # The right part of a square photo is narrower than the largest crop, which then fills it.
+        # The held-out part of a square photo is narrower than the largest crop.
         scale = max(max(image_size) / (crop_scale * shorter_side), covering_scale(part, image_size))
         size = round(part.width * scale), round(part.height * scale)
         pixels = np.array(part.resize(size, Image.Resampling.LANCZOS)).transpose(2, 0, 1)
@@ -209,7 +210,7 @@ def gray_std(
         image_size: Height and width of a crop in pixels.
 
     Returns:
-        One number per position of the crop's top left corner.
+        One number for each position of the crop's top left corner.
     """
     gray = pixels.mean(axis=0) / 255
     mean = box_mean(gray, image_size)
@@ -221,7 +222,7 @@ def gray_std(
 def box_mean(
     values: Float[np.ndarray, "height width"], box: tuple[int, int]
 ) -> Float[np.ndarray, "tops lefts"]:
-    """Average over every box of a size inside an array, by differences of running sums."""
+    """Average over every box of a size in an array, by differences of cumulative sums."""
     height, width = box
     sums = np.pad(values.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
     rows = sums[height:] - sums[:-height]
@@ -232,7 +233,7 @@ def box_mean(
 def tiled_picture(
     part: Image.Image, image_size: tuple[int, int]
 ) -> Float[Tensor, "3 height width"]:
-    """Resize a part of a photo to 192 pixels, or one tile, and cut it to whole tiles."""
+    """Resize a part of a photo to about 192 pixels, at least one tile, and crop whole tiles."""
     scale = max(PICTURE_SIZE / min(part.size), covering_scale(part, image_size))
     height, width = (
         max(1, int(length * scale / side)) * side

@@ -1,4 +1,6 @@
-"""Data sets of the recipes: images in, model inputs out, nothing random but by (seed, epoch, id).
+"""Data sets of the recipes.
+
+An item is a pure function of (seed, epoch, sample id).
 
 Axes: batch images, channels, height and width in pixels. `image_size` is (height, width).
 """
@@ -20,38 +22,38 @@ from torch.utils.data import Dataset
 from recipes.engine.data.images import Normalize, as_they_are, to_unit
 from recipes.engine.seeds import sample_rng
 
-# Photos and digits are drawn without end; this many images are called an epoch.
+# Photos and digits are drawn at random. An epoch is this many images.
 IMAGES_PER_EPOCH = 12_800
 
 
-# A model input, None where the image cannot be read, and its sample id.
+# A model input (None if the image cannot be read) and its sample id.
 Item = tuple[Tensor | None, int]
 
 
 class TrainSet(Dataset[Item], ABC):
-    """Images indexed by (epoch, sample id), the same image for the same index and seed."""
+    """Images indexed by (epoch, sample id). The same index and seed give the same image."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """Count the samples of one epoch."""
+        """Return the number of samples in an epoch."""
 
     @abstractmethod
     def __getitem__(self, index: tuple[int, int]) -> Item:
-        """Give the model input, None where the image cannot be read, and its sample id."""
+        """Return a model input (None if the image cannot be read) and its sample id."""
 
     def describe(self, sample_id: int) -> str:
-        """Name a sample for a person."""
+        """Return a readable name of a sample."""
         return f"sample {sample_id}"
 
 
 @dataclass(frozen=True, eq=False)
 class ProbeData:
-    """Labelled model inputs, drawn once, to measure frozen features with.
+    """Labelled model inputs for probes of frozen features.
 
     Attributes:
-        train_images: Inputs that a probe is fitted on.
+        train_images: Inputs to fit a probe on.
         train_labels: Their classes, counted from 0.
-        test_images: Inputs that the probe is scored on, from other images or parts of images.
+        test_images: Inputs to test the probe on, from other images or other parts of images.
         test_labels: Their classes.
     """
 
@@ -63,18 +65,18 @@ class ProbeData:
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """What a recipe needs to know of its images.
+    """A data set.
 
     Attributes:
-        name: What the user called it.
+        name: Value of `--data`.
         in_channels: Channels of an image.
-        train: The images to train on.
+        train: Training images.
         class_names: Names of the classes in the order of their labels; empty without labels.
-        pictures: A few held-out images [C, H, W] in [0, 1] to show reconstructions of; height and
-            width are multiples of `image_size`. None are shown if it is empty.
-        normalize: Turns images [B, C, H, W] in [0, 1] into model inputs, a mean and a standard
-            deviation with `images == inputs * std + mean`.
-        load_probe: Draws the labelled images; None without labels.
+        pictures: Held-out images [C, H, W] in [0, 1] whose reconstructions are drawn. Height and
+            width are multiples of `image_size`. If empty, nothing is drawn.
+        normalize: Turns images [B, C, H, W] in [0, 1] into model inputs, and also returns a mean
+            and a standard deviation with `images == inputs * std + mean`.
+        load_probe: Loads the labelled images for the probes; None without labels.
     """
 
     name: str
@@ -87,16 +89,16 @@ class DataSet:
 
     @cached_property
     def probe(self) -> ProbeData | None:
-        """Labelled images for the probes, drawn when first asked for; None without labels."""
+        """Labelled images for the probes, loaded at first use; None without labels."""
         return None if self.load_probe is None else self.load_probe()
 
 
 class ImageSource(Protocol):
-    """Labelled images without end."""
+    """Draws random images of a class."""
 
     @property
     def num_classes(self) -> int:
-        """Count the classes."""
+        """Number of classes."""
 
     def draw(self, label: int, rng: np.random.Generator) -> UInt8[Tensor, "channels height width"]:
         """Draw an image of one class."""
@@ -107,7 +109,7 @@ class DrawnImages(TrainSet):
     """Training images that are drawn rather than stored.
 
     Attributes:
-        source: Where the images come from; classes are equally likely.
+        source: Draws the images; classes are equally likely.
         normalize: As in `DataSet`.
         seed: Seed of the run.
     """
@@ -123,7 +125,7 @@ class DrawnImages(TrainSet):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[tuple[int, int]]) -> list[Item]:
-        """Give the items of a batch, normalized together: a loader calls this where it exists."""
+        """Return the items of a batch, normalized together. `DataLoader` calls this method."""
         images = torch.stack([self._draw(epoch, sample_id) for epoch, sample_id in indices])
         inputs, _, _ = self.normalize(to_unit(images))
         return [(image, index[1]) for image, index in zip(inputs, indices, strict=True)]
@@ -137,9 +139,9 @@ class Batch(NamedTuple):
     """The readable images of a batch.
 
     Attributes:
-        images: Model inputs; no rows at all if nothing of the batch was readable.
-        sample_ids: One id per image.
-        unreadable_ids: Ids of the images that were left out.
+        images: Model inputs; shape (0, 0, 0, 0) if no image could be read.
+        sample_ids: Sample id of each image.
+        unreadable_ids: Sample ids of the images that could not be read.
     """
 
     images: Float[Tensor, "batch channels height width"]
@@ -169,15 +171,15 @@ def draw_probe(
     num_test: int,
     seed: int,
 ) -> ProbeData:
-    """Draw labelled images, equally many of each class.
+    """Draw labelled images for the probes, the same number of each class.
 
     Args:
-        train: Source of the images to fit on.
-        test: Source of the images to score on.
+        train: Draws the images to fit a probe on.
+        test: Draws the images to test it on.
         normalize: As in `DataSet`.
-        train_per_class: Labelled images of each class to fit on.
-        num_test: Images to score on, all classes together.
-        seed: Seed of the draw.
+        train_per_class: Training images per class.
+        num_test: Test images in total.
+        seed: Seed of the run.
 
     Returns:
         The labelled inputs.

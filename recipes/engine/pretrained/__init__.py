@@ -1,1 +1,1 @@
-"""Encoders, tokenizers and teachers that are read from files."""
+"""Pre-trained encoders, tokenizers and teachers, loaded from files."""

@@ -1,4 +1,4 @@
-"""Pre-trained encoders: reading them from files, and checking that they fit."""
+"""Pre-trained encoders: load them from files, and check that they fit."""
 
 import dataclasses
 import pickle
@@ -22,21 +22,21 @@ from recipes.engine.run.config import digest_of
 _UNREADABLE = (
     OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError,
 )  # fmt: skip
-# What stands between the last block and classes: pre-training's is not fine-tuning's.
-_BEHIND_BLOCKS = ("norm.", "fusions.")
+# Modules after the last block: pre-training and fine-tuning have different ones.
+_AFTER_BLOCKS = ("norm.", "fusions.")
 _CLASSIFIER = ("fc_norm.", "head.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderOptions(Options):
-    """Options of what is done to a finished encoder.
+    """Options shared by fine-tuning and probing.
 
     Attributes:
-        encoder: An `encoder.safetensors`, whose shape is in the `config.yaml` beside it, or a
-            checkpoint of the authors' MAE, CAE, SimMIM or ConvMAE, whose shape is the preset's;
-            "none" for none.
-        resume: "auto" goes on with the output folder's last checkpoint, "never" insists on a new
-            start.
+        encoder: An `encoder.safetensors`, whose shape is in the `config.yaml` in the same folder;
+            or a checkpoint of the authors' MAE, CAE, SimMIM or ConvMAE, whose shape is the
+            preset's; or "none".
+        resume: "auto" continues from the last checkpoint in the output folder, "never" refuses to
+            continue a run.
     """
 
     encoder: str
@@ -44,14 +44,14 @@ class EncoderOptions(Options):
 
 
 def open_encoder(options: EncoderOptions, shape: "EncoderShape") -> "EncoderFile | None":
-    """Read the encoder that `--encoder` names; None for "none".
+    """Load the encoder that `--encoder` names; None for "none".
 
     Args:
         options: The options.
-        shape: Its shape, where no `config.yaml` beside it tells.
+        shape: Its shape, if there is no `config.yaml` in the same folder.
 
     Raises:
-        UserError: It cannot be read.
+        UserError: If it cannot be read.
     """
     return None if options.encoder == "none" else load_encoder(Path(options.encoder), shape)
 
@@ -61,9 +61,9 @@ class EncoderFile:
     """A pre-trained encoder.
 
     Attributes:
-        path: Where it is.
-        digest: Eight characters that name the content of the file.
-        shape: Its shape.
+        path: Path of the file.
+        digest: Hash of the file's content, eight characters.
+        shape: Shape of the encoder.
         weights: Its weights, under mimkit's names.
     """
 
@@ -74,18 +74,20 @@ class EncoderFile:
 
 
 def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
-    """Read an encoder.
+    """Load an encoder.
 
     Args:
         path: An `encoder.safetensors`, or a checkpoint of the authors' MAE, CAE, SimMIM or ConvMAE.
-        shape: Its shape, where no `config.yaml` beside it tells.
+        shape: Its shape, if there is no `config.yaml` in the same folder.
 
     Raises:
-        UserError: The file cannot be read, there is no encoder in it, or one of another kind than
-            `shape`.
+        UserError: If the file cannot be read, holds no encoder, or holds an encoder of another kind
+            than `shape`.
     """
     if not path.is_file():
-        raise UserError(f"--encoder {path} is no file: give an encoder.safetensors or a checkpoint")
+        raise UserError(
+            f"--encoder {path} is not a file: give an encoder.safetensors or a checkpoint"
+        )
     try:
         checkpoint = load_checkpoint(path)
         digest = digest_of(path)
@@ -97,20 +99,20 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
         known = " or ".join(kind.kind for kind in KINDS)
         raise UserError(f"--encoder {path} holds no encoder: expected a {known}")
     weights = kind.under_our_names(tensors)
-    told = _shape_beside(path, kind)
-    if told is None:
+    found = _shape_from_config(path, kind)
+    if found is None:
         if not isinstance(shape, kind):
             raise UserError(
                 f"--encoder {path} holds a {kind.kind}: give a --preset with the shape of one, or "
-                "the config.yaml of its run beside it"
+                "put the config.yaml of its run beside it"
             )
         in_channels = weights[kind.first_weight].shape[1]
-        told = dataclasses.replace(shape, in_channels=in_channels)
-    return EncoderFile(path, digest, told.read(weights), weights)
+        found = dataclasses.replace(shape, in_channels=in_channels)
+    return EncoderFile(path, digest, found.read(weights), weights)
 
 
-def _shape_beside(path: Path, kind: type[EncoderShape]) -> EncoderShape | None:
-    """Read the shape from the `config.yaml` of the run that wrote an encoder."""
+def _shape_from_config(path: Path, kind: type[EncoderShape]) -> EncoderShape | None:
+    """Read the shape from the `config.yaml` of the run that wrote an encoder; None without one."""
     file = path.with_name("config.yaml")
     if not file.is_file():
         return None
@@ -120,7 +122,7 @@ def _shape_beside(path: Path, kind: type[EncoderShape]) -> EncoderShape | None:
         values = {name: model[name] for name in names}
     except (UnreadableError, KeyError, TypeError) as error:
         raise UserError(
-            f"{file} does not tell the shape of a {kind.kind}: move it elsewhere"
+            f"{file} does not hold the shape of a {kind.kind}: move it elsewhere"
         ) from error
     plain: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
@@ -134,15 +136,15 @@ def _shape_beside(path: Path, kind: type[EncoderShape]) -> EncoderShape | None:
 def build_encoder(
     shape: EncoderShape, *, seed: int, pool: Literal["mean", "token"] = "mean"
 ) -> Encoder:
-    """Make an untrained encoder with the weights that a seed gives.
+    """Build an untrained encoder.
 
     Args:
         shape: Its shape.
-        seed: The seed.
-        pool: What its `pool` returns.
+        seed: Seed of the weights.
+        pool: Pooling of the encoder: the mean of its tokens, or the class token.
 
     Raises:
-        UserError: The shape is none.
+        UserError: If no encoder can be built with this shape.
     """
     torch.manual_seed(seed)
     try:
@@ -154,16 +156,16 @@ def build_encoder(
 def build_classifier(
     shape: EncoderShape, *, seed: int, num_classes: int, drop_path: float
 ) -> Encoder:
-    """Make an untrained encoder with a head, as `build_encoder` makes one without.
+    """Build an untrained encoder with a classification head.
 
     Args:
         shape: Its shape.
-        seed: The seed.
-        num_classes: Width of the head.
-        drop_path: Fraction of samples whose residual branches the last block leaves out.
+        seed: Seed of the weights.
+        num_classes: Number of classes.
+        drop_path: Drop-path rate of the last block.
 
     Raises:
-        UserError: The shape is none.
+        UserError: If no encoder can be built with this shape.
     """
     torch.manual_seed(seed)
     try:
@@ -173,35 +175,35 @@ def build_classifier(
 
 
 def fill_encoder(encoder: Encoder, file: EncoderFile) -> None:
-    """Load pre-trained weights; a new norm after pooling and a new head stay as they are.
+    """Load pre-trained weights into an encoder; a norm after pooling and a head are not changed.
 
-    Tables of positions are resampled where the encoder is for another image size or window.
+    Position tables are resampled if the encoder has another image size or window.
 
     Raises:
-        UserError: Weights that are missing, left over, or of another shape.
+        UserError: If weights are missing, unexpected or of another shape.
     """
     own = encoder.state_dict()
     wanted = {name for name in own if not name.startswith(_CLASSIFIER)}
     weights = {
         name: tensor
         for name, tensor in file.weights.items()
-        if name in wanted or not name.startswith((*_BEHIND_BLOCKS, *_CLASSIFIER))
+        if name in wanted or not name.startswith((*_AFTER_BLOCKS, *_CLASSIFIER))
     }
-    advice = "give the --preset of this encoder, or the config.yaml of its run beside it"
+    advice = "give the --preset of this encoder, or put the config.yaml of its run beside it"
     odd = sorted(wanted ^ weights.keys())
     if set(odd) == {"norm.weight", "norm.bias"} and "fc_norm.weight" in file.weights:
         raise UserError(
-            f"--encoder {file.path} is a fine-tuned classifier, whose last norm is behind pooling: "
-            "give the encoder.safetensors of its pre-training"
+            f"--encoder {file.path} is a fine-tuned classifier, whose last norm comes after "
+            "pooling: give the encoder.safetensors of its pre-training"
         )
     if odd:
-        verb = "lacks" if odd[0] in wanted else "has a part that this shape lacks:"
-        raise UserError(f"--encoder {file.path} {verb} {odd[0]}: {advice}")
+        problem = "has no weight" if odd[0] in wanted else "has an unexpected weight"
+        raise UserError(f"--encoder {file.path} {problem} {odd[0]}: {advice}")
     fitted = file.shape.resample(weights, encoder)
     for name, tensor in fitted.items():
         if tensor.shape != own[name].shape:
             raise UserError(
-                f"--encoder {file.path}: {name} is {tuple(tensor.shape)} "
-                f"where {tuple(own[name].shape)} is wanted: {advice}"
+                f"--encoder {file.path}: {name} has shape {tuple(tensor.shape)} "
+                f"instead of {tuple(own[name].shape)}: {advice}"
             )
     encoder.load_state_dict({**own, **fitted})

@@ -1,4 +1,4 @@
-"""Kinds of encoders that can be fine-tuned and probed: a class for each, listed in `KINDS`."""
+"""The kinds of encoders that can be fine-tuned and probed: one class each, listed in `KINDS`."""
 
 import dataclasses
 import math
@@ -21,14 +21,15 @@ Encoder = ViT | SwinTransformer | ConvViT
 
 @dataclass(frozen=True)
 class EncoderShape(ABC):
-    """Shape of an encoder, in the words of its module, and what is peculiar to its kind.
+    """Shape of an encoder: the arguments of its module, and the properties of its kind.
 
     Attributes:
-        kind: What it is called.
-        has_class_token: Whether `pool="token"` makes sense.
-        not_decayed: How names of parameters end that have more than one axis and no weight decay.
-        inferred_fields: Fields that `read` finds in the weights.
-        first_weight: Name of the weight whose second axis is the channels of the images.
+        kind: Name of the kind.
+        has_class_token: Whether the encoder has a class token, for `pool="token"`.
+        not_decayed: Suffixes of the names of parameters that have more than one axis but no weight
+            decay.
+        inferred_fields: Fields that `read` infers from the weights.
+        first_weight: Name of a weight whose second axis is the image channels.
     """
 
     kind: ClassVar[str]
@@ -44,7 +45,7 @@ class EncoderShape(ABC):
         check_fields(self)
 
     def image_axes(self) -> tuple[int, int]:
-        """Return height and width in pixels."""
+        """Return height and width of an image in pixels."""
         size = self.image_size
         height, width = (size, size) if isinstance(size, int) else size
         return height, width
@@ -52,47 +53,47 @@ class EncoderShape(ABC):
     @classmethod
     @abstractmethod
     def holds(cls, names: set[str]) -> bool:
-        """Whether weights of these names, ours or the authors', are of this kind."""
+        """Whether weights with these names, mimkit's or the authors', are of this kind."""
 
     @classmethod
     @abstractmethod
     def under_our_names(cls, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Rename the weights of the authors' encoder or whole model, or take ours."""
+        """Return an encoder's weights under mimkit's names, from the authors' names or ours."""
 
     def read(self, weights: Mapping[str, Tensor]) -> Self:
-        """Take from weights what they tell of the shape: the fields `inferred_fields`."""
+        """Infer the fields `inferred_fields` from the weights."""
         return self
 
     @abstractmethod
     def build(self, *, pool: Literal["mean", "token"] = "mean") -> Encoder:
-        """Make an untrained encoder."""
+        """Build an untrained encoder."""
 
     @abstractmethod
     def build_classifier(self, *, num_classes: int, drop_path: float) -> Encoder:
-        """Make an untrained encoder with a `head`, as its authors fine-tune it."""
+        """Build an untrained encoder with a `head`, as its authors fine-tune it."""
 
     @abstractmethod
     def resample(self, weights: Mapping[str, Tensor], encoder: Encoder) -> Mapping[str, Tensor]:
-        """Fit tables of positions, in weights of this shape, to an encoder of another one."""
+        """Resample position tables in weights of this shape to the shape of `encoder`."""
 
     @property
     @abstractmethod
     def num_blocks(self) -> int:
-        """Transformer blocks from pixels to the last norm."""
+        """Number of blocks for layer decay."""
 
     @abstractmethod
     def layer_id(self, name: str) -> int:
-        """Count the layer of a parameter.
+        """Return the layer of a parameter, for layer decay.
 
         Returns:
-            0 for what comes before the blocks, i + 1 for the i-th block, `num_blocks` + 1 for the
-            last norm and the head.
+            0 before the blocks, i + 1 in the i-th block, `num_blocks` + 1 in the last norm and the
+            head.
         """
 
 
 @dataclass(frozen=True)
 class ViTShape(EncoderShape):
-    """Shape of a Vision Transformer, in the words of `nn.ViT`; the defaults are ViT-B/16.
+    """Shape of a Vision Transformer: the arguments of `nn.ViT`. The defaults are ViT-B/16.
 
     Example:
         >>> names = "pos_embed", "blocks.3.norm1.bias", "rel_pos_bias.3.table", "head.weight"
@@ -119,15 +120,15 @@ class ViTShape(EncoderShape):
 
     @classmethod
     def holds(cls, names: set[str]) -> bool:
-        """Whether these are names of a ViT, MAE, CAE or SimMIM's ViT."""
+        """Whether these are the names of a ViT, or of MAE, CAE or SimMIM with a ViT."""
         inner = {name.removeprefix("encoder.") for name in names}
         return "patch_embed.proj.weight" in inner and "blocks.0.norm1.weight" in inner
 
     @classmethod
     def under_our_names(cls, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Rename the encoder of the authors' MAE, CAE or SimMIM, or take ours.
+        """Return an encoder's weights under mimkit's names, from the authors' names or ours.
 
-        A table of relative positions that all blocks shared becomes the first one of each.
+        A table of relative positions that is shared by all blocks is copied to each block.
         """
         if "rel_pos_bias.0.table" in tensors:
             blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
@@ -139,7 +140,7 @@ class ViTShape(EncoderShape):
         return from_official("cae_vit" if is_cae else "mae_vit", tensors)
 
     def read(self, weights: Mapping[str, Tensor]) -> Self:
-        """Take from weights which parts there are."""
+        """Infer from the weights which optional parts the encoder has."""
         return dataclasses.replace(
             self,
             layer_scale=1.0 if "blocks.0.gamma_1" in weights else None,
@@ -149,11 +150,11 @@ class ViTShape(EncoderShape):
         )
 
     def build(self, *, pool: Literal["mean", "token"] = "mean") -> ViT:
-        """Make an untrained encoder."""
+        """Build an untrained encoder."""
         return ViT(**dataclasses.asdict(self), pool=pool)
 
     def build_classifier(self, *, num_classes: int, drop_path: float) -> ViT:
-        """Make an untrained encoder whose patch tokens are averaged, then normed and classified."""
+        """Build an untrained encoder with mean pooling, a norm and a head."""
         encoder = ViT(
             **dataclasses.asdict(self),
             drop_path=drop_path,
@@ -165,7 +166,7 @@ class ViTShape(EncoderShape):
         return encoder
 
     def resample(self, weights: Mapping[str, Tensor], encoder: Encoder) -> Mapping[str, Tensor]:
-        """Fit tables of positions, added to tokens or to attention, to another grid."""
+        """Resample absolute and relative position tables to another grid."""
         fitted, own = dict(weights), encoder.state_dict()
         patch = per_axis("patch_size", self.patch_size, 2)
         grid = tuple(size // side for size, side in zip(self.image_axes(), patch, strict=True))
@@ -184,21 +185,21 @@ class ViTShape(EncoderShape):
         return self.depth
 
     def layer_id(self, name: str) -> int:
-        """Count the layer of a parameter, as in facebookresearch/mae `lr_decay.py`."""
+        """Return the layer of a parameter, as in facebookresearch/mae `lr_decay.py`."""
         if name.startswith(("cls_token", "pos_embed", "patch_embed.")):
             return 0
-        block = re.match(r"(?:blocks|rel_pos_bias)\.(\d+)\.", name)  # its table is the block's own
+        block = re.match(r"(?:blocks|rel_pos_bias)\.(\d+)\.", name)  # each block has its own table
         return int(block[1]) + 1 if block else self.depth + 1
 
 
 def _init_head(encoder: Encoder) -> None:
-    """Make a head almost zero, as facebookresearch/mae does, and ConvMAE after it."""
+    """Initialize a head close to zero, as facebookresearch/mae and ConvMAE do."""
     head: Any = encoder.head
     nn.init.trunc_normal_(head.weight, std=2e-5)
 
 
 def _resampled(table: Tensor, old_grid: tuple[int, ...], encoder: Encoder) -> Tensor:
-    """Resample a position table to the encoder's grid; as it is where that cannot be done."""
+    """Resample a position table to the encoder's grid; unchanged if its size fits no grid."""
     num_prefix = encoder.num_prefix_tokens
     side = math.isqrt(max(table.shape[1] - num_prefix, 0))
     for grid in (old_grid, (side, side)):
@@ -210,7 +211,7 @@ def _resampled(table: Tensor, old_grid: tuple[int, ...], encoder: Encoder) -> Te
 
 @dataclass(frozen=True)
 class SwinShape(EncoderShape):
-    """Shape of a Swin Transformer, in the words of `nn.SwinTransformer`; the defaults are Swin-B.
+    """Shape of a Swin Transformer: the arguments of `nn.SwinTransformer`. The defaults are Swin-B.
 
     Example:
         >>> names = ["patch_embed.norm.bias", "layers.1.blocks.0.norm1.bias", "norm.bias"]
@@ -232,34 +233,34 @@ class SwinShape(EncoderShape):
 
     @classmethod
     def holds(cls, names: set[str]) -> bool:
-        """Whether these are names of a Swin, or of SimMIM with one."""
+        """Whether these are the names of a Swin, or of SimMIM with a Swin."""
         inner = {name.removeprefix("encoder.") for name in names}
         return {"patch_embed.proj.weight", "layers.0.blocks.0.norm1.weight"} <= inner
 
     @classmethod
     def under_our_names(cls, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Rename the encoder of the authors' SimMIM, or take ours."""
+        """Return an encoder's weights under mimkit's names, from the authors' names or ours."""
         is_ours = any(name.endswith(".rel_pos_bias.table") for name in tensors)
         return tensors if is_ours else from_official("simmim_swin_finetune", tensors)
 
     def build(self, *, pool: Literal["mean", "token"] = "mean") -> SwinTransformer:
-        """Make an untrained encoder.
+        """Build an untrained encoder.
 
         Raises:
-            ValueError: Its class token is asked for.
+            ValueError: If `pool` is "token".
         """
         if pool != "mean":
             raise ValueError(f'a {self.kind} has no class token: pool must be "mean"')
         return SwinTransformer(**dataclasses.asdict(self))
 
     def build_classifier(self, *, num_classes: int, drop_path: float) -> SwinTransformer:
-        """Make an untrained encoder whose tokens are averaged and classified."""
+        """Build an untrained encoder with mean pooling and a head."""
         return SwinTransformer(
             **dataclasses.asdict(self), drop_path=drop_path, num_classes=num_classes
         )
 
     def resample(self, weights: Mapping[str, Tensor], encoder: Encoder) -> Mapping[str, Tensor]:
-        """Fit tables of relative positions to other windows; those of a file are square."""
+        """Resample tables of relative positions to other windows; both windows must be square."""
         own = encoder.state_dict()
         return {
             name: _other_window(tensor, own[name])
@@ -270,13 +271,13 @@ class SwinShape(EncoderShape):
 
     @property
     def num_blocks(self) -> int:
-        """Number of blocks, of all stages."""
+        """Number of blocks in all stages."""
         return sum(self.depth)
 
     def layer_id(self, name: str) -> int:
-        """Count the layer of a parameter, as in microsoft/SimMIM `optimizer.py`.
+        """Return the layer of a parameter, as in microsoft/SimMIM `optimizer.py`.
 
-        What merges patches is of the layer of the block before it.
+        Patch merging belongs to the layer of the block before it.
         """
         if name.startswith("patch_embed."):
             return 0
@@ -290,7 +291,7 @@ class SwinShape(EncoderShape):
 
 
 def _other_window(table: Tensor, own: Tensor) -> Tensor:
-    """Resample a table to the window of an encoder's own; as it is where it is of no window."""
+    """Resample a table to the window of `own`; unchanged if its size fits no square window."""
     old, new = ((math.isqrt(len(t)) + 1) // 2 for t in (table, own))
     if (2 * old - 1) ** 2 != len(table):
         return table
@@ -299,7 +300,7 @@ def _other_window(table: Tensor, own: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ConvViTShape(EncoderShape):
-    """Shape of ConvMAE's hybrid encoder, in the words of `nn.ConvViT`; the defaults are the base's.
+    """Shape of ConvMAE's hybrid encoder: the arguments of `nn.ConvViT`. The defaults are base.
 
     Example:
         >>> names = "pos_embed", "stages.1.blocks.0.norm1.bias", "embed_proj.bias"
@@ -323,12 +324,12 @@ class ConvViTShape(EncoderShape):
 
     @classmethod
     def holds(cls, names: set[str]) -> bool:
-        """Whether these are names of a ConvViT, ConvMAE or its fine-tuned encoder."""
+        """Whether these are the names of a ConvViT, ConvMAE or its fine-tuned encoder."""
         return cls.first_weight in names or "patch_embed1.proj.weight" in names
 
     @classmethod
     def under_our_names(cls, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Rename the encoder of the authors' ConvMAE, or take ours."""
+        """Return an encoder's weights under mimkit's names, from the authors' names or ours."""
         if cls.first_weight in tensors:
             return tensors
         if "stage1_output_decode.weight" not in tensors:
@@ -338,15 +339,15 @@ class ConvViTShape(EncoderShape):
         return {name.removeprefix("encoder."): model[name] for name in inner}
 
     def read(self, weights: Mapping[str, Tensor]) -> Self:
-        """Take from weights whether the output has parts of all stages."""
+        """Infer from the weights whether the output fuses all stages."""
         return dataclasses.replace(self, multi_scale="fusions.0.weight" in weights)
 
     def build(self, *, pool: Literal["mean", "token"] = "mean") -> ConvViT:
-        """Make an untrained encoder, which puts out what the pre-trained one did."""
+        """Build an untrained encoder with the output of the pre-trained one."""
         return ConvViT(**dataclasses.asdict(self), pool=pool)
 
     def build_classifier(self, *, num_classes: int, drop_path: float) -> ConvViT:
-        """Make an untrained encoder whose last stage is averaged, normed and classified."""
+        """Build an untrained encoder with mean pooling of its last stage, a norm and a head."""
         encoder = ConvViT(
             **(dataclasses.asdict(self) | {"multi_scale": False}),
             drop_path=drop_path,
@@ -358,7 +359,7 @@ class ConvViTShape(EncoderShape):
         return encoder
 
     def resample(self, weights: Mapping[str, Tensor], encoder: Encoder) -> Mapping[str, Tensor]:
-        """Fit the table of positions to another grid."""
+        """Resample the position table to another grid."""
         table, own = weights["pos_embed"], encoder.state_dict()["pos_embed"]
         if table.shape[1:] == own.shape[1:]:
             return weights
@@ -368,11 +369,11 @@ class ConvViTShape(EncoderShape):
 
     @property
     def num_blocks(self) -> int:
-        """Number of blocks of the last stage; the stages before it learn as one layer."""
+        """Number of blocks in the last stage; the earlier stages count as one layer."""
         return self.depth[-1]
 
     def layer_id(self, name: str) -> int:
-        """Count the layer of a parameter, as in Alpha-VL/ConvMAE `lr_decay.py`."""
+        """Return the layer of a parameter, as in Alpha-VL/ConvMAE `lr_decay.py`."""
         if name.startswith(("pos_embed", "stages.", "embed.", "embed_proj.")):
             return 0
         block = re.match(r"blocks\.(\d+)\.", name)

@@ -1,4 +1,4 @@
-"""Frozen encoders whose features are predicted."""
+"""Teachers: frozen encoders whose features are the target."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,26 +19,26 @@ def load_teacher(
     patch_size: int | Sequence[int],
     in_channels: int,
 ) -> ViT:
-    """Read a frozen encoder; its positions are resampled to fit.
+    """Load a frozen encoder, and resample its position table to the image size.
 
     Args:
         path: `encoder.safetensors` of a run, or a checkpoint of the authors' MAE or CAE.
         image_size: Height and width of model inputs, in pixels.
-        patch_size: Height and width of a patch.
+        patch_size: Height and width of a patch, in pixels.
         in_channels: Channels of the images.
 
     Raises:
-        UserError: No file is given, it holds no encoder, or one that does not fit the images.
+        UserError: If no file is given, or it holds no encoder, or one that does not fit the images.
     """
     if path is None:
         raise UserError(
-            "--target features needs --teacher FILE: an encoder.safetensors, whose config.yaml "
-            "lies beside it, or a ViT-B/16 of the authors' MAE or CAE"
+            "--target features needs --teacher FILE: an encoder.safetensors with its config.yaml "
+            "beside it, or a ViT-B/16 of the authors' MAE or CAE"
         )
     try:
         file = load_encoder(Path(path), ViTShape())
         shape = dataclasses.replace(file.shape, image_size=image_size)
-        with torch.device("cpu"):  # weights, even where only shapes are asked for
+        with torch.device("cpu"):  # real weights, even inside a `meta` device context
             teacher = shape.build()
             if not isinstance(teacher, ViT):
                 raise UserError(f"--teacher {path} holds a {shape.kind}: give a ViT")

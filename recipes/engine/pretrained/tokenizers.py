@@ -1,4 +1,4 @@
-"""Tokenizers: reading trained ones from files, and using them on a recipe's model inputs."""
+"""Tokenizers: load trained ones from files, and apply them to model inputs."""
 
 import pickle
 import re
@@ -21,44 +21,42 @@ _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.Unp
 
 
 def to_pixels(inputs: Float[Tensor, "batch channels *spatial"]) -> Tensor:
-    """Turn model inputs into pixels in [0, 1], as a tokenizer reads them.
+    """Turn model inputs into pixels in [0, 1], the input of a tokenizer.
 
-    Inputs of a folder are normalised by constants, which this undoes. Those of `photos` and
-    `digits` are normalised image by image: they get the same constants, and are clipped.
+    For folders of images this undoes the normalization by constants. Inputs of other data sets are
+    normalized differently: they are scaled with the same constants and clipped.
     """
-    mean, std = _constants(inputs)
+    mean, std = _mean_and_std(inputs)
     return (inputs * std + mean).clamp(0, 1)
 
 
 def to_inputs(pixels: Float[Tensor, "batch channels *spatial"]) -> Tensor:
-    """Undo `to_pixels`."""
-    mean, std = _constants(pixels)
+    """Invert `to_pixels`."""
+    mean, std = _mean_and_std(pixels)
     return (pixels - mean) / std
 
 
-def _constants(images: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
     shape = (1, -1, *[1] * (images.ndim - 2))
     channels = images.shape[1]
     if channels == len(NORMALIZE.mean):
-        return images.new_tensor(NORMALIZE.mean).view(shape), images.new_tensor(NORMALIZE.std).view(
-            shape
-        )
-    return images.new_tensor([0.45] * channels).view(shape), images.new_tensor(
-        [0.225] * channels
-    ).view(shape)
+        mean, std = NORMALIZE.mean, NORMALIZE.std
+    else:
+        mean, std = (0.45,) * channels, (0.225,) * channels
+    return images.new_tensor(mean).view(shape), images.new_tensor(std).view(shape)
 
 
 class ImageTokenizer(nn.Module):
-    """A frozen discrete VAE that gives a code to every patch of a model input.
+    """A frozen discrete VAE that encodes every patch of a model input as one code.
 
     Args:
         vae: The discrete VAE.
-        image_size: Height and width of a model input.
-        patch_size: Height and width of a patch; a multiple of the stride of the VAE: images are
-            made smaller until a code stands for a patch.
+        image_size: Height and width of a model input, in pixels.
+        patch_size: Height and width of a patch, in pixels: a multiple of the VAE's stride. Images
+            are resized so that each patch gets one code.
 
     Raises:
-        ValueError: A stride that does not match the patches.
+        ValueError: If the patch size is not a multiple of the stride.
     """
 
     def __init__(
@@ -67,8 +65,8 @@ class ImageTokenizer(nn.Module):
         super().__init__()
         if any(patch % vae.stride for patch in patch_size):
             raise ValueError(
-                f"a code of this tokenizer stands for {vae.stride} x {vae.stride} pixels, of which "
-                f"patches of {tuple(patch_size)} pixels are no multiple: choose another patch size "
+                f"a code of this tokenizer stands for {vae.stride} x {vae.stride} pixels, and a "
+                f"patch size of {tuple(patch_size)} is not a multiple: choose another patch size "
                 "or tokenizer"
             )
         self.vae = vae.requires_grad_(False)
@@ -82,20 +80,20 @@ class ImageTokenizer(nn.Module):
         self, inputs: Float[Tensor, "batch channels height width"]
     ) -> Int64[Tensor, "batch rows columns"]:
         """Return the code of every patch."""
-        return self.vae.encode(_resized(to_pixels(inputs), self.read_size))
+        return self.vae.encode(_resize(to_pixels(inputs), self.read_size))
 
     @torch.no_grad()
     def decode(
         self, ids: Int64[Tensor, "batch rows columns"]
     ) -> Float[Tensor, "batch channels height width"]:
-        """Return the model inputs that codes stand for; gray where there is no decoder."""
+        """Decode codes to model inputs; gray if there is no decoder."""
         if self.vae.decoder is None:
             channels = self.vae.in_channels
             return torch.zeros(len(ids), channels, *self.image_size, device=ids.device)
-        return to_inputs(_resized(self.vae.decode(ids), self.image_size))
+        return to_inputs(_resize(self.vae.decode(ids), self.image_size))
 
 
-def _resized(images: Tensor, size: Sequence[int]) -> Tensor:
+def _resize(images: Tensor, size: Sequence[int]) -> Tensor:
     if tuple(images.shape[2:]) == tuple(size):
         return images
     resized = F.interpolate(
@@ -117,12 +115,12 @@ def make_tokenizer(
     """Make the tokenizer that `--tokenizer` names.
 
     Args:
-        name: "patches" for k-means codes of normalised patches, yet to be fitted; or a file, as in
-            `load_tokenizer`.
+        name: "patches" for k-means codes of normalized patches, which must be fitted; or a file, as
+            in `load_tokenizer`.
         image_size: Height and width of model inputs, in pixels.
-        patch_size: Height and width of a patch.
+        patch_size: Height and width of a patch, in pixels.
         in_channels: Channels of the images.
-        vocabulary_size: Number of codes of "patches"; a file says its own.
+        vocabulary_size: Number of codes of "patches". Not used with a file.
 
     Raises:
         UserError: As in `load_tokenizer`.
@@ -141,7 +139,7 @@ def decode_codes(
     ids: Int64[Tensor, "batch rows columns"],
     like: Float[Tensor, "batch channels height width"],
 ) -> Float[Tensor, "batch channels height width"]:
-    """Return the images that codes stand for; codes of patches get the contrast of `like`'s."""
+    """Decode codes to images; a `PatchTokenizer` takes brightness and contrast from `like`."""
     if isinstance(tokenizer, PatchTokenizer):
         return tokenizer.decode(ids, like=like)
     return tokenizer.decode(ids)
@@ -153,22 +151,22 @@ def load_tokenizer(
     patch_size: int | Sequence[int],
     in_channels: int,
 ) -> ImageTokenizer:
-    """Read a tokenizer: ours (with its decoder), or DALL-E's encoder.
+    """Load a tokenizer: one of `recipes/tokenizer.py`, or DALL-E's encoder.
 
     Args:
         path: `tokenizer.safetensors`, or a checkpoint under OpenAI's names.
         image_size: Height and width of model inputs, in pixels.
-        patch_size: Height and width of a patch.
+        patch_size: Height and width of a patch, in pixels.
         in_channels: Channels of the images.
 
     Raises:
-        UserError: A file that cannot be read or holds something else, or a tokenizer that does not
-            fit the images.
+        UserError: If the file cannot be read or holds no tokenizer, or the tokenizer does not fit
+            the images.
     """
     if not path.is_file():
         raise UserError(
-            f"--tokenizer {path} is no file: give tokenizer.safetensors of recipes/tokenizer.py, "
-            "the weights of DALL-E's encoder, or patches"
+            f"--tokenizer {path} is not a file: give a tokenizer.safetensors of "
+            "recipes/tokenizer.py, the weights of DALL-E's encoder, or patches"
         )
     try:
         weights = load_checkpoint(path)
@@ -193,10 +191,10 @@ def load_tokenizer(
 
 
 def build_vae(path: Path, weights: Mapping[str, Tensor]) -> DiscreteVAE:
-    """Build the discrete VAE that weights are of.
+    """Build a discrete VAE from its weights, and infer its shape from them.
 
     Raises:
-        UserError: They are of something else.
+        UserError: If they are not the weights of a discrete VAE.
     """
     try:
         dim, in_channels = weights["encoder.blocks.input.weight"].shape[:2]
@@ -209,7 +207,7 @@ def build_vae(path: Path, weights: Mapping[str, Tensor]) -> DiscreteVAE:
         ]
         has_decoder = "decoder.blocks.input.weight" in weights
         stem_dim = weights["decoder.blocks.input.weight"].shape[0] if has_decoder else 8
-        with torch.device("cpu"):  # weights, even where only shapes are asked for
+        with torch.device("cpu"):  # real weights, even inside a `meta` device context
             vae = DiscreteVAE(
                 in_channels=in_channels,
                 dim=dim,

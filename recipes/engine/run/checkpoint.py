@@ -1,10 +1,10 @@
-"""Checkpoints: whole or not there, and as many as are needed to go on.
+"""Checkpoints of a run: written atomically and asynchronously.
 
-A checkpoint is a folder `checkpoints/step-<n>`, written under another name by
-`torch.distributed.checkpoint`, given its completion marker and then renamed. So a folder without a
-marker, or with the other name, is what a killed run left behind: it is ignored and removed.
+A checkpoint is a folder `checkpoints/step-<n>`. `torch.distributed.checkpoint` writes it under a
+temporary name; then it gets a completion marker and its final name. A folder without the marker or
+with a temporary name is left from a killed run: it is ignored, and removed at the next save.
 
-Training waits for the copy of the state only; a thread of its own writes the copy.
+Training waits only until the state is copied. A separate thread writes the copy.
 """
 
 import contextlib
@@ -36,24 +36,25 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        folder: Where they are.
-        world: The processes, each of which writes its part.
-        keep_every: Steps whose multiples are kept for good; None keeps the last two only.
+        folder: Folder of the checkpoints.
+        world: The processes; each writes its part.
+        keep_every: Checkpoints at multiples of this many steps are never removed. Of the others,
+            only the last two are kept.
     """
 
     def __init__(self, folder: Path, world: World, *, keep_every: int | None = None) -> None:
         self.folder = folder
         self.world = world
         self.keep_every = keep_every
-        # One process is no mistake. For good: the thread that writes warns as well.
+        # A single process is fine. Not in a context manager, because the writing thread warns too.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        # Of its own, so that what is written meanwhile cannot meet the messages of training.
+        # A separate group, so that writing cannot interfere with the collectives of training.
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._thread = ThreadPoolExecutor(1)
         self._writing: tuple[int, Future[None]] | None = None
 
     def steps(self) -> list[int]:
-        """List the steps of complete checkpoints, ascending."""
+        """Return the steps of the complete checkpoints, ascending."""
         if not self.folder.is_dir():
             return []
         found = ((_NAME.fullmatch(path.name), path) for path in self.folder.iterdir())
@@ -64,11 +65,11 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
-        """Copy the state, and begin to write it; `finish` waits for the end of that.
+        """Copy the state and start to write it; `finish` waits until it is written.
 
         Raises:
-            UserError: This checkpoint, or the one before, cannot be written; earlier ones are
-                untouched.
+            UserError: If this checkpoint or the one before cannot be written. Earlier ones are not
+                touched.
         """
         self.finish()
         partial = self.folder / f"{self.path(step).name}.partial"
@@ -89,7 +90,7 @@ class Checkpoints:
         """Wait until the checkpoint that is being written, if any, is complete.
 
         Raises:
-            UserError: It cannot be written.
+            UserError: If it cannot be written.
         """
         if self._writing is not None:
             (step, complete), self._writing = self._writing, None
@@ -97,12 +98,12 @@ class Checkpoints:
                 complete.result()
 
     def _complete(self, step: int, partial: Path, written: Future[None]) -> None:
-        """Make a checkpoint count, then remove those that are no longer needed."""
-        written.result()  # in the main process: that all processes have written their parts
+        """Mark a checkpoint as complete, then remove old ones."""
+        written.result()  # in the main process: waits for the parts of all processes
         if self.world.is_main:
             (partial / _MARKER).touch()
             partial.rename(self.path(step))
-            self._forget_old()
+            self._remove_old()
 
     @contextlib.contextmanager
     def _explaining(self, step: int) -> Iterator[None]:
@@ -116,10 +117,10 @@ class Checkpoints:
             ) from error
 
     def load(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
-        """Load a checkpoint into a model and its optimizer, spread over any number of processes.
+        """Load a checkpoint into a model and its optimizer, for any number of processes.
 
         Raises:
-            UserError: It belongs to another model.
+            UserError: If it belongs to another model.
         """
         path = self.path(step)
         try:
@@ -137,7 +138,7 @@ class Checkpoints:
             ) from error
 
     def clean(self) -> None:
-        """Remove what a killed run left half-written."""
+        """Remove incomplete checkpoints, which a killed run leaves."""
         if not self.folder.is_dir():
             return
         for path in self.folder.iterdir():
@@ -145,7 +146,7 @@ class Checkpoints:
             if path.is_dir() and not complete:
                 shutil.rmtree(path)
 
-    def _forget_old(self) -> None:
+    def _remove_old(self) -> None:
         for step in self.steps()[:-_KEPT]:
             if not (self.keep_every and step % self.keep_every == 0):
                 shutil.rmtree(self.path(step))
@@ -154,12 +155,12 @@ class Checkpoints:
 def start_from(
     resume: str, checkpoints: Checkpoints, model: nn.Module, optimizer: Optimizer, num_steps: int
 ) -> int:
-    """Load the checkpoint that `--resume` asks for, and return its step; 0 without one.
+    """Load the checkpoint to resume from, and return its step; 0 without one.
 
     Raises:
-        UserError: There is none, or one that must not be overwritten.
+        UserError: If `--resume` names no checkpoint, or is "never" and there is one.
     """
-    # The main process chooses: another one might still see a folder that is being renamed.
+    # The main process chooses: another process may see a folder that is being renamed.
     steps = checkpoints.world.agree(checkpoints.steps())
     if resume == "never" and steps:
         raise UserError(
@@ -178,11 +179,10 @@ def start_from(
 
 
 def find_origin(resume: str, world: World, num_steps: int) -> tuple[Checkpoints, int] | None:
-    """Return the checkpoint of another run that `--resume` names; `None` if it names none.
+    """Return the checkpoint of another run that `--resume` names; None for "auto" and "never".
 
     Raises:
-        UserError: It names something that is no complete checkpoint, or one behind the last step
-            of this run.
+        UserError: If it is not a complete checkpoint, or is at or after the last step of this run.
     """
     if resume in ("auto", "never"):
         return None
@@ -190,7 +190,10 @@ def find_origin(resume: str, world: World, num_steps: int) -> tuple[Checkpoints,
     others = Checkpoints(path.parent, world)
     found = next((step for step in others.steps() if others.path(step) == path), None)
     if found is None:
-        raise UserError(f"--resume {resume} is no complete checkpoint: give auto, never or one")
+        raise UserError(
+            f"--resume {resume} is not a complete checkpoint: give auto, never or the folder of a "
+            "checkpoint"
+        )
     if found >= num_steps:
         raise UserError(
             f"--resume {resume} is of step {found}, and this run ends at step {num_steps}: nothing "
@@ -200,14 +203,14 @@ def find_origin(resume: str, world: World, num_steps: int) -> tuple[Checkpoints,
 
 
 def load_last_weights(folder: Path, model: nn.Module) -> None:
-    """Load the weights of a run's last checkpoint, and nothing else of it.
+    """Load only the model weights of a run's last checkpoint.
 
     Args:
         folder: The run's folder.
         model: A model of the same shape.
 
     Raises:
-        UserError: There is no checkpoint, or it belongs to another model.
+        UserError: If there is no checkpoint, or it belongs to another model.
     """
     checkpoints = Checkpoints(folder / "checkpoints", World())
     steps = checkpoints.steps()

@@ -1,4 +1,4 @@
-"""The command line: options derived from configuration fields, a YAML file beneath them."""
+"""The command line: options derived from configuration fields, with defaults from a YAML file."""
 
 import contextlib
 import dataclasses
@@ -29,30 +29,32 @@ from recipes.engine.run.world import rank_from_environment
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options that every recipe has; what is not given comes from the preset.
+    """Options of every recipe. Options that are not given come from the preset.
 
     Attributes:
         preset: Model and schedule.
         data: "photos", "digits", or a folder of images.
         out: Output folder; by default runs/<recipe>-<preset>-<data>-<hash of the configuration>.
-        max_steps: Stop after this many optimizer steps; the schedule is that of the whole run.
-        lr: Highest learning rate, not scaled with the batch.
-        seed: Seed of weights, order, augmentation and masks.
+        max_steps: Stop after this many optimizer steps; the learning-rate schedule does not change.
+        lr: Peak learning rate, not scaled with the batch size.
+        seed: Seed of weights, data order, augmentation and masks.
         device: Where to train; "auto" takes a GPU if there is one.
         workers: Processes that load images; 0 loads in the training process.
-        compile: Run the model through torch.compile.
-        accumulate: Parts in which a batch goes through the model, to save memory.
-        shard: Spread weights over the processes of torchrun (FSDP2) instead of copying them (DDP).
-        non_finite: What to do about a loss or gradient that is not finite: "stop", or "rewind" to
-            the last checkpoint and leave out the batch.
-        log_every: Steps between rows of metrics.jsonl; the first and the last step have one, too.
-        tracker: Where metrics go beside metrics.jsonl.
-        checkpoint_every: Steps between checkpoints; an epoch's by default.
-        keep_every: Steps whose multiples are kept; of other checkpoints only the last two are.
-        resume: "auto" continues from the output folder's last checkpoint, "never" insists on a new
-            run, and a checkpoint's folder starts from that one.
-        dry_run: Print what the run would be, and stop.
-        config: YAML file with any of these options; the command line wins.
+        compile: Compile the model with torch.compile.
+        accumulate: Gradient accumulation: number of parts a batch is split into, to save memory.
+        shard: Shard the weights over the processes of torchrun (FSDP2) instead of copying them
+            (DDP).
+        non_finite: What to do when the loss or gradient is not finite: "stop", or "rewind" to the
+            last checkpoint and skip the batch.
+        log_every: Steps between rows of metrics.jsonl; the first and last step always have one.
+        tracker: Experiment tracker that gets the metrics too.
+        checkpoint_every: Steps between checkpoints; one epoch by default.
+        keep_every: Keep the checkpoints at multiples of this many steps; of the others, only the
+            last two are kept.
+        resume: "auto" continues from the last checkpoint in the output folder, "never" refuses to
+            continue a run, and the folder of a checkpoint starts from that one.
+        dry_run: Print configuration and cost without training.
+        config: YAML file with any of these options; the command line takes precedence.
     """
 
     preset: str | None = None
@@ -76,7 +78,7 @@ class Options:
     config: Path | None = None
 
 
-# Fields of every preset that are options: of the model and of the training.
+# Fields of every preset's model and training that become options.
 FLAGS = ("image_size", "epochs", "batch_size", "warmup_epochs", "precision")
 
 OptionsType = TypeVar("OptionsType")
@@ -93,14 +95,14 @@ def run_command(
     """Run a command with the options of a command line.
 
     Args:
-        command: What to do with the options.
+        command: Function that takes the options.
         options_type: A dataclass of options.
         name: Name of the script.
-        description: Text above the options of `--help`.
-        arguments: Command line; that of the process if `None`.
+        description: Text above the options in `--help`.
+        arguments: Command-line arguments; by default those of the process.
 
     Returns:
-        The exit code: 0, or 2 after a user's mistake, which is one line on stderr.
+        The exit code: 0, or 2 after a `UserError`, which is printed as one line on stderr.
     """
     try:
         command(
@@ -121,17 +123,17 @@ def run_command(
 def options_of(
     parts: Iterable[object], flags: Sequence[str], base: type[OptionsType]
 ) -> type[OptionsType]:
-    """Derive options from the fields of configurations: their types, and help from docstrings.
+    """Derive options from configuration fields: their types, and help texts from docstrings.
 
     Args:
-        parts: Configurations, say a preset's model, training and masking.
-        flags: Names of their fields that become options. A field that none of the parts has is
-            left out: a preset's model need not have an `image_size`.
-        base: Options to add them to.
+        parts: Configurations, such as a preset's model, training and masking.
+        flags: Names of the fields that become options. A name that is not a field of any part is
+            ignored: a preset's model need not have an `image_size`.
+        base: Class of options to extend.
 
     Returns:
-        A dataclass of options. What is not given is None, or False for fields that are switches:
-        booleans whose default is False.
+        A dataclass of options. An option that is not given is None. A boolean field whose default
+        is False becomes a switch, which is False if it is not given.
 
     Example:
         >>> from recipes.engine.fields import Depth
@@ -172,7 +174,7 @@ def options_of(
 
 
 def _help_of(kind: type) -> dict[str, str]:
-    """Read the attributes' descriptions in the docstrings of a class and its bases."""
+    """Return the descriptions of attributes in the docstrings of a class and its bases."""
     helps: dict[str, str] = {}
     for base in reversed(kind.__mro__[:-1]):
         for entry in docstring_parser.parse(base.__doc__ or "").params:
@@ -184,10 +186,10 @@ Dataclass = TypeVar("Dataclass")
 
 
 def override(part: Dataclass, options: Options) -> Dataclass:
-    """Replace the fields of a configuration that options of the same name give.
+    """Replace fields of a configuration with the given options of the same names.
 
     Raises:
-        UserError: A value that does not fit.
+        UserError: If a value does not fit.
     """
     given = {}
     for field in dataclasses.fields(part):  # type: ignore[arg-type]
@@ -201,7 +203,7 @@ def override(part: Dataclass, options: Options) -> Dataclass:
 
 @contextlib.contextmanager
 def refusing() -> Iterator[None]:
-    """Turn a value that does not fit into the user's mistake that it is."""
+    """Turn the `ValueError` of a configuration into a `UserError`."""
     try:
         yield
     except FieldError as error:
@@ -213,10 +215,10 @@ def refusing() -> Iterator[None]:
 def parse_options(
     options_type: type[OptionsType], arguments: Sequence[str], *, program: str, description: str
 ) -> OptionsType:
-    """Read the command line, on top of the YAML file that `--config` names.
+    """Parse the command line, with defaults from the YAML file that `--config` names.
 
     Raises:
-        UserError: An unknown option, one that cannot be read or one out of range, in either place.
+        UserError: If an option in either place is unknown, cannot be parsed or is out of range.
     """
     from_file = _yaml_arguments(_config_path(arguments), options_type)
     messages = io.StringIO()
@@ -235,7 +237,7 @@ def parse_options(
     with refusing():
         check_fields(options)
     if getattr(options, "out", None) == "":
-        raise UserError('--out "" names no folder: give one, or leave it out')
+        raise UserError('--out "" names no folder: give the path of a folder, or omit --out')
     return options
 
 
@@ -249,7 +251,7 @@ def _config_path(arguments: Sequence[str]) -> Path | None:
 
 
 def _yaml_arguments(path: Path | None, options_type: type[Any]) -> list[str]:
-    """Turn a YAML file into the arguments that would say the same on the command line."""
+    """Turn a YAML file into command-line arguments."""
     if path is None:
         return []
     try:
@@ -277,8 +279,8 @@ def _yaml_arguments(path: Path | None, options_type: type[Any]) -> list[str]:
 
 
 def _one_line(message: str) -> str:
-    """Take the sentences out of tyro's framed message."""
-    message = message.replace("{None}|", "")  # options may be left out; None need not be written
+    """Extract the sentences from tyro's boxed message."""
+    message = message.replace("{None}|", "")  # nobody types None: the option is omitted instead
     lines = (re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in message.splitlines())
     sentences = [line for line in lines if line and not re.match(r"[╭╰─+]|-+$", line)]
     text = " ".join(sentences) if sentences else "the command line cannot be read"

@@ -1,4 +1,4 @@
-"""What a run is made of: presets, and the configuration that they and the options resolve to."""
+"""Presets, and the configuration of a run: a preset with the given options."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ from recipes.engine.fields import (
 from recipes.engine.run import defaults
 from recipes.engine.run.cli import Options, override
 
-# Of the files in a run folder. 2: one loop for all recipes.
+# Version of the files in a run folder. 2: one training loop for all recipes.
 FORMAT = 2
 
 PresetType = TypeVar("PresetType")
@@ -34,23 +34,23 @@ PresetType = TypeVar("PresetType")
 
 @dataclass(frozen=True)
 class Training:
-    """How a preset is trained.
+    """Training hyperparameters of a preset.
 
     Attributes:
         epochs: Length of the run.
         batch_size: Images per optimizer step.
-        base_lr: Learning rate per 256 images of a step.
-        warmup_epochs: Epochs in which the rate rises from `warmup_lr`.
-        weight_decay: Of parameters with more than one axis.
-        betas: Of AdamW.
+        base_lr: Learning rate for a batch of 256 images.
+        warmup_epochs: Epochs of linear warm-up from `warmup_lr`.
+        weight_decay: Weight decay of parameters with more than one axis.
+        betas: Betas of AdamW.
         min_lr: Learning rate at the end.
-        warmup_lr: Learning rate at the start.
-        cosine_from_start: Whether the cosine along which the rate falls begins with the run,
-            instead of after the warm-up.
-        milestones: Epochs at which the rate is divided by 10, instead of falling along a cosine.
-        clip_grad: Largest norm of the gradient; None for no limit.
-        crop_area: Of an image of a folder: least and largest share in a random crop.
-        interpolation: How crops are resized.
+        warmup_lr: Learning rate at the start of the warm-up.
+        cosine_from_start: Whether the cosine schedule starts with the run instead of after the
+            warm-up.
+        milestones: Epochs at which the learning rate is divided by 10; replaces the cosine.
+        clip_grad: Largest gradient norm; None for no clipping.
+        crop_area: Least and largest share of the image in a random crop; for folders only.
+        interpolation: How random crops are resized; for folders only.
         precision: "fp32", or "bf16" for bfloat16 autocast.
     """
 
@@ -74,19 +74,19 @@ class Training:
 
     @property
     def scaled_lr(self) -> float:
-        """Scale the base rate, which is for 256 images a step, linearly with the batch."""
+        """Peak learning rate: `base_lr`, scaled linearly with the batch size."""
         return self.base_lr * self.batch_size / 256
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A model's shape, how it is trained, and on which masks.
+    """Configuration of a model, its training and its masks.
 
     Attributes:
-        model: Shape of the model: a frozen dataclass.
-        training: How it is trained.
-        masking: Which patches are masked: a frozen dataclass like `masks.Masking`, with at least
-            `mask_ratio` and `draw(key, grid)`; None where nothing is masked.
+        model: Configuration of the model: a frozen dataclass.
+        training: Training hyperparameters.
+        masking: Configuration of the masks: a frozen dataclass like `masks.Masking`, with at least
+            `mask_ratio` and `draw(key, grid)`; None if nothing is masked.
     """
 
     model: Any
@@ -95,31 +95,32 @@ class Preset:
 
     @property
     def parts(self) -> tuple[object, ...]:
-        """Return the configurations whose fields can be options."""
+        """The configurations whose fields can become options."""
         values = (getattr(self, field.name) for field in dataclasses.fields(self))
         return tuple(value for value in values if value is not None)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the engine needs to know of a method.
+    """A pre-training method, as the engine runs it.
 
     Where a field from `baselines` to `fit` is left out, the model's `target` does the work (see
     `recipes.engine.targets`).
 
     Attributes:
         name: Name of the recipe, as in the default output folder.
-        presets: Name -> preset; the first one is the default.
-        build: Makes the model of a configuration. It has an `encoder` with `grid` and `pool`, and
-            is called with images and what the preset's `masking` draws.
-        baselines: Scores trivial predictors under the loss: (model, images, mask).
+        presets: Presets by name; the first one is the default.
+        build: Builds the model from its configuration. The model has an `encoder` with `grid` and
+            `pool`, and is called with images and the masks that the preset's `masking` draws.
+        baselines: Losses of trivial predictors by name: (model, images, mask).
         reconstruct: Fills in the masked patches of model inputs: (model, images, mask).
-        note: What a viewer of reconstructions must know; or tells it of a model.
-        flags: Names of fields of the preset's model, training and masking that are options, too,
-            beside those that every recipe has.
-        pictures: More files of held-out pictures by name. Each makes columns by caption:
+        note: Note under the reconstructions; or a function of the model that returns it.
+        flags: Names of fields of the preset's model, training and masking that become options of
+            this recipe.
+        pictures: More picture files by name. Each function returns columns of pictures by caption:
             (model, model inputs).
-        fit: Fits what a model must see images for before its first step: (model, model inputs).
+        fit: Fits the parts of a model that need images before the first step: (model, model
+            inputs).
     """
 
     name: str
@@ -137,12 +138,12 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """All that decides the result of a run.
+    """Everything that determines the result of a run.
 
     Attributes:
-        format: Version of the run folder's files: a run of another one is refused.
+        format: Format number of the run folder. Folders of another format are refused.
         contents: Digests of the files that the configuration names (a tokenizer, a teacher); None
-            without any.
+            if there are none.
     """
 
     recipe: str
@@ -162,12 +163,12 @@ class RunConfig:
 
     @property
     def image_size(self) -> tuple[int, ...]:
-        """Return the pixels per axis."""
+        """Pixels per axis."""
         size = self.model.image_size
         return (size, size) if isinstance(size, int) else tuple(size)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the context in which the model runs."""
+        """Return the autocast context of the configured precision."""
         is_on = self.training.precision == "bf16"
         return torch.autocast(self.device, dtype=torch.bfloat16, enabled=is_on)
 
@@ -177,7 +178,7 @@ class RunConfig:
         return plain
 
     def digest(self) -> str:
-        """Return eight characters that name this configuration."""
+        """Return a hash of this configuration, of eight characters."""
         text = json.dumps(self.as_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -186,10 +187,10 @@ ConfigType = TypeVar("ConfigType", bound=RunConfig)
 
 
 def choose_preset(options: Options, presets: Mapping[str, PresetType]) -> tuple[str, PresetType]:
-    """Return the preset that was asked for, or the first one, with its name.
+    """Return name and preset of `--preset`; by default the first one.
 
     Raises:
-        UserError: There is none of that name.
+        UserError: If there is no preset of that name.
     """
     name = options.preset or next(iter(presets))
     if name not in presets:
@@ -206,18 +207,18 @@ def resolve(
     model: Any = None,
     **more: Any,
 ) -> ConfigType:
-    """Fill in the preset's values.
+    """Build the configuration of a run from a preset and the given options.
 
     Args:
-        options: Options, of which those that are given replace the preset's fields.
+        options: The options; those that are given replace the preset's fields.
         recipe: Name of the recipe.
         presets: Its presets.
-        config_type: What to make.
-        model: Shape of the model, if a file rather than the preset says it.
-        more: Fields that `config_type` has besides those of `RunConfig`.
+        config_type: Class of the configuration.
+        model: Configuration of the model, if it comes from a file instead of the preset.
+        more: Fields that `config_type` adds to `RunConfig`.
 
     Raises:
-        UserError: An unknown preset or device, or a value that does not fit.
+        UserError: If the preset or device does not exist, or a value does not fit.
     """
     name, preset = choose_preset(options, presets)
     training = override(preset.training, options)
@@ -244,7 +245,7 @@ def choose_device(name: str) -> str:
     """Return "cuda" or "cpu".
 
     Raises:
-        UserError: A device that is not there.
+        UserError: If the device is not available.
     """
     has_gpu = torch.cuda.is_available()
     if name == "cuda" and not has_gpu:
@@ -256,20 +257,20 @@ def _contents(model: Any) -> dict[str, str]:
     digests = {}
     for name in ("tokenizer", "teacher"):
         file = Path(getattr(model, name, None) or "")
-        with contextlib.suppress(OSError):  # whoever reads the file says what is wrong with it
+        with contextlib.suppress(OSError):  # the function that reads the file reports the error
             if file.is_file():
                 digests[name] = digest_of(file)
     return digests
 
 
 def digest_of(file: Path) -> str:
-    """Return eight characters that name the content of a file."""
+    """Return a hash of a file's content, of eight characters."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()[:8]
 
 
 def warn_of_slow_precision(config: RunConfig) -> None:
-    """Warn where bfloat16 is emulated: every product then takes many times longer."""
+    """Warn if the CPU emulates bfloat16, which makes matrix products many times slower."""
     capability = torch.backends.cpu.get_cpu_capability()
     is_slow = config.device == "cpu" and not capability.startswith("AVX512")
     if config.training.precision == "bf16" and is_slow:
@@ -281,7 +282,7 @@ def warn_of_slow_precision(config: RunConfig) -> None:
 
 
 def warn_of_short_schedule(config: RunConfig) -> None:
-    """Warn where a run is too short for the schedule of its preset."""
+    """Warn if a run is too short for its preset's learning-rate schedule."""
     training = config.training
     late = [epoch for epoch in training.milestones if epoch >= training.epochs]
     if training.warmup_epochs >= training.epochs:

@@ -1,4 +1,4 @@
-"""The folder of a run: what it holds, and what it protects from being overwritten."""
+"""The output folder of a run."""
 
 import contextlib
 import errno
@@ -26,49 +26,49 @@ _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO
 
 
 class RunFolder:
-    """Files of one run, for one job at a time: a context manager.
+    """Context manager of a run's output folder; only one job at a time may enter it.
 
-    Of several processes the main one writes, and all read what it reads.
+    The main process writes the files, and its values are broadcast to the others.
 
     Args:
-        path: Where they are; the folder is made if need be.
+        path: The folder, which is created if it does not exist.
         config: The run's configuration.
         world: The processes of the run.
 
     Raises:
-        UserError: On entering: the path is a file, cannot be written, holds another configuration,
-            or belongs to a process that still runs. On leaving: it could not be written to.
+        UserError: On entering, if the path is a file, cannot be written, holds another
+            configuration, or is locked by a running process. On leaving, if a write failed.
     """
 
     def __init__(self, path: Path, config: RunConfig, world: World | None = None) -> None:
         self.path = path
         self.config = config
         self.world = world or World()
-        self._held = contextlib.ExitStack()
+        self._lock_file = contextlib.ExitStack()
 
     def __enter__(self) -> "RunFolder":
-        refusal = None
+        message = None
         if self.world.is_main:
             try:
-                self._hold()
+                self._open()
             except UserError as error:
-                refusal = str(error)
-        refusal = self.world.agree(refusal)
-        if refusal is not None:
-            raise UserError(refusal)
+                message = str(error)
+        message = self.world.agree(message)
+        if message is not None:
+            raise UserError(message)
         return self
 
-    def _hold(self) -> None:
+    def _open(self) -> None:
         with contextlib.ExitStack() as stack:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock(stack.enter_context((self.path / ".lock").open("a")))
-                self._claim(self.config)
+                self._write_or_check_config(self.config)
             except OSError as error:
                 raise UserError(
                     f"cannot write to the output folder {self.path}: {error.strerror}"
                 ) from error
-            self._held = stack.pop_all()
+            self._lock_file = stack.pop_all()
 
     def __exit__(
         self,
@@ -76,16 +76,16 @@ class RunFolder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._held.close()
+        self._lock_file.close()
         if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
             raise UserError(
-                f"cannot write to the output folder {self.path}: {error.strerror}; make room and "
-                "start the same command again, it goes on from the last checkpoint"
+                f"cannot write to the output folder {self.path}: {error.strerror}; free some space "
+                "and start the same command again, which continues from the last checkpoint"
             ) from error
 
     def _lock(self, file: IO[str]) -> None:
         try:
-            # The system lets go of it when the process ends, however it ends.
+            # The system releases the lock when the process ends, however it ends.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
@@ -93,17 +93,17 @@ class RunFolder:
                 "wait for it or choose another --out"
             ) from None
 
-    def _claim(self, config: RunConfig) -> None:
-        """Write `config.yaml`, or check that the one there says the same."""
+    def _write_or_check_config(self, config: RunConfig) -> None:
+        """Write `config.yaml`; if it exists, check that it holds the same configuration."""
         file = self.path / "config.yaml"
         wanted = config.as_dict()
         if file.exists():
             found = _read_config(file)
             if not isinstance(found, dict) or found.get("format") != wanted["format"]:
                 raise UserError(
-                    f"the output folder {self.path} holds a run of another version of mimkit "
-                    f"(format {wanted['format']} is wanted in its config.yaml), which cannot be "
-                    "resumed: choose another --out"
+                    f"the output folder {self.path} holds a run of another version of mimkit, "
+                    "which cannot be resumed (format number in its config.yaml must be "
+                    f"{wanted['format']}): choose another --out"
                 )
             different = _differences(found, wanted)
             if different:
@@ -118,14 +118,14 @@ class RunFolder:
             )
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        """Add a line to `metrics.jsonl`."""
+        """Append a row to `metrics.jsonl`."""
         if not self.world.is_main:
             return
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def start_metrics(self, *, first_step: int) -> None:
-        """Forget metrics of steps that will be done again."""
+        """Remove the rows of steps after `first_step`, which will be run again."""
         if not self.world.is_main:
             return
         kept = [row for row in self.read_metrics() if row["step"] <= first_step]
@@ -134,7 +134,7 @@ class RunFolder:
         )
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of `metrics.jsonl`, but for one that was cut off."""
+        """Return the rows of `metrics.jsonl`, without an incomplete last line."""
         file = self.path / "metrics.jsonl"
         if not file.exists():
             return []
@@ -142,16 +142,16 @@ class RunFolder:
         return [json.loads(line) for line in complete if line]
 
     def read_skipped(self) -> list[int]:
-        """Return the steps whose batches are skipped, because they gave no finite loss."""
+        """Return the steps that are skipped because their loss or gradient was not finite."""
         return self.world.agree(_read_state(self.path / "skipped_steps.json") or [])
 
     def write_skipped(self, steps: list[int]) -> None:
-        """Write the steps whose batches are skipped."""
+        """Write the steps that are skipped."""
         if self.world.is_main:
             write_atomically(self.path / "skipped_steps.json", json.dumps(steps) + "\n")
 
     def note_unreadable(self, sample_ids: list[int]) -> None:
-        """Remember images that could not be read: each process in a file of its own."""
+        """Record images that could not be read. Each process writes its own file."""
         if not sample_ids:
             return
         file = self.path / f"unreadable.{self.world.rank}.json"
@@ -160,7 +160,7 @@ class RunFolder:
             write_atomically(file, json.dumps(sorted(known | set(sample_ids))) + "\n")
 
     def read_unreadable(self) -> list[int]:
-        """Return the ids of the images that no process of the run could read, now or before."""
+        """Return the ids of all images of the run that could not be read."""
         files = self.path.glob("unreadable.*.json")
         return sorted({sample_id for file in files for sample_id in _read_state(file)})
 
@@ -170,7 +170,7 @@ class RunFolder:
             write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def read_summary(self) -> dict[str, Any] | None:
-        """Return the summary of a finished run, None of another."""
+        """Return the summary of a finished run; None if the run is not finished."""
         summary: dict[str, Any] | None = _read_state(self.path / "summary.json")
         return self.world.agree(summary)
 
@@ -185,7 +185,7 @@ class RunFolder:
 
 
 def output_folder(out: str | None, config: RunConfig) -> Path:
-    """Return the folder that `--out` names, or one named after the configuration."""
+    """Return the folder of `--out`; by default one named after the configuration."""
     if out is not None:
         return Path(out)
     data = Path(config.data).name or "folder"
@@ -193,17 +193,17 @@ def output_folder(out: str | None, config: RunConfig) -> Path:
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
-    """Write a file that is either whole or not there."""
+    """Write a file under a temporary name and rename it, so that it is never incomplete."""
     partial = file.with_name(file.name + ".partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(partial, file)
 
 
 def _read_state(file: Path) -> Any:
-    """Read a JSON file of a run; None without one.
+    """Read a JSON file of a run; None if it does not exist.
 
     Raises:
-        UserError: It is damaged.
+        UserError: If it is damaged.
     """
     try:
         return read_json(file) if file.exists() else None
@@ -219,7 +219,7 @@ def _read_config(file: Path) -> Any:
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """Name the entries that differ."""
+    """Return the names of the entries that differ."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [name or "config.yaml"]
     found: list[str] = []
@@ -249,7 +249,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Return the commit of the checkout that runs, None outside of one."""
+    """Return the git commit of this checkout; None outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""Which samples a step sees: a pure function of (seed, step)."""
+"""Data loading. The samples of a step are a pure function of (seed, step)."""
 
 from collections.abc import Iterable, Iterator
 
@@ -15,14 +15,14 @@ SINGLE = World()
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, sample id), epoch after epoch; the last, smaller batch is left out.
+    """Batches of (epoch, sample id), shuffled in each epoch; the last, smaller batch is dropped.
 
     Args:
-        num_samples: Samples of an epoch.
-        batch_size: Samples of a batch, those of all processes together.
-        seed: Seed of the order, another one in each epoch.
-        first_step: Step to begin with: a run that goes on needs no other state.
-        num_steps: Step to end before.
+        num_samples: Samples per epoch.
+        batch_size: Samples per batch, over all processes.
+        seed: Seed of the run.
+        first_step: First step. A resumed run needs no other state.
+        num_steps: End of the steps, exclusive.
         world: The processes; each gets its part of every batch.
 
     Example:
@@ -82,7 +82,7 @@ def make_loader(
     workers: int,
     pin_memory: bool,
 ) -> Iterable[Batch]:
-    """Load the batches of the steps [first_step, num_steps), without a pause between epochs."""
+    """Make one loader for the steps [first_step, num_steps); workers persist across epochs."""
     batches = EpochBatches(
         len(train),
         batch_size=batch_size,
@@ -103,7 +103,7 @@ def make_loader(
 def held_out_batches(
     data: LabelledData, world: World, *, batch_size: int, workers: int
 ) -> Iterator[Batch]:
-    """Load this process's share of the images to score on."""
+    """Load this process's share of the test images."""
     indices = [(0, sample_id) for sample_id in range(world.rank, len(data.test), world.size)]
     return iter(
         DataLoader(

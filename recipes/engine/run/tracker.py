@@ -1,4 +1,4 @@
-"""Trackers: the rows of `metrics.jsonl`, sent elsewhere too."""
+"""Experiment trackers, which get the rows of `metrics.jsonl`."""
 
 import importlib
 from types import ModuleType
@@ -10,17 +10,17 @@ from recipes.engine.run.folder import RunFolder
 
 
 class Tracker(Protocol):
-    """Where metrics go."""
+    """An experiment tracker."""
 
     def log(self, row: dict[str, Any]) -> None:
-        """Send a row."""
+        """Log a row."""
 
     def close(self) -> None:
-        """Send what is left."""
+        """Flush and close."""
 
 
 class NoTracker:
-    """Nowhere."""
+    """A tracker that does nothing."""
 
     def log(self, row: dict[str, Any]) -> None:
         """Do nothing."""
@@ -30,43 +30,43 @@ class NoTracker:
 
 
 class TensorBoard:
-    """Event files in the run's folder."""
+    """TensorBoard: event files in the run's folder."""
 
     def __init__(self, folder: RunFolder) -> None:
         writer = _import("tensorboard", "torch.utils.tensorboard").SummaryWriter
         self._writer = writer(str(folder.path / "tensorboard"))
 
     def log(self, row: dict[str, Any]) -> None:
-        """Write a point of every curve."""
+        """Log a row."""
         for name, value in flatten(row).items():
             self._writer.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close."""
         self._writer.close()
 
 
 class WandbStyle:
-    """wandb, or trackio, which has the same calls."""
+    """wandb, or trackio, which has the same API."""
 
     def __init__(self, name: str, config: RunConfig, folder: RunFolder) -> None:
         self._module = _import(name, name)
         self._module.init(project="mimkit", name=folder.path.name, config=config.as_dict())
 
     def log(self, row: dict[str, Any]) -> None:
-        """Send a point of every curve."""
+        """Log a row."""
         self._module.log(flatten(row), step=row["step"])
 
     def close(self) -> None:
-        """Send what is left."""
+        """Flush and close."""
         self._module.finish()
 
 
 def make_tracker(name: str, config: RunConfig, folder: RunFolder) -> Tracker:
-    """Make the tracker of that name.
+    """Make the tracker of a name.
 
     Raises:
-        UserError: Its package is not installed.
+        UserError: If its package is not installed.
     """
     if name == "none":
         return NoTracker()
@@ -74,7 +74,7 @@ def make_tracker(name: str, config: RunConfig, folder: RunFolder) -> Tracker:
 
 
 def flatten(row: dict[str, Any]) -> dict[str, float]:
-    """Join the names of nested entries by slashes.
+    """Flatten a nested row; names are joined with slashes.
 
     Example:
         >>> flatten({"loss": 0.5, "baselines": {"zero": 1.0}})

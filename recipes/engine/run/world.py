@@ -1,4 +1,4 @@
-"""Several processes: who they are, and how a model is spread over them."""
+"""Distributed training: the processes of a run, DDP and FSDP2."""
 
 import contextlib
 import os
@@ -20,16 +20,18 @@ from recipes.engine.errors import LostProcessError, UserError
 
 T = TypeVar("T")
 
-# What gloo and NCCL say when a process at the other end is gone.
-_LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|timed out|nccl", re.IGNORECASE)
+# Messages of gloo and NCCL when another process has died.
+_CONNECTION_LOST = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|timed out|nccl", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, which `torchrun` starts.
+    """The processes of a run, started by `torchrun`.
 
     Attributes:
-        rank: Number of this process.
+        rank: Rank of this process.
         size: Number of processes.
     """
 
@@ -42,13 +44,13 @@ class World:
         return self.rank == 0
 
     def total(self, value: Tensor) -> Tensor:
-        """Sum a value over the processes."""
+        """Sum a tensor over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(value)
         return value
 
     def agree(self, value: T) -> T:
-        """Return the main process's value in every process."""
+        """Broadcast the main process's value to all processes."""
         if self.size == 1:
             return value
         box = [value]
@@ -56,7 +58,7 @@ class World:
         return box[0]
 
     def wait(self) -> None:
-        """Wait for every process to come here."""
+        """Wait until all processes have reached this point."""
         if self.size > 1:
             dist.barrier()
 
@@ -73,10 +75,10 @@ def world_size_from_environment() -> int:
 
 @contextlib.contextmanager
 def join(device: str) -> Iterator[World]:
-    """Join the other processes of `torchrun`: NCCL on GPUs, gloo on CPUs.
+    """Join the process group: NCCL on GPUs, gloo on CPUs.
 
     Raises:
-        LostProcessError: Another process died meanwhile.
+        LostProcessError: If another process dies.
     """
     world = World(rank_from_environment(), world_size_from_environment())
     if world.size == 1:
@@ -88,45 +90,45 @@ def join(device: str) -> Iterator[World]:
     try:
         yield world
     except RuntimeError as error:
-        if not _LOST.search(str(error)):
+        if not _CONNECTION_LOST.search(str(error)):
             raise
         raise LostProcessError(
             f"process {world.rank} of {world.size} has lost another process of the job: start the "
-            "same command again, and it goes on from the last complete checkpoint"
+            "same command again, which continues from the last complete checkpoint"
         ) from error
     finally:
         dist.destroy_process_group()
 
 
 def check_shares(batch_size: int, world: World, *, accumulate: int = 1) -> None:
-    """Check that a batch can be cut evenly.
+    """Check that a batch can be divided evenly among processes and accumulation steps.
 
     Raises:
-        UserError: It cannot.
+        UserError: If it cannot.
     """
     parts = world.size * accumulate
     if batch_size % parts:
         raise UserError(
-            f"a batch of {batch_size} cannot be cut evenly for {world.size} processes with "
+            f"a batch of {batch_size} cannot be divided evenly among {world.size} processes with "
             f"--accumulate {accumulate}: choose a multiple of {parts}"
         )
 
 
 def check_shard(shard: bool) -> None:
-    """Check that there are processes to spread weights over.
+    """Check that there are several processes for `--shard`.
 
     Raises:
-        UserError: There is only one.
+        UserError: If there is only one.
     """
     if shard and world_size_from_environment() == 1:
         raise UserError(
-            "--shard spreads weights over processes, and this is the only one: start with "
+            "--shard needs several processes, and there is only one: start with "
             "torchrun --nproc-per-node 2 or more"
         )
 
 
 def distribute(model: nn.Module, world: World, *, shard: bool) -> nn.Module:
-    """Copy the model to every process (DDP), or spread its weights over them (FSDP2)."""
+    """Wrap a model in DDP, or shard its weights with FSDP2."""
     if shard:
         for module in model.modules():
             if isinstance(module, TransformerBlock | PixelHead):
@@ -140,7 +142,7 @@ def distribute(model: nn.Module, world: World, *, shard: bool) -> nn.Module:
 
 @contextlib.contextmanager
 def gradient_sync(model: nn.Module, *, enabled: bool) -> Iterator[None]:
-    """Exchange gradients in this backward, or leave that to a later one."""
+    """Synchronize gradients in this backward pass, or only in a later one."""
     if isinstance(model, DistributedDataParallel) and not enabled:
         with model.no_sync():
             yield
@@ -151,17 +153,17 @@ def gradient_sync(model: nn.Module, *, enabled: bool) -> Iterator[None]:
 
 
 def whole(value: Tensor) -> Tensor:
-    """Put a spread tensor together."""
+    """Return the full tensor of a sharded one."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def whole_weights(model: nn.Module, *, everywhere: bool = False) -> dict[str, Tensor]:
-    """Return all weights, under the names of the model alone.
+    """Return the full state dict, under the names of the unwrapped model.
 
     Args:
         model: The model, copied or sharded.
-        everywhere: Whether every process gets them, on its device; else the main process alone,
-            on the CPU, and the others an empty dictionary.
+        everywhere: Whether every process gets the weights, on its device. Otherwise only the main
+            process does, on the CPU, and the others get an empty dictionary.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=not everywhere)
     return dict(get_model_state_dict(model, options=options))  # type: ignore[arg-type]
