@@ -34,17 +34,7 @@ from mimkit import container, losses, viz
 from mimkit.masking import Mask
 from mimkit.nn import CAEDecoder, ContextRegressor, PatchTokenizer, PixelHead, TokenHead, ViT
 from mimkit.patches import sincos_positions, unpatchify
-from recipes.engine import Masking, Preset, Recipe, Training, run, targets
-from recipes.engine.fields import (
-    Depth,
-    Fraction,
-    NonNegativeFloat,
-    Pixels,
-    PositiveFloat,
-    PositiveInt,
-    Width,
-    check_fields,
-)  # fmt: skip
+from recipes.engine import Masking, Preset, Recipe, Training, fields, run, targets
 from recipes.engine.masks import join
 from recipes.engine.pretrained.teachers import load_teacher
 from recipes.engine.pretrained.tokenizers import make_tokenizer
@@ -87,32 +77,32 @@ class CAEConfig:
             its config.yaml, or a checkpoint of the authors' MAE or CAE.
     """
 
-    image_size: Pixels | tuple[Pixels, ...]
-    patch_size: Pixels | tuple[Pixels, ...] = 16
-    in_channels: PositiveInt = 3
-    dim: Width = 768
-    depth: Depth = 12
-    heads: PositiveInt = 12
-    mlp_ratio: PositiveFloat = 4.0
+    image_size: fields.Pixels | tuple[fields.Pixels, ...]
+    patch_size: fields.Pixels | tuple[fields.Pixels, ...] = 16
+    in_channels: fields.PositiveInt = 3
+    dim: fields.Width = 768
+    depth: fields.Depth = 12
+    heads: fields.PositiveInt = 12
+    mlp_ratio: fields.PositiveFloat = 4.0
     layer_scale: float | None = 0.1
-    regressor_depth: Depth = 4
-    decoder_dim: Width = 768
-    decoder_depth: Depth = 4
-    decoder_heads: PositiveInt = 12
+    regressor_depth: fields.Depth = 4
+    decoder_dim: fields.Width = 768
+    decoder_depth: fields.Depth = 4
+    decoder_heads: fields.PositiveInt = 12
     decoder_layer_scale: float | None = 0.1
-    vocabulary_size: PositiveInt = 8192
-    alignment_weight: NonNegativeFloat = 2.0
+    vocabulary_size: fields.PositiveInt = 8192
+    alignment_weight: fields.NonNegativeFloat = 2.0
     target: Target = "tokens"
-    feature_dim: PositiveInt = 512
+    feature_dim: fields.PositiveInt = 512
     no_alignment: bool = False
     no_decoder: bool = False
-    drop_path: Fraction = 0.0
+    drop_path: fields.Fraction = 0.0
     alignment_drop_path: bool = True
     tokenizer: str = "patches"
     teacher: str | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        fields.check_fields(self)
 
 
 @container

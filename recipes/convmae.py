@@ -30,17 +30,7 @@ from mimkit import container, masking
 from mimkit.masking import Key, Mask
 from mimkit.nn import ConvViT, MAEDecoder, PixelHead
 from mimkit.patches import gather_patches, unpatchify
-from recipes.engine import Preset, Recipe, Training, run, targets
-from recipes.engine.fields import (
-    Depth,
-    Fraction,
-    OpenFraction,
-    Pixels,
-    PositiveFloat,
-    PositiveInt,
-    Width,
-    check_fields,
-)
+from recipes.engine import Preset, Recipe, Training, fields, run, targets
 from recipes.engine.masks import Masks, join
 
 Conv = Literal["masked", "plain"]
@@ -72,23 +62,27 @@ class ConvMAEConfig:
         drop_path: Fraction of samples whose residual branches the last encoder block leaves out.
     """
 
-    image_size: Pixels | tuple[Pixels, Pixels]
-    patch_sizes: tuple[Pixels, Pixels, Pixels] = (4, 2, 2)
-    in_channels: PositiveInt = 3
-    dim: tuple[Width, Width, Width] = (256, 384, 768)
-    depth: tuple[Depth, Depth, Depth] = (2, 2, 11)
-    heads: PositiveInt = 12
-    mlp_ratio: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (4.0, 4.0, 4.0)
-    decoder_dim: Width = 512
-    decoder_depth: Depth = 8
-    decoder_heads: PositiveInt = 16
+    image_size: fields.Pixels | tuple[fields.Pixels, fields.Pixels]
+    patch_sizes: tuple[fields.Pixels, fields.Pixels, fields.Pixels] = (4, 2, 2)
+    in_channels: fields.PositiveInt = 3
+    dim: tuple[fields.Width, fields.Width, fields.Width] = (256, 384, 768)
+    depth: tuple[fields.Depth, fields.Depth, fields.Depth] = (2, 2, 11)
+    heads: fields.PositiveInt = 12
+    mlp_ratio: tuple[fields.PositiveFloat, fields.PositiveFloat, fields.PositiveFloat] = (
+        4.0,
+        4.0,
+        4.0,
+    )
+    decoder_dim: fields.Width = 512
+    decoder_depth: fields.Depth = 8
+    decoder_heads: fields.PositiveInt = 16
     normalize_pixels: bool = True
     conv: Conv = "masked"
     decoder: Decoder = "multi-scale"
-    drop_path: Fraction = 0.0
+    drop_path: fields.Fraction = 0.0
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        fields.check_fields(self)
 
 
 @container
@@ -190,12 +184,12 @@ class ConvMAEMasking:
             each later token is partly visible, and all are encoded.
     """
 
-    mask_ratio: OpenFraction | None = None
-    parts: PositiveInt = 1
+    mask_ratio: fields.OpenFraction | None = None
+    parts: fields.PositiveInt = 1
     mask: Stage = "blockwise"
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        fields.check_fields(self)
         left = 1 - 1 / self.parts
         if self.parts > 1 and self.mask_ratio and abs(self.mask_ratio - left) > 5e-3:
             raise ValueError(

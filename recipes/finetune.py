@@ -30,13 +30,12 @@ import yaml
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from recipes.engine import Training
+from recipes.engine import Training, fields
 from recipes.engine.classify import Classification, fit, score
 from recipes.engine.data.augment import Augmentation, rand_augment
 from recipes.engine.data.labelled import LabelledData, load_labelled
 from recipes.engine.data.mixing import Mixing
 from recipes.engine.errors import UserError
-from recipes.engine.fields import Fraction, NonNegativeFloat, NonNegativeInt
 from recipes.engine.loop import Plan, make_plan
 from recipes.engine.optim import layer_decay_groups
 from recipes.engine.pretrained import encoders
@@ -82,13 +81,13 @@ class FineTuning(Training):
             or torchvision) and random erasing.
     """
 
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    min_lr: NonNegativeFloat = 1e-6
-    layer_decay: Fraction = 0.75
-    drop_path: Fraction = 0.1
-    mixup: NonNegativeFloat = 0.8
-    cutmix: NonNegativeFloat = 1.0
-    smoothing: Fraction = 0.1
+    betas: tuple[fields.Fraction, fields.Fraction] = (0.9, 0.999)
+    min_lr: fields.NonNegativeFloat = 1e-6
+    layer_decay: fields.Fraction = 0.75
+    drop_path: fields.Fraction = 0.1
+    mixup: fields.NonNegativeFloat = 0.8
+    cutmix: fields.NonNegativeFloat = 1.0
+    smoothing: fields.Fraction = 0.1
     augment: Augment = "crop"
 
 
@@ -103,7 +102,7 @@ class FineTuneOptions(EncoderOptions):
             for the bundled sets.
     """
 
-    trained_blocks: NonNegativeInt | None = None
+    trained_blocks: fields.NonNegativeInt | None = None
     scratch: Literal["auto", "always", "never"] = "auto"
 
 

@@ -26,16 +26,7 @@ from mimkit import container
 from mimkit.masking import Mask, RaggedMask
 from mimkit.nn import CrossDecoder, MAEDecoder, PixelHead, ViT
 from mimkit.patches import gather_masked
-from recipes.engine import Masking, Preset, Recipe, Training, run, targets
-from recipes.engine.fields import (
-    Depth,
-    Fraction,
-    Pixels,
-    PositiveFloat,
-    PositiveInt,
-    Width,
-    check_fields,
-)
+from recipes.engine import Masking, Preset, Recipe, Training, fields, run, targets
 from recipes.engine.masks import join
 
 Target = Literal["pixels", "pca"]
@@ -74,27 +65,27 @@ class MAEConfig:
         drop_path: Fraction of samples whose residual branches the last encoder block leaves out.
     """
 
-    image_size: Pixels | tuple[Pixels, ...]
-    patch_size: Pixels | tuple[Pixels, ...] = 16
-    in_channels: PositiveInt = 3
-    dim: Width = 768
-    depth: Depth = 12
-    heads: PositiveInt = 12
-    mlp_ratio: PositiveFloat = 4.0
-    decoder_dim: Width = 512
-    decoder_depth: Depth = 8
-    decoder_heads: PositiveInt = 16
+    image_size: fields.Pixels | tuple[fields.Pixels, ...]
+    patch_size: fields.Pixels | tuple[fields.Pixels, ...] = 16
+    in_channels: fields.PositiveInt = 3
+    dim: fields.Width = 768
+    depth: fields.Depth = 12
+    heads: fields.PositiveInt = 12
+    mlp_ratio: fields.PositiveFloat = 4.0
+    decoder_dim: fields.Width = 512
+    decoder_depth: fields.Depth = 8
+    decoder_heads: fields.PositiveInt = 16
     normalize_pixels: bool = True
     target: Target = "pixels"
-    pca_components: PositiveInt = 96
+    pca_components: fields.PositiveInt = 96
     loss_on: LossOn = "masked"
     mask_tokens: MaskTokens = "decoder"
     decoder: Decoder = "self"
-    decode_fraction: Fraction = 1.0
-    drop_path: Fraction = 0.0
+    decode_fraction: fields.Fraction = 1.0
+    drop_path: fields.Fraction = 0.0
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        fields.check_fields(self)
         if self.decode_fraction == 0:
             raise ValueError(f"decode_fraction must be in (0, 1]; got {self.decode_fraction}")
         if self.decode_fraction < 1 and (self.decoder, self.loss_on) != ("cross", "masked"):

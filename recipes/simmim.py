@@ -30,15 +30,7 @@ from mimkit import container
 from mimkit._grids import Grid
 from mimkit.masking import Mask
 from mimkit.nn import SimMIMHead, SwinTransformer, ViT
-from recipes.engine import Preset, Recipe, Training, run, targets
-from recipes.engine.fields import (
-    Fraction,
-    NonNegativeInt,
-    Pixels,
-    PositiveFloat,
-    PositiveInt,
-    check_fields,
-)
+from recipes.engine import Preset, Recipe, Training, fields, run, targets
 from recipes.engine.masks import UnitMasking, join
 from recipes.engine.pretrained.teachers import load_teacher
 from recipes.engine.pretrained.tokenizers import make_tokenizer
@@ -88,26 +80,26 @@ class SimMIMConfig:
             its config.yaml, or a checkpoint of the authors' MAE or CAE.
     """
 
-    image_size: Pixels | tuple[Pixels, ...]
+    image_size: fields.Pixels | tuple[fields.Pixels, ...]
     encoder: Literal["vit", "swin"] = "vit"
-    patch_size: NonNegativeInt | tuple[Pixels, ...] = 0
-    in_channels: PositiveInt = 3
-    dim: NonNegativeInt = 0
-    depth: NonNegativeInt | tuple[NonNegativeInt, ...] = 0
-    heads: NonNegativeInt | tuple[PositiveInt, ...] = 0
-    window: PositiveInt = 6
-    mlp_ratio: PositiveFloat = 4.0
+    patch_size: fields.NonNegativeInt | tuple[fields.Pixels, ...] = 0
+    in_channels: fields.PositiveInt = 3
+    dim: fields.NonNegativeInt = 0
+    depth: fields.NonNegativeInt | tuple[fields.NonNegativeInt, ...] = 0
+    heads: fields.NonNegativeInt | tuple[fields.PositiveInt, ...] = 0
+    window: fields.PositiveInt = 6
+    mlp_ratio: fields.PositiveFloat = 4.0
     layer_scale: float | None = 0.1
-    drop_path: Fraction = 0.0
+    drop_path: fields.Fraction = 0.0
     target: TargetName = "pixels"
     head: HeadName = "linear"
     loss: LossName | None = None
-    num_clusters: PositiveInt = 512
+    num_clusters: fields.PositiveInt = 512
     tokenizer: str = "patches"
     teacher: str | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        fields.check_fields(self)
         if self.teacher is not None and self.target != "features":
             raise ValueError(f'a teacher is for target "features"; got target {self.target!r}')
         if self.loss not in (None, *self._fitting_losses):

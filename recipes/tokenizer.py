@@ -26,20 +26,11 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from mimkit.nn import DiscreteVAE
+from recipes.engine import fields
 from recipes.engine.data.load import load_data
 from recipes.engine.data.sets import Batch, DataSet
 from recipes.engine.dry_run import count_parameters
 from recipes.engine.errors import UserError
-from recipes.engine.fields import (
-    Depth,
-    NonNegativeFloat,
-    Pixels,
-    PositiveFloat,
-    PositiveInt,
-    Width,
-    Within,
-    check_fields,
-)
 from recipes.engine.loop import Moment, Task, make_plan, run_steps
 from recipes.engine.pictures import TiledPicture, draw_columns
 from recipes.engine.pretrained.tokenizers import to_inputs, to_pixels
@@ -67,19 +58,19 @@ class VAEConfig:
         divergence_weight: Weight of the codes' KL divergence from the uniform distribution.
     """
 
-    image_size: Pixels | tuple[Pixels, ...]
-    in_channels: PositiveInt = 3
-    dim: Width = 256
-    groups: Annotated[int, Within(1, 16)] = 4
-    depth: Depth = 2
-    vocabulary_size: Annotated[int, Within(1, 2**24)] = 8192
-    stem_dim: Width = 128
-    first_temperature: PositiveFloat = 1.0
-    last_temperature: PositiveFloat = 1 / 16
-    divergence_weight: NonNegativeFloat = 0.01
+    image_size: fields.Pixels | tuple[fields.Pixels, ...]
+    in_channels: fields.PositiveInt = 3
+    dim: fields.Width = 256
+    groups: Annotated[int, fields.Within(1, 16)] = 4
+    depth: fields.Depth = 2
+    vocabulary_size: Annotated[int, fields.Within(1, 2**24)] = 8192
+    stem_dim: fields.Width = 128
+    first_temperature: fields.PositiveFloat = 1.0
+    last_temperature: fields.PositiveFloat = 1 / 16
+    divergence_weight: fields.NonNegativeFloat = 0.01
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        fields.check_fields(self)
 
     def build(self) -> DiscreteVAE:
         """Build the tokenizer."""

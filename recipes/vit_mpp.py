@@ -25,16 +25,7 @@ from mimkit import container
 from mimkit.masking import Mask
 from mimkit.nn import ConvStem, ViT
 from mimkit.patches import gather_masked
-from recipes.engine import Masking, Preset, Recipe, Training, run, targets
-from recipes.engine.fields import (
-    Depth,
-    Fraction,
-    Pixels,
-    PositiveFloat,
-    PositiveInt,
-    Width,
-    check_fields,
-)
+from recipes.engine import Masking, Preset, Recipe, Training, fields, run, targets
 from recipes.engine.masks import join
 
 
@@ -57,20 +48,20 @@ class MPPConfig:
         other_share: Share of them that become another corrupted patch.
     """
 
-    image_size: Pixels | tuple[Pixels, ...]
-    patch_size: Pixels | tuple[Pixels, ...] = 16
-    in_channels: PositiveInt = 3
-    dim: Width = 768
-    depth: Depth = 12
-    heads: PositiveInt = 12
-    mlp_ratio: PositiveFloat = 4.0
-    drop_path: Fraction = 0.0
-    stem: tuple[Width, ...] = ()
-    mask_share: Fraction = 0.8
-    other_share: Fraction = 0.1
+    image_size: fields.Pixels | tuple[fields.Pixels, ...]
+    patch_size: fields.Pixels | tuple[fields.Pixels, ...] = 16
+    in_channels: fields.PositiveInt = 3
+    dim: fields.Width = 768
+    depth: fields.Depth = 12
+    heads: fields.PositiveInt = 12
+    mlp_ratio: fields.PositiveFloat = 4.0
+    drop_path: fields.Fraction = 0.0
+    stem: tuple[fields.Width, ...] = ()
+    mask_share: fields.Fraction = 0.8
+    other_share: fields.Fraction = 0.1
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        fields.check_fields(self)
         if self.mask_share + self.other_share > 1:
             raise ValueError(
                 "mask_share and other_share must be shares of one whole; "
