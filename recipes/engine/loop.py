@@ -191,9 +191,9 @@ class Task(ABC):
         """
         return {}
 
-    def take(self, inputs: Any, rows: Tensor) -> Any:
-        """Select some samples of the inputs. By default, index every tensor in them."""
-        return tree_map_only(Tensor, lambda tensor: tensor[rows.to(tensor.device)], inputs)
+    def take(self, inputs: Any, rows: slice) -> Any:
+        """Select some samples of the inputs. By default, slice every tensor in them."""
+        return tree_map_only(Tensor, lambda tensor: tensor[rows], inputs)
 
     def step(self, batch: Batch, at: Moment) -> Step | None:
         """Run one training step; return None if no image of the batch could be read.
@@ -237,22 +237,25 @@ class Task(ABC):
             The task's numbers and the number of images, over all processes.
         """
         self.spread.zero_grad(set_to_none=True)
-        count = torch.tensor(float(num_images), device=self.config.device)
-        count = self.world.total(count)
+        # Filled on the device: a copy from the host would wait for it.
+        count = self.world.total(torch.full((), float(num_images), device=self.config.device))
         # DDP averages over processes, which may have different numbers of readable images.
         all_images = num_images if self.world.size == 1 else count.clamp(min=1)
         totals: dict[str, Tensor] = {}
-        parts = torch.arange(num_images).tensor_split(self.config.accumulate)
-        for index, rows in enumerate(parts, 1):
-            with gradient_sync(self.spread, enabled=index == len(parts)):
-                inputs = self.inputs if len(parts) == 1 else self.take(self.inputs, rows)
+        num_parts = self.config.accumulate
+        for part in range(num_parts):
+            start, stop = (num_images * bound // num_parts for bound in (part, part + 1))
+            with gradient_sync(self.spread, enabled=part == num_parts - 1):
+                inputs = (
+                    self.inputs if num_parts == 1 else self.take(self.inputs, slice(start, stop))
+                )
                 with self.config.autocast():
                     numbers = self.forward(self.spread, inputs)
-                share = len(rows) * self.world.size / all_images
+                share = (stop - start) * self.world.size / all_images
                 (numbers["loss"] * share).backward()
             for name, value in numbers.items():
                 number = value.detach().float()
-                if len(rows) == 0:  # a mean over no samples may be NaN
+                if start == stop:  # a mean over no samples may be NaN
                     number = torch.zeros_like(number)
                 totals[name] = totals.get(name, 0.0) + number * share
         summed = self.world.total(torch.stack(list(totals.values()))) / self.world.size

@@ -106,7 +106,7 @@ def test_by_default_every_twentieth_step_has_a_row() -> None:
 
 def test_gradient_accumulation_gives_the_same_steps(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", Line(make_config()))
-    parts = train(tmp_path / "parts", Line(make_config(accumulate=3)))  # parts of 2, 1 and 1
+    parts = train(tmp_path / "parts", Line(make_config(accumulate=3)))  # parts of 1, 1 and 2
     np.testing.assert_allclose([r["loss"] for r in parts], [r["loss"] for r in whole], rtol=1e-5)
     np.testing.assert_allclose([r["seen"] for r in parts], [r["seen"] for r in whole], rtol=1e-5)
 
