@@ -105,11 +105,6 @@ def draw_views(
     return [draw(key.view(view), grid) for view in range(views)]
 
 
-def take_rows(masks: Masks, rows: Tensor) -> Masks:
-    """Select the masks of some samples."""
-    return masks[rows] if isinstance(masks, Mask) else [mask[rows] for mask in masks]
-
-
 def join(masks: Masks, images: Tensor) -> tuple[Mask, Tensor]:
     """Concatenate several masks of the same images into one, and repeat the images to match.
 
