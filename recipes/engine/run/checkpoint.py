@@ -202,28 +202,6 @@ def find_origin(resume: str, world: World, num_steps: int) -> tuple[Checkpoints,
     return others, found
 
 
-def load_last_weights(folder: Path, model: nn.Module) -> None:
-    """Load only the model weights of a run's last checkpoint.
-
-    Args:
-        folder: The run's folder.
-        model: A model of the same shape.
-
-    Raises:
-        UserError: If there is no checkpoint, or it belongs to another model.
-    """
-    checkpoints = Checkpoints(folder / "checkpoints", World())
-    steps = checkpoints.steps()
-    if not steps:
-        raise UserError(f"{folder} holds no complete checkpoint")
-    weights = model.state_dict()
-    try:
-        dcp_load({"model": weights}, checkpoint_id=checkpoints.path(steps[-1]), no_dist=True)
-    except (OSError, CheckpointException) as error:
-        raise UserError(f"cannot load {checkpoints.path(steps[-1])}: {_reason(error)}") from error
-    model.load_state_dict(weights)
-
-
 def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     model_state, optimizer_state = get_state_dict(model, optimizer)
     return {"model": model_state, "optimizer": optimizer_state}
