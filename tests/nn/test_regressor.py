@@ -192,7 +192,7 @@ def test_a_ragged_mask_is_refused():
             lambda: TokenHead(dim=4, vocabulary_size=7)(
                 torch.zeros(1, 2, 4), torch.tensor([[1, 2, 3]])
             ),
-            r"\(1, 2\); got \(1, 3\)",
+            r"\(1, 2\), one word for each row of x; got \(1, 3\)",
         ),
         (
             lambda: PatchTokenizer(patch_size=(2, 2), in_channels=1, vocabulary_size=9).fit(

@@ -119,7 +119,9 @@ def test_features_of_a_teacher_are_predicted_where_patches_are_masked(tmp_path: 
     drawn = RECIPE.reconstruct(model, images, mask)
     assert not gather_masked(patchify(drawn, 4), mask).any(), "features have no way back"
     with pytest.raises(UserError, match=r"patches of \(4, 4\) pixels and 3 channels where"):
-        SimMIM(SimMIMConfig(16, "vit", 8, target="features", teacher=teacher))
+        SimMIM(
+            SimMIMConfig(16, "vit", 8, dim=16, depth=1, heads=2, target="features", teacher=teacher)
+        )
 
 
 @pytest.mark.parametrize("kind", ["ours", "authors", "authors' fine-tuned"])

@@ -7,6 +7,7 @@ q. For each network, the set of q is derived by hand and compared with the error
 import math
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,9 +215,9 @@ class OneUnmaskedBlock(ConvViT):
         stage = self.stages[0]
         cells = stage.embed(cells, cell)
         for index, block in enumerate(stage.blocks):
-            layout = Layout((10, 14), None, None if index == self.unmasked else hidden)
-            cells = block(cells, layout)
-        tokens = hide(cells, hidden)[:, 0].view(len(images), 5, 2, 7, 2, -1)
+            seen = None if index == self.unmasked else hidden
+            cells = block(cells, SimpleNamespace(cell=(10, 14), around=None, hidden=seen))
+        tokens = cells.masked_fill(hidden, 0)[:, 0].view(len(images), 5, 2, 7, 2, -1)
         tokens = tokens.transpose(2, 3).reshape(len(images), 35, -1)
         return torch.take_along_dim(tokens, mask.visible_ids.unsqueeze(2), dim=1)
 
