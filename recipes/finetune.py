@@ -31,12 +31,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from recipes.engine import Training, fields
-from recipes.engine.classify import Classification, fit, score
+from recipes.engine.classify import Classification, plan_classifier, score
 from recipes.engine.data.augment import Augmentation, rand_augment
 from recipes.engine.data.labelled import LabelledData, load_labelled
 from recipes.engine.data.mixing import Mixing
 from recipes.engine.errors import UserError
-from recipes.engine.loop import Plan, make_plan
+from recipes.engine.loop import Plan, run_steps
 from recipes.engine.optim import layer_decay_groups
 from recipes.engine.pretrained import encoders
 from recipes.engine.pretrained.encoders import (
@@ -202,6 +202,7 @@ def make_task(
 
 def fine_tune(
     config: FineTuneConfig,
+    plan: Plan,
     file: EncoderFile | None,
     data: LabelledData,
     options: FineTuneOptions,
@@ -212,6 +213,7 @@ def fine_tune(
 
     Args:
         config: The configuration.
+        plan: The steps.
         file: The pre-trained encoder.
         data: Labelled images.
         options: What does not decide the result.
@@ -223,7 +225,7 @@ def fine_tune(
         if summary is not None:
             return summary
         task = make_task(config, file, data, options, world)
-        fit(task, data, folder, options)
+        run_steps(task, plan, data.images.train, folder, options)
         model = build_model(config, None, data.num_classes)
         model.load_state_dict(whole_weights(task.model, everywhere=True))
         folder.write_weights("model.safetensors", model.encoder)
@@ -236,7 +238,7 @@ def fine_tune(
         }
         if file is not None and compares(options):
             scratch = dataclasses.replace(config, encoder="none")
-            untrained = fine_tune(scratch, None, data, options, path / "scratch", world)
+            untrained = fine_tune(scratch, plan, None, data, options, path / "scratch", world)
             summary["from_scratch"] = untrained["accuracy"]
         folder.write_summary(summary)
     return summary
@@ -393,7 +395,7 @@ def run(options: FineTuneOptions) -> None:
     config, file = resolve_fine_tuning(options)
     data = load_images(config)
     config = fit_channels(config, file, data)
-    plan = make_plan(config, options, data.images.train)
+    plan = plan_classifier(config, options, data)
     check_shard(options.shard)
     warn_of_slow_precision(config)
     model = build_model(config, file, data.num_classes)  # what does not fit is found here
@@ -403,7 +405,7 @@ def run(options: FineTuneOptions) -> None:
     path = output_folder(options.out, config)
     with join(config.device) as world:
         check_shares(config.training.batch_size, world, accumulate=config.accumulate)
-        summary = fine_tune(config, file, data, options, path, world)
+        summary = fine_tune(config, plan, file, data, options, path, world)
         if world.is_main:
             print_summary(summary, path)
 

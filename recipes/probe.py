@@ -26,12 +26,12 @@ if __name__ == "__main__":
 import yaml
 
 from recipes.engine import Training
+from recipes.engine.classify import plan_classifier
 from recipes.engine.data.augment import Augmentation
 from recipes.engine.data.labelled import LabelledData, load_labelled
 from recipes.engine.data.load import load_data
 from recipes.engine.data.sets import DataSet, ProbeData
 from recipes.engine.errors import UserError
-from recipes.engine.loop import make_plan
 from recipes.engine.paper_probes import train_probe
 from recipes.engine.pictures import draw_attention
 from recipes.engine.pretrained.encoders import (
@@ -218,6 +218,8 @@ def resolve_probing(options: ProbeOptions) -> tuple[ProbeConfig, EncoderFile]:
         protocol=options.protocol,
         pool=options.pool or _default_pool(options.protocol, file.shape),
     )
+    if options.shard:
+        raise UserError("--shard: the classifier of a probe is small, omit it")
     if options.protocol == "paper" and config.training.batch_size == 1:
         raise UserError("--batch-size 1: these probes normalise over a batch, give 2 or more")
     return config, file
@@ -292,7 +294,7 @@ def run(options: ProbeOptions) -> None:
     warn_of_slow_precision(config)
     load_features(config, file)  # what does not fit is found before the folder is made
     if config.protocol == "paper":
-        make_plan(config, options, load_all(config).images.train)
+        plan_classifier(config, options, load_all(config))  # a batch that is too large
     if options.dry_run:
         print(yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip())
         return

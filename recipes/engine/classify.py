@@ -10,10 +10,9 @@ from recipes.engine.data.labelled import LabelledData
 from recipes.engine.data.mixing import Mixing
 from recipes.engine.data.sets import Batch
 from recipes.engine.errors import UserError
-from recipes.engine.loop import Moment, Task, make_plan, run_steps
+from recipes.engine.loop import Moment, Plan, Task, make_plan
 from recipes.engine.run.cli import Options
 from recipes.engine.run.config import RunConfig
-from recipes.engine.run.folder import RunFolder
 from recipes.engine.run.loader import held_out_batches
 from recipes.engine.run.world import World
 from recipes.engine.seeds import step_generator
@@ -75,16 +74,14 @@ class Classification(Task):
         return {"loss": F.cross_entropy(model(images).float(), targets)}
 
 
-def fit(task: Classification, data: LabelledData, folder: RunFolder, options: Options) -> None:
-    """Train a classifier from its last checkpoint, and log its metrics."""
-    plan = make_plan(
-        task.config,
-        options,
-        data.images.train,
-        checkpoint_at_least=_LEAST_STEPS_BETWEEN_CHECKPOINTS,
-    )
-    run_steps(task, plan, data.images.train, folder, options)
-    task.model.eval()
+def plan_classifier(config: RunConfig, options: Options, data: LabelledData) -> Plan:
+    """Plan the steps of a classifier.
+
+    Raises:
+        UserError: If a batch is larger than the data set.
+    """
+    at_least = _LEAST_STEPS_BETWEEN_CHECKPOINTS
+    return make_plan(config, options, data.images.train, checkpoint_at_least=at_least)
 
 
 @torch.no_grad()

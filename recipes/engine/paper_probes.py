@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mimkit.nn import AttentiveProbe
-from recipes.engine.classify import Classification, fit, score
+from recipes.engine.classify import Classification, plan_classifier, score
 from recipes.engine.data.labelled import LabelledData
 from recipes.engine.data.mixing import Mixing
+from recipes.engine.loop import run_steps
 from recipes.engine.optim import LARS
 from recipes.engine.probes import Features
 from recipes.engine.run.cli import Options
@@ -99,7 +100,8 @@ def train_probe(
             no_mixing = Mixing(data.num_classes, mixup=0.0, cutmix=0.0, smoothing=0.0)
             make_optimizer = _optimizer_of(kind, config.lr)
             task = Classification(model, make_optimizer, no_mixing, config, data, world)
-            fit(task, data, folder, options)
+            plan = plan_classifier(config, options, data)
+            run_steps(task, plan, data.images.train, folder, options)
             accuracy = score(model, config, data, world, workers=options.workers)
             summary = {"accuracy": accuracy}
             folder.write_summary(summary)
