@@ -11,6 +11,7 @@ at epoch 700; for 100 epochs: 2e-4, cosine. Published top-1 on ImageNet-1K after
 83.8, Swin-B 83.5 (100 epochs) and 84.0 (800), Swin-L 85.4.
 """
 
+import dataclasses
 import math
 import sys
 from collections.abc import Sequence
@@ -119,6 +120,12 @@ class SimMIMConfig:
                 )
 
     @property
+    def encoder_shape(self) -> dict[str, Any]:
+        """What ViT and Swin are built from alike."""
+        names = ("image_size", "patch_size", "in_channels", "dim", "depth", "heads")
+        return {name: getattr(self, name) for name in (*names, "mlp_ratio", "drop_path")}
+
+    @property
     def scored_by(self) -> LossName:
         """The loss: what was asked for, or what fits the target best."""
         return self.loss or self._fitting_losses[0]
@@ -166,7 +173,9 @@ class SimMIM(nn.Module):
         super().__init__()
         self.config = config
         self.encoder: ViT | SwinTransformer = (
-            make_swin(config) if config.encoder == "swin" else make_vit(config)
+            SwinTransformer(**config.encoder_shape, window=config.window)
+            if config.encoder == "swin"
+            else make_vit(config)
         )
         self.patch_size = self.encoder.patch_embed.patch_size
         self.mask_token = nn.Parameter(torch.empty(1, 1, config.dim))
@@ -242,36 +251,10 @@ def make_target(config: SimMIMConfig, patch_size: Grid) -> targets.Target:
     return targets.FeatureTarget(teacher, normalize=True, error=error)
 
 
-def make_swin(config: SimMIMConfig) -> SwinTransformer:
-    """Make the Swin encoder."""
-    assert isinstance(config.depth, Sequence)
-    assert isinstance(config.heads, Sequence)
-    return SwinTransformer(
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-        in_channels=config.in_channels,
-        dim=config.dim,
-        depth=config.depth,
-        heads=config.heads,
-        window=config.window,
-        mlp_ratio=config.mlp_ratio,
-        drop_path=config.drop_path,
-    )
-
-
 def make_vit(config: SimMIMConfig) -> ViT:
     """Make the ViT encoder: positions are in attention alone, one table for all blocks."""
-    assert isinstance(config.depth, int)
-    assert isinstance(config.heads, int)
     encoder = ViT(
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-        in_channels=config.in_channels,
-        dim=config.dim,
-        depth=config.depth,
-        heads=config.heads,
-        mlp_ratio=config.mlp_ratio,
-        drop_path=config.drop_path,
+        **config.encoder_shape,
         absolute_positions=False,
         relative_positions="shared",
         layer_scale=config.layer_scale,
@@ -313,17 +296,14 @@ EPOCHS_100 = Training(
     crop_area=(0.67, 1.0),
     interpolation="bilinear",
 )
-EPOCHS_800 = Training(
+EPOCHS_800 = dataclasses.replace(
+    EPOCHS_100,
     epochs=800,
-    batch_size=2048,
     base_lr=5e-5,
-    warmup_epochs=10,
     warmup_lr=2e-6,
+    min_lr=0.0,
+    cosine_from_start=False,
     milestones=(700,),
-    betas=(0.9, 0.999),
-    clip_grad=5.0,
-    crop_area=(0.67, 1.0),
-    interpolation="bilinear",
 )
 UNITS_OF_8 = UnitMasking(mask_ratio=0.6, unit=8)  # 32 pixels of patches of 4
 SWIN_BASE = SimMIMConfig(image_size=192, encoder="swin")
@@ -339,14 +319,7 @@ PRESETS = {
             heads=(2, 4),
             window=4,
         ),
-        Training(
-            epochs=7,
-            batch_size=64,
-            base_lr=6e-3,
-            warmup_epochs=0.3,
-            betas=(0.9, 0.95),
-            clip_grad=1.0,
-        ),
+        Training(epochs=7, batch_size=64, base_lr=6e-3, warmup_epochs=0.3, clip_grad=1.0),
         UnitMasking(mask_ratio=0.6, unit=2),
     ),
     "vit_base": Preset(
@@ -357,14 +330,7 @@ PRESETS = {
     "swin_base": Preset(SWIN_BASE, EPOCHS_800, UNITS_OF_8),
     "swin_base_100": Preset(SWIN_BASE, EPOCHS_100, UNITS_OF_8),
     "swin_large": Preset(
-        SimMIMConfig(
-            image_size=192,
-            encoder="swin",
-            dim=192,
-            depth=(2, 2, 18, 2),
-            heads=(6, 12, 24, 48),
-            window=12,
-        ),
+        dataclasses.replace(SWIN_BASE, dim=192, heads=(6, 12, 24, 48), window=12),
         EPOCHS_800,
         UNITS_OF_8,
     ),
