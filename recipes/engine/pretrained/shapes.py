@@ -14,6 +14,7 @@ from mimkit._grids import NUM_CLASS_ROWS, per_axis
 from mimkit.interop import from_official
 from mimkit.nn import ConvViT, SwinTransformer, ViT
 from mimkit.patches import interpolate_positions, interpolate_relative_positions
+from recipes.engine.errors import UserError
 from recipes.engine.fields import Depth, Pixels, PositiveFloat, PositiveInt, Width, check_fields
 
 Encoder = ViT | SwinTransformer | ConvViT
@@ -44,10 +45,15 @@ class EncoderShape(ABC):
         check_fields(self)
 
     def image_axes(self) -> tuple[int, int]:
-        """Return height and width in pixels."""
-        size = self.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return height, width
+        """Return height and width in pixels.
+
+        Raises:
+            UserError: The images have another number of axes.
+        """
+        axes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,) * 2
+        if len(axes) != 2:
+            raise UserError(f"image_size {axes} must have two axes: height and width")
+        return axes[0], axes[1]
 
     @classmethod
     @abstractmethod
