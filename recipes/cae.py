@@ -366,9 +366,9 @@ def build_with_target(config: CAEConfig) -> CAE:
 
 def make_target(config: CAEConfig) -> targets.Target:
     """Make what is predicted."""
-    axes = 2 if isinstance(config.image_size, int) else len(config.image_size)
+    axes = len(config.image_size) if isinstance(config.image_size, tuple) else 2
     patch = config.patch_size
-    patch_size = (patch,) * axes if isinstance(patch, int) else patch
+    patch_size = patch if isinstance(patch, tuple) else (patch,) * axes
     images = (config.image_size, patch_size, config.in_channels)
     if config.target == "rgb":
         return targets.PixelTarget(patch_size, config.in_channels, normalize=True)

@@ -255,8 +255,7 @@ def resolve_tokenizer(options: Options) -> RunConfig:
     config = resolve(options, "tokenizer", PRESETS, config_type=RunConfig)
     model: VAEConfig = config.model
     stride = 1 << (model.groups - 1)
-    sizes = (model.image_size,) if isinstance(model.image_size, int) else model.image_size
-    if any(size % stride for size in sizes):
+    if any(size % stride for size in config.image_size):
         raise UserError(
             f"--image-size {model.image_size} is no multiple of the {stride} pixels that a code "
             f"stands for with --groups {model.groups}"

@@ -136,7 +136,7 @@ def raw_pixels(patch_size: int | tuple[int, int]) -> Features:
     Returns:
         A function from images to flattened images and flattened patches.
     """
-    height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    height, width = patch_size if isinstance(patch_size, tuple) else (patch_size, patch_size)
 
     def features(images: Tensor) -> tuple[Tensor, Tensor]:
         patches = rearrange(images, "b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=height, p2=width)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+import numpy as np
 import pytest
 
 from recipes import finetune, probe, tokenizer
@@ -30,7 +31,7 @@ from recipes.engine.run.config import RunConfig, resolve
 from recipes.mae import RECIPE as MAE
 from recipes.simmim import RECIPE as SIMMIM
 from recipes.vit_mpp import RECIPE as MPP
-from tests.recipes.command import config_for
+from tests.recipes.command import config_for, options_for
 
 RECIPES = [MAE, SIMMIM, CAE, CONVMAE, MPP]
 BAD = ("nan", "inf", "-inf", "-1", "-0.5", "1e400", "9" * 5000, "two", "")
@@ -222,6 +223,7 @@ def test_a_yaml_file_gives_options_and_the_command_line_wins(tmp_path: Path) -> 
         ("epochs: -1", "--epochs"),
         ("epoch: 1", "unknown key 'epoch'"),
         ("compile: maybe", "must be true or false"),
+        ("image_size: [32, a]", "--image-size"),
         ("- 1", "must hold `option: value` lines"),
         ("{" * 5_000, "is not YAML: nested"),
         ("seed: " + "9" * 5_000, "is not YAML"),
@@ -235,3 +237,34 @@ def test_a_yaml_file_that_does_not_fit_is_one_line(text: str, says: str, tmp_pat
         config_for(MAE, "--config", str(file))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1_000
+
+
+def test_a_list_and_a_derived_switch_can_stand_in_a_yaml_file(tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("image_size: [32, 64]\nno_alignment: true\nno_decoder: false\n")
+    model = config_for(CAE, "--config", str(file)).model
+    assert (model.image_size, model.no_alignment, model.no_decoder) == ((32, 64), True, False)
+
+
+def test_of_several_yaml_files_the_last_one_is_read(tmp_path: Path) -> None:
+    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    for seed, file in enumerate(files):
+        file.write_text(f"seed: {seed}")
+    assert options_for(MAE, "--config", str(files[0]), f"--config={files[1]}").seed == 1
+
+
+def test_what_cannot_be_read_is_told_without_the_words_of_pythons_types() -> None:
+    with pytest.raises(UserError, match="--image-size") as caught:
+        config_for(MAE, "--image-size", "a", "b")
+    assert "Within" not in str(caught.value)
+    assert "typing" not in str(caught.value)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    preset = MAE.presets["tiny"]
+    size = np.int64(32)
+    model = dataclasses.replace(preset.model, image_size=size, mlp_ratio=np.float32(4))
+    presets = {"tiny": dataclasses.replace(preset, model=model)}
+    config = resolve(options_for(MAE), "mae", presets, config_type=RunConfig)
+    assert config.image_size == (32, 32)
+    assert config.digest() == config_for(MAE).digest()

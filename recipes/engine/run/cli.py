@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import docstring_parser
 import tyro
@@ -240,12 +240,13 @@ def parse_options(
 
 
 def _config_path(arguments: Sequence[str]) -> Path | None:
+    path = None  # of several, the last one counts, as for any option
     for position, argument in enumerate(arguments):
         if argument.startswith("--config="):
-            return Path(argument.removeprefix("--config="))
+            path = Path(argument.removeprefix("--config="))
         if argument == "--config" and position + 1 < len(arguments):
-            return Path(arguments[position + 1])
-    return None
+            path = Path(arguments[position + 1])
+    return path
 
 
 def _yaml_arguments(path: Path | None, options_type: type[Any]) -> list[str]:
@@ -267,13 +268,20 @@ def _yaml_arguments(path: Path | None, options_type: type[Any]) -> list[str]:
             choices = ", ".join(sorted(known))
             raise UserError(f"--config {path} has an unknown key {name!r}: choose from {choices}")
         flag = option.replace("_", "-")
-        if known[option] is bool and not isinstance(value, bool):
+        if _is_switch(known[option]) and not isinstance(value, bool):
             raise UserError(f"--config {path}: {name} must be true or false; got {shown(value)}")
-        if known[option] is bool:
+        if _is_switch(known[option]):
             arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            arguments += [f"--{flag}", *map(str, value)]
         elif value is not None:
             arguments += [f"--{flag}", str(value)]
     return arguments
+
+
+def _is_switch(kind: Any) -> bool:
+    """Whether an option is given without a value; one that is derived carries its help."""
+    return kind is bool or get_args(kind)[:1] == (bool,)
 
 
 def _one_line(message: str) -> str:
@@ -282,4 +290,6 @@ def _one_line(message: str) -> str:
     lines = (re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in message.splitlines())
     sentences = [line for line in lines if line and not re.match(r"[╭╰─+]|-+$", line)]
     text = " ".join(sentences) if sentences else "the command line cannot be read"
+    # Why each type of a union does not fit, in the words of Python's types.
+    text = re.sub(r"Got errors:.*?(?=Argument helptext:|For full helptext|$)", "", text)
     return text if len(text) <= 700 else f"{text[:697]}..."

@@ -164,7 +164,7 @@ class RunConfig:
     def image_size(self) -> tuple[int, ...]:
         """Return the pixels per axis."""
         size = self.model.image_size
-        return (size, size) if isinstance(size, int) else tuple(size)
+        return tuple(size) if isinstance(size, tuple) else (size, size)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which the model runs."""
@@ -173,13 +173,19 @@ class RunConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings, lists and dictionaries, as in `config.yaml`."""
-        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=_plain))
         return plain
 
     def digest(self) -> str:
         """Return eight characters that name this configuration."""
         text = json.dumps(self.as_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _plain(number: Any) -> float:
+    """Take the number out of one of NumPy's."""
+    value: float = number.item()
+    return value
 
 
 ConfigType = TypeVar("ConfigType", bound=RunConfig)
