@@ -86,10 +86,17 @@ class Pretraining(Task):
 
 
 def fitting_images(data: DataSet) -> Tensor:
-    """Return up to 256 training inputs for `Recipe.fit`."""
+    """Return up to 256 training inputs for `Recipe.fit`.
+
+    Raises:
+        UserError: If none of them can be read.
+    """
     count = min(len(data.train), _FITTING_IMAGES)
     items = (data.train[0, sample_id] for sample_id in range(count))
-    return torch.stack([image for image, _ in items if image is not None])
+    images = [image for image, _ in items if image is not None]
+    if not images:
+        raise UserError(f"none of the first {count} images of {data.name} can be read")
+    return torch.stack(images)
 
 
 def scalars(output: Any) -> dict[str, Tensor]:

@@ -222,6 +222,12 @@ def test_a_dry_run_writes_nothing(encoder, images, tmp_path, monkeypatch, capsys
     assert not list(tmp_path.iterdir())
 
 
+def test_images_of_three_axes_are_refused_in_one_line(images, capsys):
+    arguments = ["--encoder", "none", "--data", str(images), "--image-size", "32", "32", "32"]
+    assert finetune.main(arguments) == 2
+    assert "must have two axes" in capsys.readouterr().err
+
+
 # Encoders
 
 

@@ -20,9 +20,10 @@ from recipes.cae import RECIPE as CAE
 from recipes.convmae import RECIPE as CONVMAE
 from recipes.engine import Recipe, Training, run
 from recipes.engine.data.load import load_data
-from recipes.engine.data.sets import Batch, TrainSet
+from recipes.engine.data.sets import Batch, DataSet, TrainSet
+from recipes.engine.errors import UserError
 from recipes.engine.loop import Moment, Plan, Task, make_plan, run_steps
-from recipes.engine.pretrain import Pretraining
+from recipes.engine.pretrain import Pretraining, fitting_images
 from recipes.engine.run.cli import Options, parse_options
 from recipes.engine.run.config import RunConfig
 from recipes.engine.run.folder import RunFolder
@@ -134,6 +135,15 @@ def test_a_batch_without_readable_images_is_skipped() -> None:
     task = Line(make_config())
     nothing = Batch(torch.empty(0, 0, 0, 0), torch.empty(0, dtype=torch.int64), [3])
     assert task.step(nothing, Moment(0, 0.0)) is None
+
+
+def test_a_set_of_which_nothing_can_be_read_to_fit_a_target_is_one_line() -> None:
+    class Damaged(Numbers):
+        def __getitem__(self, index: tuple[int, int]) -> Any:
+            return None, index[1]
+
+    with pytest.raises(UserError, match="none of the first 16 images of ours can be read"):
+        fitting_images(DataSet("ours", 1, Damaged()))
 
 
 def test_a_plan_saves_and_logs_at_its_end() -> None:

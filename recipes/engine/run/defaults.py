@@ -14,14 +14,14 @@ from mimkit.masking import Mask
 
 def fit(model: Any, images: Float[Tensor, "batch channels *spatial"]) -> None:
     """Let the target learn from some model inputs what it needs."""
-    model.target.fit(images)
+    _target_of(model).fit(images)
 
 
 def baselines(
     model: Any, images: Float[Tensor, "batch channels *spatial"], mask: Mask
 ) -> dict[str, Float32[Tensor, ""]]:
     """Score trivial predictors under the model's loss."""
-    scores: dict[str, Tensor] = model.target.baselines(images, mask)
+    scores: dict[str, Tensor] = _target_of(model).baselines(images, mask)
     return scores
 
 
@@ -32,7 +32,7 @@ def reconstruct(
     patch_size = [size // n for size, n in zip(images.shape[2:], mask.grid, strict=True)]
     prediction = model(images, mask).prediction.float()
     try:
-        patches = model.target.invert(prediction, images, mask)
+        patches = _target_of(model).invert(prediction, images, mask)
     except NotImplementedError:
         return viz.show_masked(images, mask, patch_size, color=0.0)
     return viz.fill_masked(images, mask, patches, patch_size)
@@ -40,5 +40,19 @@ def reconstruct(
 
 def note(model: Any) -> str:
     """Say what a viewer of reconstructions must know."""
-    text: str = model.target.note
+    text: str = _target_of(model).note
     return text
+
+
+def _target_of(model: Any) -> Any:
+    """Return a model's target.
+
+    Raises:
+        TypeError: If it has none.
+    """
+    if getattr(model, "target", None) is None:
+        raise TypeError(
+            f"{type(model).__name__} has no target (see recipes.engine.targets): add one, or give "
+            "fit, baselines, reconstruct and note to the Recipe"
+        )
+    return model.target
