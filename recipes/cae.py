@@ -196,13 +196,15 @@ class CAE(nn.Module):
         depth = 0 if config.no_decoder else config.decoder_depth
         self.decoder = CAEDecoder(depth=depth, **blocks)
         self.patch_size = self.encoder.patch_embed.patch_size
-        self.head: nn.Module = nn.Linear(width, config.feature_dim)
+        self.head: nn.Module
         if config.target == "tokens":
             self.head = TokenHead(dim=width, vocabulary_size=config.vocabulary_size)
         elif config.target == "rgb":
             self.head = PixelHead(
                 dim=width, patch_size=self.patch_size, in_channels=config.in_channels
             )
+        else:
+            self.head = nn.Linear(width, config.feature_dim)
         # In pre-training, the frozen tokenizer or teacher; else its output is given to `forward`.
         self.target: targets.Target | None = None
         self._initialize()
