@@ -57,7 +57,7 @@ for name, distance in distances.items():
 assert distances["gridwise"] < distances["uniform .75"] < distances["inverse .8"]
 
 # %% [markdown]
-# The rate at which each token is masked. Blocks that lie inside the image mask the center more often.
+# The rate at which each token is masked. Blocks lie inside the image, so they mask its center more.
 
 # %%
 rates = stats.marginals(masking.blockwise, (14, 14), 0.5, num_samples=1024)

@@ -8,8 +8,8 @@
 # %% [markdown]
 # # A masked autoencoder on your own folder of images
 #
-# Set FOLDER to a folder of images: flat, or `train/<class>/*.jpg`. As an example, this writes crops of
-# a bundled photograph into one. Run it in a checkout (`recipes` must be importable).
+# Set FOLDER to a folder of images: flat, or `train/<class>/*.jpg`. As an example, this writes crops
+# of a bundled photograph into one. Run it in a checkout (`recipes` must be importable).
 
 # %%
 from pathlib import Path
