@@ -139,7 +139,7 @@ def test_private_imports_are_found_however_they_are_written(tmp_path: Path) -> N
     assert private_imports(tmp_path) == expected
 
 
-def test_a_wheel_built_from_the_sdist_holds_both_packages_and_nothing_else(tmp_path: Path) -> None:
+def test_a_wheel_built_from_the_sdist_holds_both_packages_the_recipes_and_nothing_else(tmp_path: Path) -> None:
     # `--no-isolation`: the backend comes from the test environment, nothing is downloaded.
     subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
@@ -151,8 +151,12 @@ def test_a_wheel_built_from_the_sdist_holds_both_packages_and_nothing_else(tmp_p
     with zipfile.ZipFile(wheel) as archive:
         shipped = {name for name in archive.namelist() if ".dist-info/" not in name}
     sources = {
-        str(path.relative_to(base))
-        for base, package in ((ROOT, "mimkit"), (ROOT / "kernels", "mimkit_kernels"))
+        prefix + str(path.relative_to(base))
+        for base, package, prefix in (
+            (ROOT, "mimkit", ""),
+            (ROOT / "kernels", "mimkit_kernels", ""),
+            (ROOT, "recipes", "mimkit/_shipped/"),
+        )
         for path in (base / package).rglob("*")
         if path.suffix == ".py" or path.name == "py.typed"
     }
