@@ -97,6 +97,12 @@ class Target(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has no way back to pixels")
 
+    def draw_references(
+        self, images: Images, mask: Mask
+    ) -> dict[str, Float[Tensor, "images masked patch"]]:
+        """Return patches to show beside a prediction, by caption; none by default."""
+        return {}
+
 
 # Numbers
 
@@ -634,3 +640,48 @@ class CountedTokenTarget(TokenTarget):
         uniform = torch.tensor(math.log(self.num_values), device=images.device)
         unigram = -self.frequencies.log()[self(images, mask)].mean()
         return {"uniform": uniform, "unigram": unigram}
+
+    def draw_references(
+        self, images: Images, mask: Mask
+    ) -> dict[str, Float[Tensor, "images masked patch"]]:
+        """Draw the true codes, and for patches the most frequent one: contrast without a code."""
+        codes = self(images, mask)
+        found = {"tokens themselves": self.draw(codes, images, mask)}
+        if isinstance(self.tokenizer, PatchTokenizer):
+            common = self.frequencies.argmax().expand_as(codes)
+            found["contrast, one code"] = self.draw(common, images, mask)
+        return found
+
+
+# Targets that a caller gives instead of images
+
+
+def given_codes(token_ids: Tensor | None, mask: Mask) -> Int64[Tensor, "images masked"]:
+    """Return the codes of the masked patches.
+
+    Raises:
+        ValueError: If the codes of all patches are missing, or of another shape.
+    """
+    shape = (mask.batch_size, mask.num_tokens)
+    what = f"one code for each of the {shape[1]} patches of {shape[0]} images"
+    return _checked("token_ids", token_ids, shape, what).gather(1, mask.masked_ids)
+
+
+def given_features(
+    features: Tensor | None, mask: Mask, dim: int
+) -> Float[Tensor, "images masked dim"]:
+    """Return the features of the masked patches.
+
+    Raises:
+        ValueError: If they are missing, or of another shape.
+    """
+    shape = (mask.batch_size, mask.num_masked, dim)
+    what = f"{dim} numbers for each of the {shape[1]} masked patches of {shape[0]} images"
+    return _checked("features", features, shape, what)
+
+
+def _checked(name: str, values: Tensor | None, shape: tuple[int, ...], what: str) -> Tensor:
+    if values is None or values.shape != shape:
+        got = None if values is None else tuple(values.shape)
+        raise ValueError(f"{name} must hold {what}, {shape}; got {got}")
+    return values
