@@ -105,6 +105,8 @@ class CAEConfig:
 
     def __post_init__(self) -> None:
         fields.check_fields(self)
+        if self.teacher is not None and self.target != "features":
+            raise ValueError(f'a teacher is for target "features"; got target {self.target!r}')
 
 
 @container

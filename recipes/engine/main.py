@@ -11,7 +11,7 @@ from mimkit import masking
 from recipes.engine.data.load import load_data
 from recipes.engine.data.sets import DataSet
 from recipes.engine.dry_run import describe
-from recipes.engine.errors import UserError
+from recipes.engine.errors import UserError, say
 from recipes.engine.loop import Plan, make_plan, run_steps
 from recipes.engine.pretrain import Pretraining, build_model
 from recipes.engine.report import print_summary, write_report
@@ -74,7 +74,7 @@ def _run(recipe: Recipe, given: DataSet | None, options: Options) -> None:
     warn_of_slow_precision(config)
     warn_of_short_schedule(config)
     if options.dry_run:
-        print(describe(recipe, config, data, plan))
+        say(*describe(recipe, config, data, plan))
         return
     with join(config.device) as world:
         check_shares(config.training.batch_size, world, accumulate=config.accumulate)

@@ -68,6 +68,10 @@ class Target(nn.Module):
         """How many numbers a head must predict for a patch."""
         return math.prod(self.value_shape)
 
+    def train(self, mode: bool = True) -> "Target":
+        """Stay in evaluation mode: teachers and tokenizers are frozen."""
+        return super().train(False)
+
     def fit(self, images: Images) -> None:
         """Learn from some model inputs what the target needs; nothing by default."""
 
