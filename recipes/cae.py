@@ -86,12 +86,12 @@ class CAEConfig:
     depth: fields.Depth = 12
     heads: fields.PositiveInt = 12
     mlp_ratio: fields.PositiveFloat = 4.0
-    layer_scale: float | None = 0.1
+    layer_scale: fields.NonNegativeFloat | None = 0.1
     regressor_depth: fields.Depth = 4
     decoder_dim: fields.Width = 768
     decoder_depth: fields.Depth = 4
     decoder_heads: fields.PositiveInt = 12
-    decoder_layer_scale: float | None = 0.1
+    decoder_layer_scale: fields.NonNegativeFloat | None = 0.1
     vocabulary_size: fields.PositiveInt = 8192
     alignment_weight: fields.NonNegativeFloat = 2.0
     target: Target = "tokens"

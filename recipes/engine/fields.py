@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 _PLAIN = {
     int: "an integer",
     float: "a number",
-    str: "a text that is not empty",
+    str: "a name or a path",
     bool: "true or false",
 }
 
@@ -140,9 +140,15 @@ def admits(kind: Any, value: object) -> bool:
     if kind in (int, float):
         number = numbers.Integral if kind is int else numbers.Real
         return isinstance(value, number) and not isinstance(value, bool)
-    if kind is str:  # no file name holds a null character
-        return isinstance(value, str) and value != "" and "\0" not in value
+    if kind is str:
+        return isinstance(value, str) and value != "" and _can_name_a_file(value)
     return isinstance(value, kind) if kind in (bool, NoneType) else True
+
+
+def _can_name_a_file(text: str) -> bool:
+    """Whether file systems take it: no null character, and no part of more than 255 bytes."""
+    parts = text.encode("utf-8", "surrogatepass").split(b"/")
+    return "\0" not in text and all(len(part) <= 255 for part in parts) and len(text) < 4_096
 
 
 def describe(kind: Any) -> str:

@@ -10,11 +10,12 @@ from typing import Any, Literal, get_type_hints
 
 import numpy as np
 import pytest
+import torch
 
 from recipes import finetune, probe, tokenizer
 from recipes.cae import RECIPE as CAE
 from recipes.convmae import RECIPE as CONVMAE
-from recipes.engine import Recipe, Training
+from recipes.engine import Recipe, Training, run
 from recipes.engine.errors import UserError
 from recipes.engine.fields import (
     Depth,
@@ -25,11 +26,19 @@ from recipes.engine.fields import (
     Pixels,
     PositiveFloat,
     Within,
+    admits,
     check_fields,
 )
 from recipes.engine.main import options_type
 from recipes.engine.pretrained.encoders import open_encoder
-from recipes.engine.run.cli import Options, _is_switch, options_of, override, parse_options
+from recipes.engine.run.cli import (
+    Options,
+    _is_switch,
+    options_of,
+    override,
+    parse_options,
+    run_command,
+)
 from recipes.engine.run.config import RunConfig, resolve
 from recipes.mae import RECIPE as MAE
 from recipes.simmim import RECIPE as SIMMIM
@@ -141,7 +150,7 @@ def test_a_range_includes_its_ends_unless_it_is_open() -> None:
 
 
 # What every flag is tried with.
-ODD = ("nan", "inf", "-inf", "-1", "0", "1" + "0" * 400, "1e400", "9" * 5000, "")
+ODD = ("nan", "inf", "-inf", "-1", "0", "1" + "0" * 400, "")
 # A folder or file may have such a name. Whether it exists is checked where it is read.
 NAMES_OF_FILES = {"data", "out", "resume", "tokenizer", "teacher"}
 # Flags whose 0 means something.
@@ -162,9 +171,11 @@ ZERO_MEANS = {
 }
 
 
-def is_meaningful(flag: str, value: str) -> bool:
+def is_meaningful(options: type[Any], flag: str, value: str) -> bool:
     """Whether a flag may have one of the odd values."""
-    return (flag in NAMES_OF_FILES and value != "") or (flag in ZERO_MEANS and value == "0")
+    kind = get_type_hints(options, include_extras=True)[flag]
+    is_name = flag in NAMES_OF_FILES and admits(kind, value)
+    return is_name or (flag in ZERO_MEANS and value == "0")
 
 
 def kinds_of_options() -> dict[str, type[Any]]:
@@ -181,13 +192,15 @@ def flags_with_a_value(options: type[Any]) -> list[str]:
 
 
 def flags_of_all_scripts() -> list[Any]:
-    """Return every flag of every script; what all share is tried with the first one only."""
+    """Return every flag of every script; the long tier tries all, the quick one a flag a type."""
     found, seen = [], set[str]()
-    for name, kind in kinds_of_options().items():
-        for flag in flags_with_a_value(kind):
-            marks = [pytest.mark.full] if flag in seen else []
+    for name, options in kinds_of_options().items():
+        hints = get_type_hints(options)
+        for flag in flags_with_a_value(options):
+            alike = f"{flag in NAMES_OF_FILES} {flag in ZERO_MEANS} {hints[flag]}"
+            marks = [pytest.mark.full] if alike in seen else []
             found.append(pytest.param(name, flag, marks=marks))
-            seen.add(flag)
+            seen.add(alike)
     return found
 
 
@@ -208,15 +221,15 @@ def resolve_line(name: str, *arguments: str) -> None:
 
 def accepted_values(try_value: Callable[[str], None], values: Iterable[str]) -> list[str]:
     """Return the values that are accepted; each other one must be refused in one line."""
-    accepted = []
+    accepted, refusals = [], list[str]()
     for value in values:
         try:
             try_value(value)
         except UserError as error:
-            assert "\n" not in str(error)
-            assert len(str(error)) < 1_000
+            refusals.append(str(error))
         else:
             accepted.append(value)
+    assert all("\n" not in text and len(text) < 1_000 for text in refusals)
     return accepted
 
 
@@ -224,7 +237,15 @@ def accepted_values(try_value: Callable[[str], None], values: Iterable[str]) -> 
 def test_every_flag_refuses_odd_values_but_those_that_mean_something(name: str, flag: str) -> None:
     option = f"--{flag.replace('_', '-')}"
     accepted = accepted_values(lambda value: resolve_line(name, option, value), ODD)
-    assert accepted == [value for value in ODD if is_meaningful(flag, value)]
+    options = kinds_of_options()[name]
+    assert accepted == [value for value in ODD if is_meaningful(options, flag, value)]
+
+
+def test_a_name_of_a_file_is_neither_empty_nor_longer_than_file_systems_take() -> None:
+    assert admits(str, "a" * 255)
+    assert admits(str, "a" * 200 + "/" + "b" * 200)
+    for text in ("", "a" * 256, "\u00e9" * 128, "a\0", "a/" * 2_048):
+        assert not admits(str, text)
 
 
 def test_a_flag_without_a_range_is_noticed() -> None:
@@ -340,11 +361,10 @@ def test_the_command_line_takes_precedence_over_a_yaml_file(tmp_path: Path) -> N
         ("compile: maybe", "must be true or false"),
         ("image_size: [32, a]", "--image-size"),
         ("image_size: [32, yes]", "image_size must be"),
-        ("data: yes", "data must be a text that is not empty; got True"),
-        ("data: {a: 1}", "data must be a text"),
-        ("data: !!binary aGk=", "data must be a text"),
+        ("data: yes", "data must be a name or a path; got True"),
+        ("data: {a: 1}", "data must be a name"),
+        ("data: !!binary aGk=", "data must be a name"),
         ("epochs: no", "epochs must be 1 or more"),
-        ("no_decoder: true\ndecoder_depth: 2", "contradict each other"),
         ("- 1", "must hold `option: value` lines"),
         ("{" * 5_000, "is not YAML: nested"),
         ("seed: " + "9" * 5_000, "is not YAML"),
@@ -358,6 +378,13 @@ def test_a_mistake_in_a_yaml_file_gives_one_line(text: str, says: str, tmp_path:
         config_for(MAE, "--config", str(file))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1_000
+
+
+def test_options_of_a_yaml_file_may_not_contradict_each_other(tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("no_decoder: true\ndecoder_depth: 2")
+    with pytest.raises(UserError, match="contradict each other"):
+        config_for(CAE, "--config", str(file))
 
 
 def test_a_list_and_a_derived_switch_can_stand_in_a_yaml_file(tmp_path: Path) -> None:
@@ -389,3 +416,46 @@ def test_numbers_of_numpy_are_numbers() -> None:
     config = resolve(options_for(MAE), "mae", presets, config_type=RunConfig)
     assert config.image_size == (32, 32)
     assert config.digest() == config_for(MAE).digest()
+
+
+def test_a_model_that_no_memory_holds_is_refused_before_a_folder_is_made(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--data", "digits", "--decoder-depth", "1000", "--decoder-dim", "131072"]
+    assert run(MAE, "", arguments) == 2
+    error = capfd.readouterr().err
+    assert "need" in error
+    assert "GiB" in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+    assert run(MAE, "", [*arguments, "--dry-run"]) == 0  # a plan for another machine
+
+
+@pytest.mark.parametrize(
+    "allocate", [lambda: torch.empty(2**60, dtype=torch.uint8), lambda: bytearray(2**60)]
+)
+def test_an_allocation_that_fails_is_one_line(
+    allocate: Callable[[], Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    def command(options: Options) -> None:
+        allocate()
+
+    assert run_command(command, Options, name="mae", description="", arguments=[]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: there is not enough memory: give a smaller --batch-size")
+    assert error.count("\n") == 1
+
+
+def test_another_runtime_error_keeps_its_traceback() -> None:
+    def command(options: Options) -> None:
+        raise RuntimeError("a fault of ours")
+
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        run_command(command, Options, name="mae", description="", arguments=[])
+
+
+@pytest.mark.parametrize("size", ["16777216", "8193"])
+def test_an_image_of_too_many_pixels_is_refused(size: str) -> None:
+    with pytest.raises(UserError, match=f"--image-size {size} is too large"):
+        config_for(MAE, "--image-size", size)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import docstring_parser
+import torch
 import tyro
 
 from recipes.engine.errors import LostProcessError, UserError, say
@@ -84,6 +85,9 @@ class Options:
 # Fields of every preset's model and training that become options.
 FLAGS = ("image_size", "epochs", "batch_size", "warmup_epochs", "precision")
 
+# PyTorch's message of an allocation on the CPU that fails.
+_NO_MEMORY = "can't allocate memory"
+
 OptionsType = TypeVar("OptionsType")
 
 
@@ -105,7 +109,8 @@ def run_command(
         arguments: Command-line arguments; by default those of the process.
 
     Returns:
-        The exit code: 0, or 2 after a `UserError`, which is printed as one line on stderr.
+        The exit code: 0, or 2 after a `UserError` or where there is not enough memory, which is
+        printed as one line on stderr.
     """
     try:
         command(
@@ -116,6 +121,17 @@ def run_command(
                 description=description,
             )
         )
+    except (MemoryError, RuntimeError) as error:
+        if not (
+            isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY in str(error)
+        ):
+            raise
+        say(
+            "error: there is not enough memory: give a smaller --batch-size or --image-size, a "
+            "larger --accumulate, or a smaller model",
+            file=sys.stderr,
+        )
+        return 2
     except UserError as error:
         if rank_from_environment() == 0 or isinstance(error, LostProcessError):
             say(f"error: {error}", file=sys.stderr)
@@ -293,6 +309,8 @@ def _yaml_arguments(path: Path | None, options_type: type[Any]) -> list[str]:
     known = get_type_hints(options_type, include_extras=True)
     if path is None or known.pop("config", None) is None:
         return []
+    if not admits(str, str(path)):
+        raise UserError(f"--config {shown(str(path))} is not the name of a file")
     try:
         content = read_yaml(path) or {}
     except UnreadableError as error:

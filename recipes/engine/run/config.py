@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,9 @@ from recipes.engine.fields import (
 )
 from recipes.engine.run import defaults
 from recipes.engine.run.cli import Options, override
+
+# Pixels of a model input: 4096 x 16384, or a volume of 256 x 512 x 512.
+_MOST_PIXELS = 2**26
 
 # Version of the files in a run folder. 2: one training loop for all recipes.
 FORMAT = 2
@@ -240,7 +244,7 @@ def resolve(
     name, preset = choose_preset(options, presets)
     training = override(preset.training, options)
     model = override(preset.model if model is None else model, options)
-    return config_type(
+    config = config_type(
         recipe=recipe,
         preset=name,
         data=options.data,
@@ -256,6 +260,12 @@ def resolve(
         contents=_contents(model) or None,
         **more,
     )
+    if math.prod(config.image_size) > _MOST_PIXELS:
+        raise UserError(
+            f"--image-size {shown(model.image_size)} is too large: give at most "
+            f"{_MOST_PIXELS:,} pixels in all"
+        )
+    return config
 
 
 def choose_device(name: str) -> str:
