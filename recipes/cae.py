@@ -315,27 +315,20 @@ class CAE(nn.Module):
 
 def build_with_target(config: CAEConfig) -> CAE:
     """Make the model together with the frozen tokenizer or teacher that makes its target."""
-    target = make_target(config)
+    axes = len(sides_of("image_size", config.image_size))
+    patch_size = per_axis("patch_size", config.patch_size, axes)
+    images = (config.image_size, patch_size, config.in_channels)
+    target: targets.Target = targets.PixelTarget(patch_size, config.in_channels, normalize=True)
     if config.target == "tokens":
+        tokenizer = make_tokenizer(config.tokenizer, *images, config.vocabulary_size)
+        target = targets.CountedTokenTarget(tokenizer, patch_size)
         config = dataclasses.replace(config, vocabulary_size=target.num_values)
     elif config.target == "features":
+        target = targets.SimilarityTarget(load_teacher(config.teacher, *images))
         config = dataclasses.replace(config, feature_dim=target.num_values)
     model = CAE(config)
     model.target = target
     return model
-
-
-def make_target(config: CAEConfig) -> targets.Target:
-    """Make what is predicted."""
-    axes = len(sides_of("image_size", config.image_size))
-    patch_size = per_axis("patch_size", config.patch_size, axes)
-    images = (config.image_size, patch_size, config.in_channels)
-    if config.target == "rgb":
-        return targets.PixelTarget(patch_size, config.in_channels, normalize=True)
-    if config.target == "features":
-        return targets.SimilarityTarget(load_teacher(config.teacher, *images))
-    tokenizer = make_tokenizer(config.tokenizer, *images, config.vocabulary_size)
-    return targets.CountedTokenTarget(tokenizer, patch_size)
 
 
 def decode_full(

@@ -1,5 +1,6 @@
 """Text from outside steers no terminal and forges no line, wherever people read it."""
 
+import ast
 import contextlib
 import io
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipes.engine import run
+from recipes.engine import errors, run
 from recipes.engine.errors import UserError, escaped, say
 from recipes.engine.pictures import _captions
 from recipes.engine.pictures import main as place_side_by_side
@@ -92,6 +93,24 @@ def test_a_door_that_prints_a_name_as_it_is_is_noticed() -> None:
     assert not is_safe(printed(lambda: print("a\x1b[2J.png")))
     assert not is_safe(printed(lambda: print("a\u202e.png")))
     assert printed(lambda: print("a\nerror: b")).count("\n") == 2
+
+
+def prints_in(source: str) -> list[int]:
+    """Return the lines of a module that print or warn by themselves."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    direct = ("print", "sys.stdout.write", "sys.stderr.write", "warnings.warn", "warn")
+    return [call.lineno for call in calls if ast.unparse(call.func) in direct]
+
+
+def test_recipes_print_through_say_alone() -> None:
+    folder = Path(errors.__file__).parents[1]
+    files = [file for file in folder.rglob("*.py") if file != Path(errors.__file__)]
+    assert len(files) > 40
+    assert not [(file, line) for file in files for line in prints_in(file.read_text())]
+
+
+def test_a_module_that_prints_by_itself_is_noticed() -> None:
+    assert prints_in("import sys\nprint('a')\nsys.stderr.write('b')\nsay('c')") == [2, 3]
 
 
 @given(names, names)
