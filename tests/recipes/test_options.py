@@ -422,7 +422,8 @@ def test_a_model_that_no_memory_holds_is_refused_before_a_folder_is_made(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    arguments = ["--data", "digits", "--decoder-depth", "1000", "--decoder-dim", "131072"]
+    monkeypatch.setattr("os.sysconf", lambda name: 1_000)  # a megabyte
+    arguments = ["--data", "digits"]
     assert run(MAE, "", arguments) == 2
     error = capfd.readouterr().err
     assert "need" in error
