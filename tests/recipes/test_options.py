@@ -152,7 +152,8 @@ def test_a_range_includes_its_ends_unless_it_is_open() -> None:
 # What every flag is tried with.
 ODD = ("nan", "inf", "-inf", "-1", "0", "1" + "0" * 400, "")
 # A folder or file may have such a name. Whether it exists is checked where it is read.
-NAMES_OF_FILES = {"data", "out", "resume", "tokenizer", "teacher"}
+# (`--teacher` alone is refused: it needs `--target features`.)
+NAMES_OF_FILES = {"data", "out", "resume", "tokenizer"}
 # Flags whose 0 means something.
 ZERO_MEANS = {
     "seed": "a seed like any other",
