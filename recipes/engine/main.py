@@ -76,12 +76,12 @@ def _run(recipe: Recipe, given: DataSet | None, options: Options) -> None:
     if options.dry_run:
         print(describe(recipe, config, data, plan))
         return
-    with join(config.device) as world:
+    with join(config.device, timeout=options.timeout) as world:
         check_shares(config.training.batch_size, world, accumulate=config.accumulate)
         path = output_folder(options.out, config)
         if not path.exists():
             find_origin(options.resume, world, plan.num_steps)  # fails before creating the folder
-        with RunFolder(path, config, world) as folder:
+        with RunFolder(path, config, world, lock=options.lock) as folder:
             summary = folder.read_summary()
             if summary is None:
                 summary = _train(recipe, config, data, plan, folder, options)
