@@ -154,7 +154,7 @@ def _meet(world: World, backend: str, timeout: float) -> None:
         ProcessError: If that fails, or takes longer than the timeout.
     """
     at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    _check_address(world)
+    _check_address(world, timeout)
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout + _GRACE))
     except RuntimeError as error:
@@ -169,7 +169,7 @@ def _meet(world: World, backend: str, timeout: float) -> None:
         ) from error
 
 
-def _check_address(world: World) -> None:
+def _check_address(world: World, timeout: float) -> None:
     """Check the address at which processes meet, before PyTorch tries for long.
 
     Raises:
@@ -183,15 +183,34 @@ def _check_address(world: World) -> None:
             f"environment variable MASTER_ADDR={escaped(host)} names no host that can be found: "
             "give the name or address of the first node"
         ) from error
-    # torchrun itself listens there.
-    if world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    # torchrun itself listens there, or else process 0.
+    if not world.is_main or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        _wait_for_listener(host, port, timeout)
+    else:
         try:
             socket.create_server(("", port)).close()
         except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
             raise ProcessError(
-                f"environment variable MASTER_PORT={port}: {error.strerror}; choose another port, "
-                "the same in every process"
+                f"environment variable MASTER_PORT={port}: {reason}; choose another port, the same "
+                "in every process"
             ) from error
+
+
+def _wait_for_listener(host: str, port: int, timeout: float) -> None:
+    """Wait in silence: PyTorch prints pages while it does."""
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=timeout).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ProcessError(
+                    f"nothing listens at {escaped(host)}:{port} within --timeout {timeout:g}: "
+                    "start process 0, and check MASTER_ADDR and MASTER_PORT of every process"
+                ) from error
+            time.sleep(0.2)
 
 
 class Watchdog:
