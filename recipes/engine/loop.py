@@ -42,6 +42,7 @@ from recipes.engine.run.world import (
 )
 from recipes.engine.seeds import stream_seed
 
+IMAGENET = 1_281_167  # training images of ImageNet-1K
 _MAX_SKIPPED = 10
 _LINES_PER_RUN = 50  # if stderr is not a terminal, which gets a progress bar
 
@@ -105,7 +106,7 @@ def make_plan(
     Args:
         config: The run's configuration.
         options: How often to log and save; by default a checkpoint is saved every epoch.
-        train_set: The training images.
+        train_set: The training images. A dry run with fewer than a batch plans for ImageNet-1K.
         checkpoint_at_least: Least number of steps between checkpoints, for short epochs. Ignored
             with `--checkpoint-every`.
 
@@ -113,7 +114,10 @@ def make_plan(
         UserError: If a batch is larger than the data set.
     """
     batch_size = config.training.batch_size
-    steps_per_epoch = len(train_set) // batch_size
+    num_images = len(train_set)
+    if options.dry_run and num_images < batch_size:
+        num_images = max(IMAGENET, batch_size)
+    steps_per_epoch = num_images // batch_size
     if steps_per_epoch == 0:
         raise UserError(
             f"--batch-size {batch_size} is more than the {len(train_set)} images of {config.data}"

@@ -1,4 +1,4 @@
-"""A signal ends a run in one line and loses nothing; the same command ends like an undisturbed one."""
+"""A signal ends a run in one line; the same command ends like an undisturbed run."""
 
 import errno
 import fcntl
