@@ -58,7 +58,7 @@ def describe(recipe: Recipe, config: RunConfig, data: DataSet, plan: Plan) -> st
     encoder: Any = model.encoder
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = count_parameters(model) - trained
-    cost = Cost(trained, frozen, *measure(recipe, config, data, model))
+    cost = Cost(trained, frozen, *measure(config, data, model))
     batch_size = config.training.batch_size
     at_once = batch_size / config.accumulate
     num_images = len(data.train)
@@ -115,8 +115,16 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def measure(recipe: Recipe, config: RunConfig, data: DataSet, model: nn.Module) -> tuple[int, int]:
+def measure(config: RunConfig, data: DataSet, model: nn.Module) -> tuple[int, int]:
     """Return the FLOPs of a step on one image, and the bytes of its saved activations."""
+    flops, one = _measure(config, data, model, num_images=1)
+    # What is kept once for all images, such as copies of the weights in bf16, is in both.
+    return flops, _measure(config, data, model, num_images=2)[1] - one
+
+
+def _measure(
+    config: RunConfig, data: DataSet, model: nn.Module, *, num_images: int
+) -> tuple[int, int]:
     encoder: Any = model.encoder
     saved: dict[int, int] = {}
 
@@ -126,9 +134,9 @@ def measure(recipe: Recipe, config: RunConfig, data: DataSet, model: nn.Module) 
             saved[storage._cdata] = storage.nbytes()
         return tensor
 
-    masks = config.masking.draw(masking.key([0], seed=config.seed), encoder.grid)
+    masks = config.masking.draw(masking.key(range(num_images), seed=config.seed), encoder.grid)
     masks = masks.to("meta") if isinstance(masks, Mask) else [mask.to("meta") for mask in masks]
-    images = torch.empty(1, data.in_channels, *encoder.image_size, device="meta")
+    images = torch.empty(num_images, data.in_channels, *encoder.image_size, device="meta")
     with (
         FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),

@@ -93,9 +93,9 @@ def losses(out: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(labelled: Path) -> Path:
-    out = labelled.parent / "undisturbed"
-    finish("mae", labelled, out)
+def undisturbed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish("mae", pictures, out)
     return out
 
 
@@ -120,18 +120,24 @@ AT = {
 
 @pytest.mark.parametrize(("phase", "number"), CELLS)
 def test_a_run_that_was_stopped_by_a_signal_ends_like_an_undisturbed_one(
-    phase: str, number: signal.Signals, labelled: Path, undisturbed: Path, tmp_path: Path
+    phase: str, number: signal.Signals, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    line = stop_in(phase, number, "mae", labelled, out)
+    probed = phase == "evaluation"  # only labelled images are
+    data = request.getfixturevalue("labelled" if probed else "pictures")
+    line = stop_in(phase, number, "mae", data, out)
     assert AT[phase] in line
-    finish("mae", labelled, out)
-    assert_equal_runs(out, undisturbed)
+    finish("mae", data, out)
+    if probed:
+        finish("mae", data, tmp_path / "undisturbed")
+        assert_equal_runs(out, tmp_path / "undisturbed")
+    else:
+        assert_equal_runs(out, request.getfixturevalue("undisturbed"))
 
 
 @pytest.mark.full
-def test_a_second_ctrl_c_leaves_at_once(labelled: Path, tmp_path: Path) -> None:
-    process = start("step", "mae", labelled, tmp_path / "run")
+def test_a_second_ctrl_c_leaves_at_once(pictures: Path, tmp_path: Path) -> None:
+    process = start("step", "mae", pictures, tmp_path / "run")
     wait_until((tmp_path / "run.reached").exists, "step", process)
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
@@ -166,10 +172,10 @@ def test_other_recipes_stop_and_continue_in_the_same_way(
 
 @pytest.mark.full
 def test_a_signal_for_every_process_of_a_job_leaves_the_loading_workers_alone(
-    labelled: Path, undisturbed: Path, tmp_path: Path
+    pictures: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    process = start("step", "mae", labelled, out, "--workers", "2")
+    process = start("step", "mae", pictures, out, "--workers", "2")
     wait_until(out.with_suffix(".reached").exists, "step", process)
     workers = children(process.pid)
     assert len(workers) == 2
@@ -179,7 +185,7 @@ def test_a_signal_for_every_process_of_a_job_leaves_the_loading_workers_alone(
     assert code == 143
     assert "after step 5 of 12, which is saved" in printed
     assert "worker" not in printed
-    finish("mae", labelled, out)
+    finish("mae", pictures, out)
     assert_equal_runs(out, undisturbed)
 
 
@@ -218,10 +224,10 @@ def reached(out: Path, step: int) -> bool:
 @pytest.mark.full
 @pytest.mark.parametrize("ranks", [(0,), (1,), (1, 0)], ids=str)
 def test_a_signal_to_one_process_makes_all_save_the_same_step(
-    ranks: tuple[int, ...], labelled: Path, tmp_path: Path
+    ranks: tuple[int, ...], pictures: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    job = launch(labelled, out)
+    job = launch(pictures, out)
     wait_until(lambda: reached(out, 6), "step 6", job)
     for rank in ranks:
         os.kill(process_of_rank(rank, job), signal.SIGUSR1)
@@ -232,7 +238,7 @@ def test_a_signal_to_one_process_makes_all_save_the_same_step(
     (line,) = (line for line in printed.splitlines() if line.startswith("stopped by"))
     step = int(line.split("after step ")[1].split()[0])
     assert (out / f"checkpoints/step-{step:08d}/COMPLETE").exists()
-    again = launch(labelled, out)
+    again = launch(pictures, out)
     wait_until(lambda: reached(out, step + 2), "two more steps", again)
     again.terminate()
     end_of(again)
@@ -241,9 +247,9 @@ def test_a_signal_to_one_process_makes_all_save_the_same_step(
 
 
 @pytest.mark.full
-def test_a_hanging_process_is_named_after_the_timeout(labelled: Path, tmp_path: Path) -> None:
+def test_a_hanging_process_is_named_after_the_timeout(pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    job = launch(labelled, out, "--timeout", "8")
+    job = launch(pictures, out, "--timeout", "8")
     wait_until(lambda: reached(out, 3), "step 3", job)
     hanging = process_of_rank(1, job)
     os.kill(hanging, signal.SIGSTOP)
@@ -266,9 +272,9 @@ def test_a_hanging_process_is_named_after_the_timeout(labelled: Path, tmp_path: 
 
 
 @pytest.mark.full
-def test_torchrun_starts_a_killed_job_again(labelled: Path, tmp_path: Path) -> None:
+def test_torchrun_starts_a_killed_job_again(pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    job = launch(labelled, out, "--max-steps", "40", restarts=1)
+    job = launch(pictures, out, "--max-steps", "40", restarts=1)
     wait_until(lambda: reached(out, 6), "step 6", job)
     os.kill(process_of_rank(1, job), signal.SIGKILL)
     code, printed = end_of(job)
