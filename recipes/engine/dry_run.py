@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -51,8 +50,13 @@ class Cost:
         return state / shards + self.activations * images
 
 
+<<<<<<< HEAD
 def describe(recipe: Recipe, config: RunConfig, data: DataSet, plan: Plan) -> str:
     """Describe a run: configuration, steps, parameters, FLOPs, memory, and a plan by GPUs."""
+=======
+def describe(recipe: Recipe, config: RunConfig, data: DataSet, plan: Plan) -> list[str]:
+    """Describe a run: configuration, steps, parameters, FLOPs per image and memory."""
+>>>>>>> main
     with torch.device("meta"):
         model = recipe.build(config.model).train()
     encoder: Any = model.encoder
@@ -60,6 +64,7 @@ def describe(recipe: Recipe, config: RunConfig, data: DataSet, plan: Plan) -> st
     frozen = count_parameters(model) - trained
     cost = Cost(trained, frozen, *measure(config, data, model))
     batch_size = config.training.batch_size
+<<<<<<< HEAD
     at_once = batch_size / config.accumulate
     num_images = len(data.train)
     is_small = num_images < batch_size
@@ -81,6 +86,21 @@ def describe(recipe: Recipe, config: RunConfig, data: DataSet, plan: Plan) -> st
             *plan_by_gpus(config, plan, cost),
         ]
     )
+=======
+    images_at_once = batch_size // config.accumulate
+    memory = num_parameters * _BYTES_PER_PARAMETER + activations * images_at_once
+    return [
+        *config.as_lines(),
+        "---",
+        f"data          {data.name}: {len(data.train):,} images per epoch",
+        f"steps         {plan.num_steps:,} of {batch_size:,} images",
+        f"parameters    {num_parameters:,} "
+        f"({sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained, "
+        f"{count_parameters(encoder):,} in the encoder)",
+        f"FLOPs         {flops / 1e9:,.2f} G per image, forward and backward",
+        f"memory        about {memory / _GIB:,.2f} GiB for weights, optimizer and activations",
+    ]
+>>>>>>> main
 
 
 def plan_by_gpus(config: RunConfig, plan: Plan, cost: Cost) -> list[str]:
