@@ -23,12 +23,8 @@ from typing import Any, Literal
 if __name__ == "__main__":
     __import__("recipes.script" if __package__ else "script")  # import path, threads
 
-<<<<<<< HEAD
-import yaml
 
 from recipes import signals
-=======
->>>>>>> main
 from recipes.engine import Training
 from recipes.engine.classify import plan_classifier
 from recipes.engine.data.augment import Augmentation

@@ -50,13 +50,8 @@ class Cost:
         return state / shards + self.activations * images
 
 
-<<<<<<< HEAD
-def describe(recipe: Recipe, config: RunConfig, data: DataSet, plan: Plan) -> str:
-    """Describe a run: configuration, steps, parameters, FLOPs, memory, and a plan by GPUs."""
-=======
 def describe(recipe: Recipe, config: RunConfig, data: DataSet, plan: Plan) -> list[str]:
-    """Describe a run: configuration, steps, parameters, FLOPs per image and memory."""
->>>>>>> main
+    """Describe a run: configuration, steps, parameters, FLOPs, memory, and a plan by GPUs."""
     with torch.device("meta"):
         model = recipe.build(config.model).train()
     encoder: Any = model.encoder
@@ -64,43 +59,25 @@ def describe(recipe: Recipe, config: RunConfig, data: DataSet, plan: Plan) -> li
     frozen = count_parameters(model) - trained
     cost = Cost(trained, frozen, *measure(config, data, model))
     batch_size = config.training.batch_size
-<<<<<<< HEAD
     at_once = batch_size / config.accumulate
     num_images = len(data.train)
     is_small = num_images < batch_size
     small = f", fewer than a batch: steps are of ImageNet-1K's {IMAGENET:,}" if is_small else ""
-    return "\n".join(
-        [
-            yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip(),
-            "---",
-            f"data          {data.name}: {num_images:,} images per epoch{small}",
-            f"steps         {plan.num_steps:,} of {batch_size:,} images",
-            f"parameters    {trained + frozen:,} ({trained:,} trained, "
-            f"{count_parameters(encoder):,} in the encoder)",
-            f"FLOPs         {cost.flops / 1e9:,.2f} G per image, forward and backward",
-            f"memory        about {cost.memory(at_once) / _GIB:,.2f} GiB in a single process, for "
-            f"weights, gradients, AdamW and the activations of {at_once:g} images",
-            f"checkpoint    about {cost.checkpoint / _GIB:,.2f} GiB each; two are kept, and "
-            "there is one more while it is written",
-            "",
-            *plan_by_gpus(config, plan, cost),
-        ]
-    )
-=======
-    images_at_once = batch_size // config.accumulate
-    memory = num_parameters * _BYTES_PER_PARAMETER + activations * images_at_once
     return [
         *config.as_lines(),
         "---",
-        f"data          {data.name}: {len(data.train):,} images per epoch",
+        f"data          {data.name}: {num_images:,} images per epoch{small}",
         f"steps         {plan.num_steps:,} of {batch_size:,} images",
-        f"parameters    {num_parameters:,} "
-        f"({sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained, "
+        f"parameters    {trained + frozen:,} ({trained:,} trained, "
         f"{count_parameters(encoder):,} in the encoder)",
-        f"FLOPs         {flops / 1e9:,.2f} G per image, forward and backward",
-        f"memory        about {memory / _GIB:,.2f} GiB for weights, optimizer and activations",
+        f"FLOPs         {cost.flops / 1e9:,.2f} G per image, forward and backward",
+        f"memory        about {cost.memory(at_once) / _GIB:,.2f} GiB in a single process, for "
+        f"weights, gradients, AdamW and the activations of {at_once:g} images",
+        f"checkpoint    about {cost.checkpoint / _GIB:,.2f} GiB each; two are kept, and "
+        "there is one more while it is written",
+        "",
+        *plan_by_gpus(config, plan, cost),
     ]
->>>>>>> main
 
 
 def plan_by_gpus(config: RunConfig, plan: Plan, cost: Cost) -> list[str]:

@@ -306,13 +306,9 @@ def run_steps(
         options: Options for logging, saving, resuming, loading and non-finite steps.
 
     Raises:
-<<<<<<< HEAD
-        UserError: If a checkpoint cannot be read or written, or a step is not finite.
-        Stopped: After a signal; the steps done are saved.
-=======
         UserError: If a checkpoint cannot be read or written, a step is not finite, or no step had
             an image that could be read.
->>>>>>> main
+        Stopped: After a signal; the steps done are saved.
     """
     with signals.noting():
         _train(task, plan, train_set, folder, options)
@@ -375,7 +371,6 @@ def _run_from(
     return None
 
 
-<<<<<<< HEAD
 def _stop(done: int, plan: Plan, world: World) -> None:
     """Raise `Stopped` if any process has received a signal."""
     number = max(world.gather(signals.received() or 0))
@@ -385,7 +380,8 @@ def _stop(done: int, plan: Plan, world: World) -> None:
         saved = "which is saved" if done else "of which nothing is lost"
         moment = f"after step {done} of {plan.num_steps}, {saved}: start the same command again"
         raise signals.Stopped(number, moment)
-=======
+
+
 def _check_trained(folder: RunFolder, train_set: TrainSet) -> None:
     """Check that at least one step has been trained.
 
@@ -402,7 +398,6 @@ def _check_trained(folder: RunFolder, train_set: TrainSet) -> None:
             f"{train_set.describe(unreadable[0])}: replace them"
         )
     raise UserError(f"{folder.path}: no step was trained, since {reason}, and choose another --out")
->>>>>>> main
 
 
 def _rewind(

@@ -15,12 +15,8 @@ from recipes.engine.data.sets import DataSet
 from recipes.engine.dry_run import describe
 from recipes.engine.errors import UserError, say
 from recipes.engine.loop import Plan, make_plan, run_steps
-<<<<<<< HEAD
-from recipes.engine.pretrain import Pretraining, build_model
-from recipes.engine.pretrained.tokenizers import missing_files_allowed
-=======
 from recipes.engine.pretrain import Pretraining, build_model, check_memory
->>>>>>> main
+from recipes.engine.pretrained.tokenizers import missing_files_allowed
 from recipes.engine.report import print_summary, write_report
 from recipes.engine.run.checkpoint import find_origin
 from recipes.engine.run.cli import FLAGS, Options, options_of, run_command
@@ -75,30 +71,18 @@ def _run(recipe: Recipe, given: DataSet | None, options: Options) -> None:
     data = _load(config) if given is None else given
     config = _with_channels(config, data)
     plan = make_plan(config, options, data.train)
-<<<<<<< HEAD
     with missing_files_allowed() if options.dry_run else contextlib.nullcontext():
-        check_fit(recipe, config)  # before a folder is made
+        model = check_fit(recipe, config)  # before a folder is made
         check_shard(options.shard)
         check_shares(config.training.batch_size, World(), accumulate=config.accumulate)
         warn_of_slow_precision(config)
         warn_of_short_schedule(config)
         if options.dry_run:
-            print(describe(recipe, config, data, plan))
+            say(*describe(recipe, config, data, plan))
             return
-    with join(config.device, timeout=options.timeout) as world:
-=======
-    model = check_fit(recipe, config)  # before a folder is made
-    check_shard(options.shard)
-    check_shares(config.training.batch_size, World(), accumulate=config.accumulate)
-    warn_of_slow_precision(config)
-    warn_of_short_schedule(config)
-    if options.dry_run:
-        say(*describe(recipe, config, data, plan))
-        return
     if not options.shard:
         check_memory(model, config)
-    with join(config.device) as world:
->>>>>>> main
+    with join(config.device, timeout=options.timeout) as world:
         check_shares(config.training.batch_size, world, accumulate=config.accumulate)
         path = output_folder(options.out, config)
         if not path.exists():

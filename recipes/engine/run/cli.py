@@ -15,12 +15,8 @@ import docstring_parser
 import torch
 import tyro
 
-<<<<<<< HEAD
 from recipes import signals
-from recipes.engine.errors import ProcessError, UserError
-=======
-from recipes.engine.errors import LostProcessError, UserError, say
->>>>>>> main
+from recipes.engine.errors import ProcessError, UserError, say
 from recipes.engine.fields import (
     FieldError,
     PositiveFloat,
@@ -120,13 +116,9 @@ def run_command(
         arguments: Command-line arguments; by default those of the process.
 
     Returns:
-<<<<<<< HEAD
-        The exit code: 0; 2 after a `UserError`, which is printed as one line on stderr; or that of
-        a signal (`signals.EXIT_CODES`), after which there is one line, too.
-=======
-        The exit code: 0, or 2 after a `UserError` or where there is not enough memory, which is
-        printed as one line on stderr.
->>>>>>> main
+        The exit code: 0; 2 after a `UserError` or where there is not enough memory, which is
+        printed as one line on stderr; or that of a signal (`signals.EXIT_CODES`), after which there
+        is one line, too.
     """
     signals.forget()
     try:
@@ -151,17 +143,12 @@ def run_command(
         )
         return 2
     except UserError as error:
-<<<<<<< HEAD
         if isinstance(error, ProcessError) or world_from_environment().is_main:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-=======
-        if rank_from_environment() == 0 or isinstance(error, LostProcessError):
             say(f"error: {error}", file=sys.stderr)
->>>>>>> main
         return 2
     except signals.Stopped as stop:
         if world_from_environment().is_main:
-            print(stop, file=sys.stderr)
+            say(stop, file=sys.stderr)
         return stop.code
     return 0
 
