@@ -219,7 +219,7 @@ def fine_tune(
         path: Output folder; the comparison run has the folder `scratch` in it.
         world: The processes.
     """
-    with RunFolder(path, config, world) as folder:
+    with RunFolder(path, config, world, lock=options.lock) as folder:
         summary = folder.read_summary()
         if summary is not None:
             return summary
@@ -400,7 +400,7 @@ def run(options: FineTuneOptions) -> None:
         say(*describe(config, data, plan, model))
         return
     path = output_folder(options.out, config)
-    with join(config.device) as world:
+    with join(config.device, timeout=options.timeout) as world:
         check_shares(config.training.batch_size, world, accumulate=config.accumulate)
         summary = fine_tune(config, plan, file, data, options, path, world)
         if world.is_main:

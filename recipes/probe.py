@@ -23,6 +23,8 @@ from typing import Any, Literal
 if __name__ == "__main__":
     __import__("recipes.script" if __package__ else "script")  # import path, threads
 
+
+from recipes import signals
 from recipes.engine import Training
 from recipes.engine.classify import plan_classifier
 from recipes.engine.data.augment import Augmentation
@@ -179,9 +181,10 @@ def probe_encoder(
 ) -> dict[str, Any]:
     """Probe an encoder, and return the summary."""
     assert data.probe is not None
-    with RunFolder(path, config, world) as folder:
+    with RunFolder(path, config, world, lock=options.lock) as folder:
         summary = folder.read_summary()
         if summary is None:
+            signals.set_moment("before the probes end: start the same command again")
             features = load_features(config, file)
             if config.protocol == "small":
                 found = run_probes(features, data.probe, seed=config.seed)
@@ -297,7 +300,7 @@ def run(options: ProbeOptions) -> None:
         say(*config.as_lines())
         return
     path = output_folder(options.out, config)
-    with join(config.device) as world:
+    with join(config.device, timeout=options.timeout) as world:
         check_shares(config.training.batch_size, world)
         summary = probe_encoder(config, preset, file, data, options, path, world)
         if world.is_main:

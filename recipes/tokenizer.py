@@ -220,9 +220,10 @@ def run(options: Options) -> None:
             num_parameters = count_parameters(config.model.build())
         say(*config.as_lines(), "---", f"parameters    {num_parameters:,}")
         return
-    with join(config.device) as world:
+    with join(config.device, timeout=options.timeout) as world:
         check_shares(config.training.batch_size, world, accumulate=config.accumulate)
-        with RunFolder(output_folder(options.out, config), config, world) as folder:
+        path = output_folder(options.out, config)
+        with RunFolder(path, config, world, lock=options.lock) as folder:
             summary = folder.read_summary()
             if summary is None:
                 torch.manual_seed(config.seed)

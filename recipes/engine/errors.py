@@ -17,8 +17,12 @@ class UserError(Exception):
         super().__init__(escaped(message.rsplit("UserError: ", maxsplit=1)[-1].strip()))
 
 
-class LostProcessError(UserError):
-    """Another process of the job died. Every surviving process prints this error."""
+class ProcessError(UserError):
+    """A process cannot take part in its job. Every process that fails prints its own line."""
+
+
+class LostProcessError(ProcessError):
+    """Another process of the job died."""
 
 
 def reason_of(error: BaseException) -> str:

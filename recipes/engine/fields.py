@@ -55,6 +55,7 @@ Seed = Annotated[int, Within(0, 2**63 - 1, "0 or more, and less than 2**63")]
 Pixels = Annotated[int, Within(1, 2**24)]
 Width = Annotated[int, Within(1, 2**17)]
 Depth = Annotated[int, Within(0, 1_000)]
+Seconds = Annotated[float, Within(1, 604_800, "1 to 604,800 seconds, which is a week")]
 Workers = Annotated[int, Within(0, 1_024)]
 Epochs = Annotated[float, Within(0, _MOST, "0 or a positive number, and at most 1,000,000,000")]
 PositiveFloat = Annotated[

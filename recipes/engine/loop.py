@@ -6,6 +6,7 @@ saves checkpoints, and can rewind when a loss or gradient is not finite.
 """
 
 import contextlib
+import itertools
 import math
 import sys
 import time
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
+from recipes import signals
 from recipes.engine.data.sets import Batch, TrainSet
 from recipes.engine.errors import UserError, say
 from recipes.engine.optim import gradients, scheduled_lr
@@ -29,9 +31,18 @@ from recipes.engine.run.config import RunConfig
 from recipes.engine.run.folder import RunFolder
 from recipes.engine.run.loader import make_loader
 from recipes.engine.run.tracker import Tracker, make_tracker
-from recipes.engine.run.world import World, distribute, gradient_sync, whole
+from recipes.engine.run.world import (
+    COMPUTING,
+    LOADING,
+    Watchdog,
+    World,
+    distribute,
+    gradient_sync,
+    whole,
+)
 from recipes.engine.seeds import stream_seed
 
+IMAGENET = 1_281_167  # training images of ImageNet-1K
 _MAX_SKIPPED = 10
 _LINES_PER_RUN = 50  # if stderr is not a terminal, which gets a progress bar
 
@@ -95,7 +106,7 @@ def make_plan(
     Args:
         config: The run's configuration.
         options: How often to log and save; by default a checkpoint is saved every epoch.
-        train_set: The training images.
+        train_set: The training images. A dry run with fewer than a batch plans for ImageNet-1K.
         checkpoint_at_least: Least number of steps between checkpoints, for short epochs. Ignored
             with `--checkpoint-every`.
 
@@ -103,7 +114,10 @@ def make_plan(
         UserError: If a batch is larger than the data set.
     """
     batch_size = config.training.batch_size
-    steps_per_epoch = len(train_set) // batch_size
+    num_images = len(train_set)
+    if options.dry_run and num_images < batch_size:
+        num_images = max(IMAGENET, batch_size)
+    steps_per_epoch = num_images // batch_size
     if steps_per_epoch == 0:
         raise UserError(
             f"--batch-size {batch_size} is more than the {len(train_set)} images of {config.data}"
@@ -154,6 +168,7 @@ class Task(ABC):
     """
 
     inputs: Any = None  # inputs of the last step, for `extras`
+    stops = False  # whether a process of several had received a signal in the last step
 
     def __init__(
         self, model: nn.Module, config: RunConfig, world: World, *, shard: bool = False
@@ -216,6 +231,7 @@ class Task(ABC):
         # The only synchronization with the device in a step.
         fetched = torch.stack([num_images, norm, *totals.values()]).tolist()
         numbers = dict(zip(["num_images", "grad_norm", *totals], fetched, strict=True))
+        self.stops = bool(numbers.pop("stop", False))
         if not numbers["num_images"]:
             return None
         if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
@@ -223,6 +239,10 @@ class Task(ABC):
         self.optimizer.step()
         count = int(numbers.pop("num_images"))
         return Step({"loss": numbers.pop("loss"), "lr": lr, **numbers}, count)
+
+    def is_stopped(self) -> bool:
+        """Whether a signal ends the training after this step, the same in every process."""
+        return self.stops if self.world.size > 1 else signals.received() is not None
 
     def _set_lr(self, at: Moment) -> float:
         lr = scheduled_lr(at.epoch, self.config)
@@ -258,6 +278,9 @@ class Task(ABC):
                 if start == stop:  # a mean over no samples may be NaN
                     number = torch.zeros_like(number)
                 totals[name] = totals.get(name, 0.0) + number * share
+        if self.world.size > 1:  # all stop after the same step; the sum is fetched with the others
+            is_stopped = float(signals.received() is not None)
+            totals["stop"] = torch.full((), is_stopped, device=self.config.device)
         summed = self.world.total(torch.stack(list(totals.values()))) / self.world.size
         return dict(zip(totals, summed, strict=True)), count
 
@@ -285,7 +308,16 @@ def run_steps(
     Raises:
         UserError: If a checkpoint cannot be read or written, a step is not finite, or no step had
             an image that could be read.
+        Stopped: After a signal; the steps done are saved.
     """
+    with signals.noting():
+        _train(task, plan, train_set, folder, options)
+    signals.set_moment(signals.AFTER_TRAINING)
+
+
+def _train(
+    task: Task, plan: Plan, train_set: TrainSet, folder: RunFolder, options: Options
+) -> None:
     world = folder.world
     checkpoints = Checkpoints(folder.path / "checkpoints", world, keep_every=options.keep_every)
     next_step: int | None = start_from(
@@ -294,7 +326,7 @@ def run_steps(
     name = options.tracker if world.is_main else "none"
     with contextlib.closing(make_tracker(name, task.config, folder)) as tracker:
         while next_step is not None:
-            log = _Log(task, plan, folder, tracker)
+            log = _Log(task, plan, folder, tracker, timeout=options.timeout)
             next_step = _run_from(next_step, log, train_set, checkpoints, options)
     _check_trained(folder, train_set)
 
@@ -318,6 +350,7 @@ def _run_from(
         workers=options.workers,
         pin_memory=task.config.device == "cuda",
     )
+    done = first_step
     for step, batch in enumerate(log.watch(loader, first_step), first_step):
         folder.note_unreadable(batch.unreadable_ids)
         try:
@@ -325,11 +358,28 @@ def _run_from(
         except NonFiniteError as error:
             checkpoints.finish()
             return _rewind(error, task, folder, checkpoints, options)
-        log.add(step + 1, batch, result)
-        if plan.saves(step + 1):
-            checkpoints.save(step + 1, task.model, task.optimizer)
+        done = step + 1
+        log.add(done, batch, result)
+        if plan.saves(done):
+            checkpoints.save(done, task.model, task.optimizer)
+        if task.is_stopped():
+            break
+    if first_step < done < plan.num_steps and not plan.saves(done):
+        checkpoints.save(done, task.model, task.optimizer)
     checkpoints.finish()
+    _stop(done, plan, task.world)
     return None
+
+
+def _stop(done: int, plan: Plan, world: World) -> None:
+    """Raise `Stopped` if any process has received a signal."""
+    number = max(world.gather(signals.received() or 0))
+    if number and done == plan.num_steps:
+        raise signals.Stopped(number, signals.AFTER_TRAINING)
+    if number:
+        saved = "which is saved" if done else "of which nothing is lost"
+        moment = f"after step {done} of {plan.num_steps}, {saved}: start the same command again"
+        raise signals.Stopped(number, moment)
 
 
 def _check_trained(folder: RunFolder, train_set: TrainSet) -> None:
@@ -393,6 +443,7 @@ class _Log:
     plan: Plan
     folder: RunFolder
     tracker: Tracker
+    timeout: float
     images: int = 0
     waited: float = 0.0
     since: float = field(default_factory=time.perf_counter)
@@ -413,13 +464,20 @@ class _Log:
         self.last_line = first_step
         self.since = time.perf_counter()
         batches = iter(loader)
-        with self.bar:
-            while True:
+        with self.bar, Watchdog(self.task.world, self.timeout) as watchdog:
+            for step in itertools.count(first_step):
+                watchdog.note(step, LOADING)
                 start = time.perf_counter()
-                batch = next(batches, None)
+                try:
+                    # One of several processes cannot leave the others: it waits for its batch.
+                    with signals.breakable(self.task.world.size == 1):
+                        batch = next(batches, None)
+                except signals.BrokenOff:
+                    return
                 self.waited += time.perf_counter() - start
                 if batch is None:
                     return
+                watchdog.note(step, COMPUTING)
                 yield batch
                 self.bar.update()
 

@@ -1,5 +1,6 @@
 """Run a recipe from the command line."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
@@ -15,6 +16,7 @@ from recipes.engine.dry_run import describe
 from recipes.engine.errors import UserError, say
 from recipes.engine.loop import Plan, make_plan, run_steps
 from recipes.engine.pretrain import Pretraining, build_model, check_memory
+from recipes.engine.pretrained.tokenizers import missing_files_allowed
 from recipes.engine.report import print_summary, write_report
 from recipes.engine.run.checkpoint import find_origin
 from recipes.engine.run.cli import FLAGS, Options, options_of, run_command
@@ -69,22 +71,23 @@ def _run(recipe: Recipe, given: DataSet | None, options: Options) -> None:
     data = _load(config) if given is None else given
     config = _with_channels(config, data)
     plan = make_plan(config, options, data.train)
-    model = check_fit(recipe, config)  # before a folder is made
-    check_shard(options.shard)
-    check_shares(config.training.batch_size, World(), accumulate=config.accumulate)
-    warn_of_slow_precision(config)
-    warn_of_short_schedule(config)
-    if options.dry_run:
-        say(*describe(recipe, config, data, plan))
-        return
+    with missing_files_allowed() if options.dry_run else contextlib.nullcontext():
+        model = check_fit(recipe, config)  # before a folder is made
+        check_shard(options.shard)
+        check_shares(config.training.batch_size, World(), accumulate=config.accumulate)
+        warn_of_slow_precision(config)
+        warn_of_short_schedule(config)
+        if options.dry_run:
+            say(*describe(recipe, config, data, plan))
+            return
     if not options.shard:
         check_memory(model, config)
-    with join(config.device) as world:
+    with join(config.device, timeout=options.timeout) as world:
         check_shares(config.training.batch_size, world, accumulate=config.accumulate)
         path = output_folder(options.out, config)
         if not path.exists():
             find_origin(options.resume, world, plan.num_steps)  # fails before creating the folder
-        with RunFolder(path, config, world) as folder:
+        with RunFolder(path, config, world, lock=options.lock) as folder:
             summary = folder.read_summary()
             if summary is None:
                 summary = _train(recipe, config, data, plan, folder, options)

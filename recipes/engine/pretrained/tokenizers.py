@@ -1,9 +1,11 @@
 """Tokenizers: load trained ones from files, and apply them to model inputs."""
 
+import contextlib
 import pickle
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -18,6 +20,18 @@ from recipes.engine.data.images import NORMALIZE
 from recipes.engine.errors import UserError, reason_of, say
 
 _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError)
+
+_allows_missing = ContextVar("_allows_missing", default=False)
+
+
+@contextlib.contextmanager
+def missing_files_allowed() -> Iterator[None]:
+    """Let an untrained DALL-E encoder stand in for a file that is missing: for a dry run."""
+    token = _allows_missing.set(True)
+    try:
+        yield
+    finally:
+        _allows_missing.reset(token)
 
 
 def to_pixels(inputs: Float[Tensor, "batch channels *spatial"]) -> Tensor:
@@ -163,6 +177,10 @@ def load_tokenizer(
         UserError: If the file cannot be read or holds no tokenizer, or the tokenizer does not fit
             the images.
     """
+    sizes = sides_of("image_size", image_size)
+    if _allows_missing.get() and not path.exists():
+        vae = DiscreteVAE(in_channels=in_channels, has_decoder=False)
+        return ImageTokenizer(vae, sizes, per_axis("patch_size", patch_size, len(sizes)))
     if not path.is_file():
         raise UserError(
             f"--tokenizer {path} is not a file: give a tokenizer.safetensors of "
@@ -183,7 +201,6 @@ def load_tokenizer(
         raise UserError(
             f"--tokenizer {path} takes images of {vae.in_channels} channels, not {in_channels}"
         )
-    sizes = sides_of("image_size", image_size)
     try:
         return ImageTokenizer(vae, sizes, per_axis("patch_size", patch_size, len(sizes)))
     except ValueError as error:

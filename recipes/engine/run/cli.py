@@ -15,11 +15,13 @@ import docstring_parser
 import torch
 import tyro
 
-from recipes.engine.errors import LostProcessError, UserError, say
+from recipes import signals
+from recipes.engine.errors import ProcessError, UserError, say
 from recipes.engine.fields import (
     FieldError,
     PositiveFloat,
     PositiveInt,
+    Seconds,
     Seed,
     Workers,
     admits,
@@ -28,7 +30,7 @@ from recipes.engine.fields import (
     shown,
 )
 from recipes.engine.reading import UnreadableError, read_yaml
-from recipes.engine.run.world import rank_from_environment
+from recipes.engine.run.world import world_from_environment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,9 @@ class Options:
         accumulate: Gradient accumulation: number of parts a batch is split into, to save memory.
         shard: Shard the weights over the processes of torchrun (FSDP2) instead of copying them
             (DDP).
+        timeout: Seconds to wait for another process of torchrun before giving up and naming it.
+        lock: Lock the output folder, so that only one job at a time writes it; --no-lock where the
+            file system has no locks.
         non_finite: What to do when the loss or gradient is not finite: "stop", or "rewind" to the
             last checkpoint and skip the batch.
         log_every: Steps between rows of metrics.jsonl; the first and last step always have one.
@@ -72,6 +77,8 @@ class Options:
     compile: bool = False
     accumulate: PositiveInt = 1
     shard: bool = False
+    timeout: Seconds = 1800.0
+    lock: bool = True
     non_finite: Literal["stop", "rewind"] = "stop"
     log_every: PositiveInt = 20
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
@@ -109,10 +116,13 @@ def run_command(
         arguments: Command-line arguments; by default those of the process.
 
     Returns:
-        The exit code: 0, or 2 after a `UserError` or where there is not enough memory, which is
-        printed as one line on stderr.
+        The exit code: 0; 2 after a `UserError` or where there is not enough memory, which is
+        printed as one line on stderr; or that of a signal (`signals.EXIT_CODES`), after which there
+        is one line, too.
     """
+    signals.forget()
     try:
+        world_from_environment()  # before anything that takes long
         command(
             parse_options(
                 options_type,
@@ -133,9 +143,13 @@ def run_command(
         )
         return 2
     except UserError as error:
-        if rank_from_environment() == 0 or isinstance(error, LostProcessError):
+        if isinstance(error, ProcessError) or world_from_environment().is_main:
             say(f"error: {error}", file=sys.stderr)
         return 2
+    except signals.Stopped as stop:
+        if world_from_environment().is_main:
+            say(stop, file=sys.stderr)
+        return stop.code
     return 0
 
 

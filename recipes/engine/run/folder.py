@@ -34,16 +34,20 @@ class RunFolder:
         path: The folder, which is created if it does not exist.
         config: The run's configuration.
         world: The processes of the run.
+        lock: Whether to lock it; without a lock, its user sees to it that no other job enters.
 
     Raises:
         UserError: On entering, if the path is a file, cannot be written, holds another
             configuration, or is locked by a running process. On leaving, if a write failed.
     """
 
-    def __init__(self, path: Path, config: RunConfig, world: World | None = None) -> None:
+    def __init__(
+        self, path: Path, config: RunConfig, world: World | None = None, *, lock: bool = True
+    ) -> None:
         self.path = path
         self.config = config
         self.world = world or World()
+        self._locks = lock
         self._lock_file = contextlib.ExitStack()
 
     def __enter__(self) -> "RunFolder":
@@ -62,7 +66,8 @@ class RunFolder:
         with contextlib.ExitStack() as stack:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                self._lock(stack.enter_context((self.path / ".lock").open("a")))
+                if self._locks:
+                    self._lock(stack.enter_context((self.path / ".lock").open("a")))
                 self._write_or_check_config(self.config)
             except OSError as error:
                 raise UserError(
@@ -92,6 +97,12 @@ class RunFolder:
                 f"another process is writing to the output folder {self.path}: "
                 "wait for it or choose another --out"
             ) from None
+        except OSError as error:
+            raise UserError(
+                f"the file system of the output folder {self.path} refuses to lock a file (flock: "
+                f"{error.strerror}): give --no-lock, and see to it that no other job writes there; "
+                "or choose an --out on another file system"
+            ) from error
 
     def _write_or_check_config(self, config: RunConfig) -> None:
         """Write `config.yaml`; if it exists, check that it holds the same configuration."""

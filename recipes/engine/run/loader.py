@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from recipes import signals
 from recipes.engine.data.labelled import LabelledData
 from recipes.engine.data.sets import Batch, TrainSet, collate
 from recipes.engine.run.world import World
@@ -96,6 +97,7 @@ def make_loader(
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
+        worker_init_fn=signals.shield_worker,
         pin_memory=pin_memory,
     )
 
@@ -112,5 +114,6 @@ def held_out_batches(
             batch_size=batch_size,
             num_workers=workers,
             collate_fn=collate,
+            worker_init_fn=signals.shield_worker,
         )
     )
