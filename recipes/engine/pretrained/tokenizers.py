@@ -1,6 +1,5 @@
 """Tokenizers: load trained ones from files, and apply them to model inputs."""
 
-import pickle
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,12 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mimkit._grids import per_axis, sides_of
-from mimkit.interop import from_official, load_checkpoint
+from mimkit.interop import from_official
 from mimkit.nn import DiscreteVAE, PatchTokenizer
 from recipes.engine.data.images import NORMALIZE
-from recipes.engine.errors import UserError, reason_of
-
-_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError)
+from recipes.engine.errors import UserError
+from recipes.engine.pretrained.files import check_finite, read_weights
 
 
 def to_pixels(inputs: Float[Tensor, "batch channels *spatial"]) -> Tensor:
@@ -168,10 +166,8 @@ def load_tokenizer(
             f"--tokenizer {path} is not a file: give a tokenizer.safetensors of "
             "recipes/tokenizer.py, the weights of DALL-E's encoder, or patches"
         )
-    try:
-        weights = load_checkpoint(path)
-    except _UNREADABLE as error:
-        raise UserError(f"--tokenizer {path} cannot be read: {reason_of(error)}") from error
+    weights = read_weights("--tokenizer", path).tensors
+    check_finite("--tokenizer", path, weights)
     ours = "encoder.blocks.input.weight" in weights
     vae = build_vae(path, weights if ours else from_official("dalle", weights))
     if vae.decoder is None:

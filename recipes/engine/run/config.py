@@ -26,8 +26,9 @@ from recipes.engine.fields import (
 from recipes.engine.run import defaults
 from recipes.engine.run.cli import Options, override
 
-# Version of the files in a run folder. 2: one training loop for all recipes.
-FORMAT = 2
+# Version of the files in a run folder. 2: one training loop for all recipes. 3: digests in
+# checkpoints and summaries, no pickle.
+FORMAT = 3
 
 PresetType = TypeVar("PresetType")
 
