@@ -103,7 +103,29 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
                 "channels"
             )
         found = dataclasses.replace(shape, in_channels=first.shape[1])
+    else:
+        _check_shape(path, found.read(weights), weights)
     return EncoderFile(path, file.digest, found.read(weights), weights)
+
+
+def _check_shape(path: Path, shape: EncoderShape, weights: Mapping[str, Tensor]) -> None:
+    """Check that a shape from a file is that of the weights, before an encoder of it is built."""
+    try:
+        with torch.device("meta"):  # no memory, whatever the shape
+            wanted = shape.build().state_dict()
+    except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
+        raise UserError(
+            f"{path.with_name('config.yaml')} has no shape of an encoder: move it elsewhere"
+        ) from error
+    for name, tensor in wanted.items():
+        fits = name.startswith(_AFTER_BLOCKS) or (
+            name in weights and weights[name].shape == tensor.shape
+        )
+        if not fits:
+            raise UserError(
+                f"{path.with_name('config.yaml')} does not fit {path.name}: {name} must have shape "
+                f"{tuple(tensor.shape)}; move it elsewhere"
+            )
 
 
 def _shape_from_config(path: Path, kind: type[EncoderShape]) -> EncoderShape | None:

@@ -81,11 +81,11 @@ class RunFolder:
     def _open(self) -> None:
         with contextlib.ExitStack() as stack:
             try:
-                check_content(self.path)
-                check_checkpoints(self.path / CHECKPOINTS)
+                self._check()
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock(stack.enter_context((self.path / _LOCK).open("a")))
-                self._write_or_check_config(self.config)
+                self._check()  # again, now that no other process writes
+                self._write_config()
                 self._summary = self._read_summary()
             except OSError as error:
                 raise UserError(
@@ -116,27 +116,37 @@ class RunFolder:
                 "wait for it or choose another --out"
             ) from None
 
-    def _write_or_check_config(self, config: RunConfig) -> None:
-        """Write `config.yaml`; if it exists, check that it holds the same configuration."""
+    def _check(self) -> None:
+        """Check, without writing anything, that this run may write to the folder."""
+        check_content(self.path)
+        check_checkpoints(self.path / CHECKPOINTS)
         file = self.path / _CONFIG
-        wanted = config.as_dict()
-        if file.exists():
-            found = _read_config(file)
-            if not isinstance(found, dict) or found.get("format") != wanted["format"]:
-                raise UserError(
-                    f"the output folder {self.path} holds a run of another version of mimkit, "
-                    "which cannot be resumed (format number in its config.yaml must be "
-                    f"{wanted['format']}): choose another --out"
-                )
-            different = _differences(found, wanted)
-            if different:
-                raise UserError(
-                    f"the output folder {self.path} holds a run with other values of "
-                    f"{', '.join(different)}: choose another --out"
-                )
-        else:
-            write_atomically(file, yaml.safe_dump(wanted, sort_keys=False))
-            write_json(self.path / state.ENVIRONMENT, _environment(config))
+        if not file.exists():
+            return
+        wanted, found = self.config.as_dict(), _read_config(file)
+        if not isinstance(found, dict) or "recipe" not in found:
+            raise UserError(
+                f"the output folder {self.path} holds a {_CONFIG} that is not of a run of mimkit: "
+                "choose a new or an empty folder as --out"
+            )
+        if found.get("format") != wanted["format"]:
+            raise UserError(
+                f"the output folder {self.path} holds a run of another version of mimkit, "
+                f"which cannot be resumed (format number in its {_CONFIG} must be "
+                f"{wanted['format']}): choose another --out"
+            )
+        different = _differences(found, wanted)
+        if different:
+            raise UserError(
+                f"the output folder {self.path} holds a run with other values of "
+                f"{', '.join(map(escaped, different))}: choose another --out"
+            )
+
+    def _write_config(self) -> None:
+        file = self.path / _CONFIG
+        if not file.exists():
+            write_atomically(file, yaml.safe_dump(self.config.as_dict(), sort_keys=False))
+            write_json(self.path / state.ENVIRONMENT, _environment(self.config))
 
     def _read_summary(self) -> dict[str, Any] | None:
         try:
@@ -284,7 +294,7 @@ def _differences(old: Any, new: Any, name: str = "") -> list[str]:
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [name or "config.yaml"]
     found: list[str] = []
-    for key in sorted({*old, *new}):
+    for key in sorted({*old, *new}, key=str):
         found += _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
     return found
 
