@@ -43,8 +43,8 @@ def read_weights(flag: str, path: Path) -> Weights:
     """
     shown = f"{flag} {escaped(str(path))}"
     try:
-        digest = sha256_of(path)
         tensors = unwrap(load_checkpoint(path))
+        digest = sha256_of(path)  # after a look at the content: a file may claim any size
     except UnreadableError as error:
         raise UserError(f"{shown} cannot be read: {error}") from error
     except (OSError, ValueError, TypeError, pickle.UnpicklingError) as error:
