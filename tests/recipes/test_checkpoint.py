@@ -1,11 +1,13 @@
 """Checkpoints: damage is noticed, code in them never runs, nothing foreign is touched."""
 
+import gc
 import json
 import os
 import pickle
 import random
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -308,6 +310,19 @@ def test_links_are_never_followed_when_something_is_removed(
     whole.symlink_to(copied.folder)
     with pytest.raises(UserError, match="is not a folder"):
         check_checkpoints(whole)
+
+
+def test_descriptors_and_threads_stay_the_same_over_many_checkpoints(tmp_path: Path) -> None:
+    checkpoints, (model, optimizer) = Checkpoints(tmp_path, World()), task()
+    used = []
+    for number in range(1, 26):
+        checkpoints.save(number, model, optimizer)
+        checkpoints.finish()
+        if number in (5, 25):
+            gc.collect()
+            used.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
+    assert used[0] == used[1]
+    assert checkpoints.steps() == [24, 25]
 
 
 @pytest.mark.full

@@ -69,10 +69,17 @@ def start(pictures: Path, out: Path, stderr: int = subprocess.DEVNULL) -> subpro
     )
 
 
-def kill_at_random(pictures: Path, out: Path, rng: random.Random) -> Checkpoints:
-    """Kill a run at a random step, sometimes while it writes a checkpoint."""
+def kill_at_random(pictures: Path, out: Path, rng: random.Random, *, least: int = 1) -> Checkpoints:
+    """Kill a run at a random step, sometimes while it writes a checkpoint.
+
+    Args:
+        pictures: What to train on.
+        out: Folder of the run.
+        rng: Source of randomness.
+        least: With 2, at least one checkpoint is complete.
+    """
     process = start(pictures, out)
-    wanted = 2 * rng.randrange(1, STEPS // 2)
+    wanted = 2 * rng.randrange(least, STEPS // 2)
     checkpoints = Checkpoints(out / "checkpoints", World())
     partial = checkpoints.folder / f"{checkpoints.path(wanted).name}.partial"
 
@@ -131,7 +138,7 @@ def test_twenty_killed_runs_with_a_flipped_bit_in_the_newest_checkpoint_end_alik
     trial: int, pictures: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     rng = random.Random()
-    checkpoints = kill_at_random(pictures, tmp_path / "run", rng)
+    checkpoints = kill_at_random(pictures, tmp_path / "run", rng, least=2)
     newest = checkpoints.path(checkpoints.steps()[-1])
     file = rng.choice(sorted(newest.iterdir()))
     flip_a_bit(file, rng)
