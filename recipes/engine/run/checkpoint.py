@@ -74,9 +74,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the steps of the checkpoints, ascending. Some may be damaged."""
-        ours = (path for path in _entries(self.folder) if _is_ours(path))
-        names = (_NAME.fullmatch(path.name) for path in ours)
-        return sorted(int(name[1]) for name in names if name)
+        found = ((_NAME.fullmatch(path.name), path) for path in _entries(self.folder))
+        return sorted(int(name[1]) for name, path in found if name and _is_ours(path))
 
     def path(self, step: int) -> Path:
         """Return the folder of a step's checkpoint."""
@@ -247,7 +246,10 @@ def _is_ours(folder: Path) -> bool:
     """Whether a folder is one that this module has made: by its first file, or still empty."""
     if folder.is_symlink() or not folder.is_dir():
         return False
-    return (folder / _OURS).is_file() or not any(folder.iterdir())
+    try:
+        return (folder / _OURS).is_file() or not any(folder.iterdir())
+    except FileNotFoundError:  # another thread or process has just renamed it
+        return False
 
 
 def _remove(folder: Path) -> None:
