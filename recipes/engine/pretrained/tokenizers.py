@@ -14,7 +14,7 @@ from mimkit._grids import per_axis, sides_of
 from mimkit.interop import from_official
 from mimkit.nn import DiscreteVAE, PatchTokenizer
 from recipes.engine.data.images import NORMALIZE
-from recipes.engine.errors import UserError
+from recipes.engine.errors import UserError, say
 from recipes.engine.pretrained.files import check_finite, read_weights
 
 
@@ -171,7 +171,7 @@ def load_tokenizer(
     ours = "encoder.blocks.input.weight" in weights
     vae = build_vae(path, weights if ours else from_official("dalle", weights))
     if vae.decoder is None:
-        print(
+        say(
             f"warning: --tokenizer {path} has no decoder: predictions are drawn gray",
             file=sys.stderr,
         )
