@@ -25,14 +25,6 @@ class LostProcessError(ProcessError):
     """Another process of the job died."""
 
 
-def reason_of(error: BaseException) -> str:
-    """Return a short reason why a file of weights cannot be read."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    # PyTorch's own message is a page long, and advises to set `weights_only=False`.
-    return "it is neither a safetensors file nor a checkpoint of PyTorch, or it is damaged"
-
-
 def escaped(text: object) -> str:
     r"""Return a name or text from outside without characters that steer a terminal.
 

@@ -28,7 +28,7 @@ from recipes.engine.optim import gradients, scheduled_lr
 from recipes.engine.run.checkpoint import Checkpoints, start_from
 from recipes.engine.run.cli import Options
 from recipes.engine.run.config import RunConfig
-from recipes.engine.run.folder import RunFolder
+from recipes.engine.run.folder import CHECKPOINTS, RunFolder
 from recipes.engine.run.loader import make_loader
 from recipes.engine.run.tracker import Tracker, make_tracker
 from recipes.engine.run.world import (
@@ -319,7 +319,8 @@ def _train(
     task: Task, plan: Plan, train_set: TrainSet, folder: RunFolder, options: Options
 ) -> None:
     world = folder.world
-    checkpoints = Checkpoints(folder.path / "checkpoints", world, keep_every=options.keep_every)
+    checkpoints = Checkpoints(folder.path / CHECKPOINTS, world, keep_every=options.keep_every)
+    folder.repair(num_samples=len(train_set), num_steps=plan.num_steps)
     next_step: int | None = start_from(
         options.resume, checkpoints, task.model, task.optimizer, plan.num_steps
     )
@@ -412,26 +413,28 @@ def _rewind(
     Raises:
         UserError: If `--non-finite` is "stop", or too many batches have been skipped.
     """
-    steps = task.world.agree(checkpoints.steps())
-    safe = f"the checkpoint of step {steps[-1]} is safe" if steps else "no checkpoint was written"
     if options.non_finite == "stop":
         raise UserError(
-            f"{error}; {safe}: lower --lr, take --precision fp32, or skip the batch with "
-            "--non-finite rewind"
+            f"{error}; {checkpoints.safe()}: lower --lr, take --precision fp32, or skip the batch "
+            "with --non-finite rewind"
         )
     skipped = sorted({*folder.read_skipped(), error.step})
     if len(skipped) > _MAX_SKIPPED:
-        raise UserError(f"{error}, after {_MAX_SKIPPED} batches that were skipped; {safe}")
+        raise UserError(
+            f"{error}, after {_MAX_SKIPPED} batches that were skipped; {checkpoints.safe()}"
+        )
     # Written to disk, so that a resumed run skips the same batches.
     folder.write_skipped(skipped)
+    last = checkpoints.newest()
+    if last is None:
+        raise UserError(f"{error}, and no checkpoint to rewind to is whole: start again")
     if task.world.is_main:
         say(
-            f"warning: {error}; rewinding to step {steps[-1]}, this batch will be skipped",
+            f"warning: {error}; rewinding to step {last}, this batch will be skipped",
             file=sys.stderr,
         )
     task.world.wait()
-    checkpoints.load(steps[-1], task.model, task.optimizer)
-    last: int = steps[-1]
+    checkpoints.load(last, task.model, task.optimizer)
     return last
 
 

@@ -1,7 +1,6 @@
 """Tokenizers: load trained ones from files, and apply them to model inputs."""
 
 import contextlib
-import pickle
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,12 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mimkit._grids import per_axis, sides_of
-from mimkit.interop import from_official, load_checkpoint
+from mimkit.interop import from_official
 from mimkit.nn import DiscreteVAE, PatchTokenizer
 from recipes.engine.data.images import NORMALIZE
-from recipes.engine.errors import UserError, reason_of, say
-
-_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError)
+from recipes.engine.errors import UserError, say
+from recipes.engine.pretrained.files import check_finite, read_weights
 
 _allows_missing = ContextVar("_allows_missing", default=False)
 
@@ -186,10 +184,8 @@ def load_tokenizer(
             f"--tokenizer {path} is not a file: give a tokenizer.safetensors of "
             "recipes/tokenizer.py, the weights of DALL-E's encoder, or patches"
         )
-    try:
-        weights = load_checkpoint(path)
-    except _UNREADABLE as error:
-        raise UserError(f"--tokenizer {path} cannot be read: {reason_of(error)}") from error
+    weights = read_weights("--tokenizer", path).tensors
+    check_finite("--tokenizer", path, weights)
     ours = "encoder.blocks.input.weight" in weights
     vae = build_vae(path, weights if ours else from_official("dalle", weights))
     if vae.decoder is None:

@@ -35,8 +35,9 @@ from recipes.engine.run.cli import Options, override
 # Pixels of a model input: 4096 x 16384, or a volume of 256 x 512 x 512.
 _MOST_PIXELS = 2**26
 
-# Version of the files in a run folder. 2: one training loop for all recipes.
-FORMAT = 2
+# Version of the files in a run folder. 2: one training loop for all recipes. 3: digests in
+# checkpoints and summaries, no pickle.
+FORMAT = 3
 
 PresetType = TypeVar("PresetType")
 
