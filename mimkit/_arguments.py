@@ -1,18 +1,19 @@
-"""`checked`: the arguments of public functions and classes are checked against their annotations.
+"""`checked`: compare the arguments of a public function or class with its annotations.
 
-A `TypeError` or `ValueError` names the argument, repeats it, and says what would fit. Only types,
-shapes, dtypes and devices are read: no value of a tensor, so nothing synchronises a GPU. Nothing is
-checked while `torch.compile` traces.
+The error names the argument, repeats it and says what would fit. Types, shapes, dtypes, devices and
+numbers are checked, but no value of a tensor, so nothing synchronises a GPU. Nothing is checked
+while `torch.compile` traces.
 """
 
 import inspect
 import math
 import numbers
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from mimkit._settings import Settings
 F = TypeVar("F", bound=Callable[..., Any])
 
 _KINDS = {"Float": "floats", "Int": "integers", "Integer": "integers", "Bool": "boolean"}
-_HOW_TO_MAKE = {
+_SOURCES = {
     "Mask": ", from a sampler or Mask.from_bool",
     "Key": ", such as masking.key(ids, seed=0)",
 }
@@ -32,23 +33,20 @@ _HOW_TO_MAKE = {
 
 @dataclass(frozen=True)
 class Range:
-    """Range of a number, for `Annotated`; NaN and infinity are outside of every range."""
+    """Range of a number, in an `Annotated` type."""
 
     low: float
-    high: float = math.inf
-    fits: str = ""
-
-    def __contains__(self, value: Any) -> bool:
-        return bool(self.low <= value <= self.high) and value != math.inf
+    high: float
+    fits: str
 
 
 _MOST = 1 << 24
 Size = Annotated[int, Range(1, _MOST, f"from 1 to {_MOST}")]
 Count = Annotated[int, Range(0, _MOST, f"from 0 to {_MOST}")]
 Depth = Annotated[int, Range(0, 1000, "from 0 to 1000")]
-Positive = Annotated[float, Range(5e-324, math.inf, "positive and finite")]
-NotNegative = Annotated[float, Range(0, math.inf, "finite and not negative")]
-Rate = Annotated[float, Range(0, 1, "in [0, 1]")]
+Positive = Annotated[float, Range(5e-324, math.inf, "above 0")]
+NotNegative = Annotated[float, Range(0, math.inf, "of 0 or more")]
+Share = Annotated[float, Range(0, 1, "in [0, 1]")]
 
 
 def describe(value: object) -> str:
@@ -63,28 +61,227 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {' '.join(repr(value).split()):.60}"
 
 
-class _TensorRule:
-    """What jaxtyping annotations of one argument allow: dtypes, and names of the axes."""
+def checked(function: F) -> F:
+    """Check every call of a function, or of the constructor of a class, before it is made.
 
-    def __init__(self, annotations: Sequence[Any]) -> None:
-        self.forms = [(a.dtypes, tuple(a.dim_str.split())) for a in annotations]
-        self.kinds = " or ".join(
-            dict.fromkeys(_KINDS.get(a.dtype.__name__, a.dtype.__name__.lower()) for a in annotations)
-        )
-        self.axes = " or ".join(dict.fromkeys(f"[{', '.join(axes)}]" for _, axes in self.forms))
+    Tensors of one call must be on one device, and axes of one name must have one size. "batch" is
+    also the number of samples of a mask.
 
-    def check(self, name: str, value: Tensor) -> tuple[str, ...] | None:
-        """Return the names of the axes, or `None` if they are not certain."""
+    Raises:
+        TypeError: In a call: an argument has a wrong type or dtype.
+        ValueError: In a call: an argument has a wrong shape or device, or is out of range.
+
+    Example:
+        >>> @checked
+        ... def grow(by: Positive) -> float:
+        ...     return 1 + by
+        >>> grow(float("nan"))
+        Traceback (most recent call last):
+        ValueError: by must be a finite number above 0; got nan
+    """
+    if inspect.isclass(function):
+        function.__init__ = checked(function.__init__)  # type: ignore[misc]
+        return function
+    names = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_POSITIONAL
+    ]
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            _check(_rules_of(function), dict(zip(names, args, strict=False)) | kwargs)
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+def _check(rules: "Mapping[str, _Rule]", arguments: Mapping[str, Any]) -> None:
+    sizes: dict[str, tuple[int, str]] = {}
+    place: tuple[torch.device, str] | None = None
+    for name, rule in rules.items():
+        if name not in arguments:
+            continue
+        value = arguments[name]
+        axes = rule.check(name, value)
+        if rule.has_device and value is not None and not isinstance(value, list | tuple):
+            place = place or (value.device, name)
+            if value.device != place[0]:
+                raise ValueError(
+                    f"{name} is on {value.device}, but {place[1]} is on {place[0]}; move one of "
+                    f"them with .to(device)"
+                )
+        for axis, size in axes:
+            expected, other = sizes.setdefault(axis, (size, name))
+            if size != expected:
+                raise ValueError(
+                    f"{name} must have {axis} = {expected}, as {other} has; got "
+                    f"{tuple(value.shape) if isinstance(value, Tensor) else value}"
+                )
+
+
+@cache
+def _rules_of(function: Callable[..., Any]) -> "dict[str, _Rule]":
+    """Return the rules of the annotated parameters, those of masks and keys first."""
+    written = {
+        name: parameter.annotation
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        and parameter.annotation is not inspect.Parameter.empty
+    }
+    # A class of the parameters alone: names in the result's annotation need not exist at run time.
+    parameters = type("Parameters", (), {"__annotations__": written})
+    scope = inspect.unwrap(function).__globals__
+    hints = get_type_hints(parameters, globalns=scope, include_extras=True)
+    rules = {name: rule for name, hint in hints.items() if not (rule := _Rule(hint)).fits_all}
+    return dict(sorted(rules.items(), key=lambda item: not item[1].takes_container))
+
+
+class _Rule:
+    """What the annotation of one argument allows."""
+
+    def __init__(self, annotation: Any) -> None:
+        members = list(_members(annotation))
+        self.arrays = [m for m in members if _is_array(m)]
+        self.others = [m for m in members if not _is_array(m)]
+        self.forms = [(a.dtypes, tuple(a.dim_str.split())) for a in self.arrays]
+        classes = [m for m in self.others if inspect.isclass(m)]
+        self.takes_container = any(m.__name__ in ("Mask", "RaggedMask", "Key") for m in classes)
+        self.has_device = self.takes_container or bool(self.arrays)
+        self.fits_all = any(not _is_known(member) for member in self.others)
+
+    def check(self, name: str, value: Any) -> list[tuple[str, int]]:
+        """Check one argument; return the sizes of its named axes."""
+        if isinstance(value, Tensor) and self.forms:
+            return self._check_tensor(name, value)
+        if not any(_fits(value, member) for member in self.others):
+            wrong = any(_fits(value, member, loosely=True) for member in self.others)
+            wrong = wrong or (isinstance(value, str) and any(map(_is_literal, self.others)))
+            shown = describe(value) if self.has_device else f"{value!r:.80}"
+            if isinstance(value, Tensor):
+                shown = describe(value)
+            kinds = [_named(m) for m in self.others if m is not NoneType]
+            kinds = (["a tensor"] if self.arrays else []) + kinds
+            kinds += ["None"] if NoneType in self.others else []
+            source = next((_SOURCES[k[2:]] for k in kinds if k[2:] in _SOURCES), "")
+            kind = ValueError if wrong else TypeError
+            raise kind(f"{name} must be {' or '.join(dict.fromkeys(kinds))}{source}; got {shown}")
+        if not self.takes_container or value is None:
+            return []
+        if Settings.check and hasattr(value, "validate"):
+            try:
+                value.validate()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        size = getattr(value, "batch_size", None)
+        return [] if size is None else [("batch", size)]
+
+    def _check_tensor(self, name: str, value: Tensor) -> list[tuple[str, int]]:
         dtype = str(value.dtype)[6:]
-        fitting = [axes for dtypes, axes in self.forms if dtypes is _ANY or dtype in dtypes]
+        forms = [
+            axes for dtypes, axes in self.forms if not isinstance(dtypes, tuple) or dtype in dtypes
+        ]
+        if not forms:
+            names = [array.dtype.__name__ for array in self.arrays]
+            kinds = dict.fromkeys(_KINDS.get(n, n.lower()) for n in names)
+            raise TypeError(f"{name} must be {' or '.join(kinds)}; got {value.dtype}")
+        fitting = [axes for axes in forms if _has_axes(value.ndim, axes)]
         if not fitting:
-            raise TypeError(f"{name} must be {self.kinds}; got {value.dtype}")
-        fitting = [axes for axes in fitting if _has_axes(value.ndim, axes)]
-        if not fitting:
-            raise ValueError(f"{name} must be {self.axes}; got {tuple(value.shape)}")
-        return fitting[0] if len(fitting) == 1 else None
+            wanted = " or ".join(dict.fromkeys(f"[{', '.join(axes)}]" for axes in forms))
+            raise ValueError(f"{name} must be {wanted}; got {tuple(value.shape)}")
+        if len(fitting) > 1:
+            return []
+        return (
+            [
+                (axis, size)
+                for axis, size in zip(fitting[0], value.shape, strict=False)
+                if axis.isidentifier() and axis != "_"
+            ]
+            if all(not a.startswith(("*", "...")) for a in fitting[0][:-1])
+            else []
+        )
+
+
+def _members(annotation: Any) -> "list[Any]":
+    """Return the alternatives of a union."""
+    if get_origin(annotation) in (Union, UnionType):
+        return [m for part in get_args(annotation) for m in _members(part)]
+    return [NoneType if annotation is None else annotation]
+
+
+def _is_array(annotation: Any) -> bool:
+    return inspect.isclass(annotation) and issubclass(annotation, AbstractArray)
+
+
+def _is_literal(annotation: Any) -> bool:
+    return get_origin(annotation) is Literal
+
+
+def _is_known(annotation: Any) -> bool:
+    if inspect.isclass(annotation) and get_origin(annotation) is None:
+        return annotation is not object
+    origin = get_origin(annotation)
+    if origin is Annotated or _is_literal(annotation) or origin is Callable:
+        return True
+    return inspect.isclass(origin) and issubclass(origin, Sequence | Mapping | Callable)
 
 
 def _has_axes(ndim: int, axes: tuple[str, ...]) -> bool:
     fixed = sum(not axis.startswith(("*", "...")) for axis in axes)
     return ndim == fixed if fixed == len(axes) else ndim >= fixed
+
+
+def _fits(value: Any, annotation: Any, *, loosely: bool = False) -> bool:
+    """Whether a value has a type; `loosely` leaves ranges and the elements of sequences out."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        limits = next(a for a in arguments[1:] if isinstance(a, Range))
+        fits = _fits(value, arguments[0], loosely=loosely)
+        return fits and (loosely or bool(limits.low <= value <= limits.high))
+    if origin is Literal:
+        return any(
+            value is option or (isinstance(value, str) and value == option) for option in arguments
+        )
+    if annotation is bool:
+        return isinstance(value, bool | np.bool_) or (isinstance(value, int) and value in (0, 1))
+    if annotation is int:
+        is_number = hasattr(value, "__index__") and not isinstance(
+            value, bool | Tensor | np.ndarray
+        )
+        return is_number
+    if annotation is float:
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            return False
+        return loosely or bool(abs(value) <= sys.float_info.max)
+    if origin is None:
+        return isinstance(value, annotation)
+    if not issubclass(origin, Sequence):
+        return isinstance(value, origin)
+    if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
+        return int in arguments and _fits(value, int)  # one size, which `as_sizes` takes
+    return loosely or all(any(_fits(v, m) for m in _members(arguments[0])) for v in value)
+
+
+def _named(annotation: Any, *, many: bool = False) -> str:
+    """Name a type in a message."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    limits = f" {arguments[1].fits}" if origin is Annotated else ""
+    plain = arguments[0] if origin is Annotated else annotation
+    if plain is int:
+        return ("integers" if many else "an integer") + limits
+    if plain is float:
+        return ("finite numbers" if many else "a finite number") + limits
+    if plain is bool:
+        return "True or False"
+    if origin is Literal:
+        return f"one of {arguments}"
+    if _is_array(plain) or plain is Tensor:
+        return "tensors" if many else "a tensor"
+    if origin is not None and issubclass(origin, Sequence):
+        inner = " or ".join(_named(member, many=True) for member in _members(arguments[0]))
+        return f"sequences of {inner}" if many else f"a sequence of {inner}"
+    name = {"Callable": "function", "Mapping": "dictionary"}.get(
+        getattr(origin or plain, "__name__", str(plain)), getattr(origin or plain, "__name__", "")
+    )
+    return f"{name}s" if many else f"a {name}"

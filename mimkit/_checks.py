@@ -11,23 +11,12 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 import mimkit_kernels as kernels
+from mimkit._arguments import describe
 from mimkit._grids import Grid, divide
 from mimkit._settings import Settings
 from mimkit.masking import Mask, RaggedMask
 
 Order = Literal["p1 p2 c", "c p1 p2"]
-
-
-def describe(value: object) -> str:
-    """Describe an argument in a few words, for an error message.
-
-    Example:
-        >>> describe(torch.zeros(2, 3)), describe("a word")
-        ('a tensor of torch.float32 and shape (2, 3)', "str 'a word'")
-    """
-    if isinstance(value, Tensor):
-        return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
-    return f"{type(value).__name__} {' '.join(repr(value).split()):.60}"
 
 
 def check_even(mask: object) -> None:

@@ -35,14 +35,22 @@ VIT = {"image_size": (8, 12), "patch_size": 4, "dim": 8, "depth": 1, "heads": 2}
 DECODER = {"grid": GRID, "in_dim": 8, "dim": 16, "depth": 1, "heads": 2}
 LATENT = torch.rand(2, 5, 8, generator=SEED)
 CONVVIT = {
-    "image_size": (8, 12), "patch_sizes": (2, 2, 1), "dim": (4, 4, 8), "depth": (1, 1, 1), "heads": 2
+    "image_size": (8, 12),
+    "patch_sizes": (2, 2, 1),
+    "dim": (4, 4, 8),
+    "depth": (1, 1, 1),
+    "heads": 2,
 }
 SWIN = {"image_size": 8, "patch_size": 2, "dim": 8, "depth": (1, 1), "heads": (1, 2), "window": 2}
 SAMPLER = {"key": KEY, "grid": GRID, "ratio": 0.5}
 LARGE = {"key": KEY, "grid": (6, 8), "ratio": 0.5}
 PIXEL_LOSS = {
-    "prediction": PATCHES, "images": IMAGES, "mask": MASK, "patch_size": 4,
-    "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4],
+    "prediction": PATCHES,
+    "images": IMAGES,
+    "mask": MASK,
+    "patch_size": 4,
+    "mean": [0.4, 0.5, 0.6],
+    "std": [0.2, 0.3, 0.4],
 }
 
 
@@ -69,8 +77,13 @@ def public_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any] | list[
     vit, swin = _built(nn.ViT(**VIT)), _built(nn.SwinTransformer(**SWIN))
     convvit = _built(nn.ConvViT(**CONVVIT))
     detector = {
-        "image_size": (8, 12), "window": (2, 3), "global_layers": (0,), "patch_sizes": (2, 2, 1),
-        "dim": (4, 4, 8), "depth": (1, 1, 2), "heads": 2,
+        "image_size": (8, 12),
+        "window": (2, 3),
+        "global_layers": (0,),
+        "patch_sizes": (2, 2, 1),
+        "dim": (4, 4, 8),
+        "depth": (1, 1, 2),
+        "heads": 2,
     }
     vae = {"vocabulary_size": 8, "dim": 4, "depth": 1, "groups": 2, "stem_dim": 4}
     tokenizer = {"patch_size": (4, 4), "in_channels": 3, "vocabulary_size": 5}
@@ -79,7 +92,12 @@ def public_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any] | list[
     regressor = {"dim": 8, "depth": 2, "heads": 2}
     head = {"grid": GRID, "dim": 8, "token": (4, 4), "patch": (4, 4), "values": 48}
     inverse = {
-        "grid": (2, 4), "in_dim": 8, "dim": (8, 4), "depth": (1, 1), "heads": (2, 1), "window": 2,
+        "grid": (2, 4),
+        "in_dim": 8,
+        "dim": (8, 4),
+        "depth": (1, 1),
+        "heads": (2, 1),
+        "window": 2,
         "out_dim": 6,
     }
     queries, shown = torch.rand(2, 2, 8), torch.rand(2, 4, 8)
@@ -88,7 +106,7 @@ def public_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any] | list[
     table = torch.rand(7, 5)
     whole = torch.rand(2, 7, 8)
     codes = torch.randint(4, (2, 2, 16))
-    state = {name: value for name, value in vit.state_dict().items()}
+    state = dict(vit.state_dict())
     boxes = torch.tensor([[[0, 0, 1, 2]], [[1, 0, 2, 2]]])
     noise = torch.rand(2, 6)
     calls: dict[str, Any] = {
@@ -135,7 +153,12 @@ def public_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any] | list[
         "masking.complementary": (masking.complementary, {"key": KEY, "grid": GRID, "parts": 3}),
         "masking.ragged": (
             masking.ragged,
-            {"sampler": masking.uniform, "key": KEY, "grids": [(2, 3), (2, 2)], "ratios": [0.5, 0.5]},
+            {
+                "sampler": masking.uniform,
+                "key": KEY,
+                "grids": [(2, 3), (2, 2)],
+                "ratios": [0.5, 0.5],
+            },
         ),
         "masking.num_masked": (masking.num_masked, {"num_tokens": 196, "ratio": 0.75}),
         "masking.with_ids": (masking.with_ids, [TensorDataset(torch.zeros(4, 2))]),
@@ -149,9 +172,15 @@ def public_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any] | list[
             for n in ("ijepa", "ijepa_targets")
         },
         "stats.average_distance": (stats.average_distance, {"mask": MASK, "patch_size": 4}),
-        "stats.marginals": (stats.marginals, {"sampler": masking.gridwise, "grid": GRID, "num_samples": 8}),
+        "stats.marginals": (
+            stats.marginals,
+            {"sampler": masking.gridwise, "grid": GRID, "num_samples": 8},
+        ),
         "patches.gather_visible": (patches.gather_visible, {"tokens": TOKENS, "mask": MASK}),
-        "patches.gather_visible: ragged": (patches.gather_visible, {"tokens": ROWS, "mask": RAGGED}),
+        "patches.gather_visible: ragged": (
+            patches.gather_visible,
+            {"tokens": ROWS, "mask": RAGGED},
+        ),
         "patches.gather_masked": (patches.gather_masked, {"tokens": TOKENS, "mask": MASK}),
         "patches.gather_masked: ragged": (patches.gather_masked, {"tokens": ROWS, "mask": RAGGED}),
         "patches.restore": (
@@ -199,7 +228,10 @@ def public_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any] | list[
         "conv.packed_depthwise_conv2d": (
             conv.packed_depthwise_conv2d,
             {
-                "cells": CELLS, "weight": FILTER, "bias": BIAS, "cell": 2,
+                "cells": CELLS,
+                "weight": FILTER,
+                "bias": BIAS,
+                "cell": 2,
                 "neighbors": patches.neighbors(MASK),
             },
         ),
@@ -230,9 +262,7 @@ def public_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any] | list[
         "targets.FeatureTarget": (targets.FeatureTarget, {"teacher": vit, "num_prefix": 1}),
         "targets.TokenTarget": (
             targets.TokenTarget,
-            {
-                "encode": fitted_tokenizer.encode, "decode": lambda ids: ids, "patch_size": 4
-            },
+            {"encode": fitted_tokenizer.encode, "decode": lambda ids: ids, "patch_size": 4},
         ),
         **_target_calls(targets.Pixels(4, mean=[0.4] * 3, std=[0.2] * 3), PATCHES),
         **_target_calls(targets.NormalizedPixels(4), PATCHES),
@@ -267,7 +297,8 @@ def public_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any] | list[
         "nn.SwinTransformer.forward": (
             swin,
             {
-                "images": torch.rand(2, 3, 8, 8), "mask_token": torch.rand(8),
+                "images": torch.rand(2, 3, 8, 8),
+                "mask_token": torch.rand(8),
                 "mask": masking.uniform(KEY, (4, 4), 0.5),
             },
         ),
@@ -344,7 +375,10 @@ def public_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any] | list[
         "viz.half_mass": (viz.half_mass, [torch.rand(2, 2, 3)]),
         "viz.show_attention": (viz.show_attention, [IMAGES, torch.rand(2, 2, 3)]),
         "viz.panel": (viz.panel, [[[torch.rand(3, 8, 12)]], ["a"]]),
-        "viz.curves": (viz.curves, {"steps": [1.0, 2.0], "series": {"a": [1.0, 2.0]}, "title": "t"}),
+        "viz.curves": (
+            viz.curves,
+            {"steps": [1.0, 2.0], "series": {"a": [1.0, 2.0]}, "title": "t"},
+        ),
         "interop.to_timm": (interop.to_timm, [state]),
         "interop.from_timm": (interop.from_timm, [dict(interop.to_timm(state))]),
         "mimkit.container": (mimkit.container, [type("Output", (), {"__annotations__": {}})]),

@@ -15,12 +15,14 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimkit._arguments import checked
 from mimkit._checks import cell_of
 from mimkit._grids import Grid, per_axis, reach_of
 from mimkit.masking import Mask
 from mimkit_kernels import packed_depthwise_conv
 
 
+@checked
 def masked_depthwise_conv2d(
     x: Float[Tensor, "batch channels height width"],
     weight: Float[Tensor, "channels 1 kernel_height kernel_width"],
@@ -53,6 +55,7 @@ def masked_depthwise_conv2d(
     return F.conv2d(x.masked_fill(is_masked, 0), weight, bias, padding=radius, groups=x.shape[1])
 
 
+@checked
 def packed_depthwise_conv2d(
     cells: Float[Tensor, "batch visible cell channels"],
     weight: Float[Tensor, "channels 1 kernel_height kernel_width"],

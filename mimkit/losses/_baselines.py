@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mimkit_kernels as kernels
+from mimkit._arguments import checked
 from mimkit._checks import Order
 from mimkit._grids import Grid, per_axis
 from mimkit.losses._masked import Kind, masked_pixel_loss
@@ -19,6 +20,7 @@ from mimkit.targets import NormalizedPixels, Pixels
 
 
 @torch.no_grad()
+@checked
 def baselines(
     images: Shaped[Tensor, "batch channels *spatial"],
     mask: Mask,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mimkit_kernels as kernels
+from mimkit._arguments import checked
 from mimkit._checks import (
     Order,
     channel_statistic,
@@ -40,6 +41,7 @@ Kind = Literal["l2", "l1", "smooth_l1"]
 Loss = Float32[Tensor, ""] | Float32[Tensor, " samples"] | Float32[Tensor, "batch masked"]
 
 
+@checked
 def masked_mse(
     prediction: Float[Tensor, "batch _ ..."] | Float[Tensor, "_ ..."],
     target: Float[Tensor, "batch _ ..."] | Float[Tensor, "_ ..."],
@@ -77,6 +79,7 @@ def masked_mse(
     return _masked_loss(elementwise_error("l2"), prediction, target, mask, reduction)
 
 
+@checked
 def masked_l1(
     prediction: Float[Tensor, "batch _ ..."] | Float[Tensor, "_ ..."],
     target: Float[Tensor, "batch _ ..."] | Float[Tensor, "_ ..."],
@@ -95,6 +98,7 @@ def masked_l1(
     return _masked_loss(elementwise_error("l1"), prediction, target, mask, reduction)
 
 
+@checked
 def masked_smooth_l1(
     prediction: Float[Tensor, "batch _ ..."] | Float[Tensor, "_ ..."],
     target: Float[Tensor, "batch _ ..."] | Float[Tensor, "_ ..."],
@@ -125,6 +129,7 @@ def masked_smooth_l1(
     return _masked_loss(elementwise_error("smooth_l1", beta), prediction, target, mask, reduction)
 
 
+@checked
 def masked_cosine(
     prediction: Float[Tensor, "batch _ dim"],
     target: Float[Tensor, "batch _ dim"],
@@ -154,6 +159,7 @@ def masked_cosine(
     return _masked_loss(error, prediction, target, mask, reduction)
 
 
+@checked
 def masked_cross_entropy(
     prediction: Float[Tensor, "... classes"],
     target: Int64[Tensor, "..."],
@@ -189,6 +195,7 @@ def masked_cross_entropy(
     return _reduce(_one_axis_of_values(errors), mask, reduction)
 
 
+@checked
 def masked_pixel_loss(
     prediction: Float[Tensor, "batch masked patch"] | Float[Tensor, "rows patch"],
     images: Shaped[Tensor, "batch channels *spatial"] | Sequence[Shaped[Tensor, "channels ..."]],

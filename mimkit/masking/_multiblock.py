@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from mimkit._arguments import checked
 from mimkit._containers import container
 from mimkit._grids import as_integer, as_sizes, count_tokens
 from mimkit.masking._counts import check_interval, num_masked
@@ -34,6 +35,7 @@ class MultiBlock:
     targets: list[Mask]
 
 
+@checked
 def multiblock(
     key: Key,
     grid: Sequence[int],

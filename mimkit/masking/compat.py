@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from mimkit._arguments import checked
 from mimkit._grids import as_integer, as_sizes, count_tokens
 from mimkit.masking._counts import Rounding, check_interval, resolve_count
 from mimkit.masking._key import Key, check_key
@@ -24,6 +25,7 @@ _ATTEMPTS = 10  # per block, as published
 _PATIENCE = 10_000  # unsuccessful blocks in a row after which the loop counts as endless
 
 
+@checked
 def beit(
     key: Key,
     grid: Sequence[int],
@@ -70,6 +72,7 @@ def beit(
     )
 
 
+@checked
 def cae(
     key: Key,
     grid: Sequence[int],
@@ -103,6 +106,7 @@ def cae(
     )
 
 
+@checked
 def mmpretrain(
     key: Key,
     grid: Sequence[int],
@@ -141,6 +145,7 @@ def mmpretrain(
     return _per_sample(key, grid, draw)
 
 
+@checked
 def ijepa(
     key: Key,
     grid: Sequence[int],
@@ -191,6 +196,7 @@ def ijepa(
     return ~_draw_ijepa(key, grid, *options)[0]
 
 
+@checked
 def ijepa_targets(
     key: Key,
     grid: Sequence[int],

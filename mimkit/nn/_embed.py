@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mimkit._arguments import Size, checked
 from mimkit._checks import Order, as_floats, check_stacked
 from mimkit._grids import Grid, count_tokens, sides_of
 from mimkit.masking import Mask, RaggedMask
@@ -27,7 +28,7 @@ Images: TypeAlias = (
 class PatchProjection(nn.Module):
     """Linear projection of patches, with its weight stored in convolution layout."""
 
-    def __init__(self, *, in_channels: int, patch: Sequence[int], dim: int) -> None:
+    def __init__(self, *, in_channels: Size, patch: Sequence[int], dim: Size) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim, in_channels, *patch))
         self.bias = nn.Parameter(torch.empty(dim))
@@ -66,12 +67,13 @@ class PatchEmbed(nn.Module):
         torch.Size([1, 4, 16])
     """
 
+    @checked
     def __init__(
         self,
         *,
         patch_size: int | Sequence[int],
-        in_channels: int,
-        dim: int,
+        in_channels: Size,
+        dim: Size,
         order: Order = "c p1 p2",
     ) -> None:
         super().__init__()
@@ -80,6 +82,7 @@ class PatchEmbed(nn.Module):
         self.in_channels = in_channels
         self.proj = PatchProjection(in_channels=in_channels, patch=self.patch_size, dim=dim)
 
+    @checked
     def forward(
         self,
         images: Images,

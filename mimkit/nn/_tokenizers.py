@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from mimkit._arguments import Size, checked
 from mimkit._checks import patch_statistics
 from mimkit._grids import as_sizes, count_tokens
 from mimkit.patches import grid_of, patchify, unpatchify
@@ -41,8 +42,9 @@ class PatchTokenizer(nn.Module):
 
     centers: Float[Tensor, "codes patch"]
 
+    @checked
     def __init__(
-        self, *, patch_size: Sequence[int], in_channels: int, vocabulary_size: int
+        self, *, patch_size: Sequence[int], in_channels: Size, vocabulary_size: Size
     ) -> None:
         super().__init__()
         self.patch_size = as_sizes("patch_size", patch_size)
@@ -94,6 +96,7 @@ class PatchTokenizer(nn.Module):
         ids = self._nearest(patches.flatten(0, -2))
         return ids.view(len(images), *grid_of(images, self.patch_size))
 
+    @checked
     def decode(
         self,
         ids: Int64[Tensor, "batch *grid"],

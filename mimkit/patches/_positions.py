@@ -9,9 +9,11 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimkit._arguments import checked
 from mimkit._grids import as_sizes, count_tokens
 
 
+@checked
 def sincos_positions(
     dim: int,
     grid: Sequence[int],
@@ -71,6 +73,7 @@ def sincos_positions(
     return torch.cat([table.new_zeros(num_prefix, dim), table])
 
 
+@checked
 def interpolate_positions(
     table: Float[Tensor, "prefix_and_tokens dim"],
     old_grid: Sequence[int],

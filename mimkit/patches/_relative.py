@@ -9,12 +9,14 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from mimkit._arguments import checked
 from mimkit._grids import as_sizes, count_tokens
 
 _LOWEST_GROWTH, _HIGHEST_GROWTH = 1.01, 1.5
 _SEARCH_STEPS = 20  # bisection steps: growth to within 1e-6, as in the authors' code
 
 
+@checked
 def interpolate_relative_positions(
     table: Float[Tensor, "positions heads"],
     old_grid: Sequence[int],

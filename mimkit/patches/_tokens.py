@@ -10,10 +10,12 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 import mimkit_kernels as kernels
+from mimkit._arguments import checked
 from mimkit._checks import check_batch, check_rows
 from mimkit.masking import Mask, RaggedMask
 
 
+@checked
 def gather_visible(
     tokens: Shaped[Tensor, "batch prefix_and_tokens dim"] | Shaped[Tensor, "rows dim"],
     mask: Mask | RaggedMask,
@@ -43,6 +45,7 @@ def gather_visible(
     return _gather(tokens, mask, mask.visible_ids, num_prefix)
 
 
+@checked
 def gather_masked(
     tokens: Shaped[Tensor, "batch prefix_and_tokens dim"] | Shaped[Tensor, "rows dim"],
     mask: Mask | RaggedMask,
@@ -72,6 +75,7 @@ def gather_masked(
     return _gather(tokens, mask, mask.masked_ids, num_prefix)
 
 
+@checked
 def restore(
     visible: Float[Tensor, "batch prefix_and_visible dim"] | Float[Tensor, "rows_of_visible dim"],
     mask: Mask | RaggedMask,

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
+from mimkit._arguments import checked
 from mimkit._checks import as_floats
 from mimkit.masking import Mask
 from mimkit.targets._pixels import Pixels
@@ -46,6 +47,7 @@ class ColorClusters:
 
     uses_ground_truth = False
 
+    @checked
     def __init__(self, patch_size: int | Sequence[int], num_clusters: int = 512) -> None:
         if num_clusters < 1:
             raise ValueError(f"num_clusters must be at least 1; got {num_clusters}")
@@ -53,6 +55,7 @@ class ColorClusters:
         self.num_clusters = num_clusters
         self.centers: Float[Tensor, "clusters channels"] | None = None
 
+    @checked
     def fit(
         self,
         images: Shaped[Tensor, "batch channels *spatial"],
@@ -89,6 +92,7 @@ class ColorClusters:
         self.centers = _lloyd(points, initial.to(points), max_iterations)
         return self
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write the colors to a file.
 
@@ -97,6 +101,7 @@ class ColorClusters:
         """
         torch.save({"centers": self._fitted(torch.device("cpu"))}, path)
 
+    @checked
     def load(self, path: str | Path) -> "ColorClusters":
         """Read the colors from a file that `save` wrote.
 
@@ -109,6 +114,7 @@ class ColorClusters:
         self.centers = centers
         return self
 
+    @checked
     def __call__(
         self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
     ) -> Int64[Tensor, "batch masked pixels"]:
@@ -127,6 +133,7 @@ class ColorClusters:
         nearest, _ = _nearest(patches.reshape(-1, centers.shape[1]), centers)
         return nearest.view(*patches.shape[:2], patches.shape[2] // centers.shape[1])
 
+    @checked
     def invert(
         self,
         values: Int64[Tensor, "batch masked pixels"],
@@ -142,6 +149,7 @@ class ColorClusters:
         return self.centers.to(device)
 
 
+@checked
 @dataclass(frozen=True)
 class ChannelBins:
     """The index of the interval (bin) of each value of the masked pixels.
@@ -178,6 +186,7 @@ class ChannelBins:
                 f"got {self.num_bins} from {self.low} to {self.high}"
             )
 
+    @checked
     def __call__(
         self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
     ) -> Int64[Tensor, "batch masked patch"]:
@@ -188,6 +197,7 @@ class ChannelBins:
             position.floor().clamp(0, self.num_bins - 1).long()
         )  # clamped as floats, which cannot overflow
 
+    @checked
     def invert(
         self,
         values: Int64[Tensor, "batch masked patch"],

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimkit._arguments import checked
 from mimkit._checks import as_floats, check_mask
 from mimkit._grids import divide, per_axis
 from mimkit.masking import Mask
@@ -22,6 +23,7 @@ from mimkit.patches import gather_masked, grid_of
 _EPS = 1e-5
 
 
+@checked
 @dataclass(frozen=True)
 class HOG:
     """Histograms of oriented gradients in the cells of the masked patches.
@@ -56,6 +58,7 @@ class HOG:
         if self.num_bins < 1:
             raise ValueError(f"num_bins must be at least 1; got {self.num_bins}")
 
+    @checked
     def __call__(
         self, images: Float[Tensor, "batch channels height width"], mask: Mask
     ) -> Float[Tensor, "batch masked values"]:
@@ -81,6 +84,7 @@ class HOG:
         )
         return gather_masked(values, mask)
 
+    @checked
     def invert(
         self, values: Tensor, images: Tensor, mask: Mask
     ) -> Float[Tensor, "batch masked patch"]:

@@ -12,11 +12,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimkit._arguments import checked
 from mimkit._checks import check_even
 from mimkit.masking import Mask
 from mimkit.patches import gather_masked, patchify
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class TokenTarget:
     """The codes of a tokenizer at the masked positions.
@@ -43,6 +45,7 @@ class TokenTarget:
     patch_size: int | Sequence[int] | None = None
     uses_ground_truth: ClassVar[bool] = True
 
+    @checked
     def __call__(
         self, images: Float[Tensor, "batch channels *spatial"], mask: Mask
     ) -> Int64[Tensor, "batch masked"]:
@@ -53,6 +56,7 @@ class TokenTarget:
         """
         return gather_masked(self._codes(images, mask).unsqueeze(2), mask).squeeze(2)
 
+    @checked
     def invert(
         self,
         values: Int64[Tensor, "batch masked"],
@@ -84,6 +88,7 @@ class TokenTarget:
         return codes.flatten(1)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class FeatureTarget:
     """Features of a frozen teacher at the masked positions.
@@ -110,6 +115,7 @@ class FeatureTarget:
     normalize: bool = True
     uses_ground_truth: ClassVar[bool] = False
 
+    @checked
     def __call__(
         self, images: Float[Tensor, "batch channels *spatial"], mask: Mask
     ) -> Float[Tensor, "batch masked dim"]:
@@ -123,6 +129,7 @@ class FeatureTarget:
         features = gather_masked(tokens, mask).float()
         return F.layer_norm(features, features.shape[2:]) if self.normalize else features
 
+    @checked
     def invert(
         self, values: Tensor, images: Tensor, mask: Mask
     ) -> Float[Tensor, "batch masked patch"]:

@@ -357,7 +357,9 @@ def _of_container(value: Mask | RaggedMask | Key, others: Sequence[Any]) -> Iter
     yield Mutation("meta", lambda: _mapped(value, lambda leaf: leaf.to("meta")), wanted)
     for dtype in (torch.int32, torch.float32, torch.bool, torch.complex64):
         yield Mutation(
-            f"{str(dtype)[6:]} ids", lambda dtype=dtype: _made(value, lambda i: i.to(dtype)), "refusal"
+            f"{str(dtype)[6:]} ids",
+            lambda dtype=dtype: _made(value, lambda i: i.to(dtype)),
+            "refusal",
         )
     yield Mutation("numpy ids", lambda: _made(value, lambda ids: ids.numpy()), "refusal")
     yield Mutation("ids of another rank", lambda: _made(value, lambda i: i.unsqueeze(0)), "refusal")
@@ -365,12 +367,16 @@ def _of_container(value: Mask | RaggedMask | Key, others: Sequence[Any]) -> Iter
     if isinstance(value, Key):
         return
     yield Mutation("booleans", lambda: value.is_masked, "refusal")
-    yield Mutation("ids out of range", lambda: _mapped(value, lambda ids: ids + 1000), "refusal", None, True)
+    yield Mutation(
+        "ids out of range", lambda: _mapped(value, lambda ids: ids + 1000), "refusal", None, True
+    )
     if isinstance(value, Mask):
         more = shared and "refusal" or "finite"
         yield Mutation("twice the samples", lambda: Mask.cat([value, value]), more)
         yield Mutation("one sample", lambda: value[:1], more if value.batch_size > 1 else "same")
-        yield Mutation("a larger grid", lambda: value.refine(2), "finite" if is_alone else "refusal")
+        yield Mutation(
+            "a larger grid", lambda: value.refine(2), "finite" if is_alone else "refusal"
+        )
         yield Mutation("a RaggedMask", lambda: RaggedMask.cat([value]), "finite")
 
 
@@ -469,7 +475,10 @@ class _EndlessError(Exception):
 @contextmanager
 def _time_limit() -> Iterator[None]:
     """Interrupt a call that takes too long; only possible in the main thread of POSIX systems."""
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+    if (
+        not hasattr(signal, "setitimer")
+        or threading.current_thread() is not threading.main_thread()
+    ):
         yield
         return
 
