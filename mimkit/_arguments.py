@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import numpy as np
 import torch
 from jaxtyping import AbstractArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimkit._settings import Settings
 
@@ -47,6 +47,7 @@ Depth = Annotated[int, Range(0, 1000, "from 0 to 1000")]
 Positive = Annotated[float, Range(5e-324, math.inf, "above 0")]
 NotNegative = Annotated[float, Range(0, math.inf, "of 0 or more")]
 Share = Annotated[float, Range(0, 1, "in [0, 1]")]
+Scales = Sequence[Annotated[float, Range(1e-30, 1e30, "from 1e-30 to 1e30")]]
 
 
 def describe(value: object) -> str:
@@ -65,7 +66,7 @@ def checked(function: F) -> F:
     """Check every call of a function, or of the constructor of a class, before it is made.
 
     Tensors of one call must be on one device, and axes of one name must have one size. "batch" is
-    also the number of samples of a mask.
+    also the number of samples of a mask. A module tells its own sizes in `axis_sizes`.
 
     Raises:
         TypeError: In a call: an argument has a wrong type or dtype.
@@ -88,29 +89,48 @@ def checked(function: F) -> F:
         if parameter.kind is not inspect.Parameter.VAR_POSITIONAL
     ]
 
+    is_forward = function.__name__ == "forward"
+
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
-            _check(_rules_of(function), dict(zip(names, args, strict=False)) | kwargs)
+            module = args[0] if args and isinstance(args[0], nn.Module) else None
+            given = dict(zip(names, args, strict=False)) | kwargs
+            _check(_rules_of(function), given, module, is_forward)
         return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]
 
 
-def _check(rules: "Mapping[str, _Rule]", arguments: Mapping[str, Any]) -> None:
-    sizes: dict[str, tuple[int, str]] = {}
-    place: tuple[torch.device, str] | None = None
+def _check(
+    rules: "Mapping[str, _Rule]",
+    arguments: Mapping[str, Any],
+    module: nn.Module | None,
+    is_forward: bool,
+) -> None:
+    owner = f"this {type(module).__name__}"
+    known = getattr(module, "axis_sizes", {})
+    sizes = {axis: (size, owner) for axis, size in known.items()}
+    # In `forward` alone are the module's own weights sure to be whole and in place (FSDP).
+    own = module._parameters.values() if module is not None and is_forward else ()
+    weight = next((parameter for parameter in own if parameter is not None), None)
+    place = None if weight is None else (weight.device, owner)
     for name, rule in rules.items():
         if name not in arguments:
             continue
         value = arguments[name]
         axes = rule.check(name, value)
-        if rule.has_device and value is not None and not isinstance(value, list | tuple):
+        if rule.has_device and hasattr(value, "device"):
             place = place or (value.device, name)
             if value.device != place[0]:
                 raise ValueError(
-                    f"{name} is on {value.device}, but {place[1]} is on {place[0]}; move one of "
-                    f"them with .to(device)"
+                    f"{name} is on {value.device}, but {place[1]} is on {place[0]}: move one of "
+                    "them with .to(device)"
+                )
+            if weight is not None and _is_other_float(value, weight):
+                raise TypeError(
+                    f"{name} must be {weight.dtype}, as the weights of {owner}, or be used under "
+                    f"autocast; got {value.dtype}"
                 )
         for axis, size in axes:
             expected, other = sizes.setdefault(axis, (size, name))
@@ -119,6 +139,15 @@ def _check(rules: "Mapping[str, _Rule]", arguments: Mapping[str, Any]) -> None:
                     f"{name} must have {axis} = {expected}, as {other} has; got "
                     f"{tuple(value.shape) if isinstance(value, Tensor) else value}"
                 )
+
+
+def _is_other_float(value: Any, weight: Tensor) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.dtype != weight.dtype
+        and not torch.is_autocast_enabled(weight.device.type)
+    )
 
 
 @cache
@@ -146,6 +175,8 @@ class _Rule:
         self.arrays = [m for m in members if _is_array(m)]
         self.others = [m for m in members if not _is_array(m)]
         self.forms = [(a.dtypes, tuple(a.dim_str.split())) for a in self.arrays]
+        if torch.device in self.others:
+            self.others.remove(str)  # any text is not a device
         classes = [m for m in self.others if inspect.isclass(m)]
         self.takes_container = any(m.__name__ in ("Mask", "RaggedMask", "Key") for m in classes)
         self.has_device = self.takes_container or bool(self.arrays)
@@ -245,6 +276,8 @@ def _fits(value: Any, annotation: Any, *, loosely: bool = False) -> bool:
         )
     if annotation is bool:
         return isinstance(value, bool | np.bool_) or (isinstance(value, int) and value in (0, 1))
+    if annotation is torch.device and isinstance(value, str):
+        return loosely or _is_device(value)
     if annotation is int:
         is_number = hasattr(value, "__index__") and not isinstance(
             value, bool | Tensor | np.ndarray
@@ -261,6 +294,14 @@ def _fits(value: Any, annotation: Any, *, loosely: bool = False) -> bool:
     if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
         return int in arguments and _fits(value, int)  # one size, which `as_sizes` takes
     return loosely or all(any(_fits(v, m) for m in _members(arguments[0])) for v in value)
+
+
+def _is_device(name: str) -> bool:
+    try:
+        torch.device(name)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _named(annotation: Any, *, many: bool = False) -> str:

@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimkit._arguments import checked
+from mimkit._arguments import Count, Share, checked
+from mimkit._checks import check_no_nan
 from mimkit._grids import divide
 from mimkit.masking import Mask
 from mimkit.patches import gather_visible, patchify, restore, unpatchify
@@ -78,7 +79,7 @@ def fill_masked(
 
 @checked
 def half_mass(
-    attention: Float[Tensor, "batch *grid"], *, share: float = 0.5
+    attention: Float[Tensor, "batch *grid"], *, share: Share = 0.5
 ) -> Bool[Tensor, "batch *grid"]:
     """Find the smallest set of positions with a given share of the attention.
 
@@ -91,6 +92,7 @@ def half_mass(
         tensor([[[0, 1],
                  [1, 0]]], dtype=torch.int32)
     """
+    check_no_nan("attention", attention, always=True)
     flat = attention.flatten(1).double()
     values, order = flat.sort(dim=1, descending=True, stable=True)
     before = values.cumsum(dim=1) - values
@@ -103,9 +105,9 @@ def show_attention(
     images: Float[Tensor, "batch channels height width"],
     attention: Float[Tensor, "batch rows columns"],
     *,
-    share: float = 0.5,
+    share: Share = 0.5,
     color: Sequence[float] = (1.0, 0.9, 0.0),
-    line: int = 2,
+    line: Count = 2,
 ) -> Float[Tensor, "batch 3 height width"]:
     """Draw an attention map as brightness, with a contour around half of the attention.
 

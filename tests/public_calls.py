@@ -112,7 +112,10 @@ def public_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any] | list[
     calls: dict[str, Any] = {
         "masking.key": (masking.key, {"sample_ids": torch.tensor([3, 5]), "seed": 7, "epoch": 2}),
         "masking.fresh_key": (masking.fresh_key, [3]),
-        "masking.Key": (Key, {"sample_ids": KEY.sample_ids, "seed_and_epoch": KEY.seed_and_epoch}),
+        "masking.Key": (
+            Key,
+            {"sample_ids": torch.tensor([3, 5, 8]), "seed_and_epoch": KEY.seed_and_epoch},
+        ),
         "masking.Key.view": (KEY.view, [1]),
         "masking.Mask": (Mask, [MASK.visible_ids, MASK.masked_ids, GRID]),
         "masking.Mask.from_bool": (Mask.from_bool, {"is_masked": MASK.is_masked}),

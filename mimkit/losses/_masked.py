@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mimkit_kernels as kernels
-from mimkit._arguments import checked
+from mimkit._arguments import NotNegative, Scales, checked
 from mimkit._checks import (
     Order,
     channel_statistic,
@@ -104,7 +104,7 @@ def masked_smooth_l1(
     target: Float[Tensor, "batch _ ..."] | Float[Tensor, "_ ..."],
     mask: Mask | RaggedMask,
     *,
-    beta: float = 1.0,
+    beta: NotNegative = 1.0,
     reduction: Reduction = "mean",
 ) -> Loss:
     """Smooth L1 error over the masked positions: squared below `beta`, absolute above it.
@@ -204,10 +204,10 @@ def masked_pixel_loss(
     *,
     normalize: Literal["patch"] | None = "patch",
     kind: Kind = "l2",
-    beta: float = 1.0,
+    beta: NotNegative = 1.0,
     order: Order = "p1 p2 c",
     mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    std: Scales | None = None,
     reduction: Reduction = "mean",
 ) -> Loss:
     """Compute the loss between predicted patches and the masked patches of the images.
@@ -260,7 +260,7 @@ def masked_pixel_loss(
     check_pixels(images)
     grid = grid_of(images, patch_size)
     check_mask(mask, grid, images)
-    check_batch(mask, prediction)
+    check_batch(mask, prediction, "prediction")
     patch = per_axis("patch_size", patch_size, len(grid))
     shape = (mask.batch_size, mask.num_masked, images.shape[1] * count_tokens(patch))
     if prediction.shape == (mask.batch_size, mask.num_tokens, shape[2]):
@@ -311,7 +311,7 @@ def _masked_loss(
 def _take_masked(name: str, values: Tensor, mask: Mask | RaggedMask) -> Tensor:
     if isinstance(mask, RaggedMask):  # one sample that holds the tokens of all
         return _take_masked_rows(name, values, mask).unsqueeze(0)
-    check_batch(mask, values)
+    check_batch(mask, values, name)
     if values.ndim >= 2 and values.shape[1] == mask.num_masked:
         return values
     if values.ndim >= 2 and values.shape[1] == mask.num_tokens:
@@ -325,7 +325,7 @@ def _take_masked(name: str, values: Tensor, mask: Mask | RaggedMask) -> Tensor:
 
 def _take_masked_rows(name: str, values: Tensor, mask: RaggedMask) -> Tensor:
     num_masked, num_tokens = len(mask.masked_ids), sum(mask.num_tokens)
-    check_device(mask, values)
+    check_device(mask, values, name)
     if len(values) == num_masked:
         return values
     if len(values) == num_tokens:

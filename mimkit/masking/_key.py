@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int64, Integer
 from torch import Tensor
 
-from mimkit._arguments import checked
+from mimkit._arguments import Count, checked
 from mimkit._containers import container, static
 from mimkit._grids import as_integer
 
@@ -109,7 +109,7 @@ def key(sample_ids: Integer[Tensor, " batch"] | Sequence[int], *, seed: int, epo
 
 @checked
 def fresh_key(
-    batch_size: int,
+    batch_size: Count,
     *,
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,

@@ -10,7 +10,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
-from mimkit._arguments import checked
+from mimkit._arguments import Count, checked
 from mimkit._containers import container, static
 from mimkit._grids import Grid, as_integer, as_sizes, count_tokens, divide, per_axis
 from mimkit_kernels import split_positions
@@ -64,6 +64,8 @@ class Mask:
             raise TypeError(f"is_masked must be boolean (True = masked); got {is_masked.dtype}")
         grid = as_sizes("grid", tuple(is_masked.shape[1:]))
         flat = is_masked.flatten(1)
+        if num_masked is None and flat.is_meta:
+            raise ValueError("is_masked is on the meta device, which holds no values to count")
         if num_masked is None or _can_read_values(flat):
             counts = flat.sum(dim=1).tolist()
             expected = num_masked if num_masked is not None else counts[0] if counts else 0
@@ -350,7 +352,7 @@ class Mask:
         return self.grid == other.grid and torch.equal(self.visible_ids, other.visible_ids)
 
     @checked
-    def expand(self, batch_size: int) -> "Mask":
+    def expand(self, batch_size: Count) -> "Mask":
         """Repeat a mask of one sample `batch_size` times, without a copy.
 
         Raises:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from mimkit._arguments import checked
+from mimkit._arguments import Size, checked
 from mimkit._containers import container
 from mimkit._grids import as_integer, as_sizes, count_tokens
 from mimkit.masking._counts import check_interval, num_masked
@@ -40,7 +40,7 @@ def multiblock(
     key: Key,
     grid: Sequence[int],
     *,
-    num_targets: int = 4,
+    num_targets: Size = 4,
     target_ratio: float = 0.175,
     aspect: tuple[float, float] = (0.75, 1.5),
     context_scale: tuple[float, float] = (0.85, 1.0),

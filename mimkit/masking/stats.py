@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from mimkit._arguments import checked
+from mimkit._arguments import Size, checked
 from mimkit._grids import as_sizes, count_tokens, per_axis
 from mimkit.masking._key import key
 from mimkit.masking._mask import Mask
@@ -76,7 +76,7 @@ def marginals(
     sampler: Callable[..., Mask],
     grid: Sequence[int],
     *arguments: Any,
-    num_samples: int = 4096,
+    num_samples: Size = 4096,
     seed: int = 0,
     **options: Any,
 ) -> Float[Tensor, "*grid"]:

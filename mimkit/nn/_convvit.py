@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int32
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._arguments import Count, Positive, Share, Size, checked
+from mimkit._arguments import Count, Depth, Positive, Share, Size, checked
 from mimkit._checks import as_floats, check_even, check_mask, check_stacked
 from mimkit._grids import Grid, divide, per_axis, reach_of, sides_of
 from mimkit.conv import packed_depthwise_conv2d
@@ -273,10 +273,10 @@ class ConvViT(nn.Module):
         image_size: int | Sequence[int] = 224,
         patch_sizes: Sequence[int | Sequence[int]] = (4, 2, 2),
         in_channels: Size = 3,
-        dim: Sequence[int] = (256, 384, 768),
-        depth: Sequence[int] = (2, 2, 11),
+        dim: Sequence[Size] = (256, 384, 768),
+        depth: Sequence[Depth] = (2, 2, 11),
         heads: Size = 12,
-        mlp_ratio: Sequence[float] = (4.0, 4.0, 4.0),
+        mlp_ratio: Sequence[Positive] = (4.0, 4.0, 4.0),
         kernel_size: Size = 5,
         drop_path: Share = 0.0,
         multi_scale: bool = False,
@@ -287,6 +287,7 @@ class ConvViT(nn.Module):
         num_classes: Count = 0,
     ) -> None:
         super().__init__()
+        self.axis_sizes = {"dim": dim[-1] if dim else 0}
         if pool not in ("mean", "token"):
             raise ValueError(f'pool must be "mean" or "token"; got {pool!r}')
         if kernel_size < 1 or kernel_size % 2 == 0:

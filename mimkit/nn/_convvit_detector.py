@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._arguments import Share, Size, checked
+from mimkit._arguments import Depth, Positive, Share, Size, checked
 from mimkit._grids import Grid, divide, per_axis
 from mimkit.nn._convvit import ConvViT
 from mimkit.nn._relative import RelativePositionBias
@@ -55,10 +55,10 @@ class ConvViTDetector(ConvViT):
         global_layers: Sequence[int] = (0, 3, 6, 10),
         patch_sizes: Sequence[int | Sequence[int]] = (4, 2, 2),
         in_channels: Size = 3,
-        dim: Sequence[int] = (256, 384, 768),
-        depth: Sequence[int] = (2, 2, 11),
+        dim: Sequence[Size] = (256, 384, 768),
+        depth: Sequence[Depth] = (2, 2, 11),
         heads: Size = 12,
-        mlp_ratio: Sequence[float] = (4.0, 4.0, 4.0),
+        mlp_ratio: Sequence[Positive] = (4.0, 4.0, 4.0),
         kernel_size: Size = 5,
         drop_path: Share = 0.0,
     ) -> None:

@@ -71,6 +71,7 @@ class MAEDecoder(nn.Module):
         super().__init__()
         self.grid = as_sizes("grid", grid)
         self.num_prefix = num_prefix
+        self.axis_sizes = {"in_dim": in_dim}
         self.embed = xavier_linear(in_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         nn.init.normal_(self.mask_token, std=0.02)
@@ -206,6 +207,7 @@ class CrossDecoder(nn.Module):
         super().__init__()
         self.grid = as_sizes("grid", grid)
         self.num_prefix = num_prefix
+        self.axis_sizes = {"in_dim": in_dim}
         self.embed = xavier_linear(in_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         nn.init.normal_(self.mask_token, std=0.02)
@@ -273,7 +275,7 @@ def check_latent(
     Raises:
         ValueError: If the mask has another grid, or the latents another number of tokens.
     """
-    check_mask(mask, grid, latent)
+    check_mask(mask, grid, latent, "latent")
     if latent.shape[1] != num_prefix + mask.num_visible:
         raise ValueError(
             f"latent must have {num_prefix} prefix and {mask.num_visible} visible tokens; "

@@ -245,6 +245,7 @@ class DiscreteVAE(nn.Module):
         )
 
     @torch.no_grad()
+    @checked
     def encode(
         self, images: Float[Tensor, "batch channels height width"]
     ) -> Int64[Tensor, "batch rows columns"]:
@@ -260,6 +261,7 @@ class DiscreteVAE(nn.Module):
         return self._logits(images).argmax(dim=1)
 
     @torch.no_grad()
+    @checked
     def decode(
         self, ids: Int64[Tensor, "batch rows columns"]
     ) -> Float[Tensor, "batch channels height width"]:

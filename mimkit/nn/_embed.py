@@ -41,6 +41,17 @@ class PatchProjection(nn.Module):
         self, patches: Float[Tensor, "*tokens patch"], order: Order = "c p1 p2"
     ) -> Float[Tensor, "*tokens dim"]:
         """Project patches whose values are in `order`."""
+        if patches.device != self.weight.device:
+            raise ValueError(
+                f"the images are on {patches.device}, but the weights on {self.weight.device}"
+            )
+        if patches.dtype != self.weight.dtype and not torch.is_autocast_enabled(
+            patches.device.type
+        ):
+            raise TypeError(
+                f"the images give patches of {patches.dtype}, but the weights are "
+                f"{self.weight.dtype}: convert one, or use autocast"
+            )
         weight = self.weight if order == "c p1 p2" else self.weight.movedim(1, -1)
         return F.linear(patches, weight.flatten(1), self.bias)
 

@@ -27,6 +27,7 @@ class TokenHead(nn.Linear):
     @checked
     def __init__(self, *, dim: Size, vocabulary_size: Size) -> None:
         super().__init__(dim, vocabulary_size)
+        self.axis_sizes = {"dim": dim}
         nn.init.xavier_uniform_(self.weight)
         nn.init.zeros_(self.bias)
 

@@ -3,6 +3,7 @@
 Axes: batch; channels; height, width (pixels); tokens; dim.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from einops import repeat
@@ -34,7 +35,7 @@ class ConvStem(nn.Sequential):
     """
 
     @checked
-    def __init__(self, *, in_channels: Size, channels: tuple[int, ...]) -> None:
+    def __init__(self, *, in_channels: Size, channels: Sequence[Size]) -> None:
         layers: list[nn.Module] = []
         for before, after in zip((in_channels, *channels), channels, strict=False):
             convolution = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)

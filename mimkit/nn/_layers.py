@@ -329,6 +329,7 @@ class TransformerBlock(nn.Module):
         qkv_bias: QKVBias = True,
     ) -> None:
         super().__init__()
+        self.axis_sizes = {"dim": dim}
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim=dim, heads=heads, qkv_bias=qkv_bias)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)

@@ -29,6 +29,7 @@ class AttentiveProbe(nn.Module):
     @checked
     def __init__(self, *, dim: Size, heads: Size, num_classes: Count) -> None:
         super().__init__()
+        self.axis_sizes = {"dim": dim}
         self.query_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.norm_q = nn.LayerNorm(dim, eps=NORM_EPS)
         self.norm_k = nn.LayerNorm(dim, eps=NORM_EPS)
@@ -48,6 +49,7 @@ class AttentiveProbe(nn.Module):
         return logits
 
     @torch.no_grad()
+    @checked
     def attention(
         self, tokens: Float[Tensor, "batch tokens dim"]
     ) -> Float[Tensor, "batch heads tokens"]:

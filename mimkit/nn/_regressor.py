@@ -155,6 +155,7 @@ class ContextRegressor(nn.Module):
         drop_path: Share = 0.0,
     ) -> None:
         super().__init__()
+        self.axis_sizes = {"dim": dim}
         self.blocks = nn.ModuleList(
             RegressorBlock(
                 dim=dim, heads=heads, mlp_ratio=mlp_ratio, layer_scale=layer_scale, drop_path=rate
@@ -281,6 +282,7 @@ class CAEDecoder(nn.Module):
         drop_path: Share = 0.0,
     ) -> None:
         super().__init__()
+        self.axis_sizes = {"dim": dim}
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 dim=dim,

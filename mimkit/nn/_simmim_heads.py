@@ -13,8 +13,8 @@ from typing import Literal, get_args
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mimkit._arguments import Size, checked
-from mimkit._grids import Grid
+from mimkit._arguments import Depth, Size, checked
+from mimkit._grids import Grid, count_tokens
 from mimkit.masking import Mask
 from mimkit.nn._swin import PatchSplitting, SwinStage, initialize_swin
 from mimkit.patches import gather_masked, patchify, unpatchify
@@ -59,13 +59,14 @@ class InverseSwin(nn.Module):
         *,
         grid: Grid,
         in_dim: Size,
-        dim: Sequence[int],
-        depth: Sequence[int],
-        heads: Sequence[int],
+        dim: Sequence[Size],
+        depth: Sequence[Depth],
+        heads: Sequence[Size],
         window: Size,
         out_dim: Size,
     ) -> None:
         super().__init__()
+        self.axis_sizes = {"tokens": count_tokens(grid), "in_dim": in_dim}
         self.embed = nn.Linear(in_dim, dim[0])
         self.stages = nn.ModuleList(
             SwinStage(
@@ -144,6 +145,7 @@ class SimMIMHead(nn.Module):
         finest: Size = 4,
     ) -> None:
         super().__init__()
+        self.axis_sizes = {"dim": dim}
         if name not in get_args(HeadName):
             raise ValueError(f"head must be one of {get_args(HeadName)}; got {name!r}")
         self.predict: nn.Module

@@ -71,8 +71,8 @@ class SwinTransformer(nn.Module):
         patch_size: int | Sequence[int] = 4,
         in_channels: Size = 3,
         dim: Size = 96,
-        depth: Sequence[int] = (2, 2, 6, 2),
-        heads: Sequence[int] = (3, 6, 12, 24),
+        depth: Sequence[Depth] = (2, 2, 6, 2),
+        heads: Sequence[Size] = (3, 6, 12, 24),
         window: Size = 7,
         mlp_ratio: Positive = 4.0,
         drop_path: Share = 0.0,
@@ -110,6 +110,7 @@ class SwinTransformer(nn.Module):
             )
             for stage, blocks in enumerate(depth)
         )
+        self.axis_sizes = {"dim": self.dim}
         self.norm = nn.LayerNorm(self.dim, eps=_NORM_EPS)
         self.head = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
         self.apply(initialize_swin)

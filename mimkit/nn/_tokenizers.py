@@ -6,11 +6,11 @@ Axes: batch; channels; *spatial; *grid; codes; patch (the values of one patch).
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
-from mimkit._arguments import Size, checked
-from mimkit._checks import patch_statistics
+from mimkit._arguments import Count, Size, checked
+from mimkit._checks import check_no_nan, patch_statistics
 from mimkit._grids import as_sizes, count_tokens
 from mimkit.patches import grid_of, patchify, unpatchify
 
@@ -53,12 +53,13 @@ class PatchTokenizer(nn.Module):
         self.register_buffer("centers", torch.zeros(vocabulary_size, width))
 
     @torch.no_grad()
+    @checked
     def fit(
         self,
-        images: Float[Tensor, "batch channels *spatial"],
+        images: Shaped[Tensor, "batch channels *spatial"],
         *,
-        iterations: int = 20,
-        seed: int = 0,
+        iterations: Count = 20,
+        seed: Count = 0,
     ) -> "PatchTokenizer":
         """Fit the centers by k-means (Lloyd's iterations, initialised with random patches).
 
@@ -73,6 +74,7 @@ class PatchTokenizer(nn.Module):
         Raises:
             ValueError: If there are fewer patches than codes.
         """
+        check_no_nan("images", images, always=True)
         patches = self._normalized(images).flatten(0, -2)
         count = len(self.centers)
         if len(patches) < count:
@@ -88,6 +90,7 @@ class PatchTokenizer(nn.Module):
         return self
 
     @torch.no_grad()
+    @checked
     def encode(
         self, images: Float[Tensor, "batch channels *spatial"]
     ) -> Int64[Tensor, "batch *grid"]:

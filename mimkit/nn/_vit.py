@@ -126,6 +126,7 @@ class ViT(nn.Module):
         stem: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.axis_sizes = {"dim": dim}
         if pool not in ("mean", "token"):
             raise ValueError(f'pool must be "mean" or "token"; got {pool!r}')
         if pool == "token" and not class_token:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimkit._arguments import checked
+from mimkit._arguments import Count, checked
 from mimkit._checks import cell_of, check_even
 from mimkit._grids import per_axis
 from mimkit._settings import Settings
@@ -82,7 +82,7 @@ def unpack_cells(
 
 
 @checked
-def neighbors(mask: Mask, *, reach: int = 1) -> Int32[Tensor, "batch visible window"]:
+def neighbors(mask: Mask, *, reach: Count = 1) -> Int32[Tensor, "batch visible window"]:
     """Find the visible cells around every visible cell.
 
     Args:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
 import mimkit_kernels as kernels
-from mimkit._arguments import checked
+from mimkit._arguments import Scales, checked
 from mimkit._checks import (
     Order,
     channel_statistic,
@@ -133,7 +133,7 @@ def gather_patches(
     patch_size: int | Sequence[int],
     *,
     mean: Sequence[float] | Tensor | None = None,
-    std: Sequence[float] | Tensor | None = None,
+    std: Scales | Tensor | None = None,
     order: Order = "p1 p2 c",
 ) -> Float[Tensor, "batch visible patch"] | Float[Tensor, "rows patch"]:
     """Cut out the visible patches only; no other pixel of contiguous images is read.

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from mimkit._arguments import checked
+from mimkit._arguments import Count, checked
 from mimkit._grids import as_sizes, count_tokens
 
 _LOWEST_GROWTH, _HIGHEST_GROWTH = 1.01, 1.5
@@ -22,7 +22,7 @@ def interpolate_relative_positions(
     old_grid: Sequence[int],
     new_grid: Sequence[int],
     *,
-    num_extra: int = 0,
+    num_extra: Count = 0,
 ) -> Float[Tensor, "new_positions heads"]:
     """Resample a table of relative position biases, with cubic splines on a geometric grid.
 

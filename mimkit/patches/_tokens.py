@@ -10,7 +10,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 import mimkit_kernels as kernels
-from mimkit._arguments import checked
+from mimkit._arguments import Count, checked
 from mimkit._checks import check_batch, check_rows
 from mimkit.masking import Mask, RaggedMask
 
@@ -20,7 +20,7 @@ def gather_visible(
     tokens: Shaped[Tensor, "batch prefix_and_tokens dim"] | Shaped[Tensor, "rows dim"],
     mask: Mask | RaggedMask,
     *,
-    num_prefix: int = 0,
+    num_prefix: Count = 0,
 ) -> Shaped[Tensor, "batch prefix_and_visible dim"] | Shaped[Tensor, "rows_of_visible dim"]:
     """Gather the prefix tokens and the visible tokens, in ascending order of position.
 
@@ -41,7 +41,7 @@ def gather_visible(
     """
     if isinstance(mask, RaggedMask):
         return _gather_rows(tokens, mask, num_prefix)
-    check_batch(mask, tokens)
+    check_batch(mask, tokens, "tokens")
     return _gather(tokens, mask, mask.visible_ids, num_prefix)
 
 
@@ -50,7 +50,7 @@ def gather_masked(
     tokens: Shaped[Tensor, "batch prefix_and_tokens dim"] | Shaped[Tensor, "rows dim"],
     mask: Mask | RaggedMask,
     *,
-    num_prefix: int = 0,
+    num_prefix: Count = 0,
 ) -> Shaped[Tensor, "batch prefix_and_masked dim"] | Shaped[Tensor, "rows_of_masked dim"]:
     """Gather the prefix tokens and the masked tokens, in ascending order of position.
 
@@ -71,7 +71,7 @@ def gather_masked(
     """
     if isinstance(mask, RaggedMask):
         return _gather_rows(tokens, mask.complement(), num_prefix)
-    check_batch(mask, tokens)
+    check_batch(mask, tokens, "tokens")
     return _gather(tokens, mask, mask.masked_ids, num_prefix)
 
 
@@ -84,7 +84,7 @@ def restore(
     | Float[Tensor, "rows_of_masked dim"],
     *,
     positions: Float[Tensor, "prefix_and_tokens dim"] | None = None,
-    num_prefix: int = 0,
+    num_prefix: Count = 0,
 ) -> Float[Tensor, "batch prefix_and_tokens dim"] | Float[Tensor, "rows dim"]:
     """Put visible tokens back in grid order and fill the masked positions.
 
@@ -114,7 +114,7 @@ def restore(
     """
     if isinstance(mask, RaggedMask):
         return _restore_rows(visible, mask, fill, positions, num_prefix)
-    check_batch(mask, visible)
+    check_batch(mask, visible, "visible")
     _check_prefix(num_prefix)
     length = num_prefix + mask.num_visible
     if visible.ndim != 3 or visible.shape[1] != length:

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from mimkit._arguments import checked
-from mimkit._checks import as_floats
+from mimkit._arguments import Count, Size, checked
+from mimkit._checks import as_floats, check_no_nan
 from mimkit.masking import Mask
 from mimkit.targets._pixels import Pixels
 
@@ -48,7 +48,7 @@ class ColorClusters:
     uses_ground_truth = False
 
     @checked
-    def __init__(self, patch_size: int | Sequence[int], num_clusters: int = 512) -> None:
+    def __init__(self, patch_size: int | Sequence[int], num_clusters: Size = 512) -> None:
         if num_clusters < 1:
             raise ValueError(f"num_clusters must be at least 1; got {num_clusters}")
         self.patch_size = patch_size
@@ -61,7 +61,7 @@ class ColorClusters:
         images: Shaped[Tensor, "batch channels *spatial"],
         *,
         initial: Float[Tensor, "clusters channels"] | None = None,
-        max_iterations: int = 100,
+        max_iterations: Count = 100,
         generator: torch.Generator | None = None,
     ) -> "ColorClusters":
         """Cluster all pixels of `images`.
@@ -77,6 +77,7 @@ class ColorClusters:
             ValueError: If there are fewer pixels than clusters, or the initial centers have the
                 wrong shape.
         """
+        check_no_nan("images", images, always=True)
         points = as_floats(images).float().movedim(1, -1).flatten(0, -2)
         if len(points) < self.num_clusters:
             raise ValueError(
@@ -124,6 +125,7 @@ class ColorClusters:
             RuntimeError: If called before `fit`.
             ValueError: If the images and the colors have different numbers of channels.
         """
+        check_no_nan("images", images)
         patches = Pixels(self.patch_size)(images, mask)
         centers = self._fitted(patches.device)
         if images.shape[1] != centers.shape[1]:
@@ -174,7 +176,7 @@ class ChannelBins:
     """
 
     patch_size: int | Sequence[int]
-    num_bins: int = 8
+    num_bins: Size = 8
     low: float = 0.0
     high: float = 1.0
     uses_ground_truth: ClassVar[bool] = False
@@ -191,6 +193,7 @@ class ChannelBins:
         self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
     ) -> Int64[Tensor, "batch masked patch"]:
         """Return the bins of the masked patches, in the order "p1 p2 c"."""
+        check_no_nan("images", images)
         patches = Pixels(self.patch_size)(images, mask)
         position = (patches - self.low) * (self.num_bins / (self.high - self.low))
         return (

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimkit._arguments import checked
+from mimkit._arguments import Size, checked
 from mimkit._checks import as_floats, check_mask
 from mimkit._grids import divide, per_axis
 from mimkit.masking import Mask
@@ -51,7 +51,7 @@ class HOG:
 
     patch_size: int | Sequence[int]
     cell: int | Sequence[int] = 8
-    num_bins: int = 9
+    num_bins: Size = 9
     uses_ground_truth: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -12,8 +12,8 @@ from einops import rearrange
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from mimkit._arguments import checked
-from mimkit._checks import Order, as_floats, check_even, patch_statistics
+from mimkit._arguments import Scales, Size, checked
+from mimkit._checks import Order, as_floats, check_even, check_no_nan, patch_statistics
 from mimkit.masking import Mask
 from mimkit.patches import gather_patches, patchify
 
@@ -41,7 +41,7 @@ class Pixels:
     patch_size: int | Sequence[int]
     order: Order = "p1 p2 c"
     mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
+    std: Scales | None = None
     uses_ground_truth: ClassVar[bool] = False
 
     @checked
@@ -102,7 +102,7 @@ class NormalizedPixels:
     patch_size: int | Sequence[int]
     order: Order = "p1 p2 c"
     mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
+    std: Scales | None = None
     uses_ground_truth: ClassVar[bool] = True
 
     @checked
@@ -186,7 +186,7 @@ class PCATarget:
     def __init__(
         self,
         patch_size: int | Sequence[int],
-        num_components: int = 96,
+        num_components: Size = 96,
         *,
         order: Order = "p1 p2 c",
     ) -> None:
@@ -206,6 +206,7 @@ class PCATarget:
             ValueError: If there are more components than values in a patch, or fewer than two
                 patches.
         """
+        check_no_nan("images", images, always=True)
         patches = patchify(as_floats(images), self.patch_size, order=self.order)
         patches = patches.flatten(0, 1).double()
         if len(patches) < 2:

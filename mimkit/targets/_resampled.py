@@ -14,7 +14,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimkit._arguments import checked
+from mimkit._arguments import Size, checked
 from mimkit._checks import Order, as_floats, check_even
 from mimkit._grids import Grid, divide, per_axis
 from mimkit.masking import Mask
@@ -131,7 +131,7 @@ class WindowNormalizedPixels:
     """
 
     patch_size: int | Sequence[int]
-    window: int = 47
+    window: Size = 47
     order: Order = "p1 p2 c"
     uses_ground_truth: ClassVar[bool] = True
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimkit._arguments import checked
+from mimkit._arguments import Count, checked
 from mimkit._checks import check_even
 from mimkit.masking import Mask
 from mimkit.patches import gather_masked, patchify
@@ -111,7 +111,7 @@ class FeatureTarget:
     """
 
     teacher: Callable[[Tensor], Tensor]
-    num_prefix: int = 0
+    num_prefix: Count = 0
     normalize: bool = True
     uses_ground_truth: ClassVar[bool] = False
 
