@@ -9,7 +9,7 @@ import inspect
 import math
 import numbers
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
 from types import NoneType, UnionType
@@ -89,6 +89,8 @@ def checked(function: F) -> F:
         if parameter.kind is not inspect.Parameter.VAR_POSITIONAL
     ]
 
+    if names in ([], ["self"], ["cls"]):
+        return function
     is_forward = function.__name__ == "forward"
 
     @wraps(function)
@@ -133,6 +135,8 @@ def _check(
                     f"autocast; got {value.dtype}"
                 )
         for axis, size in axes:
+            if not axis or axis == "_":
+                continue
             expected, other = sizes.setdefault(axis, (size, name))
             if size != expected:
                 raise ValueError(
@@ -180,14 +184,23 @@ class _Rule:
         classes = [m for m in self.others if inspect.isclass(m)]
         self.takes_container = any(m.__name__ in ("Mask", "RaggedMask", "Key") for m in classes)
         self.has_device = self.takes_container or bool(self.arrays)
+        # What needs no further look: axes by dtype and number of axes, and types.
+        self.axes: dict[tuple[torch.dtype, int], tuple[str, ...]] = {}
+        self.plain = {m for m in classes if m is not float and get_origin(m) is None}
+        self.tests = [_test_of(member) for member in self.others if _is_known(member)]
         self.fits_all = any(not _is_known(member) for member in self.others)
 
-    def check(self, name: str, value: Any) -> list[tuple[str, int]]:
+    def check(self, name: str, value: Any) -> Iterable[tuple[str, int]]:
         """Check one argument; return the sizes of its named axes."""
         if isinstance(value, Tensor) and self.forms:
-            return self._check_tensor(name, value)
-        if not any(_fits(value, member) for member in self.others):
-            wrong = any(_fits(value, member, loosely=True) for member in self.others)
+            kind = value.dtype, value.ndim
+            if kind not in self.axes:
+                self.axes[kind] = self._find_axes(name, value)
+            return zip(self.axes[kind], value.shape, strict=False)
+        if type(value) in self.plain and not (Settings.check and self.takes_container):
+            return _batch_of(value) if self.takes_container else ()
+        if not any(test(value) for test in self.tests):
+            wrong = any(_test_of(member, loosely=True)(value) for member in self.others)
             wrong = wrong or (isinstance(value, str) and any(map(_is_literal, self.others)))
             shown = describe(value) if self.has_device else f"{value!r:.80}"
             if isinstance(value, Tensor):
@@ -205,13 +218,13 @@ class _Rule:
                 value.validate()
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-        size = getattr(value, "batch_size", None)
-        return [] if size is None else [("batch", size)]
+        return _batch_of(value)
 
-    def _check_tensor(self, name: str, value: Tensor) -> list[tuple[str, int]]:
+    def _find_axes(self, name: str, value: Tensor) -> tuple[str, ...]:
+        """Check dtype and number of axes; return the names of the axes, if they are certain."""
         dtype = str(value.dtype)[6:]
         forms = [
-            axes for dtypes, axes in self.forms if not isinstance(dtypes, tuple) or dtype in dtypes
+            axes for kinds, axes in self.forms if not isinstance(kinds, tuple) or dtype in kinds
         ]
         if not forms:
             names = [array.dtype.__name__ for array in self.arrays]
@@ -221,17 +234,14 @@ class _Rule:
         if not fitting:
             wanted = " or ".join(dict.fromkeys(f"[{', '.join(axes)}]" for axes in forms))
             raise ValueError(f"{name} must be {wanted}; got {tuple(value.shape)}")
-        if len(fitting) > 1:
-            return []
-        return (
-            [
-                (axis, size)
-                for axis, size in zip(fitting[0], value.shape, strict=False)
-                if axis.isidentifier() and axis != "_"
-            ]
-            if all(not a.startswith(("*", "...")) for a in fitting[0][:-1])
-            else []
-        )
+        if len(fitting) > 1 or any(axis.startswith(("*", "...")) for axis in fitting[0][:-1]):
+            return ()
+        return tuple(axis if axis.isidentifier() else "" for axis in fitting[0])
+
+
+def _batch_of(value: Any) -> tuple[tuple[str, int], ...]:
+    size = getattr(value, "batch_size", None)
+    return () if size is None else (("batch", size),)
 
 
 def _members(annotation: Any) -> "list[Any]":
@@ -263,37 +273,48 @@ def _has_axes(ndim: int, axes: tuple[str, ...]) -> bool:
     return ndim == fixed if fixed == len(axes) else ndim >= fixed
 
 
-def _fits(value: Any, annotation: Any, *, loosely: bool = False) -> bool:
-    """Whether a value has a type; `loosely` leaves ranges and the elements of sequences out."""
+@cache
+def _test_of(annotation: Any, loosely: bool = False) -> Callable[[Any], bool]:
+    """Return a test for a type; `loosely` leaves ranges and the elements of sequences out."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        limits = next(a for a in arguments[1:] if isinstance(a, Range))
-        fits = _fits(value, arguments[0], loosely=loosely)
-        return fits and (loosely or bool(limits.low <= value <= limits.high))
+        is_number = _test_of(arguments[0], loosely)
+        low, high = arguments[1].low, arguments[1].high
+        return is_number if loosely else lambda v: is_number(v) and bool(low <= v <= high)
     if origin is Literal:
-        return any(
-            value is option or (isinstance(value, str) and value == option) for option in arguments
+        return lambda v: (
+            isinstance(v, str | bool | int)
+            and any(type(v) is type(option) and v == option for option in arguments)
         )
     if annotation is bool:
-        return isinstance(value, bool | np.bool_) or (isinstance(value, int) and value in (0, 1))
-    if annotation is torch.device and isinstance(value, str):
-        return loosely or _is_device(value)
+        return lambda v: isinstance(v, bool | np.bool_) or (isinstance(v, int) and v in (0, 1))
+    if annotation is torch.device:
+        return lambda v: isinstance(v, torch.device) or (isinstance(v, str) and _is_device(v))
     if annotation is int:
-        is_number = hasattr(value, "__index__") and not isinstance(
-            value, bool | Tensor | np.ndarray
+        return lambda v: (
+            type(v) is int
+            or (hasattr(v, "__index__") and not isinstance(v, bool | Tensor | np.ndarray))
         )
-        return is_number
     if annotation is float:
-        if not isinstance(value, numbers.Real) or isinstance(value, bool):
-            return False
-        return loosely or bool(abs(value) <= sys.float_info.max)
-    if origin is None:
-        return isinstance(value, annotation)
-    if not issubclass(origin, Sequence):
-        return isinstance(value, origin)
-    if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
-        return int in arguments and _fits(value, int)  # one size, which `as_sizes` takes
-    return loosely or all(any(_fits(v, m) for m in _members(arguments[0])) for v in value)
+        most = math.inf if loosely else sys.float_info.max
+        return lambda v: (
+            isinstance(v, numbers.Real)
+            and not isinstance(v, bool)
+            and (loosely or bool(abs(v) <= most))
+        )
+    if origin is None or not issubclass(origin, Sequence):
+        return lambda v: isinstance(v, origin or annotation)
+    inner = [_test_of(member) for member in _members(arguments[0])]
+    takes_one = int in arguments  # one size, which `as_sizes` takes
+
+    def is_sequence(value: Any) -> bool:
+        if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
+            return (
+                takes_one and hasattr(value, "__index__") and not isinstance(value, bool | Tensor)
+            )
+        return loosely or all(any(test(v) for test in inner) for v in value)
+
+    return is_sequence
 
 
 def _is_device(name: str) -> bool:

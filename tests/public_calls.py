@@ -306,7 +306,7 @@ def public_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any] | list[
             },
         ),
         "nn.SwinTransformer.features": (swin.features, [torch.rand(2, 3, 8, 8)]),
-        "nn.SwinTransformer.pool": (swin.pool, [whole]),
+        "nn.SwinTransformer.pool": (swin.pool, [torch.rand(2, 4, 16)]),
         "nn.ConvViT": (nn.ConvViT, CONVVIT),
         "nn.ConvViT.forward": (convvit, {"images": IMAGES, "mask": MASK}),
         "nn.ConvViT.pool": (convvit.pool, [whole]),
