@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Float, Int32, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -337,7 +337,7 @@ class ConvViT(nn.Module):
 
     @checked
     def forward(
-        self, images: Float[Tensor, "batch channels height width"], mask: Mask | None = None
+        self, images: Shaped[Tensor, "batch channels height width"], mask: Mask | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
         """Encode the visible patches, or all patches without a mask.
 

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,7 +19,7 @@ from mimkit._grids import divide
 _EPS = 0.1  # distance of mapped pixels from 0 and 1, where the logit is infinite
 
 
-def map_pixels(images: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def map_pixels(images: Shaped[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Map pixels from [0, 1] to [0.1, 0.9], the range of the networks.
 
     Source:
@@ -175,7 +175,7 @@ class DiscreteVAEOutput:
     loss: Float32[Tensor, ""]
     reconstruction_loss: Float32[Tensor, ""]
     divergence: Float32[Tensor, ""]
-    images: Float[Tensor, "batch channels height width"]
+    images: Shaped[Tensor, "batch channels height width"]
     ids: Int64[Tensor, "batch rows columns"]
 
 
@@ -247,7 +247,7 @@ class DiscreteVAE(nn.Module):
     @torch.no_grad()
     @checked
     def encode(
-        self, images: Float[Tensor, "batch channels height width"]
+        self, images: Shaped[Tensor, "batch channels height width"]
     ) -> Int64[Tensor, "batch rows columns"]:
         """Return the most likely code of each position.
 
@@ -273,7 +273,7 @@ class DiscreteVAE(nn.Module):
     @checked
     def forward(
         self,
-        images: Float[Tensor, "batch channels height width"],
+        images: Shaped[Tensor, "batch channels height width"],
         *,
         temperature: Positive = 1.0,
         divergence_weight: NotNegative = 0.0,

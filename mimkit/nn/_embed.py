@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,7 +21,7 @@ from mimkit.masking import Mask, RaggedMask
 from mimkit.patches import gather_patches, patchify
 
 Images: TypeAlias = (
-    Float[Tensor, "batch channels *spatial"] | Sequence[Float[Tensor, "channels ..."]]
+    Shaped[Tensor, "batch channels *spatial"] | Sequence[Shaped[Tensor, "channels ..."]]
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from mimkit._arguments import Count, Depth, Positive, Share, Size, checked
@@ -118,7 +118,7 @@ class SwinTransformer(nn.Module):
     @checked
     def forward(
         self,
-        images: Float[Tensor, "batch channels height width"],
+        images: Shaped[Tensor, "batch channels height width"],
         mask: Mask | None = None,
         *,
         mask_token: Float[Tensor, "*masked dim"] | None = None,
@@ -146,7 +146,7 @@ class SwinTransformer(nn.Module):
 
     @checked
     def features(
-        self, images: Float[Tensor, "batch channels height width"]
+        self, images: Shaped[Tensor, "batch channels height width"]
     ) -> list[Float[Tensor, "batch dim grid_height grid_width"]]:
         """Return the feature map of every stage, before patch merging, for dense prediction."""
         tokens = self._embed(images, None, None)

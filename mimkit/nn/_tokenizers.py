@@ -92,7 +92,7 @@ class PatchTokenizer(nn.Module):
     @torch.no_grad()
     @checked
     def encode(
-        self, images: Float[Tensor, "batch channels *spatial"]
+        self, images: Shaped[Tensor, "batch channels *spatial"]
     ) -> Int64[Tensor, "batch *grid"]:
         """Return the code of each patch."""
         patches = self._normalized(images)

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -60,7 +60,7 @@ class HOG:
 
     @checked
     def __call__(
-        self, images: Float[Tensor, "batch channels height width"], mask: Mask
+        self, images: Shaped[Tensor, "batch channels height width"], mask: Mask
     ) -> Float[Tensor, "batch masked values"]:
         """Return the histograms of the masked patches: cells row-major, then channels, then bins.
 

@@ -141,7 +141,7 @@ class WindowNormalizedPixels:
 
     @checked
     def __call__(
-        self, images: Float[Tensor, "batch channels *spatial"], mask: Mask
+        self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
     ) -> Float[Tensor, "batch masked patch"]:
         """Return the normalised pixels of the masked patches."""
         images = as_floats(images).float()
@@ -152,7 +152,7 @@ class WindowNormalizedPixels:
     def invert(
         self,
         values: Float[Tensor, "batch masked patch"],
-        images: Float[Tensor, "batch channels *spatial"],
+        images: Shaped[Tensor, "batch channels *spatial"],
         mask: Mask,
     ) -> Float[Tensor, "batch masked patch"]:
         """Undo the normalisation with the mean and standard deviation of the true windows."""

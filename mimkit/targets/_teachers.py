@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -47,7 +47,7 @@ class TokenTarget:
 
     @checked
     def __call__(
-        self, images: Float[Tensor, "batch channels *spatial"], mask: Mask
+        self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
     ) -> Int64[Tensor, "batch masked"]:
         """Return the codes of the masked tokens.
 
@@ -60,7 +60,7 @@ class TokenTarget:
     def invert(
         self,
         values: Int64[Tensor, "batch masked"],
-        images: Float[Tensor, "batch channels *spatial"],
+        images: Shaped[Tensor, "batch channels *spatial"],
         mask: Mask,
     ) -> Float[Tensor, "batch masked patch"]:
         """Decode the codes, and return the masked patches of the decoded images.
@@ -117,7 +117,7 @@ class FeatureTarget:
 
     @checked
     def __call__(
-        self, images: Float[Tensor, "batch channels *spatial"], mask: Mask
+        self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
     ) -> Float[Tensor, "batch masked dim"]:
         """Return the features of the masked tokens.
 
