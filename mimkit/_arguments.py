@@ -205,7 +205,7 @@ class _Rule:
             shown = describe(value) if self.has_device else f"{value!r:.80}"
             if isinstance(value, Tensor):
                 shown = describe(value)
-            kinds = [_named(m) for m in self.others if m is not NoneType]
+            kinds = [_named(m, ranges=wrong) for m in self.others if m is not NoneType]
             kinds = (["a tensor"] if self.arrays else []) + kinds
             kinds += ["None"] if NoneType in self.others else []
             source = next((_SOURCES[k[2:]] for k in kinds if k[2:] in _SOURCES), "")
@@ -304,15 +304,16 @@ def _test_of(annotation: Any, loosely: bool = False) -> Callable[[Any], bool]:
         )
     if origin is None or not issubclass(origin, Sequence):
         return lambda v: isinstance(v, origin or annotation)
-    inner = [_test_of(member) for member in _members(arguments[0])]
-    takes_one = int in arguments  # one size, which `as_sizes` takes
+    inner = [_test_of(member, loosely) for member in _members(arguments[0])]
+    # One number: the function itself says whether it takes that, or how many it needs.
+    takes_one = arguments[0] in (int, float) or get_origin(arguments[0]) is Annotated
 
     def is_sequence(value: Any) -> bool:
         if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
             return (
                 takes_one and hasattr(value, "__index__") and not isinstance(value, bool | Tensor)
             )
-        return loosely or all(any(test(v) for test in inner) for v in value)
+        return all(any(test(v) for test in inner) for v in value)
 
     return is_sequence
 
@@ -325,10 +326,10 @@ def _is_device(name: str) -> bool:
     return True
 
 
-def _named(annotation: Any, *, many: bool = False) -> str:
+def _named(annotation: Any, *, many: bool = False, ranges: bool = True) -> str:
     """Name a type in a message."""
     origin, arguments = get_origin(annotation), get_args(annotation)
-    limits = f" {arguments[1].fits}" if origin is Annotated else ""
+    limits = f" {arguments[1].fits}" if origin is Annotated and ranges else ""
     plain = arguments[0] if origin is Annotated else annotation
     if plain is int:
         return ("integers" if many else "an integer") + limits

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float, Float32, Int64, Shaped
+from jaxtyping import Float, Float32, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -162,7 +162,7 @@ def masked_cosine(
 @checked
 def masked_cross_entropy(
     prediction: Float[Tensor, "... classes"],
-    target: Int64[Tensor, "..."],
+    target: Shaped[Tensor, "..."],
     mask: Mask | RaggedMask,
     *,
     reduction: Reduction = "mean",

@@ -41,7 +41,6 @@ class Key:
         """Device of the ids, and of the masks drawn with this key."""
         return self.sample_ids.device
 
-    @checked
     def view(self, n: int) -> "Key":
         """Return the key of the `n`-th independent mask of the same samples.
 
