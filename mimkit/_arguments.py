@@ -310,9 +310,7 @@ def _test_of(annotation: Any, loosely: bool = False) -> Callable[[Any], bool]:
 
     def is_sequence(value: Any) -> bool:
         if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
-            return (
-                takes_one and hasattr(value, "__index__") and not isinstance(value, bool | Tensor)
-            )
+            return takes_one and type(value) in (int, float)
         return all(any(test(v) for test in inner) for v in value)
 
     return is_sequence
