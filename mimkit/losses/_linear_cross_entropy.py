@@ -7,6 +7,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 import mimkit_kernels as kernels
+from mimkit._arguments import checked
 from mimkit.losses._classes import check_classes
 
 Scalar = Float32[Tensor, ""]
@@ -30,6 +31,7 @@ def linear_cross_entropy(
     *,
     return_accuracy: Literal[True],
 ) -> tuple[Scalar, Scalar]: ...
+@checked
 def linear_cross_entropy(
     x: Float[Tensor, "*rows width"],
     weight: Float[Tensor, "words width"],

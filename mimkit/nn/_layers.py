@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mimkit._arguments import NotNegative, Positive, Share, Size, checked
 from mimkit.nn._packing import Packing
 
 NORM_EPS = 1e-6  # epsilon of every LayerNorm in MAE's models (PyTorch's default is 1e-5)
@@ -108,7 +109,7 @@ def _attend_nested(query: Tensor, key: Tensor, value: Tensor, packing: Packing) 
 
 
 def split_heads(
-    tokens: Float[Tensor, "batch tokens dim"], heads: int
+    tokens: Float[Tensor, "batch tokens dim"], heads: Size
 ) -> Float[Tensor, "batch heads tokens head_dim"]:
     """Split the width into heads."""
     return rearrange(tokens, "b n (h d) -> b h n d", h=heads)
@@ -121,7 +122,7 @@ def merge_heads(
     return rearrange(tokens, "b h n d -> b n (h d)")
 
 
-def check_heads(dim: int, heads: int) -> None:
+def check_heads(dim: int, heads: Size) -> None:
     """Check that `dim` is divisible by `heads`.
 
     Raises:
@@ -134,7 +135,7 @@ def check_heads(dim: int, heads: int) -> None:
 class _QKVProjection(nn.Linear):
     """Fused QKV projection without a bias parameter; `forward` takes one as an argument."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: Size) -> None:
         super().__init__(dim, 3 * dim, bias=False)
         nn.init.xavier_uniform_(self.weight)
 
@@ -156,7 +157,7 @@ class Attention(nn.Module):
         ValueError: If `qkv_bias` is something else, or `dim` is not divisible by `heads`.
     """
 
-    def __init__(self, *, dim: int, heads: int, qkv_bias: QKVBias = True) -> None:
+    def __init__(self, *, dim: Size, heads: Size, qkv_bias: QKVBias = True) -> None:
         super().__init__()
         check_heads(dim, heads)
         if qkv_bias not in (True, False, "qv"):
@@ -206,7 +207,7 @@ class Attention(nn.Module):
 class CrossAttention(nn.Module):
     """Cross-attention. Keys have no bias: softmax would cancel it."""
 
-    def __init__(self, *, dim: int, heads: int) -> None:
+    def __init__(self, *, dim: Size, heads: Size) -> None:
         super().__init__()
         check_heads(dim, heads)
         self.heads = heads
@@ -248,7 +249,7 @@ class CrossAttention(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers with an exact GELU between them."""
 
-    def __init__(self, *, dim: int, hidden_dim: int) -> None:
+    def __init__(self, *, dim: Size, hidden_dim: int) -> None:
         super().__init__()
         self.fc1 = xavier_linear(dim, hidden_dim)
         self.fc2 = xavier_linear(hidden_dim, dim)
@@ -315,18 +316,20 @@ class TransformerBlock(nn.Module):
         torch.Size([2, 5, 32])
     """
 
+    @checked
     def __init__(
         self,
         *,
-        dim: int,
-        heads: int,
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
-        norm_eps: float = NORM_EPS,
+        dim: Size,
+        heads: Size,
+        mlp_ratio: Positive = 4.0,
+        drop_path: Share = 0.0,
+        norm_eps: NotNegative = NORM_EPS,
         layer_scale: float | None = None,
         qkv_bias: QKVBias = True,
     ) -> None:
         super().__init__()
+        self.axis_sizes = {"dim": dim}
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim=dim, heads=heads, qkv_bias=qkv_bias)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
@@ -335,6 +338,7 @@ class TransformerBlock(nn.Module):
         self.gamma_2 = make_layer_scale(dim, layer_scale)
         self.drop_path = DropPath(drop_path)
 
+    @checked
     def forward(
         self,
         tokens: Float[Tensor, "batch tokens dim"],

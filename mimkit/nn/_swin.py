@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
+from mimkit._arguments import Count, Depth, Positive, Share, Size, checked
 from mimkit._checks import check_even
 from mimkit._grids import Grid, as_integer, count_tokens, divide, per_axis, sides_of
 from mimkit.masking import Mask, RaggedMask
@@ -62,19 +63,20 @@ class SwinTransformer(nn.Module):
         [(2, 16, 8, 16), (2, 32, 4, 8)]
     """
 
+    @checked
     def __init__(
         self,
         *,
         image_size: int | Sequence[int] = 224,
         patch_size: int | Sequence[int] = 4,
-        in_channels: int = 3,
-        dim: int = 96,
-        depth: Sequence[int] = (2, 2, 6, 2),
-        heads: Sequence[int] = (3, 6, 12, 24),
-        window: int = 7,
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
-        num_classes: int = 0,
+        in_channels: Size = 3,
+        dim: Size = 96,
+        depth: Sequence[Depth] = (2, 2, 6, 2),
+        heads: Sequence[Size] = (3, 6, 12, 24),
+        window: Size = 7,
+        mlp_ratio: Positive = 4.0,
+        drop_path: Share = 0.0,
+        num_classes: Count = 0,
     ) -> None:
         super().__init__()
         stages = [value if isinstance(value, Sequence) else () for value in (depth, heads)]
@@ -108,13 +110,15 @@ class SwinTransformer(nn.Module):
             )
             for stage, blocks in enumerate(depth)
         )
+        self.axis_sizes = {"dim": self.dim}
         self.norm = nn.LayerNorm(self.dim, eps=_NORM_EPS)
         self.head = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
         self.apply(initialize_swin)
 
+    @checked
     def forward(
         self,
-        images: Float[Tensor, "batch channels height width"],
+        images: Shaped[Tensor, "batch channels height width"],
         mask: Mask | None = None,
         *,
         mask_token: Float[Tensor, "*masked dim"] | None = None,
@@ -140,8 +144,9 @@ class SwinTransformer(nn.Module):
         encoded: Tensor = self.norm(tokens)
         return encoded
 
+    @checked
     def features(
-        self, images: Float[Tensor, "batch channels height width"]
+        self, images: Shaped[Tensor, "batch channels height width"]
     ) -> list[Float[Tensor, "batch dim grid_height grid_width"]]:
         """Return the feature map of every stage, before patch merging, for dense prediction."""
         tokens = self._embed(images, None, None)
@@ -152,6 +157,7 @@ class SwinTransformer(nn.Module):
             maps.append(rearrange(mixed, "b (h w) d -> b d h w", h=height))
         return maps
 
+    @checked
     def pool(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch dim"]:
         """Average the encoded tokens of each sample."""
         return tokens.mean(dim=1)
@@ -172,7 +178,7 @@ class SwinTransformer(nn.Module):
 class _NormedPatchEmbed(PatchEmbed):
     """Patch embedding followed by a LayerNorm."""
 
-    def __init__(self, *, patch_size: Sequence[int], in_channels: int, dim: int) -> None:
+    def __init__(self, *, patch_size: Sequence[int], in_channels: Size, dim: Size) -> None:
         # The order of summation changes rounding. In the golden vectors one residual of the L1 loss
         # is zero up to rounding; with this order its gradient has the same sign as the authors'.
         super().__init__(patch_size=patch_size, in_channels=in_channels, dim=dim, order="p1 p2 c")
@@ -211,11 +217,11 @@ class SwinStage(nn.Module):
         self,
         *,
         grid: Grid,
-        dim: int,
-        depth: int,
-        heads: int,
-        window: int,
-        mlp_ratio: float,
+        dim: Size,
+        depth: Depth,
+        heads: Size,
+        window: Size,
+        mlp_ratio: Positive,
         drop_path: Sequence[float],
         resample: "type[PatchMerging] | type[PatchSplitting] | None",
     ) -> None:
@@ -289,12 +295,12 @@ class SwinBlock(nn.Module):
         self,
         *,
         grid: Grid,
-        dim: int,
-        heads: int,
-        window: int,
+        dim: Size,
+        heads: Size,
+        window: Size,
         shift: int,
-        mlp_ratio: float,
-        drop_path: float,
+        mlp_ratio: Positive,
+        drop_path: Share,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=_NORM_EPS)
@@ -326,7 +332,7 @@ class WindowAttention(nn.Module):
 
     shift_mask: Tensor | None
 
-    def __init__(self, *, grid: Grid, dim: int, heads: int, window: int, shift: int) -> None:
+    def __init__(self, *, grid: Grid, dim: Size, heads: Size, window: Size, shift: int) -> None:
         super().__init__()
         check_heads(dim, heads)
         self.heads = heads
@@ -365,7 +371,7 @@ class PatchMerging(nn.Module):
         Swin, arXiv:2103.14030, section 3.1. The four tokens are concatenated column by column.
     """
 
-    def __init__(self, *, grid: Grid, dim: int) -> None:
+    def __init__(self, *, grid: Grid, dim: Size) -> None:
         super().__init__()
         self.grid = grid
         self.norm = nn.LayerNorm(4 * dim, eps=_NORM_EPS)
@@ -383,7 +389,7 @@ class PatchMerging(nn.Module):
 class PatchSplitting(nn.Module):
     """Patch splitting: one token to 2x2 tokens of half the width, the reverse of `PatchMerging`."""
 
-    def __init__(self, *, grid: Grid, dim: int) -> None:
+    def __init__(self, *, grid: Grid, dim: Size) -> None:
         super().__init__()
         self.grid = grid
         self.norm = nn.LayerNorm(dim, eps=_NORM_EPS)
@@ -397,7 +403,7 @@ class PatchSplitting(nn.Module):
         return rearrange(quads, "b (y x) (i j d) -> b (y i x j) d", y=self.grid[0], i=2, j=2)
 
 
-def fit_window(grid: Grid, window: int) -> tuple[int, int]:
+def fit_window(grid: Grid, window: Size) -> tuple[int, int]:
     """Return window side and shift for a grid; a window that reaches its shorter side is unshifted.
 
     Raises:
@@ -419,14 +425,14 @@ def fit_window(grid: Grid, window: int) -> tuple[int, int]:
     return side, shift
 
 
-def window_order(grid: Grid, window: int, shift: int) -> Int64[Tensor, "windows inside"]:
+def window_order(grid: Grid, window: Size, shift: int) -> Int64[Tensor, "windows inside"]:
     """Return the row-major positions of each window's tokens."""
     positions = torch.arange(count_tokens(grid)).view(grid).roll((-shift, -shift), (0, 1))
     return _partition(positions, window)
 
 
 def shifted_window_mask(
-    grid: Grid, window: int, shift: int
+    grid: Grid, window: Size, shift: int
 ) -> Float[Tensor, "windows 1 inside inside"]:
     """Shifted-window attention mask: -100 between tokens that only the roll made neighbors."""
     # Label the regions of the rolled map: only tokens of the same region are neighbors.
@@ -439,7 +445,7 @@ def shifted_window_mask(
 
 
 def _partition(
-    values: Int64[Tensor, "height width"], window: int
+    values: Int64[Tensor, "height width"], window: Size
 ) -> Int64[Tensor, "windows inside"]:
     return rearrange(values, "(y i) (x j) -> (y x) (i j)", i=window, j=window)
 

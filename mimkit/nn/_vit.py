@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mimkit._arguments import Count, Depth, Positive, Share, Size, checked
 from mimkit._checks import check_num_images, check_stacked
 from mimkit._grids import Grid, divide, per_axis, sides_of
 from mimkit.masking import Mask, RaggedMask
@@ -100,17 +101,18 @@ class ViT(nn.Module):
         (torch.Size([14, 64]), [7, 7])
     """
 
+    @checked
     def __init__(
         self,
         *,
         image_size: int | Sequence[int] = 224,
         patch_size: int | Sequence[int] = 16,
-        in_channels: int = 3,
-        dim: int = 768,
-        depth: int = 12,
-        heads: int = 12,
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
+        in_channels: Size = 3,
+        dim: Size = 768,
+        depth: Depth = 12,
+        heads: Size = 12,
+        mlp_ratio: Positive = 4.0,
+        drop_path: Share = 0.0,
         class_token: bool = True,
         pool: Literal["mean", "token"] = "mean",
         pool_norm: bool = False,
@@ -120,10 +122,11 @@ class ViT(nn.Module):
         relative_positions: Literal["shared", "block"] | None = None,
         layer_scale: float | None = None,
         qkv_bias: QKVBias = True,
-        num_classes: int = 0,
+        num_classes: Count = 0,
         stem: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.axis_sizes = {"dim": dim}
         if pool not in ("mean", "token"):
             raise ValueError(f'pool must be "mean" or "token"; got {pool!r}')
         if pool == "token" and not class_token:
@@ -178,6 +181,7 @@ class ViT(nn.Module):
         self.fc_norm = nn.LayerNorm(dim, eps=NORM_EPS) if pool_norm else nn.Identity()
         self.head = xavier_linear(dim, num_classes) if num_classes else nn.Identity()
 
+    @checked
     def forward(
         self,
         images: Images,
@@ -272,6 +276,7 @@ class ViT(nn.Module):
             return tokens
         return torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1)
 
+    @checked
     def pool(
         self,
         tokens: Float[Tensor, "batch prefix_and_tokens dim"] | Float[Tensor, "rows dim"],
