@@ -13,7 +13,7 @@ is jumped over counts with its probability, which `skipped` states.
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
