@@ -7,8 +7,8 @@ take to issue. The estimate is the longer of the two, where the last wave of pro
 full one for the instructions. It leaves out latency: with few warps a kernel is slower than this.
 The first run on a GPU is there to be compared with it.
 
-Instructions are those of sm_90. A loop counts as often as it runs, which `trips` states; a part that
-is jumped over counts with its probability, which `skipped` states.
+Instructions are those of sm_90. A loop counts as often as it runs, which `trips` states; what is
+jumped over counts with its probability, which `skipped` states.
 """
 
 import re
@@ -109,10 +109,40 @@ def cases() -> list[Case]:
         ),
         Case("move_tokens", "gather, bfloat16", "gather", 2 * 2 * encoder),
         Case("move_tokens", "scatter, bfloat16", "restore", 2 * (encoder + BATCH * 197 * 768)),
-        Case("move_tokens", "sum, bfloat16", "sum", 2 * BATCH * MASKED * 512),
-        Case("regressor_inputs", "width 768, bfloat16", "forward", rows * (8 + 2 * 2.5)),
-        Case("regressor_inputs", "width 768, bfloat16", "backward", rows * (8 + 2 * 2.5 + 4)),
-        Case("linear_cross_entropy", "bfloat16", "softmax_gradient", 2 * 2 * 2048 * 8192),
+        # 152 rows of a program, 8 at a time; the jumps go around divisions of 64 bits.
+        Case(
+            "move_tokens",
+            "sum, bfloat16",
+            "sum",
+            2 * BATCH * MASKED * 512,
+            trips=[19],
+            skipped=[0, 1, 1],
+        ),
+        # Half of the tokens are visible: they and the queries have loads of their own.
+        Case(
+            "regressor_inputs",
+            "width 768, bfloat16",
+            "forward",
+            rows * (8 + 2 * 2.5),
+            skipped=[0.5],
+        ),
+        # Programs of 25 tokens. The second jump goes around a division of 64 bits.
+        Case(
+            "regressor_inputs",
+            "width 768, bfloat16",
+            "backward",
+            rows * (8 + 2 * 2.5 + 4),
+            trips=[25],
+            skipped=[0, 1, 0.5],
+        ),
+        # 8192 words in blocks of 4096, twice.
+        Case(
+            "linear_cross_entropy",
+            "bfloat16",
+            "softmax_gradient",
+            2 * 2 * 2048 * 8192,
+            trips=[2, 2],
+        ),
         *conv_cases(),
     ]
 

@@ -216,20 +216,16 @@ class Cells(NamedTuple):
 
 
 @jit
-def _block_of_channels(G: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
-    """Return the channels of a program; those past the last one are replaced by it.
+def _block_of_channels(G: tl.constexpr, BLOCK: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Return the channels of a program, and which of them exist.
 
-    So loads need no mask.
+    Those past the last one are replaced by it, so that loads need no mask.
     """
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    return tl.minimum(channel, G.C - 1) if G.C % BLOCK else channel
-
-
-@jit
-def _is_inside(G: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
-    """Return which channels of a program exist; `None` if all."""
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    return channel < G.C if G.C % BLOCK else None
+    inside = channel < G.C
+    if G.C % BLOCK:
+        channel = tl.minimum(channel, G.C - 1)
+    return channel, inside
 
 
 @jit
@@ -285,8 +281,10 @@ def _add_tile(
     F2: tl.constexpr,
 ) -> tl.tensor:
     """Add the positions of one tile; its first one is at (Y, X) of the halo."""
-    for y in tl.static_range(G.T1):
-        for x in tl.static_range(G.T2):
+    T1: tl.constexpr = G.T1  # Triton 3.6 does not take a field as the end of a range
+    T2: tl.constexpr = G.T2
+    for y in tl.static_range(T1):
+        for x in tl.static_range(T2):
             # Positions outside of the halo reach no sum, so they are not loaded.
             if Y + y >= 0 and Y + y < R1 + F1 - 1 and X + x >= 0 and X + x < R2 + F2 - 1:
                 place = source + (y * G.S2 + x) * G.C
@@ -348,8 +346,7 @@ def _conv_kernel(
     TILES: tl.constexpr,
 ) -> None:
     """One program: a block of channels of `TILES` tiles, with the taps in registers."""
-    channel = _block_of_channels(G, BLOCK)
-    inside = _is_inside(G, BLOCK)
+    channel, inside = _block_of_channels(G, BLOCK)
     factors = ()
     for k in tl.static_range(G.K1 * G.K2):
         factors = factors + (tl.load(taps + k * G.C + channel),)
@@ -378,8 +375,7 @@ def _weight_gradient_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """One program: all taps of a block of channels, summed over `tiles` tiles."""
-    channel = _block_of_channels(G, BLOCK)
-    inside = _is_inside(G, BLOCK)
+    channel, inside = _block_of_channels(G, BLOCK)
     first = tl.program_id(0) * tiles
     sums = (tl.zeros((BLOCK,), tl.float32),) * (G.K1 * G.K2)
     for step in range(tl.minimum(cells.tiles - first, tiles)):
