@@ -38,12 +38,17 @@ _PRETRAINING = Translation(
         ),
     )
 )
+_NOT_ENCODER = ("mask_token", "decoder_{rest}", "stage{i}_output_decode.{rest}")
 _TABLE = "relative_position_bias_table"
 
 TRANSLATIONS = {
     "convmae": _PRETRAINING,
     "fastconvmae": _PRETRAINING,
-    "convmae_vit": Translation((*_BACKBONE, *same("norm.{rest}", "fc_norm.{rest}", "head.{rest}"))),
+    "convmae_vit": Translation(
+        (*_BACKBONE, *same("norm.{rest}", "fc_norm.{rest}", "head.{rest}")),
+        left_out=_NOT_ENCODER,
+        ours_left_out=("fusions.{rest}",),
+    ),
     "convmae_det": Translation(
         (
             *_BACKBONE,
@@ -51,6 +56,7 @@ TRANSLATIONS = {
                 (f"windowed_rel_pos_bias.{_TABLE}", "window_bias.table"),
                 (f"global_rel_pos_bias.{_TABLE}", "global_bias.table"),
             ),
-        )
+        ),
+        left_out=(*_NOT_ENCODER, "norm.{rest}", "{rest}.relative_position_index"),
     ),
 }

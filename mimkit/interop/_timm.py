@@ -7,7 +7,8 @@ from typing import Any, Literal, cast, get_args
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mimkit._checks import check_mask, unwrap
+from mimkit._checks import check_mask
+from mimkit._state_dicts import unwrap
 from mimkit.interop._convert import from_official, to_official
 from mimkit.interop._rules import Converted
 from mimkit.masking import Mask

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mimkit._checks import unwrap
+from mimkit._state_dicts import unwrap
 from mimkit.interop import load_checkpoint
 from recipes.engine.errors import UserError, reason_of
 from recipes.engine.pretrained.shapes import KINDS, Encoder, EncoderShape
