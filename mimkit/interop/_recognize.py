@@ -10,6 +10,7 @@ from mimkit._state_dicts import shared_prefix
 
 LEAST_SHARE = 0.9  # of a state dict's tensors that must be known
 
+_GATED = "an Eva, or another ViT with rotary positions or a gated MLP"
 # Architectures by what only their names hold, the special ones first: patterns that must all be
 # found somewhere in the names, and a description.
 _LOOKS: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -44,7 +45,7 @@ _LOOKS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((r"features\.\d+\.\d+\.attn\.relative_position_bias_table",), "a Swin of torchvision"),
     ((r"features\.\d+\.\d+\.layer_scale",), "a ConvNeXt of torchvision"),
     ((r"convnextv2|grn\.(weight|bias|gamma|beta)",), "a ConvNeXt V2"),
-    ((r"conv_dw\.|\.dwconv\.|layer_scale_parameter",), "a ConvNeXt"),
+    ((r"stages\.\d+\.blocks\.\d+\.conv_dw\.|\.dwconv\.|layer_scale_parameter",), "a ConvNeXt"),
     ((r"encoder\.stages\.\d+\.layers\.\d+\.layer\.\d+\.convolution",), "a ResNet of Hugging Face"),
     ((r"layer1\.0\.conv1\.weight", r"layer1\.0\.bn1\."), "a ResNet"),
     ((r"conv_stem|features\.\d+\.\d+\.block\.\d+\.fc1\.", "bn|features"), "an EfficientNet"),
@@ -52,8 +53,7 @@ _LOOKS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((r"features\.0\.(weight|0\.weight)",), "a convolutional network of torchvision"),
     ((r"token_mixer|mlp_tokens|mlp_channels",), "an MLP-Mixer or a MetaFormer of timm"),
     ((r"ls1\.gamma", "register_tokens"), "a DINOv2 of its authors"),
-    ((r"rope|\.attn\.(q_proj|k_proj)|mlp\.fc1_g|mlp\.w12",), "an Eva or another ViT with rotary"
-     " positions or a gated MLP"),
+    ((r"rope|\.attn\.(q_proj|k_proj)|mlp\.fc1_g|mlp\.w12",), _GATED),
     ((r"layers\.\d+\.blocks\.\d+\.attn\.relative_position",), "a Swin"),
     ((r"blocks\.\d+\.(norm1|attn\.qkv)\.",), "a ViT under timm's names"),
 )  # fmt: skip
@@ -110,9 +110,21 @@ def select_known(tensors: Mapping[str, Any], call: str, unknown: Unknown) -> Map
 
 def _takes(unknown: Unknown, tensors: Mapping[str, Any]) -> bool:
     names = unknown(tensors)
-    if any(_CHANGES_THE_FUNCTION.search(name) for name in names):
+    if _gated(tensors) or any(_CHANGES_THE_FUNCTION.search(name) for name in names):
         return False
     return len(names) <= (1 - LEAST_SHARE) * _count(tensors)
+
+
+def _gated(tensors: Mapping[str, Any]) -> list[str]:
+    """Find gated MLPs (GLU), whose two layers have the usual names but not the usual shapes."""
+    pairs = {name: tensors.get(name.replace("mlp.fc1", "mlp.fc2")) for name in tensors}
+    return [
+        name
+        for name, second in pairs.items()
+        if name.endswith("mlp.fc1.weight")
+        and isinstance(second, Tensor)
+        and tensors[name].shape[0] != second.shape[1]
+    ]
 
 
 def _count(tensors: Mapping[str, Any]) -> int:
@@ -121,7 +133,9 @@ def _count(tensors: Mapping[str, Any]) -> int:
 
 def _refusal(tensors: Mapping[str, Any], call: str, unknown: Unknown) -> ValueError:
     names, count = unknown(tensors), _count(tensors)
-    kind = looks_like(tensors)
+    gated = _gated(tensors)
+    names = sorted(names + gated, key=lambda name: not _CHANGES_THE_FUNCTION.search(name))
+    kind = _GATED if gated else looks_like(tensors)
     takers = [f"interop.{taker}" for taker, other in _TAKERS.items() if _takes(other, tensors)]
     looks = f"they look like {kind}" if kind else "they look like no model that mimkit knows"
     advice = ", which no function of mimkit takes"

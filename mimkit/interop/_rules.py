@@ -19,8 +19,8 @@ class Converted(dict[str, Tensor]):
 
     Attributes:
         dropped: Names of the input that have no counterpart.
-        filled: Names whose tensors the input had only in part, or not at all: what was missing is
-            zero.
+        filled: Names whose tensors the input had only in part, or not at all. What was missing is
+            zero (the weight of a norm: one).
         config: What to build the model with that these weights are for, where it is known: the
             keyword arguments of its class.
     """
@@ -31,7 +31,7 @@ class Converted(dict[str, Tensor]):
         dropped: tuple[str, ...],
         *,
         filled: tuple[str, ...] = (),
-        config: Mapping[str, Any] | None = None,
+        config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(tensors)
         self.dropped = dropped
@@ -161,21 +161,21 @@ def within(rules: Iterable[Rule], *, theirs: str = "", ours: str = "") -> tuple[
     )
 
 
-# A Vision Transformer under the names that timm, MAE, BEiT, CAE and mimkit share.
-_BLOCK_PARTS = (
-    "norm1.{rest}", "norm2.{rest}", "attn.qkv.{rest}", "attn.proj.{rest}", "attn.q_bias",
-    "attn.v_bias", "mlp.fc1.{rest}", "mlp.fc2.{rest}", "gamma_1", "gamma_2",
-)  # fmt: skip
-VIT = same(
-    "cls_token", "pos_embed", "patch_embed.proj.{rest}",
-    *("blocks.{i}." + part for part in _BLOCK_PARTS), "norm.{rest}",
-)  # fmt: skip
-
-
 def joined(theirs: Sequence[str], ours: str) -> tuple[Rule, ...]:
     """Make rules for tensors of theirs that are one tensor of ours, along the first axis."""
     count = len(theirs)
     return tuple(Rule(name, ours, part=(index, count)) for index, name in enumerate(theirs))
+
+
+# A Vision Transformer under the names that timm, MAE, BEiT, CAE and mimkit share.
+BLOCK = same(
+    "norm1.{rest}", "norm2.{rest}", "attn.qkv.{rest}", "attn.proj.{rest}", "attn.q_bias",
+    "attn.v_bias", "mlp.fc1.{rest}", "mlp.fc2.{rest}", "gamma_1", "gamma_2",
+)  # fmt: skip
+VIT = (
+    *same("cls_token", "pos_embed", "patch_embed.proj.{rest}", "norm.{rest}"),
+    *within(BLOCK, theirs="blocks.{i}.", ours="blocks.{i}."),
+)
 
 
 def translate(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, cast, get_args
 
 from jaxtyping import Float
@@ -10,14 +11,21 @@ from torch import Tensor, nn
 from mimkit._checks import check_mask
 from mimkit._state_dicts import unwrap
 from mimkit.interop._convert import from_official, to_official
-from mimkit.interop._rules import Converted
+from mimkit.interop._recognize import register_taker, select_known
+from mimkit.interop._rules import VIT, Converted, Translation, renames, same
 from mimkit.masking import Mask
 from mimkit.patches import gather_visible, grid_of
 
-_BLOCK = re.compile(r"blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)")
-_CHANGES_THE_FUNCTION = ("blocks.", "norm_pre.", "reg_token")
-
-
+_VIT = Translation(
+    (
+        *renames(("blocks.{i}.ls1.gamma", "blocks.{i}.gamma_1")),
+        *renames(("blocks.{i}.ls2.gamma", "blocks.{i}.gamma_2")),
+        *renames(("blocks.{i}.attn.relative_position_bias_table", "rel_pos_bias.{i}.table")),
+        *VIT,
+        *same("fc_norm.{rest}", "head.{rest}"),
+    ),
+    left_out=("{rest}.relative_position_index",),
+)
 Model = Literal["vit", "swin"]
 _MERGING = re.compile(r"layers\.(\d+)\.downsample\.")
 
@@ -42,8 +50,8 @@ def to_timm(state_dict: Mapping[str, Any], *, model: Model | None = None) -> Con
     """
     tensors = unwrap(state_dict)
     if _model_of(tensors, model) == "vit":
-        # `nn.ViT`, timm and MAE's fine-tuning encoder use the same names.
-        return from_official("mae_vit", tensors)
+        unknown = partial(_VIT.unknown, ours=True)
+        return _VIT.to_theirs(select_known(tensors, "to_timm", unknown))
     official = to_official("simmim_swin_finetune", tensors)
     renamed = {_shift_merging(name, 1): tensor for name, tensor in official.items()}
     swin = {re.sub(r"^head\.", "head.fc.", name): tensor for name, tensor in renamed.items()}
@@ -74,10 +82,7 @@ def from_timm(state_dict: Mapping[str, Any], *, model: Model | None = None) -> C
         renamed = {_shift_merging(name, -1): tensor for name, tensor in tensors.items()}
         bare = {re.sub(r"^head\.fc\.", "head.", name): t for name, t in renamed.items()}
         return from_official("simmim_swin_finetune", bare)
-    for name in tensors:
-        if name.startswith(_CHANGES_THE_FUNCTION) and not _BLOCK.fullmatch(name):
-            raise ValueError(f"nn.ViT has no counterpart for {name!r}, which changes the output")
-    return from_official("mae_vit", tensors)
+    return _VIT.to_ours(select_known(tensors, "from_timm", _VIT.unknown))
 
 
 def _model_of(tensors: Mapping[str, Tensor], model: Model | None) -> Model:
@@ -153,3 +158,7 @@ def wrap_timm(model: nn.Module) -> nn.Module:
     if getattr(getattr(model, "patch_drop", None), "prob", 0):
         raise ValueError("the model has patch dropout: build it with patch_drop_rate=0")
     return _MaskedTimmViT(model)
+
+
+register_taker("from_timm", _VIT.unknown)
+register_taker("to_timm", partial(_VIT.unknown, ours=True))

@@ -16,7 +16,7 @@ from mimkit._checks import check_even
 from mimkit._grids import Grid, as_integer, count_tokens, divide, per_axis, sides_of
 from mimkit.masking import Mask, RaggedMask
 from mimkit.nn._embed import Images, PatchEmbed
-from mimkit.nn._layers import DropPath, Mlp, attend, check_heads, drop_path_rates
+from mimkit.nn._layers import Activation, DropPath, Mlp, attend, check_heads, drop_path_rates
 from mimkit.nn._relative import RelativePositionBias
 from mimkit.nn._vit import insert_mask_tokens
 
@@ -38,6 +38,8 @@ class SwinTransformer(nn.Module):
             than the window, the windows have that side and are not shifted.
         mlp_ratio: Ratio of MLP hidden width to width.
         drop_path: Stochastic depth rate of the last block, in [0, 1). Rates rise linearly from 0.
+        norm_eps: Epsilon of the blocks' LayerNorms and the last one.
+        act: Activation of the MLPs: "gelu", or "gelu_tanh" for its approximation by tanh.
         num_classes: Width of `head`, a linear classifier for pooled tokens; 0 for none.
 
     Attributes:
@@ -74,6 +76,8 @@ class SwinTransformer(nn.Module):
         window: int = 7,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
+        norm_eps: float = _NORM_EPS,
+        act: Activation = "gelu",
         num_classes: int = 0,
     ) -> None:
         super().__init__()
@@ -105,10 +109,12 @@ class SwinTransformer(nn.Module):
                 mlp_ratio=mlp_ratio,
                 drop_path=rates[sum(depth[:stage]) : sum(depth[: stage + 1])],
                 resample=PatchMerging if stage < len(depth) - 1 else None,
+                norm_eps=norm_eps,
+                act=act,
             )
             for stage, blocks in enumerate(depth)
         )
-        self.norm = nn.LayerNorm(self.dim, eps=_NORM_EPS)
+        self.norm = nn.LayerNorm(self.dim, eps=norm_eps)
         self.head = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
         self.apply(initialize_swin)
 
@@ -199,6 +205,8 @@ class SwinStage(nn.Module):
         mlp_ratio: Ratio of MLP hidden width to `dim`.
         drop_path: Stochastic depth rate of each block.
         resample: Layer to the next stage's grid: `PatchMerging`, `PatchSplitting` or none.
+        norm_eps: Epsilon of the blocks' LayerNorms.
+        act: Activation of the MLPs.
 
     Raises:
         ValueError: If the grid is not divisible into windows.
@@ -218,6 +226,8 @@ class SwinStage(nn.Module):
         mlp_ratio: float,
         drop_path: Sequence[float],
         resample: "type[PatchMerging] | type[PatchSplitting] | None",
+        norm_eps: float = _NORM_EPS,
+        act: Activation = "gelu",
     ) -> None:
         super().__init__()
         self.grid = grid
@@ -231,6 +241,8 @@ class SwinStage(nn.Module):
                 shift=shift if index % 2 else 0,
                 mlp_ratio=mlp_ratio,
                 drop_path=rate,
+                norm_eps=norm_eps,
+                act=act,
             )
             for index, rate in enumerate(drop_path)
         )
@@ -295,12 +307,14 @@ class SwinBlock(nn.Module):
         shift: int,
         mlp_ratio: float,
         drop_path: float,
+        norm_eps: float,
+        act: Activation,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=_NORM_EPS)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = WindowAttention(grid=grid, dim=dim, heads=heads, window=window, shift=shift)
-        self.norm2 = nn.LayerNorm(dim, eps=_NORM_EPS)
-        self.mlp = Mlp(dim=dim, hidden_dim=int(dim * mlp_ratio))
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim=dim, hidden_dim=int(dim * mlp_ratio), act=act)
         self.drop_path = DropPath(drop_path)
 
     def forward(
