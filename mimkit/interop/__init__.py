@@ -1,4 +1,4 @@
-"""Conversion of checkpoints and models from the authors' code, from timm and from Hugging Face, and back."""
+"""Conversion of checkpoints and models: the authors', timm's and Hugging Face's, and back."""
 
 from mimkit.interop._convert import from_official, to_official
 from mimkit.interop._files import load_checkpoint

@@ -77,9 +77,11 @@ TRANSLATIONS = {
         ),
         left_out=_PROBED,
     ),
-    "dalle": Translation(within(_CONVOLUTION, ours="encoder."), ours_left_out=("decoder.{rest}",)),
+    "dalle": Translation(
+        within(_CONVOLUTION, ours="encoder."), ours_left_out=("decoder.blocks.{rest}",)
+    ),
     "dalle_decoder": Translation(
-        within(_CONVOLUTION, ours="decoder."), ours_left_out=("encoder.{rest}",)
+        within(_CONVOLUTION, ours="decoder."), ours_left_out=("encoder.blocks.{rest}",)
     ),
 }
 

@@ -123,6 +123,7 @@ def _gated(tensors: Mapping[str, Any]) -> list[str]:
         for name, second in pairs.items()
         if name.endswith("mlp.fc1.weight")
         and isinstance(second, Tensor)
+        and second.ndim > 1
         and tensors[name].shape[0] != second.shape[1]
     ]
 

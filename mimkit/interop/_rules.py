@@ -122,21 +122,23 @@ class Translation:
     def unknown(self, tensors: Mapping[str, Any], *, ours: bool = False) -> list[str]:
         """Return the names of the tensors that no rule knows; `ours` for mimkit's names."""
         if ours:
-            patterns = [*(rule.ours for rule in self.rules if rule.ours), *self.ours_left_out]
+            patterns = (*(rule.ours for rule in self.rules if rule.ours), *self.ours_left_out)
             names: Mapping[str, str] = {}
         else:
-            patterns = [*(rule.theirs for rule in self.rules), *self.left_out]
+            patterns = (*(rule.theirs for rule in self.rules), *self.left_out)
             names = self.encoder_of(tensors)
-        known = {source for name, source in names.items() if _is_one_of(name, patterns)}
+        is_known = _any_of(patterns).fullmatch
+        known = {source for name, source in names.items() if is_known(name)}
         return [
             name
             for name, tensor in tensors.items()
-            if isinstance(tensor, Tensor) and name not in known and not _is_one_of(name, patterns)
+            if isinstance(tensor, Tensor) and name not in known and not is_known(name)
         ]
 
 
-def _is_one_of(name: str, patterns: Iterable[str]) -> bool:
-    return any(_expression(pattern).fullmatch(name) for pattern in patterns)
+@functools.cache
+def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(re.sub(r"\?P<\w+>", "?:", _expression(p).pattern) for p in patterns))
 
 
 def renames(*pairs: tuple[str, str | None]) -> tuple[Rule, ...]:

@@ -1,12 +1,15 @@
 """Conversion of timm's weights, and a wrapper that runs timm's Vision Transformers with a mask."""
 
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mimkit._checks import check_mask
 from mimkit._state_dicts import unwrap
@@ -22,11 +25,13 @@ _VIT = Translation(
         *renames(("blocks.{i}.ls2.gamma", "blocks.{i}.gamma_2")),
         *renames(("blocks.{i}.attn.relative_position_bias_table", "rel_pos_bias.{i}.table")),
         *VIT,
-        *same("fc_norm.{rest}", "head.{rest}"),
+        *same("reg_token", "fc_norm.{rest}", "head.{rest}"),
     ),
     left_out=("{rest}.relative_position_index",),
 )
 Model = Literal["vit", "swin"]
+# timm's BEiT has layer scale under mimkit's names.
+_BEIT = replace(_VIT, rules=_VIT.rules[2:])
 _MERGING = re.compile(r"layers\.(\d+)\.downsample\.")
 
 
@@ -51,7 +56,9 @@ def to_timm(state_dict: Mapping[str, Any], *, model: Model | None = None) -> Con
     tensors = unwrap(state_dict)
     if _model_of(tensors, model) == "vit":
         unknown = partial(_VIT.unknown, ours=True)
-        return _VIT.to_theirs(select_known(tensors, "to_timm", unknown))
+        is_beit = any(name.endswith((".q_bias", ".table")) for name in tensors)
+        known = select_known(tensors, "to_timm", unknown)
+        return _without_class_position((_BEIT if is_beit else _VIT).to_theirs(known))
     official = to_official("simmim_swin_finetune", tensors)
     renamed = {_shift_merging(name, 1): tensor for name, tensor in official.items()}
     swin = {re.sub(r"^head\.", "head.fc.", name): tensor for name, tensor in renamed.items()}
@@ -69,8 +76,10 @@ def from_timm(state_dict: Mapping[str, Any], *, model: Model | None = None) -> C
         The converted tensors; `.dropped` lists the names that have no counterpart.
 
     Raises:
-        ValueError: If the model has parts that `nn.ViT` lacks (layer scale, query-key norms,
-            registers, a norm before the blocks), so that the result would compute something else.
+        ValueError: If the model has parts that `nn.ViT` lacks (query-key norms, a norm before the
+            blocks, a distillation token, a gated MLP), so that the result would compute something
+            else; or if less than nine tenths of the tensors are known. A state dict does not tell
+            its activation: build `nn.ViT(act="gelu_tanh")` for a model with tanh-GELU.
 
     Example:
         >>> import torch
@@ -82,7 +91,36 @@ def from_timm(state_dict: Mapping[str, Any], *, model: Model | None = None) -> C
         renamed = {_shift_merging(name, -1): tensor for name, tensor in tensors.items()}
         bare = {re.sub(r"^head\.fc\.", "head.", name): t for name, t in renamed.items()}
         return from_official("simmim_swin_finetune", bare)
-    return _VIT.to_ours(select_known(tensors, "from_timm", _VIT.unknown))
+    return _with_class_position(_VIT.to_ours(select_known(tensors, "from_timm", _VIT.unknown)))
+
+
+def _with_class_position(converted: Converted) -> Converted:
+    """Give the class token a position of zero, where timm has none (`no_embed_class`).
+
+    Raises:
+        ValueError: If registers have positions.
+    """
+    positions = converted.get("pos_embed")
+    if positions is None or positions.ndim != 3 or "cls_token" not in converted:
+        return converted
+    rows = positions.shape[1]
+    if math.isqrt(rows) ** 2 == rows:  # those of a square grid alone
+        converted["pos_embed"] = F.pad(positions, (0, 0, 1, 0))
+    elif "reg_token" in converted:
+        raise ValueError(
+            f"pos_embed has {rows} rows: nn.ViT has no positions for registers (timm's "
+            "no_embed_class=False), or the grid is not square"
+        )
+    return converted
+
+
+def _without_class_position(converted: Converted) -> Converted:
+    """Leave the class token's position out beside registers, as timm's models with them have it."""
+    if "reg_token" not in converted or "pos_embed" not in converted:
+        return converted
+    row, positions = converted["pos_embed"].tensor_split([1], dim=1)
+    dropped = ("pos_embed[:, :1]",) if row.any() else ()
+    return Converted({**converted, "pos_embed": positions}, (*converted.dropped, *dropped))
 
 
 def _model_of(tensors: Mapping[str, Tensor], model: Model | None) -> Model:

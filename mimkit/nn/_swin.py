@@ -4,6 +4,8 @@ Axes: batch; channels; height, width (pixels); tokens (of a stage's grid); windo
 of a window); dim.
 """
 
+import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,13 +20,14 @@ from mimkit.masking import Mask, RaggedMask
 from mimkit.nn._embed import Images, PatchEmbed
 from mimkit.nn._layers import Activation, DropPath, Mlp, attend, check_heads, drop_path_rates
 from mimkit.nn._relative import RelativePositionBias
+from mimkit.nn._timm_protocol import Matcher, TimmProtocol
 from mimkit.nn._vit import insert_mask_tokens
 
 _NORM_EPS = 1e-5
 _NOT_NEIGHBORS = -100.0  # added to logits between tokens that only the roll made neighbors
 
 
-class SwinTransformer(nn.Module):
+class SwinTransformer(TimmProtocol):
     """Swin Transformer that can replace masked patches by a mask token.
 
     Args:
@@ -63,6 +66,9 @@ class SwinTransformer(nn.Module):
         >>> [tuple(feature.shape) for feature in encoder.features(images)]
         [(2, 16, 8, 16), (2, 32, 4, 8)]
     """
+
+    _undecayed = r"rel_pos_bias\.table$"
+    _first_layer = r"^patch_embed"
 
     def __init__(
         self,
@@ -142,7 +148,7 @@ class SwinTransformer(nn.Module):
         """
         tokens = self._embed(images, mask, mask_token)
         for stage in self.layers:
-            _, tokens = stage(tokens)
+            _, tokens = self._run(stage, tokens)
         encoded: Tensor = self.norm(tokens)
         return encoded
 
@@ -153,10 +159,44 @@ class SwinTransformer(nn.Module):
         tokens = self._embed(images, None, None)
         maps = []
         for index, stage in enumerate(self.layers):
-            mixed, tokens = stage(tokens)
+            mixed, tokens = self._run(stage, tokens)
             height = self.grid[0] // 2**index
             maps.append(rearrange(mixed, "b (h w) d -> b d h w", h=height))
         return maps
+
+    def group_matcher(self, coarse: bool = False) -> Matcher:
+        """Return what assigns parameters to layers; merging belongs to the next stage, as in timm.
+
+        Args:
+            coarse: Whether a stage is one layer.
+        """
+        stages: Any = self.layers
+        last = (1.0, len(stages) - 1.0, *(() if coarse else (len(stages[-1].blocks) - 1.0,)))
+
+        def layer_of(name: str) -> tuple[float, ...]:
+            inside = re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)", name)
+            if inside is None:
+                outside = {"patch_embed": (0.0,), "norm": last}
+                return outside.get(name.split(".")[0], (math.inf,))
+            stage, block = int(inside[1]), inside[2]
+            if coarse:
+                return (1, stage if block else stage + 1)
+            return (1, stage, int(block)) if block else (1, stage + 1, 0)
+
+        return layer_of
+
+    def _stages(self) -> Sequence[nn.Module]:
+        return list(self.layers)
+
+    def _fits(self, stage: int) -> bool:
+        return stage == len(self.layers) - 1
+
+    def _grid_of(self, stage: int) -> Grid:
+        return tuple(side // 2**stage for side in self.grid)
+
+    def _set_pool(self, name: str) -> None:
+        if name != "avg":
+            raise ValueError(f'global_pool must be "avg"; got {name!r}')
 
     def pool(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch dim"]:
         """Average the encoded tokens of each sample."""

@@ -36,10 +36,11 @@ from mimkit.nn._packing import (
     reorder,
 )
 from mimkit.nn._relative import RelativePositionBias
+from mimkit.nn._timm_protocol import Matcher, TimmProtocol
 from mimkit.patches import interpolate_positions, restore, sincos_positions
 
 
-class ViT(nn.Module):
+class ViT(TimmProtocol):
     """Vision Transformer that encodes only the visible patches when a mask is given.
 
     Parameter names and shapes are timm's; `interop` converts the authors' checkpoints.
@@ -104,6 +105,9 @@ class ViT(nn.Module):
         >>> tokens.shape, [len(rows) for rows in mask.split_visible(tokens, num_prefix=1)]
         (torch.Size([14, 64]), [7, 7])
     """
+
+    _undecayed = r"^(cls_token|pos_embed|reg_token)$|^rel_pos_bias\.\d+\.table$"
+    _first_layer = r"^cls_token|reg_token|pos_embed|patch_embed"
 
     def __init__(
         self,
@@ -248,7 +252,7 @@ class ViT(nn.Module):
         if len(biases) != len(self.blocks):  # no bias, or one shared by all blocks
             biases = (biases or [None]) * len(self.blocks)
         for block, bias in zip(self.blocks, biases, strict=True):
-            tokens = block(tokens, attn_bias=bias)
+            tokens = self._run(block, tokens, attn_bias=bias)
         encoded: Tensor = self.norm(tokens)
         return encoded
 
@@ -267,7 +271,7 @@ class ViT(nn.Module):
         lengths = [self.num_prefix_tokens + count for count in mask.num_visible]
         packing, tokens = pack(lengths, tokens.device), tokens.unsqueeze(0)
         for block in self.blocks:
-            tokens = block(tokens, packing=packing)
+            tokens = self._run(block, tokens, packing=packing)
         return reorder(self.norm(tokens)[0], lengths, inverse_order(order))
 
     def _positions_on(self, grid: Grid) -> Float[Tensor, "tokens dim"]:
@@ -297,6 +301,12 @@ class ViT(nn.Module):
             class_token = class_token + self.pos_embed[:, : self._num_class_tokens]
         tokens = [token for token in (class_token, self.reg_token) if token is not None]
         return torch.cat(tokens, dim=1) if len(tokens) > 1 else next(iter(tokens), None)
+
+    def group_matcher(self, coarse: bool = False) -> Matcher:  # noqa: D102
+        matcher = super().group_matcher(coarse)
+        if len(self.rel_pos_bias) == 1:  # one table, shared by all blocks
+            return {"stem": f"{self._first_layer}|rel_pos_bias", "blocks": matcher["blocks"]}
+        return matcher
 
     def pool(
         self,

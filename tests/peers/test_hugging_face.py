@@ -1,4 +1,4 @@
-"""Hugging Face's models and mimkit's: the same weights give the same loss, latents and gradients."""
+"""Hugging Face's models and mimkit's: the same weights give the same loss and gradients."""
 
 from typing import Any
 
