@@ -3,8 +3,10 @@
 from typing import Any
 
 import pytest
+import timm
 import torch
 from hypothesis import given
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -119,6 +121,60 @@ def test_gradients_reach_the_wrapped_models_weights(images):
     visible = gather_visible(torch.arange(16.0).expand(2, 16).unsqueeze(2), mask).unique().long()
     touched = model.pos_embed.grad[0, 1:].ne(0).any(dim=1)
     assert torch.equal(touched.nonzero().flatten(), visible)
+
+
+@torch.no_grad()
+def test_a_wrapped_eva_without_rotary_positions_works(images):
+    model = Eva(**SIZES, use_rot_pos_emb=False).eval()
+    plain.randomize(model)
+    encoder = wrap_timm(model)
+    torch.testing.assert_close(encoder(images), model.forward_features(images))
+    mask = masking.uniform(masking.key([0, 1], seed=0), GRID, 0.6)
+    poisoned = images.masked_fill(mask.refine(4).is_masked.unsqueeze(1), float("nan"))
+    assert torch.equal(encoder(poisoned, mask), encoder(images, mask))
+
+
+@pytest.mark.parametrize("options", [{}, {"dynamic_img_size": True}, {"reg_tokens": 2}])
+@torch.no_grad()
+def test_a_mask_token_in_a_wrapped_model_works_as_in_mimkits(options, images):
+    model = timm_vit(**options)
+    mask = masking.uniform(masking.key([0, 1], seed=0), GRID, 0.6)
+    token = torch.randn(12)
+    found = wrap_timm(model)(images, mask, mask_token=token)
+    assert found.shape == (2, model.num_prefix_tokens + 16, 12)
+    per_patch = token.expand(2, mask.num_masked, 12)
+    assert torch.equal(found, wrap_timm(model)(images, mask, mask_token=per_patch))
+    if not options.get("reg_tokens"):
+        ours = ViT(image_size=16, patch_size=4, dim=12, depth=2, heads=3)
+        state = from_timm({n: t for n, t in model.state_dict().items() if n[:5] != "head."})
+        ours.load_state_dict(state)
+        expected = ours(images, mask, mask_token=token)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="pass a mask with it"):
+        wrap_timm(model)(images, mask_token=token)
+
+
+def test_checkpointing_of_a_model_is_honored_when_it_is_wrapped(images):
+    model = timm_vit()
+    model.set_grad_checkpointing()
+    calls = []
+    model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    mask = masking.uniform(masking.key([0, 1], seed=0), GRID, 0.6)
+    wrap_timm(model)(images, mask).sum().backward()
+    assert len(calls) == 2
+
+
+def test_models_whose_masked_patches_would_leak_or_fail_are_refused_when_wrapped():
+    with torch.device("meta"):
+        hybrid = timm.create_model("vit_tiny_r_s16_p8_224")
+        beit = timm.create_model("beit_base_patch16_224")
+        rotary = timm.create_model("eva02_tiny_patch14_224")
+    with pytest.raises(TypeError, match="patches that do not overlap.*HybridEmbed"):
+        wrap_timm(hybrid)
+    with pytest.raises(TypeError, match="relative positions|without"):
+        wrap_timm(beit)
+    with pytest.raises(TypeError, match="rotary"):
+        wrap_timm(rotary)
 
 
 @pytest.mark.untyped
