@@ -21,7 +21,6 @@ if __name__ == "__main__":
     __import__("recipes.script" if __package__ else "script")  # import path, threads
 
 import torch
-import yaml
 from jaxtyping import Int64
 from torch import Tensor, nn
 
@@ -30,7 +29,7 @@ from recipes.engine import fields
 from recipes.engine.data.load import load_data
 from recipes.engine.data.sets import Batch, DataSet
 from recipes.engine.dry_run import count_parameters
-from recipes.engine.errors import UserError
+from recipes.engine.errors import UserError, say
 from recipes.engine.loop import Moment, Task, make_plan, run_steps
 from recipes.engine.pictures import TiledPicture, draw_columns
 from recipes.engine.pretrained.tokenizers import to_inputs, to_pixels
@@ -217,9 +216,9 @@ def run(options: Options) -> None:
     check_shard(options.shard)
     check_shares(config.training.batch_size, World(), accumulate=config.accumulate)
     if options.dry_run:
-        print(yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip())
         with torch.device("meta"):
-            print(f"---\nparameters    {count_parameters(config.model.build()):,}")
+            num_parameters = count_parameters(config.model.build())
+        say(*config.as_lines(), "---", f"parameters    {num_parameters:,}")
         return
     with join(config.device) as world:
         check_shares(config.training.batch_size, world, accumulate=config.accumulate)
@@ -277,13 +276,13 @@ def finish(
 
 def print_summary(summary: dict[str, Any], config: RunConfig, folder: RunFolder) -> None:
     """Print the results of a run."""
-    print(f"training loss     {summary['final_loss']:.3f} nats per pixel value")
-    print(
+    say(
+        f"training loss     {summary['final_loss']:.3f} nats per pixel value",
         f"codes in use      {summary['codes_used']:.0%} of {config.model.vocabulary_size}, "
-        f"perplexity {summary['perplexity']:.1f}"
+        f"perplexity {summary['perplexity']:.1f}",
     )
     print_unreadable(summary["unreadable_images"])
-    print(f"python recipes/cae.py --tokenizer {folder.path / 'tokenizer.safetensors'}")
+    say(f"python recipes/cae.py --tokenizer {folder.path / 'tokenizer.safetensors'}")
 
 
 # The command line.
