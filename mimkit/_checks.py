@@ -3,8 +3,8 @@
 Axes: batch; channels; *spatial (one to three axes); patch (the values of one patch).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Iterator, Sequence
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Shaped
@@ -238,18 +238,3 @@ def cell_of(feature_map: Shaped[Tensor, "batch channels *spatial"], mask: Mask) 
     """
     check_batch(mask, feature_map, "feature_map")
     return divide("feature map", feature_map.shape[2:], mask.grid, "the grid of the mask")
-
-
-def unwrap(state_dict: Any) -> Mapping[str, Tensor]:
-    """Take the tensors out of a checkpoint of the form `{"model": ...}`.
-
-    Raises:
-        TypeError: If it is not a dictionary.
-    """
-    if not isinstance(state_dict, Mapping):
-        kind = type(state_dict).__name__
-        raise TypeError(f"a state dict maps names to tensors; got {kind} {state_dict!r:.60}")
-    tensors: Mapping[str, Any] = state_dict
-    while isinstance(tensors.get("model"), Mapping):
-        tensors = tensors["model"]
-    return tensors

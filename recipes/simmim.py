@@ -65,6 +65,12 @@ class SimMIMConfig:
         mlp_ratio: Hidden width of every MLP over its input's.
         layer_scale: First value of the ViT's learned factors of residual branches; None for none.
         drop_path: Fraction of samples whose residual branches the last encoder block leaves out.
+        positions: Positions of the ViT: "relative", one table for all blocks as in the paper;
+            "absolute" for a learned table; "none".
+        qkv_bias: Biases of the ViT's attention: "qv" for queries and values as in the paper, True
+            for keys too.
+        norm_eps: Epsilon of the encoder's LayerNorms; None for the paper's, 1e-6 (ViT) or 1e-5.
+        act: Activation of the encoder's MLPs: "gelu", or "gelu_tanh" for its approximation.
         target: What is predicted (figure 4, table 5): "pixels", their means over squares
             ("pixels_2x" to "pixels_32x"; squares larger than a patch need a `unit` that covers
             them), "window_normalized" pixels, the nearest of color "clusters", the bin of each
@@ -92,6 +98,10 @@ class SimMIMConfig:
     mlp_ratio: fields.PositiveFloat = 4.0
     layer_scale: fields.NonNegativeFloat | None = 0.1
     drop_path: fields.Fraction = 0.0
+    positions: Literal["relative", "absolute", "none"] = "relative"
+    qkv_bias: bool | Literal["qv"] = "qv"
+    norm_eps: fields.PositiveFloat | None = None
+    act: Literal["gelu", "gelu_tanh"] = "gelu"
     target: TargetName = "pixels"
     head: HeadName = "linear"
     loss: LossName | None = None
@@ -123,7 +133,8 @@ class SimMIMConfig:
     def encoder_shape(self) -> dict[str, Any]:
         """What ViT and Swin are built from alike."""
         names = ("image_size", "patch_size", "in_channels", "dim", "depth", "heads")
-        return {name: getattr(self, name) for name in (*names, "mlp_ratio", "drop_path")}
+        shape = {name: getattr(self, name) for name in (*names, "mlp_ratio", "drop_path", "act")}
+        return shape | ({} if self.norm_eps is None else {"norm_eps": self.norm_eps})
 
     @property
     def scored_by(self) -> LossName:
@@ -202,6 +213,8 @@ class SimMIM(nn.Module):
         )
         # What the authors leave out of weight decay, besides vectors.
         self.not_decayed = ("mask_token",) if config.encoder == "swin" else ("encoder.cls_token",)
+        if config.encoder == "vit" and config.positions == "absolute":
+            self.not_decayed += ("encoder.pos_embed",)
 
     def forward(
         self, images: Float[Tensor, "images channels *spatial"], mask: Mask | Sequence[Mask]
@@ -252,13 +265,14 @@ def make_target(config: SimMIMConfig, patch_size: Grid) -> targets.Target:
 
 
 def make_vit(config: SimMIMConfig) -> ViT:
-    """Make the ViT encoder: positions are in attention alone, one table for all blocks."""
+    """Make the ViT encoder: in the paper, positions are in attention alone."""
     encoder = ViT(
         **config.encoder_shape,
-        absolute_positions=False,
-        relative_positions="shared",
+        absolute_positions=config.positions == "absolute",
+        learn_positions=True,
+        relative_positions="shared" if config.positions == "relative" else None,
         layer_scale=config.layer_scale,
-        qkv_bias="qv",
+        qkv_bias=config.qkv_bias,
     )
     # The authors' initialization: cut off at one standard deviation, less for later blocks.
     truncated = partial(nn.init.trunc_normal_, std=0.02, a=-0.02, b=0.02)

@@ -33,6 +33,7 @@ from mimkit.nn._layers import (
     mean_of_tokens,
     xavier_linear,
 )
+from mimkit.nn._timm_protocol import TimmProtocol
 from mimkit.patches import gather_visible, neighbors, pack_cells, sincos_positions
 
 STAGES = 3
@@ -219,7 +220,7 @@ class ConvStage(nn.Module):
         return neighbors(mask, reach=reach_of((radius, radius), cell))
 
 
-class ConvViT(nn.Module):
+class ConvViT(TimmProtocol):
     """Hybrid encoder: two convolution stages, then transformer blocks, on visible cells only.
 
     Args:
@@ -265,6 +266,8 @@ class ConvViT(nn.Module):
     """
 
     num_prefix_tokens = 0
+    _undecayed = r"^pos_embed$"
+    _first_layer = r"^pos_embed|^stages|^embed|^fusions"
 
     @checked
     def __init__(
@@ -365,7 +368,7 @@ class ConvViT(nn.Module):
         positions = self.pos_embed[0]
         tokens = tokens + (positions if mask is None else F.embedding(mask.visible_ids, positions))
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = self._run(block, tokens)
         for part in fused:
             tokens = tokens + part
         encoded: Tensor = self.norm(tokens)

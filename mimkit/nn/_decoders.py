@@ -13,11 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mimkit_kernels as kernels
-from mimkit._arguments import Count, Depth, Positive, Size, checked
+from mimkit._arguments import Count, Depth, NotNegative, Positive, Size, checked
 from mimkit._checks import check_mask, check_rows
 from mimkit._grids import Grid, as_sizes, count_tokens, sides_of
 from mimkit.masking import Mask, RaggedMask
-from mimkit.nn._layers import NORM_EPS, CrossAttention, Mlp, TransformerBlock, xavier_linear
+from mimkit.nn._layers import (
+    NORM_EPS,
+    Activation,
+    CrossAttention,
+    Mlp,
+    TransformerBlock,
+    xavier_linear,
+)
 from mimkit.nn._packing import (
     interleave,
     inverse_order,
@@ -40,6 +47,8 @@ class MAEDecoder(nn.Module):
         heads: Attention heads; must divide `dim`.
         mlp_ratio: Ratio of MLP hidden width to `dim`.
         num_prefix: Prefix tokens of the latents; the blocks attend to them too.
+        norm_eps: Epsilon of every LayerNorm.
+        act: Activation of the MLPs: "gelu", or "gelu_tanh" for its approximation by tanh.
 
     Source:
         MAE, arXiv:2111.06377, section 3 "MAE decoder"; facebookresearch/mae `forward_decoder`.
@@ -67,6 +76,8 @@ class MAEDecoder(nn.Module):
         heads: Size = 16,
         mlp_ratio: Positive = 4.0,
         num_prefix: Count = 1,
+        norm_eps: NotNegative = NORM_EPS,
+        act: Activation = "gelu",
     ) -> None:
         super().__init__()
         self.grid = as_sizes("grid", grid)
@@ -79,9 +90,10 @@ class MAEDecoder(nn.Module):
             sincos_positions(dim, self.grid, num_prefix=num_prefix)[None], requires_grad=False
         )
         self.blocks = nn.ModuleList(
-            TransformerBlock(dim=dim, heads=heads, mlp_ratio=mlp_ratio) for _ in range(depth)
+            TransformerBlock(dim=dim, heads=heads, mlp_ratio=mlp_ratio, norm_eps=norm_eps, act=act)
+            for _ in range(depth)
         )
-        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
 
     @checked
     def forward(

@@ -3,7 +3,7 @@
 Axes: batch; tokens; dim; heads; head_dim.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from einops import rearrange
@@ -17,6 +17,7 @@ from mimkit.nn._packing import Packing
 NORM_EPS = 1e-6  # epsilon of every LayerNorm in MAE's models (PyTorch's default is 1e-5)
 
 QKVBias = bool | Literal["qv"]
+Activation = Literal["gelu", "gelu_tanh"]
 
 
 def xavier_linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
@@ -247,10 +248,13 @@ class CrossAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an exact GELU between them."""
+    """Two linear layers with a GELU between them: exact, or its approximation by tanh."""
 
-    def __init__(self, *, dim: Size, hidden_dim: int) -> None:
+    def __init__(self, *, dim: Size, hidden_dim: int, act: Activation = "gelu") -> None:
         super().__init__()
+        if act not in get_args(Activation):
+            raise ValueError(f"act must be one of {get_args(Activation)}; got {act!r}")
+        self.approximate = "tanh" if act == "gelu_tanh" else "none"
         self.fc1 = xavier_linear(dim, hidden_dim)
         self.fc2 = xavier_linear(hidden_dim, dim)
 
@@ -258,7 +262,7 @@ class Mlp(nn.Module):
         self, tokens: Float[Tensor, "batch tokens dim"]
     ) -> Float[Tensor, "batch tokens dim"]:
         """Apply the MLP to each token."""
-        out: Tensor = self.fc2(F.gelu(self.fc1(tokens)))
+        out: Tensor = self.fc2(F.gelu(self.fc1(tokens), approximate=self.approximate))
         return out
 
 
@@ -305,6 +309,7 @@ class TransformerBlock(nn.Module):
         layer_scale: Initial value of layer scale (`gamma_1`, `gamma_2`); `None` for no layer scale.
         qkv_bias: `True` for biases of queries, keys and values, `False` for none, "qv" for queries
             and values only.
+        act: Activation of the MLP: "gelu", or "gelu_tanh" for its approximation by tanh.
 
     Source:
         Dosovitskiy et al., arXiv:2010.11929, section 3.1; timm 0.3.2 `Block`, which MAE uses with
@@ -327,13 +332,14 @@ class TransformerBlock(nn.Module):
         norm_eps: NotNegative = NORM_EPS,
         layer_scale: float | None = None,
         qkv_bias: QKVBias = True,
+        act: Activation = "gelu",
     ) -> None:
         super().__init__()
         self.axis_sizes = {"dim": dim}
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim=dim, heads=heads, qkv_bias=qkv_bias)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = Mlp(dim=dim, hidden_dim=int(dim * mlp_ratio))
+        self.mlp = Mlp(dim=dim, hidden_dim=int(dim * mlp_ratio), act=act)
         self.gamma_1 = make_layer_scale(dim, layer_scale)
         self.gamma_2 = make_layer_scale(dim, layer_scale)
         self.drop_path = DropPath(drop_path)

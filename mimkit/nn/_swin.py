@@ -4,6 +4,8 @@ Axes: batch; channels; height, width (pixels); tokens (of a stage's grid); windo
 of a window); dim.
 """
 
+import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,20 +14,21 @@ from einops import rearrange
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
-from mimkit._arguments import Count, Depth, Positive, Share, Size, checked
+from mimkit._arguments import Count, Depth, NotNegative, Positive, Share, Size, checked
 from mimkit._checks import check_even
 from mimkit._grids import Grid, as_integer, count_tokens, divide, per_axis, sides_of
 from mimkit.masking import Mask, RaggedMask
 from mimkit.nn._embed import Images, PatchEmbed
-from mimkit.nn._layers import DropPath, Mlp, attend, check_heads, drop_path_rates
+from mimkit.nn._layers import Activation, DropPath, Mlp, attend, check_heads, drop_path_rates
 from mimkit.nn._relative import RelativePositionBias
+from mimkit.nn._timm_protocol import Matcher, TimmProtocol
 from mimkit.nn._vit import insert_mask_tokens
 
 _NORM_EPS = 1e-5
 _NOT_NEIGHBORS = -100.0  # added to logits between tokens that only the roll made neighbors
 
 
-class SwinTransformer(nn.Module):
+class SwinTransformer(TimmProtocol):
     """Swin Transformer that can replace masked patches by a mask token.
 
     Args:
@@ -39,6 +42,8 @@ class SwinTransformer(nn.Module):
             than the window, the windows have that side and are not shifted.
         mlp_ratio: Ratio of MLP hidden width to width.
         drop_path: Stochastic depth rate of the last block, in [0, 1). Rates rise linearly from 0.
+        norm_eps: Epsilon of the blocks' LayerNorms and the last one.
+        act: Activation of the MLPs: "gelu", or "gelu_tanh" for its approximation by tanh.
         num_classes: Width of `head`, a linear classifier for pooled tokens; 0 for none.
 
     Attributes:
@@ -63,6 +68,9 @@ class SwinTransformer(nn.Module):
         [(2, 16, 8, 16), (2, 32, 4, 8)]
     """
 
+    _undecayed = r"rel_pos_bias\.table$"
+    _first_layer = r"^patch_embed"
+
     @checked
     def __init__(
         self,
@@ -76,6 +84,8 @@ class SwinTransformer(nn.Module):
         window: Size = 7,
         mlp_ratio: Positive = 4.0,
         drop_path: Share = 0.0,
+        norm_eps: NotNegative = _NORM_EPS,
+        act: Activation = "gelu",
         num_classes: Count = 0,
     ) -> None:
         super().__init__()
@@ -107,11 +117,13 @@ class SwinTransformer(nn.Module):
                 mlp_ratio=mlp_ratio,
                 drop_path=rates[sum(depth[:stage]) : sum(depth[: stage + 1])],
                 resample=PatchMerging if stage < len(depth) - 1 else None,
+                norm_eps=norm_eps,
+                act=act,
             )
             for stage, blocks in enumerate(depth)
         )
         self.axis_sizes = {"dim": self.dim}
-        self.norm = nn.LayerNorm(self.dim, eps=_NORM_EPS)
+        self.norm = nn.LayerNorm(self.dim, eps=norm_eps)
         self.head = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
         self.apply(initialize_swin)
 
@@ -140,7 +152,7 @@ class SwinTransformer(nn.Module):
         """
         tokens = self._embed(images, mask, mask_token)
         for stage in self.layers:
-            _, tokens = stage(tokens)
+            _, tokens = self._run(stage, tokens)
         encoded: Tensor = self.norm(tokens)
         return encoded
 
@@ -152,10 +164,44 @@ class SwinTransformer(nn.Module):
         tokens = self._embed(images, None, None)
         maps = []
         for index, stage in enumerate(self.layers):
-            mixed, tokens = stage(tokens)
+            mixed, tokens = self._run(stage, tokens)
             height = self.grid[0] // 2**index
             maps.append(rearrange(mixed, "b (h w) d -> b d h w", h=height))
         return maps
+
+    def group_matcher(self, coarse: bool = False) -> Matcher:
+        """Return what assigns parameters to layers; merging belongs to the next stage, as in timm.
+
+        Args:
+            coarse: Whether a stage is one layer.
+        """
+        stages: Any = self.layers
+        last = (1.0, len(stages) - 1.0, *(() if coarse else (len(stages[-1].blocks) - 1.0,)))
+
+        def layer_of(name: str) -> tuple[float, ...]:
+            inside = re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)", name)
+            if inside is None:
+                outside = {"patch_embed": (0.0,), "norm": last}
+                return outside.get(name.split(".")[0], (math.inf,))
+            stage, block = int(inside[1]), inside[2]
+            if coarse:
+                return (1, stage if block else stage + 1)
+            return (1, stage, int(block)) if block else (1, stage + 1, 0)
+
+        return layer_of
+
+    def _stages(self) -> Sequence[nn.Module]:
+        return list(self.layers)
+
+    def _fits(self, stage: int) -> bool:
+        return stage == len(self.layers) - 1
+
+    def _grid_of(self, stage: int) -> Grid:
+        return tuple(side // 2**stage for side in self.grid)
+
+    def _set_pool(self, name: str) -> None:
+        if name != "avg":
+            raise ValueError(f'global_pool must be "avg"; got {name!r}')
 
     @checked
     def pool(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch dim"]:
@@ -205,6 +251,8 @@ class SwinStage(nn.Module):
         mlp_ratio: Ratio of MLP hidden width to `dim`.
         drop_path: Stochastic depth rate of each block.
         resample: Layer to the next stage's grid: `PatchMerging`, `PatchSplitting` or none.
+        norm_eps: Epsilon of the blocks' LayerNorms.
+        act: Activation of the MLPs.
 
     Raises:
         ValueError: If the grid is not divisible into windows.
@@ -224,6 +272,8 @@ class SwinStage(nn.Module):
         mlp_ratio: Positive,
         drop_path: Sequence[float],
         resample: "type[PatchMerging] | type[PatchSplitting] | None",
+        norm_eps: float = _NORM_EPS,
+        act: Activation = "gelu",
     ) -> None:
         super().__init__()
         self.grid = grid
@@ -237,6 +287,8 @@ class SwinStage(nn.Module):
                 shift=shift if index % 2 else 0,
                 mlp_ratio=mlp_ratio,
                 drop_path=rate,
+                norm_eps=norm_eps,
+                act=act,
             )
             for index, rate in enumerate(drop_path)
         )
@@ -301,12 +353,14 @@ class SwinBlock(nn.Module):
         shift: int,
         mlp_ratio: Positive,
         drop_path: Share,
+        norm_eps: float,
+        act: Activation,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=_NORM_EPS)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = WindowAttention(grid=grid, dim=dim, heads=heads, window=window, shift=shift)
-        self.norm2 = nn.LayerNorm(dim, eps=_NORM_EPS)
-        self.mlp = Mlp(dim=dim, hidden_dim=int(dim * mlp_ratio))
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim=dim, hidden_dim=int(dim * mlp_ratio), act=act)
         self.drop_path = DropPath(drop_path)
 
     def forward(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mimkit._checks import unwrap
+from mimkit._state_dicts import unwrap
 from mimkit.interop import load_checkpoint
 from recipes.engine.errors import UserError, escaped
 from recipes.engine.reading import UnreadableError, sha256_of
