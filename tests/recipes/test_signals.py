@@ -1,5 +1,6 @@
 """A signal ends a run in one line; the same command ends like an undisturbed run."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -265,7 +266,8 @@ def test_a_hanging_process_is_named_after_the_timeout(pictures: Path, tmp_path: 
             or_end=True,
         )
     finally:
-        os.kill(hanging, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # torchrun has killed it
+            os.kill(hanging, signal.SIGKILL)
     _, printed = end_of(job)
     assert "error: process 1 of 2 hangs: no answer for --timeout 8 seconds" in printed
     assert "exitcode  : 124" in printed

@@ -155,8 +155,9 @@ def _meet(world: World, backend: str, timeout: float) -> None:
     """
     at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     _check_address(world, timeout)
+    later = timeout + 2 * _GRACE  # a watchdog, which can name the process, comes first
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout + _GRACE))
+        dist.init_process_group(backend, timeout=timedelta(seconds=later))
     except RuntimeError as error:
         joined = re.search(r"\d+/\d+ clients joined", str(error))
         if joined:
