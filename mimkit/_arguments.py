@@ -81,7 +81,7 @@ def checked(function: F) -> F:
         ValueError: by must be a finite number above 0; got nan
     """
     if inspect.isclass(function):
-        function.__init__ = checked(function.__init__)  # type: ignore[misc]
+        setattr(function, "__init__", checked(function.__init__))  # noqa: B010
         return function
     names = [
         name
@@ -209,8 +209,10 @@ class _Rule:
             kinds = (["a tensor"] if self.arrays else []) + kinds
             kinds += ["None"] if NoneType in self.others else []
             source = next((_SOURCES[k[2:]] for k in kinds if k[2:] in _SOURCES), "")
-            kind = ValueError if wrong else TypeError
-            raise kind(f"{name} must be {' or '.join(dict.fromkeys(kinds))}{source}; got {shown}")
+            error_type = ValueError if wrong else TypeError
+            raise error_type(
+                f"{name} must be {' or '.join(dict.fromkeys(kinds))}{source}; got {shown}"
+            )
         if not self.takes_container or value is None:
             return []
         if Settings.check and hasattr(value, "validate"):
@@ -296,11 +298,8 @@ def _test_of(annotation: Any, loosely: bool = False) -> Callable[[Any], bool]:
             or (hasattr(v, "__index__") and not isinstance(v, bool | Tensor | np.ndarray))
         )
     if annotation is float:
-        most = math.inf if loosely else sys.float_info.max
         return lambda v: (
-            isinstance(v, numbers.Real)
-            and not isinstance(v, bool)
-            and (loosely or bool(abs(v) <= most))
+            not isinstance(v, bool) and isinstance(v, numbers.Real) and (loosely or _is_finite(v))
         )
     if origin is None or not issubclass(origin, Sequence):
         return lambda v: isinstance(v, origin or annotation)
@@ -314,6 +313,10 @@ def _test_of(annotation: Any, loosely: bool = False) -> Callable[[Any], bool]:
         return all(any(test(v) for test in inner) for v in value)
 
     return is_sequence
+
+
+def _is_finite(value: Any) -> bool:
+    return bool(abs(value) <= sys.float_info.max)  # compared, as an integer may be larger
 
 
 def _is_device(name: str) -> bool:

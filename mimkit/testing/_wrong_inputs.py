@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -132,8 +133,10 @@ def find_faults(
         raise ValueError(f"skip needs a reason for each entry; got none for {empty}")
     target = function.forward if isinstance(function, nn.Module) else function
     signature = inspect.signature(target)
-    is_named = isinstance(valid_arguments, Mapping)
-    bound = signature.bind(**valid_arguments) if is_named else signature.bind(*valid_arguments)
+    if isinstance(valid_arguments, Mapping):
+        bound = signature.bind(**valid_arguments)
+    else:
+        bound = signature.bind(*valid_arguments)
     bound.apply_defaults()
     arguments = dict(bound.arguments)
     run = _Runner(function, signature, arguments, (_package_of(target), *packages))
@@ -147,8 +150,8 @@ def find_faults(
         if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
             continue
         others = [other for key, other in arguments.items() if key != name]
-        if isinstance(getattr(target, "__self__", None), nn.Module):
-            others += list(target.__self__.parameters())
+        owner = getattr(target, "__self__", None)
+        others += list(owner.parameters()) if isinstance(owner, nn.Module) else []
         for mutation in mutations(value, others):
             skipped = {name, f"{name}: {mutation.label}"} & set(reasons)
             findings.skipped |= skipped
@@ -260,10 +263,10 @@ def mutations(value: Any, others: Sequence[Any]) -> Iterator[Mutation]:
 
 def _of_number(value: float) -> Iterator[Mutation]:
     for label, number in (("nan", math.nan), ("infinity", math.inf), ("-infinity", -math.inf)):
-        yield Mutation(label, lambda number=number: number, "refusal")
+        yield Mutation(label, partial(_itself, number), "refusal")
     huge = 1 << 62 if isinstance(value, int) else 1e300
     for label, number in (("negative", -abs(value) - 1), ("zero", type(value)(0)), ("huge", huge)):
-        yield Mutation(label, lambda number=number: number, "finite")
+        yield Mutation(label, partial(_itself, number), "finite")
     yield Mutation("a bool", lambda: True, "finite")
     yield Mutation("a number as text", lambda: str(value), "refusal")
     yield Mutation("complex", lambda: complex(value), "refusal")
@@ -274,8 +277,8 @@ def _of_number(value: float) -> Iterator[Mutation]:
         yield Mutation("a fraction", lambda: value + 0.5, "refusal")
 
 
-def _of_sequence(value: Sequence[Any]) -> Iterator[Mutation]:
-    kind = list if isinstance(value, tuple) else tuple
+def _of_sequence(value: Any) -> Iterator[Mutation]:
+    kind: type[Any] = list if isinstance(value, tuple) else tuple
     yield Mutation(f"a {kind.__name__}", lambda: kind(value), "same or refusal")
     yield Mutation("empty", lambda: type(value)(), "finite")
     yield Mutation("one fewer", lambda: value[:-1], "finite")
@@ -290,7 +293,7 @@ def _of_sequence(value: Sequence[Any]) -> Iterator[Mutation]:
             wanted = mutation.wanted
         yield Mutation(
             f"[0] {mutation.label}",
-            lambda mutation=mutation: type(value)([mutation.make(), *rest]),
+            partial(_with_first, type(value), mutation.make, rest),
             wanted,
         )
 
@@ -347,10 +350,10 @@ def _other_shapes(value: Tensor, others: Sequence[Any]) -> Iterator[Mutation]:
         if not value.shape[axis]:
             continue
         more = torch.cat([value, value.narrow(axis, 0, 1)], dim=axis)
-        yield Mutation(f"axis {axis} longer", lambda more=more: more.clone(), wanted)
+        yield Mutation(f"axis {axis} longer", more.clone, wanted)
         if value.shape[axis] > 1:
             less = value.narrow(axis, 0, value.shape[axis] - 1)
-            yield Mutation(f"axis {axis} shorter", lambda less=less: less.clone(), wanted)
+            yield Mutation(f"axis {axis} shorter", less.clone, wanted)
 
 
 def _of_container(value: Mask | RaggedMask | Key, others: Sequence[Any]) -> Iterator[Mutation]:
@@ -362,7 +365,7 @@ def _of_container(value: Mask | RaggedMask | Key, others: Sequence[Any]) -> Iter
     for dtype in (torch.int32, torch.float32, torch.bool, torch.complex64):
         yield Mutation(
             f"{str(dtype)[6:]} ids",
-            lambda dtype=dtype: _made(value, lambda i: i.to(dtype)),
+            partial(_made, value, partial(_as_dtype, dtype)),
             "refusal",
         )
     yield Mutation("numpy ids", lambda: _made(value, lambda ids: ids.numpy()), "refusal")
@@ -375,11 +378,23 @@ def _of_container(value: Mask | RaggedMask | Key, others: Sequence[Any]) -> Iter
         "ids out of range", lambda: _mapped(value, lambda ids: ids + 1000), "refusal", None, True
     )
     if isinstance(value, Mask):
-        more = shared and "refusal" or "finite"
+        more: Wanted = "refusal" if shared else "finite"
         yield Mutation("twice the samples", lambda: Mask.cat([value, value]), more)
         yield Mutation("one sample", lambda: value[:1], more if value.batch_size > 1 else "same")
         yield Mutation("a larger grid", lambda: value.refine(2), "finite")
         yield Mutation("a RaggedMask", lambda: RaggedMask.cat([value]), "finite")
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _as_dtype(dtype: torch.dtype, ids: Tensor) -> Tensor:
+    return ids.to(dtype)
+
+
+def _with_first(kind: type[Any], make: Callable[[], Any], rest: list[Any]) -> Any:
+    return kind([make(), *rest])
 
 
 def _made(value: Any, change: Callable[[Tensor], Any]) -> Any:
