@@ -261,9 +261,9 @@ def _add_position(
     for r in tl.static_range(R1 * R2):
         if Y - r // R2 >= 0 and Y - r // R2 < F1 and X - r % R2 >= 0 and X - r % R2 < F2:
             factor = factors[(Y - r // R2) * F2 + X - r % R2]
-            added = added + (tl.fma(value, factor, sums[r]),)
+            added = added + (tl.fma(value, factor, sums[r]),)  # type: ignore[assignment]
         else:
-            added = added + (sums[r],)
+            added = added + (sums[r],)  # type: ignore[assignment]
     return added
 
 
@@ -349,7 +349,7 @@ def _conv_kernel(
     channel, inside = _block_of_channels(G, BLOCK)
     factors = ()
     for k in tl.static_range(G.K1 * G.K2):
-        factors = factors + (tl.load(taps + k * G.C + channel),)
+        factors = factors + (tl.load(taps + k * G.C + channel),)  # type: ignore[assignment]
     start = tl.zeros((BLOCK,), tl.float32)
     if bias is not None:
         start += tl.load(bias + channel).to(tl.float32)
@@ -385,7 +385,7 @@ def _weight_gradient_kernel(
         upstream = ()
         for p in tl.static_range(G.T1 * G.T2):
             place = source + (p // G.T2 * G.S2 + p % G.T2) * G.C
-            upstream = upstream + (tl.load(place).to(tl.float32),)
+            upstream = upstream + (tl.load(place).to(tl.float32),)  # type: ignore[assignment]
         sums = _add_halo(sums, upstream, cells, tile, channel, G, G.K1, G.K2, G.T1, G.T2)
     target = partial + tl.program_id(0).to(tl.int64) * (G.K1 * G.K2 * G.C) + channel
     for k in tl.static_range(G.K1 * G.K2):
@@ -420,7 +420,7 @@ def _describe(
     tile = _tile_side(cell[0]), _tile_side(cell[1])
     tiles = batch * visible * positions // (tile[0] * tile[1])
     packed = Cells(cells.contiguous(), neighbors.contiguous(), visible, tiles)
-    return packed, Geometry(channels, *cell, *tile, *kernel, reach)
+    return packed, Geometry(channels, cell[0], cell[1], *tile, kernel[0], kernel[1], reach)
 
 
 def _launch_conv(

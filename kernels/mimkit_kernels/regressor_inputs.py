@@ -236,8 +236,8 @@ def _forward_kernel(
 ) -> None:
     """One program: one token.
 
-    One warp holds a row of the usual widths, so no sum over a row waits for other warps. The weights
-    come from the cache: kept in registers, they would need more warps per row.
+    One warp holds a row of the usual widths, so no sum over a row waits for other warps. The six
+    weights come from the cache: kept in registers, they would need more warps per row.
     """
     dim = inputs.dim
     column = tl.arange(0, BLOCK)
