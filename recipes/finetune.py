@@ -230,7 +230,7 @@ def fine_tune(
         model.load_state_dict(whole_weights(task.model, everywhere=True))
         folder.write_weights("model.safetensors", model.encoder)
         summary = {
-            "steps": folder.read_metrics()[-1]["step"],
+            "steps": plan.num_steps,
             "accuracy": score(model, config, data, world, workers=options.workers),
             "unreadable_images": [
                 data.images.train.describe(image) for image in folder.read_unreadable()
@@ -281,7 +281,11 @@ def load_images(config: FineTuneConfig) -> LabelledData:
     if config.training.augment == "randaugment":
         augmentation = Augmentation(policy=rand_augment(image_size), erase=0.25)
     return load_labelled(
-        config.data, image_size=image_size, augmentation=augmentation, seed=config.seed
+        config.data,
+        image_size=image_size,
+        augmentation=augmentation,
+        seed=config.seed,
+        decode=config.training.decoder,
     )
 
 

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from mimkit.nn import DiscreteVAE
 from recipes.engine import fields
 from recipes.engine.data.load import load_data
-from recipes.engine.data.sets import Batch, DataSet
+from recipes.engine.data.sets import Batch, DataSet, first_inputs
 from recipes.engine.dry_run import count_parameters
 from recipes.engine.errors import UserError
-from recipes.engine.loop import Moment, Task, make_plan, run_steps
+from recipes.engine.loop import Moment, Plan, Task, make_plan, run_steps
 from recipes.engine.pictures import TiledPicture, draw_columns
 from recipes.engine.pretrained.tokenizers import to_inputs, to_pixels
 from recipes.engine.report import print_unreadable
@@ -196,9 +196,7 @@ def draw_reconstructions(
 @torch.no_grad()
 def measure_usage(model: DiscreteVAE, config: RunConfig, data: DataSet) -> tuple[float, float]:
     """Measure the use of codes on the first thousand training images."""
-    count = min(len(data.train), 1000)
-    items = (data.train[0, sample_id][0] for sample_id in range(count))
-    images = torch.stack([image for image in items if image is not None])
+    images = first_inputs(data.train, 1000)
     ids = [model.encode(to_pixels(part.to(config.device))) for part in images.split(100)]
     return usage(torch.cat(ids), config.model.vocabulary_size)
 
@@ -210,7 +208,12 @@ def run(options: Options) -> None:
         UserError: If an option does not fit.
     """
     config = resolve_tokenizer(options)
-    data = load_data(config.data, image_size=config.image_size, seed=config.seed)
+    data = load_data(
+        config.data,
+        image_size=config.image_size,
+        seed=config.seed,
+        decode=config.training.decoder,
+    )
     shape = dataclasses.replace(config.model, in_channels=data.in_channels)
     config = dataclasses.replace(config, model=shape)
     plan = make_plan(config, options, data.train)
@@ -231,7 +234,7 @@ def run(options: Options) -> None:
                 task = TokenizerTask(model, config, world, shard=options.shard)
                 run_steps(task, plan, data.train, folder, options)
                 weights = whole_weights(task.model)
-                summary = finish(weights, config, data, folder) if world.is_main else {}
+                summary = finish(weights, config, data, plan, folder) if world.is_main else {}
             if world.is_main:
                 print_summary(summary, config, folder)
 
@@ -254,7 +257,11 @@ def resolve_tokenizer(options: Options) -> RunConfig:
 
 
 def finish(
-    weights: Mapping[str, Tensor], config: RunConfig, data: DataSet, folder: RunFolder
+    weights: Mapping[str, Tensor],
+    config: RunConfig,
+    data: DataSet,
+    plan: Plan,
+    folder: RunFolder,
 ) -> dict[str, Any]:
     """Write weights, pictures and summary; return the summary."""
     model: DiscreteVAE = config.model.build().to(config.device).eval()
@@ -265,7 +272,7 @@ def finish(
     last = rows[-max(len(rows) // 10, 1) :]
     used, perplexity = measure_usage(model, config, data)
     summary = {
-        "steps": rows[-1]["step"],
+        "steps": plan.num_steps,
         "final_loss": sum(row["reconstruction_loss"] for row in last) / len(last),
         "codes_used": used,
         "perplexity": perplexity,

@@ -20,14 +20,14 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from recipes.engine.data.sets import Batch, TrainSet
+from recipes.engine.data.sets import Batch, TrainSet, check_readable
 from recipes.engine.errors import UserError
 from recipes.engine.optim import gradients, scheduled_lr
 from recipes.engine.run.checkpoint import Checkpoints, start_from
 from recipes.engine.run.cli import Options
 from recipes.engine.run.config import RunConfig
 from recipes.engine.run.folder import RunFolder
-from recipes.engine.run.loader import make_loader
+from recipes.engine.run.loader import make_loader, on_device
 from recipes.engine.run.tracker import Tracker, make_tracker
 from recipes.engine.run.world import World, distribute, gradient_sync, whole
 from recipes.engine.seeds import stream_seed
@@ -295,6 +295,8 @@ def run_steps(
         while next_step is not None:
             log = _Log(task, plan, folder, tracker)
             next_step = _run_from(next_step, log, train_set, checkpoints, options)
+    if not world.agree(bool(folder.read_metrics())):
+        raise UserError(f"no step was made: no image of {task.config.data} could be read")
 
 
 def _run_from(
@@ -303,6 +305,7 @@ def _run_from(
     """Train from `first_step`; return the step to rewind to, or None at the end of the run."""
     task, plan, folder = log.task, log.plan, log.folder
     skipped = folder.read_skipped()
+    unreadable = set(task.world.agree(folder.read_unreadable()))
     folder.start_metrics(first_step=first_step)
     if options.non_finite == "rewind" and not task.world.agree(checkpoints.steps()):
         checkpoints.save(first_step, task.model, task.optimizer)
@@ -317,17 +320,31 @@ def _run_from(
         pin_memory=task.config.device == "cuda",
     )
     for step, batch in enumerate(log.watch(loader, first_step), first_step):
-        folder.note_unreadable(batch.unreadable_ids)
+        batch = on_device(batch, train_set, task.config.device)
         try:
             result = None if step in skipped else task.step(batch, plan.moment(step))
         except NonFiniteError as error:
             checkpoints.finish()
             return _rewind(error, task, folder, checkpoints, options)
+        if result is None or result.num_images < task.config.training.batch_size:
+            _note_unreadable(batch, unreadable, train_set, folder)
         log.add(step + 1, batch, result)
         if plan.saves(step + 1):
             checkpoints.save(step + 1, task.model, task.optimizer)
     checkpoints.finish()
     return None
+
+
+def _note_unreadable(
+    batch: Batch, unreadable: set[int], train_set: TrainSet, folder: RunFolder
+) -> None:
+    """Record images that could not be read in any process, and stop if there are too many.
+
+    All processes call this in the same steps: those in which some images are missing.
+    """
+    folder.note_unreadable(batch.unreadable_ids)
+    unreadable.update(*folder.world.gather(batch.unreadable_ids))
+    check_readable(train_set, unreadable)
 
 
 def _rewind(
@@ -411,8 +428,9 @@ class _Log:
         elapsed = max(time.perf_counter() - self.since, 1e-9)
         row = {"step": done, "epoch": done / self.plan.steps_per_epoch, **result.numbers}
         row |= {"images_per_s": self.images / elapsed, "data_share": self.waited / elapsed}
-        if self.folder.world.is_main and len(batch.images):
-            row |= self.task.extras()
+        if self.folder.world.is_main:
+            if len(batch.images):
+                row |= self.task.extras()
             self.folder.append_metrics(row)
             self.tracker.log(row)
         self._show(done, row)

@@ -96,6 +96,7 @@ def _load(config: RunConfig) -> DataSet:
         seed=config.seed,
         crop_area=config.training.crop_area,
         interpolation=config.training.interpolation,
+        decode=config.training.decoder,
     )
 
 
@@ -135,4 +136,4 @@ def _train(
     model = build_model(recipe, config).eval()
     model.load_state_dict(weights)
     names = [data.train.describe(image) for image in folder.read_unreadable()]
-    return write_report(recipe, config, data, folder, model, unreadable=names)
+    return write_report(recipe, config, data, folder, model, steps=plan.num_steps, unreadable=names)

@@ -26,6 +26,7 @@ def write_report(
     folder: RunFolder,
     model: nn.Module,
     *,
+    steps: int,
     unreadable: list[str],
 ) -> dict[str, Any]:
     """Evaluate a trained model, write what it shows, and return the summary."""
@@ -39,7 +40,7 @@ def write_report(
     metrics = folder.read_metrics()
     last = metrics[-max(len(metrics) // 10, 1) :]
     summary: dict[str, Any] = {
-        "steps": metrics[-1]["step"],
+        "steps": steps,
         "final_loss": sum(row["loss"] for row in last) / len(last),
         "images_per_s": sum(row["images_per_s"] for row in metrics[1:] or metrics)
         / len(metrics[1:] or metrics),

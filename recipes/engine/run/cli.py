@@ -79,7 +79,16 @@ class Options:
 
 
 # Fields of every preset's model and training that become options.
-FLAGS = ("image_size", "epochs", "batch_size", "warmup_epochs", "precision")
+FLAGS = (
+    "image_size",
+    "epochs",
+    "batch_size",
+    "warmup_epochs",
+    "precision",
+    "orientation",
+    "background",
+    "value_range",
+)
 
 OptionsType = TypeVar("OptionsType")
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mimkit.masking import Mask
+from recipes.engine.data.decode import Background, Decoder, Orientation
 from recipes.engine.data.images import Interpolation
 from recipes.engine.errors import UserError
 from recipes.engine.fields import (
@@ -51,6 +53,11 @@ class Training:
         clip_grad: Largest gradient norm; None for no clipping.
         crop_area: Least and largest share of the image in a random crop; for folders only.
         interpolation: How random crops are resized; for folders only.
+        orientation: Whether to "ignore" the orientation tag of image files, as the papers do, or to
+            "apply" it; for folders only.
+        background: Color under transparent pixels; for folders only.
+        value_range: Values that become black and white in gray images of 16 bits or more; by
+            default 0 to 65535; for folders only.
         precision: "fp32", or "bf16" for bfloat16 autocast.
     """
 
@@ -67,10 +74,21 @@ class Training:
     clip_grad: PositiveFloat | None = None
     crop_area: tuple[Fraction, Fraction] = (0.2, 1.0)
     interpolation: Interpolation = "bicubic"
+    orientation: Orientation = "ignore"
+    background: Background = "black"
+    value_range: tuple[float, float] | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         check_fields(self)
+        low, high = self.value_range or (0, 1)
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(f"value_range must be two numbers that rise; got {low:g} {high:g}")
+
+    @property
+    def decoder(self) -> Decoder:
+        """How image files are decoded."""
+        return Decoder(self.orientation, self.background, self.value_range)
 
     @property
     def scaled_lr(self) -> float:

@@ -57,6 +57,13 @@ class World:
         dist.broadcast_object_list(box)
         return box[0]
 
+    def gather(self, value: T) -> list[T]:
+        """Collect the values of all processes, in the order of their ranks."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def wait(self) -> None:
         """Wait until all processes have reached this point."""
         if self.size > 1:
