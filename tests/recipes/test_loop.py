@@ -20,10 +20,10 @@ from recipes.cae import RECIPE as CAE
 from recipes.convmae import RECIPE as CONVMAE
 from recipes.engine import Recipe, Training, run
 from recipes.engine.data.load import load_data
-from recipes.engine.data.sets import Batch, DataSet, TrainSet
+from recipes.engine.data.sets import Batch, TrainSet
 from recipes.engine.errors import UserError
 from recipes.engine.loop import Moment, Plan, Task, make_plan, run_steps
-from recipes.engine.pretrain import Pretraining, fitting_images
+from recipes.engine.pretrain import Pretraining
 from recipes.engine.run.cli import Options, parse_options
 from recipes.engine.run.config import RunConfig
 from recipes.engine.run.folder import RunFolder
@@ -142,8 +142,8 @@ def test_a_set_of_which_nothing_can_be_read_to_fit_a_target_is_one_line() -> Non
         def __getitem__(self, index: tuple[int, int]) -> Any:
             return None, index[1]
 
-    with pytest.raises(UserError, match="none of the first 16 images of ours can be read"):
-        fitting_images(DataSet("ours", 1, Damaged()))
+    with pytest.raises(UserError, match="11 of 16 images cannot be read"):
+        first_inputs(Damaged(), 8)
 
 
 def test_a_plan_saves_and_logs_at_its_end() -> None:
