@@ -304,7 +304,7 @@ def fit_channels(
             f"those of {config.data} have {channels}"
         )
     shape = dataclasses.replace(config.model, in_channels=channels)
-    return dataclasses.replace(config, model=shape)
+    return dataclasses.replace(config, model=shape).with_data(data.images.content)
 
 
 def describe(config: FineTuneConfig, data: LabelledData, plan: Plan, model: nn.Module) -> str:

@@ -297,6 +297,7 @@ def run(options: ProbeOptions) -> None:
         decode=config.training.decoder,
     )
     check_data(config, file, data)
+    config = config.with_data(data.content)
     warn_of_slow_precision(config)
     load_features(config, file)  # what does not fit is found before the folder is made
     if config.protocol == "paper":

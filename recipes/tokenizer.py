@@ -215,7 +215,7 @@ def run(options: Options) -> None:
         decode=config.training.decoder,
     )
     shape = dataclasses.replace(config.model, in_channels=data.in_channels)
-    config = dataclasses.replace(config, model=shape)
+    config = dataclasses.replace(config, model=shape).with_data(data.content)
     plan = make_plan(config, options, data.train)
     check_shard(options.shard)
     check_shares(config.training.batch_size, World(), accumulate=config.accumulate)

@@ -102,7 +102,7 @@ def _load(config: RunConfig) -> DataSet:
 
 def _with_channels(config: RunConfig, data: DataSet) -> RunConfig:
     model = dataclasses.replace(config.model, in_channels=data.in_channels)
-    return dataclasses.replace(config, model=model)
+    return dataclasses.replace(config, model=model).with_data(data.content)
 
 
 def check_fit(recipe: Recipe, config: RunConfig) -> None:

@@ -1,12 +1,16 @@
 """A folder of images as a data set.
 
+The steps: list samples (`listing`, `shards`), read one, decode it (`decode`), crop it (`images`,
+`augment`), and fill a batch.
+
 A folder has one of two layouts. With labels: `train/<class>/<image>`, and optionally
 `val/<class>/<image>`. Without labels: images at any depth, in the folder itself or in its `train/`
-and `val/`. Names that begin with a dot are ignored.
+and `val/`. Names that begin with a dot are ignored. Instead of images, a folder may hold shards.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Iterator
@@ -43,6 +47,7 @@ from recipes.engine.data.sets import (
     TrainSet,
     read_first,
 )
+from recipes.engine.data.shards import find_shards, list_shards
 from recipes.engine.errors import escaped
 from recipes.engine.reading import UnreadableError
 from recipes.engine.seeds import sample_rng
@@ -120,6 +125,13 @@ class Split:
     held_out: Samples
     class_names: tuple[str, ...]
 
+    @property
+    def content(self) -> str:
+        """The number of samples, and a hash of their names and sizes."""
+        parts = (self.train.fingerprint, self.held_out.fingerprint)
+        digest = hashlib.sha256(b"".join(parts)).hexdigest()[:8]
+        return f"{len(self.train)} + {len(self.held_out)} images, {digest}"
+
 
 def split_folder(folder: Path) -> Split:
     """List a folder, and print what in it is not used.
@@ -130,14 +142,11 @@ def split_folder(folder: Path) -> Split:
         UserError: If it holds too few images, or only some of them have classes.
     """
     has_train, has_val = ((folder / name).is_dir() for name in ("train", "val"))
-    suffixes = [suffix for some in formats().values() for suffix in some]
     seen: set[FolderId] = set()
     root = folder / "train" if has_train else folder
-    train, class_names, notes = list_files(root, suffixes, labelled=has_train, seen=seen)
+    train, class_names, notes = _list_samples(root, labelled=has_train, seen=seen)
     if has_train and has_val:
-        held_out, names, more = list_files(
-            folder / "val", suffixes, labelled=bool(class_names), seen=seen
-        )
+        held_out, names, more = _list_samples(folder / "val", labelled=bool(class_names), seen=seen)
         held_out = relabel(held_out, names, class_names)
         notes += more
     else:
@@ -147,6 +156,17 @@ def split_folder(folder: Path) -> Split:
     if os.environ.get("RANK", "0") == "0":
         print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
     return Split(train, held_out, class_names)
+
+
+def _list_samples(
+    root: Path, *, labelled: bool, seen: set[FolderId]
+) -> tuple[Samples, tuple[str, ...], list[str]]:
+    """List the images in the shards of a folder, or in the folder itself if it has no shards."""
+    suffixes = [suffix for some in formats().values() for suffix in some]
+    shard_names = find_shards(root)
+    if shard_names:
+        return list_shards(root, shard_names, suffixes, labelled=labelled)
+    return list_files(root, suffixes, labelled=labelled, seen=seen)
 
 
 def _unused(folder: Path, *, has_val: bool) -> Iterator[str]:
@@ -193,6 +213,7 @@ def load_folder(
         name=name,
         in_channels=3,
         class_names=split.class_names,
+        content=split.content,
         train=train,
         pictures=[to_unit(picture) for picture, _ in pictures],
         normalize=NORMALIZE,

@@ -113,7 +113,12 @@ def _load_folder(
         for samples, crop in ((split.train, augmentation), (split.held_out, CenterCrops()))
     )
     data = DataSet(
-        name=name, in_channels=3, class_names=split.class_names, train=train, normalize=NORMALIZE
+        name=name,
+        in_channels=3,
+        class_names=split.class_names,
+        train=train,
+        normalize=NORMALIZE,
+        content=split.content,
     )
     train_labels, test_labels = map(torch.from_numpy, (split.train.labels, split.held_out.labels))
     return LabelledData(data, train_labels, test, test_labels)

@@ -5,6 +5,7 @@ Paths are bytes, relative to the folder, with slashes. Names that begin with a d
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from abc import ABC, abstractmethod
@@ -44,6 +45,11 @@ class Samples(ABC):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> bytes:
+        """Hash of the names and sizes of all samples of the folder."""
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -100,6 +106,13 @@ class Files(Samples):
 
     names: Names
     sizes: NDArray[np.int64]
+
+    @property
+    def fingerprint(self) -> bytes:
+        """Hash of the names and sizes of all files of the folder."""
+        content = hashlib.sha256(self.names.text.tobytes())
+        content.update(self.names.ends.tobytes() + self.sizes.tobytes())
+        return content.digest()
 
     def name(self, index: int) -> str:
         """Return the path of a file."""
@@ -234,16 +247,17 @@ class _Walk:
                 name = entry.name
                 if name.startswith(b"."):
                     continue
-                if entry.is_symlink():
+                is_image = name.lower().endswith(self.suffixes)
+                if is_image and entry.is_file(follow_symlinks=False):
+                    names.append(name)
+                elif entry.is_symlink():
                     links.append((*parts, name))
                 elif entry.is_dir():
                     below.append(name)
-                elif not name.lower().endswith(self.suffixes):
-                    self.passed_over.suffixes[_suffix(name)] += 1
-                elif entry.is_file():
-                    names.append(name)
-                else:
+                elif is_image:
                     self.passed_over.pipes.append(_shown((*parts, name)))
+                else:
+                    self.passed_over.suffixes[_suffix(name)] += 1
         return sorted(names), sorted(below)
 
     def _follow(self, parts: Parts) -> list[Parts]:
@@ -276,13 +290,19 @@ class _Walk:
         """Keep files, in runs between which the files of subfolders are sorted."""
         cuts = [0, *sorted({bisect_left(names, name) for name in below}), len(names)]
         inside = b"".join(part + b"/" for part in parts)
-        folder = self._path(parts) + b"/"
         for start, stop in zip(cuts, cuts[1:], strict=False):
             if run := names[start:stop]:
                 text = inside + inside.join(run)
-                lengths = np.array([len(inside) + len(name) for name in run])
-                sizes = np.array([_size(folder + name) for name in run])
+                lengths = np.fromiter(map(len, run), np.int64, len(run)) + len(inside)
+                sizes = np.array(self._sizes(parts, run))
                 self.runs.append(_Run((*parts, run[0]), text, lengths, sizes))
+
+    def _sizes(self, parts: Parts, names: list[bytes]) -> list[int]:
+        folder = os.open(self._path(parts), os.O_RDONLY | os.O_DIRECTORY)
+        try:  # the system need not look up the path of the folder for each file
+            return [_size(name, folder) for name in names]
+        finally:
+            os.close(folder)
 
     def _path(self, parts: Parts) -> bytes:
         return b"/".join((self.root, *parts))
@@ -301,9 +321,9 @@ def _id_of(path: bytes) -> FolderId:
     return status.st_dev, status.st_ino
 
 
-def _size(path: bytes) -> int:
+def _size(name: bytes, folder: int) -> int:
     try:
-        return os.stat(path).st_size
+        return os.stat(name, dir_fd=folder).st_size
     except OSError:
         return -1
 
@@ -395,7 +415,7 @@ def hold_out(samples: SamplesType, *, labelled: bool) -> tuple[SamplesType, Samp
     """Split samples into training samples and held-out samples, which are the last ones.
 
     Args:
-        samples: The samples, sorted by class.
+        samples: The samples.
         labelled: Whether to hold out a tenth of each class, at least one image; otherwise the last
             four images of the folder.
 
@@ -411,7 +431,9 @@ def hold_out(samples: SamplesType, *, labelled: bool) -> tuple[SamplesType, Samp
     else:
         num_held_out = np.minimum(NUM_PICTURES, counts // 2)
     # Rank 1 is a class's last sample.
-    rank = counts.cumsum()[samples.labels] - np.arange(len(samples))
+    by_class = samples.labels.argsort(kind="stable")
+    rank = np.empty(len(samples), np.int64)
+    rank[by_class] = counts.cumsum()[samples.labels[by_class]] - np.arange(len(samples))
     is_held_out = (rank <= num_held_out[samples.labels]) & (counts[samples.labels] > 1)
     if not is_held_out.any():
         raise UserError(

@@ -150,6 +150,7 @@ class DataSet:
         normalize: Turns images [B, C, H, W] in [0, 1] into model inputs, and also returns a mean
             and a standard deviation with `images == inputs * std + mean`.
         load_probe: Loads the labelled images for the probes; None without labels.
+        content: Number and hash of stored samples; None if images are drawn.
     """
 
     name: str
@@ -159,6 +160,7 @@ class DataSet:
     pictures: Sequence[Tensor] = ()
     normalize: Normalize = as_they_are
     load_probe: Callable[[], ProbeData] | None = None
+    content: str | None = None
 
     @cached_property
     def probe(self) -> ProbeData | None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -160,8 +160,8 @@ class RunConfig:
 
     Attributes:
         format: Format number of the run folder. Folders of another format are refused.
-        contents: Digests of the files that the configuration names (a tokenizer, a teacher); None
-            if there are none.
+        contents: Digests of the files that the configuration names (a tokenizer, a teacher), and
+            number and digest of the samples of a folder; None if there are none.
     """
 
     recipe: str
@@ -190,14 +190,26 @@ class RunConfig:
         is_on = self.training.precision == "bf16"
         return torch.autocast(self.device, dtype=torch.bfloat16, enabled=is_on)
 
+    def with_data(self, content: str | None) -> Self:
+        """Add the content of the data set to `contents`."""
+        if content is None:
+            return self
+        return dataclasses.replace(self, contents={**(self.contents or {}), "data": content})
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings, lists and dictionaries, as in `config.yaml`."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=_plain))
         return plain
 
     def digest(self) -> str:
-        """Return a hash of this configuration, of eight characters."""
-        text = json.dumps(self.as_dict(), sort_keys=True)
+        """Return a hash of this configuration, of eight characters.
+
+        It names the default output folder. The samples do not count: if they change, the folder is
+        found, and the change is an error.
+        """
+        plain = self.as_dict()
+        others = {name: one for name, one in (self.contents or {}).items() if name != "data"}
+        text = json.dumps(plain | {"contents": others or None}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
