@@ -20,7 +20,7 @@ from recipes.cae import RECIPE as CAE
 from recipes.convmae import RECIPE as CONVMAE
 from recipes.engine import Recipe, Training, run
 from recipes.engine.data.load import load_data
-from recipes.engine.data.sets import Batch, TrainSet
+from recipes.engine.data.sets import Batch, TrainSet, first_inputs
 from recipes.engine.errors import UserError
 from recipes.engine.loop import Moment, Plan, Task, make_plan, run_steps
 from recipes.engine.pretrain import Pretraining
