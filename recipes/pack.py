@@ -46,7 +46,7 @@ from recipes.engine.data.shards import (
     shards_of,
     write_index,
 )
-from recipes.engine.errors import UserError, escaped
+from recipes.engine.errors import UserError, escaped, say
 from recipes.engine.reading import UnreadableError, read_json
 from recipes.engine.run.cli import run_command
 from recipes.engine.run.folder import write_atomically
@@ -320,7 +320,7 @@ def run(options: PackOptions) -> None:
         files, names, notes = list_files(
             options.folder / part, SUFFIXES, labelled=labelled, seen=seen
         )
-        print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
+        say(*(f"note: {note}" for note in notes), file=sys.stderr)
         class_names = names if part == "train" else class_names
         files = relabel(files, names, class_names) if part == "val" else files
         try:

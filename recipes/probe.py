@@ -23,15 +23,13 @@ from typing import Any, Literal
 if __name__ == "__main__":
     __import__("recipes.script" if __package__ else "script")  # import path, threads
 
-import yaml
-
 from recipes.engine import Training
 from recipes.engine.classify import plan_classifier
 from recipes.engine.data.augment import Augmentation
 from recipes.engine.data.labelled import LabelledData, load_labelled
 from recipes.engine.data.load import load_data
 from recipes.engine.data.sets import DataSet, ProbeData
-from recipes.engine.errors import UserError
+from recipes.engine.errors import UserError, say
 from recipes.engine.paper_probes import train_probe
 from recipes.engine.pictures import draw_attention
 from recipes.engine.pretrained.encoders import (
@@ -233,7 +231,7 @@ def _default_pool(protocol: Protocol, shape: EncoderShape) -> Pool:
 def print_summary(summary: dict[str, Any], path: Path) -> None:
     """Print what the run showed."""
     print_probes(summary["probes"])
-    print(f"numbers: {path}")
+    say(f"numbers: {path}")
 
 
 def _training(epochs: int, batch_size: int, base_lr: float, min_lr: float) -> Training:
@@ -303,7 +301,7 @@ def run(options: ProbeOptions) -> None:
     if config.protocol == "paper":
         plan_classifier(config, options, load_all(config))  # a batch that is too large
     if options.dry_run:
-        print(yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip())
+        say(*config.as_lines())
         return
     path = output_folder(options.out, config)
     with join(config.device) as world:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 if __name__ == "__main__":
     __import__("recipes.script" if __package__ else "script")  # import path, threads
@@ -83,14 +83,14 @@ class SimMIMConfig:
 
     image_size: fields.Pixels | tuple[fields.Pixels, ...]
     encoder: Literal["vit", "swin"] = "vit"
-    patch_size: fields.NonNegativeInt | tuple[fields.Pixels, ...] = 0
+    patch_size: Annotated[int, fields.Within(0, 2**24)] | tuple[fields.Pixels, ...] = 0
     in_channels: fields.PositiveInt = 3
-    dim: fields.NonNegativeInt = 0
-    depth: fields.NonNegativeInt | tuple[fields.NonNegativeInt, ...] = 0
+    dim: Annotated[int, fields.Within(0, 2**17)] = 0
+    depth: fields.Depth | tuple[fields.Depth, ...] = 0
     heads: fields.NonNegativeInt | tuple[fields.PositiveInt, ...] = 0
     window: fields.PositiveInt = 6
     mlp_ratio: fields.PositiveFloat = 4.0
-    layer_scale: float | None = 0.1
+    layer_scale: fields.NonNegativeFloat | None = 0.1
     drop_path: fields.Fraction = 0.0
     target: TargetName = "pixels"
     head: HeadName = "linear"

@@ -21,7 +21,6 @@ if __name__ == "__main__":
     __import__("recipes.script" if __package__ else "script")  # import path, threads
 
 import torch
-import yaml
 from jaxtyping import Int64
 from torch import Tensor, nn
 
@@ -30,8 +29,8 @@ from recipes.engine import fields
 from recipes.engine.data.load import load_data
 from recipes.engine.data.sets import Batch, DataSet, first_inputs
 from recipes.engine.dry_run import count_parameters
-from recipes.engine.errors import UserError
-from recipes.engine.loop import Moment, Plan, Task, make_plan, run_steps
+from recipes.engine.errors import UserError, say
+from recipes.engine.loop import Moment, Task, make_plan, run_steps
 from recipes.engine.pictures import TiledPicture, draw_columns
 from recipes.engine.pretrained.tokenizers import to_inputs, to_pixels
 from recipes.engine.report import print_unreadable
@@ -220,9 +219,9 @@ def run(options: Options) -> None:
     check_shard(options.shard)
     check_shares(config.training.batch_size, World(), accumulate=config.accumulate)
     if options.dry_run:
-        print(yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip())
         with torch.device("meta"):
-            print(f"---\nparameters    {count_parameters(config.model.build()):,}")
+            num_parameters = count_parameters(config.model.build())
+        say(*config.as_lines(), "---", f"parameters    {num_parameters:,}")
         return
     with join(config.device) as world:
         check_shares(config.training.batch_size, world, accumulate=config.accumulate)
@@ -234,7 +233,7 @@ def run(options: Options) -> None:
                 task = TokenizerTask(model, config, world, shard=options.shard)
                 run_steps(task, plan, data.train, folder, options)
                 weights = whole_weights(task.model)
-                summary = finish(weights, config, data, plan, folder) if world.is_main else {}
+                summary = finish(weights, config, data, folder) if world.is_main else {}
             if world.is_main:
                 print_summary(summary, config, folder)
 
@@ -257,11 +256,7 @@ def resolve_tokenizer(options: Options) -> RunConfig:
 
 
 def finish(
-    weights: Mapping[str, Tensor],
-    config: RunConfig,
-    data: DataSet,
-    plan: Plan,
-    folder: RunFolder,
+    weights: Mapping[str, Tensor], config: RunConfig, data: DataSet, folder: RunFolder
 ) -> dict[str, Any]:
     """Write weights, pictures and summary; return the summary."""
     model: DiscreteVAE = config.model.build().to(config.device).eval()
@@ -272,7 +267,7 @@ def finish(
     last = rows[-max(len(rows) // 10, 1) :]
     used, perplexity = measure_usage(model, config, data)
     summary = {
-        "steps": plan.num_steps,
+        "steps": rows[-1]["step"],
         "final_loss": sum(row["reconstruction_loss"] for row in last) / len(last),
         "codes_used": used,
         "perplexity": perplexity,
@@ -284,13 +279,13 @@ def finish(
 
 def print_summary(summary: dict[str, Any], config: RunConfig, folder: RunFolder) -> None:
     """Print the results of a run."""
-    print(f"training loss     {summary['final_loss']:.3f} nats per pixel value")
-    print(
+    say(
+        f"training loss     {summary['final_loss']:.3f} nats per pixel value",
         f"codes in use      {summary['codes_used']:.0%} of {config.model.vocabulary_size}, "
-        f"perplexity {summary['perplexity']:.1f}"
+        f"perplexity {summary['perplexity']:.1f}",
     )
     print_unreadable(summary["unreadable_images"])
-    print(f"python recipes/cae.py --tokenizer {folder.path / 'tokenizer.safetensors'}")
+    say(f"python recipes/cae.py --tokenizer {folder.path / 'tokenizer.safetensors'}")
 
 
 # The command line.

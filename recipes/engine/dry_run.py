@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,7 +17,7 @@ _GIB = 2**30
 _BYTES_PER_PARAMETER = 16
 
 
-def describe(recipe: Recipe, config: RunConfig, data: DataSet, plan: Plan) -> str:
+def describe(recipe: Recipe, config: RunConfig, data: DataSet, plan: Plan) -> list[str]:
     """Describe a run: configuration, steps, parameters, FLOPs per image and memory."""
     with torch.device("meta"):
         model = recipe.build(config.model).train()
@@ -28,19 +27,17 @@ def describe(recipe: Recipe, config: RunConfig, data: DataSet, plan: Plan) -> st
     batch_size = config.training.batch_size
     images_at_once = batch_size // config.accumulate
     memory = num_parameters * _BYTES_PER_PARAMETER + activations * images_at_once
-    return "\n".join(
-        [
-            yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip(),
-            "---",
-            f"data          {data.name}: {len(data.train):,} images per epoch",
-            f"steps         {plan.num_steps:,} of {batch_size:,} images",
-            f"parameters    {num_parameters:,} "
-            f"({sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained, "
-            f"{count_parameters(encoder):,} in the encoder)",
-            f"FLOPs         {flops / 1e9:,.2f} G per image, forward and backward",
-            f"memory        about {memory / _GIB:,.2f} GiB for weights, optimizer and activations",
-        ]
-    )
+    return [
+        *config.as_lines(),
+        "---",
+        f"data          {data.name}: {len(data.train):,} images per epoch",
+        f"steps         {plan.num_steps:,} of {batch_size:,} images",
+        f"parameters    {num_parameters:,} "
+        f"({sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained, "
+        f"{count_parameters(encoder):,} in the encoder)",
+        f"FLOPs         {flops / 1e9:,.2f} G per image, forward and backward",
+        f"memory        about {memory / _GIB:,.2f} GiB for weights, optimizer and activations",
+    ]
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from recipes.engine.data.sets import Batch, TrainSet, check_readable
-from recipes.engine.errors import UserError
+from recipes.engine.errors import UserError, say
 from recipes.engine.optim import gradients, scheduled_lr
 from recipes.engine.run.checkpoint import Checkpoints, start_from
 from recipes.engine.run.cli import Options
@@ -283,7 +283,8 @@ def run_steps(
         options: Options for logging, saving, resuming, loading and non-finite steps.
 
     Raises:
-        UserError: If a checkpoint cannot be read or written, or a step is not finite.
+        UserError: If a checkpoint cannot be read or written, a step is not finite, or no step had
+            an image that could be read.
     """
     world = folder.world
     checkpoints = Checkpoints(folder.path / "checkpoints", world, keep_every=options.keep_every)
@@ -295,8 +296,7 @@ def run_steps(
         while next_step is not None:
             log = _Log(task, plan, folder, tracker)
             next_step = _run_from(next_step, log, train_set, checkpoints, options)
-    if not world.agree(bool(folder.read_metrics())):
-        raise UserError(f"no step was made: no image of {task.config.data} could be read")
+    _check_trained(folder, train_set)
 
 
 def _run_from(
@@ -347,6 +347,24 @@ def _note_unreadable(
     check_readable(train_set, unreadable)
 
 
+def _check_trained(folder: RunFolder, train_set: TrainSet) -> None:
+    """Check that at least one step has been trained.
+
+    Raises:
+        UserError: If none has, in every process.
+    """
+    if folder.world.agree(len(folder.read_metrics())):
+        return
+    reason = "the loss or gradient of every step was not finite"
+    unreadable = folder.world.agree(folder.read_unreadable())
+    if unreadable:
+        reason = (
+            f"none of the {len(unreadable)} images that were drawn can be read, among them "
+            f"{train_set.describe(unreadable[0])}: replace them"
+        )
+    raise UserError(f"{folder.path}: no step was trained, since {reason}, and choose another --out")
+
+
 def _rewind(
     error: NonFiniteError,
     task: Task,
@@ -372,7 +390,7 @@ def _rewind(
     # Written to disk, so that a resumed run skips the same batches.
     folder.write_skipped(skipped)
     if task.world.is_main:
-        print(
+        say(
             f"warning: {error}; rewinding to step {steps[-1]}, this batch will be skipped",
             file=sys.stderr,
         )
@@ -395,6 +413,8 @@ class _Log:
     since: float = field(default_factory=time.perf_counter)
     last_line: int = 0
     bar: Any = None
+    numbers: Mapping[str, float] = field(default_factory=dict)  # of the last step with a result
+    has_inputs: bool = False  # whether this process had images in it
 
     def watch(self, loader: Iterable[Batch], first_step: int) -> Iterator[Batch]:
         """Yield batches, and measure the time spent waiting for them."""
@@ -419,18 +439,27 @@ class _Log:
                 self.bar.update()
 
     def add(self, done: int, batch: Batch, result: Step | None) -> None:
-        """Count a step, and log a row if one is due."""
-        if result is None:
+        """Count a step, and log a row if one is due.
+
+        The last step always has a row: if it was skipped, with the numbers of the step before.
+        """
+        if result is not None:
+            self.images += result.num_images
+            self.numbers, self.has_inputs = result.numbers, len(batch.images) > 0
+        elif done < self.plan.num_steps:
             return
-        self.images += result.num_images
         if not self.plan.logs(done):
             return
         elapsed = max(time.perf_counter() - self.since, 1e-9)
-        row = {"step": done, "epoch": done / self.plan.steps_per_epoch, **result.numbers}
+        row = {"step": done, "epoch": done / self.plan.steps_per_epoch, **self.numbers}
         row |= {"images_per_s": self.images / elapsed, "data_share": self.waited / elapsed}
+        if result is None:
+            # The run may have been resumed at this step.
+            row = (self.folder.read_metrics() or [{}])[-1] | row | {"skipped": True}
+        if "loss" not in row:
+            return
         if self.folder.world.is_main:
-            if len(batch.images):
-                row |= self.task.extras()
+            row |= self.task.extras() if self.has_inputs else {}
             self.folder.append_metrics(row)
             self.tracker.log(row)
         self._show(done, row)
@@ -446,5 +475,5 @@ class _Log:
             return
         is_due = done - self.last_line >= self.plan.num_steps / _LINES_PER_RUN
         if self.folder.world.is_main and (is_due or done in (1, self.plan.num_steps)):
-            print(f"step {done}/{self.plan.num_steps}  {text}", file=sys.stderr, flush=True)
+            say(f"step {done}/{self.plan.num_steps}  {text}", file=sys.stderr)
             self.last_line = done

@@ -3,17 +3,18 @@
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from mimkit import masking
 from recipes.engine.data.load import load_data
 from recipes.engine.data.sets import DataSet
 from recipes.engine.dry_run import describe
-from recipes.engine.errors import UserError
+from recipes.engine.errors import UserError, say
 from recipes.engine.loop import Plan, make_plan, run_steps
-from recipes.engine.pretrain import Pretraining, build_model
+from recipes.engine.pretrain import Pretraining, build_model, check_memory
 from recipes.engine.report import print_summary, write_report
 from recipes.engine.run.checkpoint import find_origin
 from recipes.engine.run.cli import FLAGS, Options, options_of, run_command
@@ -68,14 +69,16 @@ def _run(recipe: Recipe, given: DataSet | None, options: Options) -> None:
     data = _load(config) if given is None else given
     config = _with_channels(config, data)
     plan = make_plan(config, options, data.train)
-    check_fit(recipe, config)  # before a folder is made
+    model = check_fit(recipe, config)  # before a folder is made
     check_shard(options.shard)
     check_shares(config.training.batch_size, World(), accumulate=config.accumulate)
     warn_of_slow_precision(config)
     warn_of_short_schedule(config)
     if options.dry_run:
-        print(describe(recipe, config, data, plan))
+        say(*describe(recipe, config, data, plan))
         return
+    if not options.shard:
+        check_memory(model, config)
     with join(config.device) as world:
         check_shares(config.training.batch_size, world, accumulate=config.accumulate)
         path = output_folder(options.out, config)
@@ -105,8 +108,15 @@ def _with_channels(config: RunConfig, data: DataSet) -> RunConfig:
     return dataclasses.replace(config, model=model).with_data(data.content)
 
 
-def check_fit(recipe: Recipe, config: RunConfig) -> None:
-    """Check that the model can be built, and that the masks fit the model and its target."""
+def check_fit(recipe: Recipe, config: RunConfig) -> nn.Module:
+    """Check that the model can be built, and that the masks fit the model and its target.
+
+    Returns:
+        The model, without weights (on PyTorch's meta device).
+
+    Raises:
+        UserError: If something does not fit.
+    """
     try:
         with torch.device("meta"):  # shapes only
             model: Any = recipe.build(config.model)
@@ -117,6 +127,7 @@ def check_fit(recipe: Recipe, config: RunConfig) -> None:
         getattr(model, "check_masks", lambda masks: None)(masks)
     except ValueError as error:
         raise UserError(f"masks of preset {config.preset}: {error}") from error
+    return cast(nn.Module, model)
 
 
 def _train(
@@ -136,4 +147,4 @@ def _train(
     model = build_model(recipe, config).eval()
     model.load_state_dict(weights)
     names = [data.train.describe(image) for image in folder.read_unreadable()]
-    return write_report(recipe, config, data, folder, model, steps=plan.num_steps, unreadable=names)
+    return write_report(recipe, config, data, folder, model, unreadable=names)

@@ -1,6 +1,7 @@
 """Pre-training: the task of every masked-image-modelling recipe."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,24 @@ def build_model(recipe: Recipe, config: RunConfig) -> nn.Module:
         return recipe.build(config.model).to(config.device)
     except ValueError as error:
         raise UserError(f"preset {config.preset} on {config.data}: {error}") from error
+
+
+def check_memory(model: nn.Module, config: RunConfig) -> None:
+    """Check that a model, its gradients and AdamW's two moments fit into memory.
+
+    Raises:
+        UserError: If they do not.
+    """
+    needed = 4 * sum(weight.nbytes for weight in model.parameters())
+    if config.device == "cuda":
+        present = torch.cuda.get_device_properties(0).total_memory
+    else:
+        present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > present:
+        raise UserError(
+            f"the model, its gradients and the optimizer need {needed / 2**30:,.1f} GiB, and this "
+            f"machine has {present / 2**30:,.1f}: give a smaller model, or --shard it on several"
+        )
 
 
 class Pretraining(Task):

@@ -394,7 +394,7 @@ def test_the_limit_on_unreadable_images_is_10_or_one_percent(tmp_path):
             check_readable(samples, range(limit + 1))
     number = 3
     check_readable(samples, range(2))
-    with pytest.raises(UserError, match="none of 3 images can be read"):
+    with pytest.raises(UserError, match="none of the 3 images can be read"):
         check_readable(samples, range(3))
 
 
@@ -446,7 +446,7 @@ def test_a_folder_without_a_readable_image_is_an_error(subfolder, tmp_path):
         write_tree(tmp_path, {"train/a": 4, "val/a": 4})
     for index in range(4):
         (tmp_path / subfolder / f"{index:03}.png").write_bytes(b"no image at all")
-    with pytest.raises(UserError, match="none of . images can be read"):
+    with pytest.raises(UserError, match="none of the . images can be read"):
         load_data(str(tmp_path), image_size=SIZE, seed=0)
 
 

@@ -48,7 +48,7 @@ from recipes.engine.data.sets import (
     read_first,
 )
 from recipes.engine.data.shards import find_shards, list_shards
-from recipes.engine.errors import escaped
+from recipes.engine.errors import escaped, say
 from recipes.engine.reading import UnreadableError
 from recipes.engine.seeds import sample_rng
 
@@ -154,7 +154,7 @@ def split_folder(folder: Path) -> Split:
     if has_train:
         notes += _unused(folder, has_val=has_val)
     if os.environ.get("RANK", "0") == "0":
-        print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
+        say(*(f"note: {note}" for note in notes), file=sys.stderr)
     return Split(train, held_out, class_names)
 
 

@@ -76,7 +76,7 @@ def check_readable(samples: TrainSet, unreadable: Collection[int]) -> None:
         examples = ", ".join(escaped(samples.describe(id)) for id in sorted(unreadable)[:3])
         count = f"{len(unreadable)} of {len(samples)} images cannot"
         if len(unreadable) == len(samples):
-            count = f"none of {len(samples)} images can"
+            count = f"none of the {len(samples)} images can"
         raise UserError(f"{count} be read, among them {examples}: remove or replace them")
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mimkit import masking, viz
 from recipes.engine.data.sets import DataSet, ProbeData
-from recipes.engine.errors import UserError, escaped
+from recipes.engine.errors import UserError, escaped, say
 from recipes.engine.masks import first
 from recipes.engine.probes import Features, compute_features, fit_attentive, standardize
 from recipes.engine.reading import UnreadableError, read_yaml
@@ -215,7 +215,7 @@ def place_side_by_side(runs: Sequence[Path], out: Path) -> list[Path]:
     captions = _captions([_config_of(run) for run in runs], runs)
     names = sorted(set.intersection(*({file.stem for file in run.glob("*.png")} for run in runs)))
     if not names:
-        raise UserError(f"no picture is in all of {', '.join(map(escaped, map(str, runs)))}")
+        raise UserError(f"no picture is in all of {', '.join(map(str, runs))}")
     sheets = {
         out / f"{name}-side-by-side.png": _beside(
             [_read_picture(run / f"{name}.png") for run in runs], captions
@@ -258,7 +258,9 @@ def _captions(configs: Sequence[Mapping[str, Any]], runs: Sequence[Path]) -> lis
     if len(set(folders)) < len(folders):  # the same name in several places
         folders = [str(run) for run in runs]
     return [
-        "\n".join([folder, *(f"{name}: {config.get(name)}" for name in different[:8])])
+        "\n".join(
+            map(escaped, [folder, *(f"{n}: {config[n]}" for n in different[:8] if n in config)])
+        )
         for folder, config in zip(folders, configs, strict=True)
     ]
 
@@ -281,7 +283,7 @@ def _beside(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.I
         for number, text in enumerate(caption.split("\n")):
             most = max(picture.width // 7, 12)  # characters of the built-in font
             shown = text if len(text) <= most else f"{text[: most - 3]}..."
-            pen.text((left, gap + number * line), escaped(shown), fill="black")
+            pen.text((left, gap + number * line), shown, fill="black")
         sheet.paste(picture, (left, top))
         left += picture.width + gap
     return sheet
@@ -305,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command(options: SideBySide) -> None:
         for file in place_side_by_side(options.runs, options.out):
-            print(file)
+            say(file)
 
     return run_command(
         command,

@@ -15,7 +15,7 @@ from mimkit._grids import per_axis, sides_of
 from mimkit.interop import from_official, load_checkpoint
 from mimkit.nn import DiscreteVAE, PatchTokenizer
 from recipes.engine.data.images import NORMALIZE
-from recipes.engine.errors import UserError, reason_of
+from recipes.engine.errors import UserError, reason_of, say
 
 _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError)
 
@@ -175,7 +175,7 @@ def load_tokenizer(
     ours = "encoder.blocks.input.weight" in weights
     vae = build_vae(path, weights if ours else from_official("dalle", weights))
     if vae.decoder is None:
-        print(
+        say(
             f"warning: --tokenizer {path} has no decoder: predictions are drawn gray",
             file=sys.stderr,
         )

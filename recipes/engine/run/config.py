@@ -12,21 +12,29 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from mimkit.masking import Mask
 from recipes.engine.data.decode import Background, Decoder, Orientation
 from recipes.engine.data.images import Interpolation
-from recipes.engine.errors import UserError
+from recipes.engine.errors import UserError, say
 from recipes.engine.fields import (
-    Fraction,
+    Beta,
+    Epochs,
+    FieldError,
     NonNegativeFloat,
     PositiveFloat,
+    PositiveFraction,
     PositiveInt,
     check_fields,
+    shown,
 )
 from recipes.engine.run import defaults
 from recipes.engine.run.cli import Options, override
+
+# Pixels of a model input: 4096 x 16384, or a volume of 256 x 512 x 512.
+_MOST_PIXELS = 2**26
 
 # Version of the files in a run folder. 2: one training loop for all recipes.
 FORMAT = 2
@@ -64,15 +72,15 @@ class Training:
     epochs: PositiveInt
     batch_size: PositiveInt
     base_lr: PositiveFloat
-    warmup_epochs: NonNegativeFloat
+    warmup_epochs: Epochs
     weight_decay: NonNegativeFloat = 0.05
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     min_lr: NonNegativeFloat = 0.0
     warmup_lr: NonNegativeFloat = 0.0
     cosine_from_start: bool = False
-    milestones: tuple[NonNegativeFloat, ...] = ()
+    milestones: tuple[Epochs, ...] = ()
     clip_grad: PositiveFloat | None = None
-    crop_area: tuple[Fraction, Fraction] = (0.2, 1.0)
+    crop_area: tuple[PositiveFraction, PositiveFraction] = (0.2, 1.0)
     interpolation: Interpolation = "bicubic"
     orientation: Orientation = "ignore"
     background: Background = "black"
@@ -81,9 +89,11 @@ class Training:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.crop_area[0] > self.crop_area[1]:
+            raise FieldError("crop_area", self.crop_area, "two shares, the smaller one first")
         low, high = self.value_range or (0, 1)
         if not -math.inf < low < high < math.inf:
-            raise ValueError(f"value_range must be two numbers that rise; got {low:g} {high:g}")
+            raise FieldError("value_range", self.value_range, "two numbers, the smaller one first")
 
     @property
     def decoder(self) -> Decoder:
@@ -201,6 +211,10 @@ class RunConfig:
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=_plain))
         return plain
 
+    def as_lines(self) -> list[str]:
+        """Return the lines of `config.yaml`."""
+        return yaml.safe_dump(self.as_dict(), sort_keys=False).splitlines()
+
     def digest(self) -> str:
         """Return a hash of this configuration, of eight characters.
 
@@ -228,9 +242,9 @@ def choose_preset(options: Options, presets: Mapping[str, PresetType]) -> tuple[
     Raises:
         UserError: If there is no preset of that name.
     """
-    name = options.preset or next(iter(presets))
+    name = next(iter(presets)) if options.preset is None else options.preset
     if name not in presets:
-        raise UserError(f"no preset {name!r}: choose {', '.join(presets)}")
+        raise UserError(f"no preset {shown(name)}: choose {', '.join(presets)}")
     return name, presets[name]
 
 
@@ -259,14 +273,14 @@ def resolve(
     name, preset = choose_preset(options, presets)
     training = override(preset.training, options)
     model = override(preset.model if model is None else model, options)
-    return config_type(
+    config = config_type(
         recipe=recipe,
         preset=name,
         data=options.data,
         model=model,
         training=training,
         masking=None if preset.masking is None else override(preset.masking, options),
-        lr=options.lr or training.scaled_lr,
+        lr=training.scaled_lr if options.lr is None else options.lr,
         max_steps=options.max_steps,
         seed=options.seed,
         device=choose_device(options.device),
@@ -275,6 +289,12 @@ def resolve(
         contents=_contents(model) or None,
         **more,
     )
+    if math.prod(config.image_size) > _MOST_PIXELS:
+        raise UserError(
+            f"--image-size {shown(model.image_size)} is too large: give at most "
+            f"{_MOST_PIXELS:,} pixels in all"
+        )
+    return config
 
 
 def choose_device(name: str) -> str:
@@ -310,7 +330,7 @@ def warn_of_slow_precision(config: RunConfig) -> None:
     capability = torch.backends.cpu.get_cpu_capability()
     is_slow = config.device == "cpu" and not capability.startswith("AVX512")
     if config.training.precision == "bf16" and is_slow:
-        print(
+        say(
             f"warning: --precision bf16 is slow on this CPU ({capability}), which has no bfloat16 "
             "products; fp32 is faster",
             file=sys.stderr,
@@ -327,7 +347,7 @@ def warn_of_short_schedule(config: RunConfig) -> None:
         what = f"end before the rate falls, at epoch {late[0]:g}"
     else:
         return
-    print(
+    say(
         f"warning: {training.epochs} epochs {what}: preset {config.preset} is made for longer runs",
         file=sys.stderr,
     )
