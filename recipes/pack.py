@@ -331,7 +331,7 @@ def run(options: PackOptions) -> None:
         size = sum(
             (options.out / part / name).stat().st_size for name in find_shards(options.out / part)
         )
-        print(f"{options.out / part}: {len(files):,} images, {size / 1e9:.2f} GB")
+        print(f"{options.out / part}: {len(files):,} images, {size / 1e6:,.1f} MB")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
