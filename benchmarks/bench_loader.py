@@ -245,10 +245,9 @@ def bench_loader_workers(bench: Bench, folder: Path) -> None:
             for batch in loader:
                 crossed = batch.images.nbytes // len(batch.images)
             best = min(best, (time.perf_counter() - start) / (4 * count))
+        rate = f"{1 / best:4.0f} images / s (wall)"
         bench.note(
-            [
-                f"{workers} workers: {1 / best:4.0f} images / s (wall), {crossed:,} bytes an image cross"
-            ],
+            [f"{workers} workers: {rate}, {crossed:,} bytes an image cross"],
             workers=workers,
             images_per_s=1 / best,
             bytes=crossed,
