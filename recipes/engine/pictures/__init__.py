@@ -35,7 +35,9 @@ _ENLARGED = 4
 def draw_curves(folder: RunFolder) -> None:
     """Draw the loss over the steps, beside what trivial predictors score."""
     metrics = folder.read_metrics()
-    names = metrics[0]["baselines"]
+    # A row has no predictors if the main process had no image that could be read.
+    metrics = [row for row in metrics if "baselines" in row] or metrics
+    names = metrics[0].get("baselines", {})
     series = {"loss": [row["loss"] for row in metrics]}
     series |= {name: [row["baselines"][name] for row in metrics] for name in names}
     picture = viz.curves([row["step"] for row in metrics], series, title="loss")
