@@ -280,7 +280,11 @@ def load_images(config: FineTuneConfig) -> LabelledData:
     if config.training.augment == "randaugment":
         augmentation = Augmentation(policy=rand_augment(image_size), erase=0.25)
     return load_labelled(
-        config.data, image_size=image_size, augmentation=augmentation, seed=config.seed
+        config.data,
+        image_size=image_size,
+        augmentation=augmentation,
+        seed=config.seed,
+        decode=config.training.decoder,
     )
 
 
@@ -299,7 +303,7 @@ def fit_channels(
             f"those of {config.data} have {channels}"
         )
     shape = dataclasses.replace(config.model, in_channels=channels)
-    return dataclasses.replace(config, model=shape)
+    return dataclasses.replace(config, model=shape).with_data(data.images.content)
 
 
 def describe(config: FineTuneConfig, data: LabelledData, plan: Plan, model: nn.Module) -> list[str]:

@@ -159,6 +159,7 @@ def load_all(config: ProbeConfig) -> LabelledData:
         image_size=config.model.image_axes(),
         augmentation=Augmentation(attempts=1),
         seed=config.seed,
+        decode=config.training.decoder,
     )
 
 
@@ -290,8 +291,14 @@ def run(options: ProbeOptions) -> None:
     """
     config, file = resolve_probing(options)
     _, preset = choose_preset(options, PRESETS)
-    data = load_data(config.data, image_size=config.model.image_axes(), seed=config.seed)
+    data = load_data(
+        config.data,
+        image_size=config.model.image_axes(),
+        seed=config.seed,
+        decode=config.training.decoder,
+    )
     check_data(config, file, data)
+    config = config.with_data(data.content)
     warn_of_slow_precision(config)
     load_features(config, file)  # what does not fit is found before the folder is made
     if config.protocol == "paper":
@@ -323,7 +330,11 @@ def check_data(config: ProbeConfig, file: EncoderFile, data: DataSet) -> None:
 
 
 # The command line.
-OPTIONS = options_of(PRESETS["tiny"].parts, ("epochs", "batch_size", "precision"), ProbeOptions)
+OPTIONS = options_of(
+    PRESETS["tiny"].parts,
+    ("epochs", "batch_size", "precision", "orientation", "background", "value_range"),
+    ProbeOptions,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

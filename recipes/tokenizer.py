@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from mimkit.nn import DiscreteVAE
 from recipes.engine import fields
 from recipes.engine.data.load import load_data
-from recipes.engine.data.sets import Batch, DataSet
+from recipes.engine.data.sets import Batch, DataSet, first_inputs
 from recipes.engine.dry_run import count_parameters
 from recipes.engine.errors import UserError, say
 from recipes.engine.loop import Moment, Task, make_plan, run_steps
@@ -195,9 +195,7 @@ def draw_reconstructions(
 @torch.no_grad()
 def measure_usage(model: DiscreteVAE, config: RunConfig, data: DataSet) -> tuple[float, float]:
     """Measure the use of codes on the first thousand training images."""
-    count = min(len(data.train), 1000)
-    items = (data.train[0, sample_id][0] for sample_id in range(count))
-    images = torch.stack([image for image in items if image is not None])
+    images = first_inputs(data.train, 1000)
     ids = [model.encode(to_pixels(part.to(config.device))) for part in images.split(100)]
     return usage(torch.cat(ids), config.model.vocabulary_size)
 
@@ -209,9 +207,14 @@ def run(options: Options) -> None:
         UserError: If an option does not fit.
     """
     config = resolve_tokenizer(options)
-    data = load_data(config.data, image_size=config.image_size, seed=config.seed)
+    data = load_data(
+        config.data,
+        image_size=config.image_size,
+        seed=config.seed,
+        decode=config.training.decoder,
+    )
     shape = dataclasses.replace(config.model, in_channels=data.in_channels)
-    config = dataclasses.replace(config, model=shape)
+    config = dataclasses.replace(config, model=shape).with_data(data.content)
     plan = make_plan(config, options, data.train)
     check_shard(options.shard)
     check_shares(config.training.batch_size, World(), accumulate=config.accumulate)

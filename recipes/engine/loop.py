@@ -22,14 +22,14 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from recipes import signals
-from recipes.engine.data.sets import Batch, TrainSet
+from recipes.engine.data.sets import Batch, TrainSet, check_readable
 from recipes.engine.errors import UserError, say
 from recipes.engine.optim import gradients, scheduled_lr
 from recipes.engine.run.checkpoint import Checkpoints, start_from
 from recipes.engine.run.cli import Options
 from recipes.engine.run.config import RunConfig
 from recipes.engine.run.folder import CHECKPOINTS, RunFolder
-from recipes.engine.run.loader import make_loader
+from recipes.engine.run.loader import make_loader, on_device
 from recipes.engine.run.tracker import Tracker, make_tracker
 from recipes.engine.run.world import (
     COMPUTING,
@@ -338,6 +338,7 @@ def _run_from(
     """Train from `first_step`; return the step to rewind to, or None at the end of the run."""
     task, plan, folder = log.task, log.plan, log.folder
     skipped = folder.read_skipped()
+    unreadable = set(task.world.agree(folder.read_unreadable()))
     folder.start_metrics(first_step=first_step)
     if options.non_finite == "rewind" and not task.world.agree(checkpoints.steps()):
         checkpoints.save(first_step, task.model, task.optimizer)
@@ -353,12 +354,14 @@ def _run_from(
     )
     done = first_step
     for step, batch in enumerate(log.watch(loader, first_step), first_step):
-        folder.note_unreadable(batch.unreadable_ids)
+        batch = on_device(batch, train_set, task.config.device)
         try:
             result = None if step in skipped else task.step(batch, plan.moment(step))
         except NonFiniteError as error:
             checkpoints.finish()
             return _rewind(error, task, folder, checkpoints, options)
+        if result is None or result.num_images < task.config.training.batch_size:
+            _note_unreadable(batch, unreadable, train_set, folder)
         done = step + 1
         log.add(done, batch, result)
         if plan.saves(done):
@@ -381,6 +384,18 @@ def _stop(done: int, plan: Plan, world: World) -> None:
         saved = "which is saved" if done else "of which nothing is lost"
         moment = f"after step {done} of {plan.num_steps}, {saved}: start the same command again"
         raise signals.Stopped(number, moment)
+
+
+def _note_unreadable(
+    batch: Batch, unreadable: set[int], train_set: TrainSet, folder: RunFolder
+) -> None:
+    """Record images that could not be read in any process, and stop if there are too many.
+
+    All processes call this in the same steps: those in which some images are missing.
+    """
+    folder.note_unreadable(batch.unreadable_ids)
+    unreadable.update(*folder.world.gather(batch.unreadable_ids))
+    check_readable(train_set, unreadable)
 
 
 def _check_trained(folder: RunFolder, train_set: TrainSet) -> None:
@@ -504,7 +519,7 @@ class _Log:
             row = (self.folder.read_metrics() or [{}])[-1] | row | {"skipped": True}
         if "loss" not in row:
             return
-        if self.folder.world.is_main and (self.has_inputs or result is None):
+        if self.folder.world.is_main:
             row |= self.task.extras() if self.has_inputs else {}
             self.folder.append_metrics(row)
             self.tracker.log(row)

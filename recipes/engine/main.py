@@ -102,12 +102,13 @@ def _load(config: RunConfig) -> DataSet:
         seed=config.seed,
         crop_area=config.training.crop_area,
         interpolation=config.training.interpolation,
+        decode=config.training.decoder,
     )
 
 
 def _with_channels(config: RunConfig, data: DataSet) -> RunConfig:
     model = dataclasses.replace(config.model, in_channels=data.in_channels)
-    return dataclasses.replace(config, model=model)
+    return dataclasses.replace(config, model=model).with_data(data.content)
 
 
 def check_fit(recipe: Recipe, config: RunConfig) -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mimkit import masking
-from recipes.engine.data.sets import Batch, DataSet
+from recipes.engine.data.sets import Batch, DataSet, first_inputs
 from recipes.engine.errors import UserError
 from recipes.engine.loop import Moment, Task
 from recipes.engine.masks import Masks, first
@@ -72,7 +72,7 @@ class Pretraining(Task):
         self.recipe = recipe
         model: Any = build_model(recipe, config)
         if recipe.fit is not None:  # same result in every process; a checkpoint overwrites it
-            recipe.fit(model, fitting_images(data).to(config.device))
+            recipe.fit(model, first_inputs(data.train, _FITTING_IMAGES).to(config.device))
         self.grid: tuple[int, ...] = model.encoder.grid
         self.image_shape = (data.in_channels, *model.encoder.image_size)
         super().__init__(model, config, world, shard=shard)
@@ -102,23 +102,6 @@ class Pretraining(Task):
         images, masks = self.inputs
         scores = self.recipe.baselines(self.model, images, first(masks))
         return {"baselines": {name: score.item() for name, score in scores.items()}}
-
-
-def fitting_images(data: DataSet) -> Tensor:
-    """Return up to 256 training inputs for `Recipe.fit`.
-
-    Raises:
-        UserError: If none of them can be read.
-    """
-    count = min(len(data.train), _FITTING_IMAGES)
-    items = (data.train[0, sample_id] for sample_id in range(count))
-    images = [image for image, _ in items if image is not None]
-    if not images:
-        raise UserError(
-            f"none of the first {count} images of {data.name} can be read, among them "
-            f"{data.train.describe(0)}: replace them"
-        )
-    return torch.stack(images)
 
 
 def scalars(output: Any) -> dict[str, Tensor]:

@@ -20,10 +20,10 @@ from recipes.cae import RECIPE as CAE
 from recipes.convmae import RECIPE as CONVMAE
 from recipes.engine import Recipe, Training, run
 from recipes.engine.data.load import load_data
-from recipes.engine.data.sets import Batch, DataSet, TrainSet
+from recipes.engine.data.sets import Batch, TrainSet, first_inputs
 from recipes.engine.errors import UserError
 from recipes.engine.loop import Moment, Plan, Task, make_plan, run_steps
-from recipes.engine.pretrain import Pretraining, fitting_images
+from recipes.engine.pretrain import Pretraining
 from recipes.engine.run.cli import Options, parse_options
 from recipes.engine.run.config import RunConfig
 from recipes.engine.run.folder import RunFolder
@@ -165,7 +165,7 @@ class Damaged(Numbers):
 def test_a_run_in_which_no_image_can_be_read_says_so(tmp_path: Path) -> None:
     task = Line(make_config())
     plan = make_plan(task.config, Options(), Damaged())
-    says = pytest.raises(UserError, match=r"none of the 16 images .*among them folder/0\.png")
+    says = pytest.raises(UserError, match=r"1. of 16 images cannot be read, among them folder/")
     with RunFolder(tmp_path / "run", task.config) as folder, says:
         run_steps(task, plan, Damaged(), folder, Options())
 
@@ -177,8 +177,8 @@ def test_a_run_of_which_every_step_is_skipped_says_so(tmp_path: Path) -> None:
 
 
 def test_a_set_of_which_nothing_can_be_read_to_fit_a_target_is_one_line() -> None:
-    with pytest.raises(UserError, match="none of the first 16 images of ours can be read"):
-        fitting_images(DataSet("ours", 1, Damaged()))
+    with pytest.raises(UserError, match="11 of 16 images cannot be read"):
+        first_inputs(Damaged(), 8)
 
 
 def test_a_plan_saves_and_logs_at_its_end() -> None:

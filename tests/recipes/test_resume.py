@@ -23,6 +23,7 @@ from recipes.engine import Recipe, run
 from recipes.engine.run.checkpoint import Checkpoints
 from recipes.engine.run.world import World
 from recipes.mae import MAE, RECIPE, MAEOutput
+from tests.recipes.command import config_for
 from tests.recipes.damage import flip_a_bit
 from tests.waiting import end_of, wait_until
 
@@ -334,6 +335,32 @@ def test_an_unreadable_image_is_still_named_after_a_resume(
     (out / "summary.json").unlink()
     assert run(RECIPE, "", options(folder, out)) == 0
     assert "05.png" in capfd.readouterr().out.rpartition("could not be read")[2]
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_run_does_not_go_on_with_other_images(
+    is_finished: bool, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "pictures", tmp_path / "run"
+    shutil.copytree(pictures, folder)
+    assert run(RECIPE, "", options(folder, out)) == 0
+    if not is_finished:
+        (out / "summary.json").unlink()
+    shutil.copy(folder / "05.png", folder / "a-new-one.png")
+    capfd.readouterr()
+    assert run(RECIPE, "", options(folder, out)) == 2
+    error = capfd.readouterr().err
+    assert "20 + 4 images" in error
+    assert "now 21 + 4 images" in error
+    assert error.count("\n") == 1
+    (folder / "a-new-one.png").unlink()
+    assert run(RECIPE, "", options(folder, out)) == 0
+
+
+def test_the_images_do_not_change_the_name_of_the_default_folder() -> None:
+    config = config_for(RECIPE)
+    assert config.with_data("20 + 4 images, 12345678").digest() == config.digest()
+    assert config.with_data("1") != config.with_data("2")
 
 
 def test_a_checkpoint_of_the_last_step_leaves_nothing_to_train(

@@ -51,6 +51,7 @@ def draw_curves(folder: RunFolder) -> None:
     """Draw the loss over the steps, beside what trivial predictors score."""
     rows = folder.read_metrics()
     names = rows[-1].get("baselines", {})
+    # A row has no predictors if the main process had no image that could be read.
     metrics = [row for row in rows if row.get("baselines", {}).keys() == names.keys()]
     series = {"loss": [row["loss"] for row in metrics]}
     series |= {name: [row["baselines"][name] for row in metrics] for name in names}

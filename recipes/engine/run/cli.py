@@ -90,7 +90,16 @@ class Options:
 
 
 # Fields of every preset's model and training that become options.
-FLAGS = ("image_size", "epochs", "batch_size", "warmup_epochs", "precision")
+FLAGS = (
+    "image_size",
+    "epochs",
+    "batch_size",
+    "warmup_epochs",
+    "precision",
+    "orientation",
+    "background",
+    "value_range",
+)
 
 # PyTorch's message of an allocation on the CPU that fails.
 _NO_MEMORY = "can't allocate memory"

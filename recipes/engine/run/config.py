@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 import yaml
 from torch import Tensor, nn
 
 from mimkit.masking import Mask
+from recipes.engine.data.decode import Background, Decoder, Orientation
 from recipes.engine.data.images import Interpolation
 from recipes.engine.errors import UserError, say
 from recipes.engine.fields import (
@@ -61,6 +62,11 @@ class Training:
         clip_grad: Largest gradient norm; None for no clipping.
         crop_area: Least and largest share of the image in a random crop; for folders only.
         interpolation: How random crops are resized; for folders only.
+        orientation: Whether to "ignore" the orientation tag of image files, as the papers do, or to
+            "apply" it; for folders only.
+        background: Color under transparent pixels; for folders only.
+        value_range: Values that become black and white in gray images of 16 bits or more; by
+            default 0 to 65535; for folders only.
         precision: "fp32", or "bf16" for bfloat16 autocast.
     """
 
@@ -77,12 +83,23 @@ class Training:
     clip_grad: PositiveFloat | None = None
     crop_area: tuple[PositiveFraction, PositiveFraction] = (0.2, 1.0)
     interpolation: Interpolation = "bicubic"
+    orientation: Orientation = "ignore"
+    background: Background = "black"
+    value_range: tuple[float, float] | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.crop_area[0] > self.crop_area[1]:
             raise FieldError("crop_area", self.crop_area, "two shares, the smaller one first")
+        low, high = self.value_range or (0, 1)
+        if not -math.inf < low < high < math.inf:
+            raise FieldError("value_range", self.value_range, "two numbers, the smaller one first")
+
+    @property
+    def decoder(self) -> Decoder:
+        """How image files are decoded."""
+        return Decoder(self.orientation, self.background, self.value_range)
 
     @property
     def scaled_lr(self) -> float:
@@ -154,8 +171,8 @@ class RunConfig:
 
     Attributes:
         format: Format number of the run folder. Folders of another format are refused.
-        contents: Digests of the files that the configuration names (a tokenizer, a teacher); None
-            if there are none.
+        contents: Digests of the files that the configuration names (a tokenizer, a teacher), and
+            number and digest of the samples of a folder; None if there are none.
     """
 
     recipe: str
@@ -184,6 +201,12 @@ class RunConfig:
         is_on = self.training.precision == "bf16"
         return torch.autocast(self.device, dtype=torch.bfloat16, enabled=is_on)
 
+    def with_data(self, content: str | None) -> Self:
+        """Add the content of the data set to `contents`."""
+        if content is None:
+            return self
+        return dataclasses.replace(self, contents={**(self.contents or {}), "data": content})
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings, lists and dictionaries, as in `config.yaml`."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=_plain))
@@ -194,8 +217,14 @@ class RunConfig:
         return yaml.safe_dump(self.as_dict(), sort_keys=False).splitlines()
 
     def digest(self) -> str:
-        """Return a hash of this configuration, of eight characters."""
-        text = json.dumps(self.as_dict(), sort_keys=True)
+        """Return a hash of this configuration, of eight characters.
+
+        It names the default output folder. The samples do not count: if they change, the folder is
+        found, and the change is an error.
+        """
+        plain = self.as_dict()
+        others = {name: one for name, one in (self.contents or {}).items() if name != "data"}
+        text = json.dumps(plain | {"contents": others or None}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

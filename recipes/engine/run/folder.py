@@ -147,6 +147,13 @@ class RunFolder:
                 f"{wanted['format']}): choose another --out"
             )
         different = _differences(found, wanted)
+        if different == ["contents.data"]:
+            before, now = (known["contents"]["data"] for known in (found, wanted))
+            raise UserError(
+                f"the images of --data {self.config.data} are others than when the run in "
+                f"{self.path} began ({before}; now {now}): restore them or choose another "
+                f"--out, where --resume can start from a checkpoint of this run"
+            )
         if different:
             raise UserError(
                 f"the output folder {self.path} holds a run with other values of "

@@ -102,6 +102,11 @@ def make_loader(
     )
 
 
+def on_device(batch: Batch, data: TrainSet, device: str) -> Batch:
+    """Move the images of a batch to a device, and normalize them there if they are bytes."""
+    return batch._replace(images=data.to_inputs(batch.images.to(device, non_blocking=True)))
+
+
 def held_out_batches(
     data: LabelledData, world: World, *, batch_size: int, workers: int
 ) -> Iterator[Batch]:
