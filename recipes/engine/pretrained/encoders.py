@@ -93,12 +93,20 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
         digest = digest_of(path)
     except _UNREADABLE as error:
         raise UserError(f"--encoder {path} cannot be read: {reason_of(error)}") from error
-    tensors = unwrap(checkpoint) if isinstance(checkpoint, Mapping) else {}
+    tensors: Mapping[str, Any] = {}
+    reason = ""
+    try:
+        tensors = unwrap(checkpoint)
+    except (TypeError, ValueError) as error:
+        reason = f"; {error}"
     kind = next((kind for kind in KINDS if kind.holds(set(tensors))), None)
     if kind is None:
         known = " or ".join(kind.kind for kind in KINDS)
-        raise UserError(f"--encoder {path} holds no encoder: expected a {known}")
-    weights = kind.under_our_names(tensors)
+        raise UserError(f"--encoder {path} holds no encoder: expected a {known}{reason}")
+    try:
+        weights = kind.under_our_names(tensors)
+    except ValueError as error:
+        raise UserError(f"--encoder {path} holds no encoder: {error}") from error
     found = _shape_from_config(path, kind)
     if found is None:
         if not isinstance(shape, kind):
