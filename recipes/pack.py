@@ -49,7 +49,7 @@ from recipes.engine.data.shards import (
 from recipes.engine.errors import UserError, escaped, say
 from recipes.engine.reading import UnreadableError, read_json
 from recipes.engine.run.cli import run_command
-from recipes.engine.run.folder import write_atomically
+from recipes.engine.writing import write_atomically
 
 _FINISHED = "pack.json"
 SUFFIXES = [suffix for some in formats().values() for suffix in some]
@@ -331,7 +331,7 @@ def run(options: PackOptions) -> None:
         size = sum(
             (options.out / part / name).stat().st_size for name in find_shards(options.out / part)
         )
-        print(f"{options.out / part}: {len(files):,} images, {size / 1e6:,.1f} MB")
+        say(f"{options.out / part}: {len(files):,} images, {size / 1e6:,.1f} MB")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

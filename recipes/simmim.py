@@ -212,7 +212,9 @@ class SimMIM(nn.Module):
             finest=max(4 // point[0], 1),
         )
         # What the authors leave out of weight decay, besides vectors.
-        self.not_decayed = ("mask_token",) if config.encoder == "swin" else ("encoder.cls_token",)
+        self.not_decayed: tuple[str, ...] = (
+            ("mask_token",) if config.encoder == "swin" else ("encoder.cls_token",)
+        )
         if config.encoder == "vit" and config.positions == "absolute":
             self.not_decayed += ("encoder.pos_embed",)
 

@@ -60,7 +60,8 @@ _LOOKS: tuple[tuple[tuple[str, ...], str], ...] = (
 
 # Parts that change what a model computes: a single one that is not known is too much.
 _CHANGES_THE_FUNCTION = re.compile(
-    r"dist(illation)?_token|reg(ister)?_tokens?\b|norm_pre|logit_scale|\bls[12]\.|layer_scale|rope"
+    r"dist(illation)?_token|reg(ister)?_tokens?\b|norm_pre|rope|rel_pos_bias\."
+    r"|\b(blocks|layers?)\.\d+\."
 )
 
 # Functions that take a state dict, each with a function that gives the names it does not know.

@@ -110,8 +110,8 @@ def _with_class_position(converted: Converted) -> Converted:
         converted["pos_embed"] = F.pad(positions, (0, 0, 1, 0))
     elif "reg_token" in converted:
         raise ValueError(
-            f"pos_embed has {rows} rows: nn.ViT has no positions for registers (timm's "
-            "no_embed_class=False), or the grid is not square"
+            f"nn.ViT has no positions for the registers in 'reg_token' (timm's "
+            f"no_embed_class=False), or the grid is not square: pos_embed has {rows} rows"
         )
     return converted
 

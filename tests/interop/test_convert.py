@@ -218,7 +218,7 @@ def test_the_error_for_an_unknown_method_lists_the_known_ones(convert):
 @pytest.mark.parametrize(
     "name",
     [
-        "blocks.0.ls1.gamma",
+        "dist_token",
         "blocks.11.attn.q_norm.weight",
         "norm_pre.weight",
         "reg_token",

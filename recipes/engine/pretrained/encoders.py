@@ -87,7 +87,10 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
     if kind is None:
         known = " or ".join(kind.kind for kind in KINDS)
         raise UserError(f"--encoder {path} holds no encoder: expected a {known}")
-    weights = kind.under_our_names(tensors)
+    try:
+        weights = kind.under_our_names(tensors)
+    except ValueError as error:
+        raise UserError(f"--encoder {path} holds no encoder: {error}") from error
     check_finite("--encoder", path, weights)
     found = _shape_from_config(path, kind)
     if found is None:

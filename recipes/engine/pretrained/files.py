@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mimkit._state_dicts import unwrap
 from mimkit.interop import load_checkpoint
-from recipes.engine.errors import UserError, escaped
+from recipes.engine.errors import UserError, escaped, say
 from recipes.engine.reading import UnreadableError, sha256_of
 from recipes.engine.run.state import digest_beside
 
@@ -43,7 +43,7 @@ def read_weights(flag: str, path: Path) -> Weights:
     """
     shown = f"{flag} {escaped(str(path))}"
     try:
-        tensors = unwrap(load_checkpoint(path))
+        contents = load_checkpoint(path)
         digest = sha256_of(path)  # after a look at the content: a file may claim any size
     except UnreadableError as error:
         raise UserError(f"{shown} cannot be read: {error}") from error
@@ -51,6 +51,10 @@ def read_weights(flag: str, path: Path) -> Weights:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         reason = f"{reason}".removeprefix(f"{path} cannot be read: ")
         raise UserError(f"{shown} cannot be read: {escaped(reason)}") from error
+    try:
+        tensors = unwrap(contents)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{shown} holds no weights: {error}") from error
     _check_digest(shown, path, digest)
     return Weights(
         {name: tensor for name, tensor in tensors.items() if _is_weight(name, tensor)}, digest[:8]
@@ -66,7 +70,7 @@ def _check_digest(shown: str, path: Path, digest: str) -> None:
     try:
         expected = digest_beside(path)
     except UnreadableError as error:
-        print(
+        say(
             f"warning: {shown} cannot be compared with its digest: summary.json beside it is "
             f"damaged or of an earlier version of mimkit ({escaped(str(error))})",
             file=sys.stderr,

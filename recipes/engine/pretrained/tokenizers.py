@@ -187,7 +187,11 @@ def load_tokenizer(
     weights = read_weights("--tokenizer", path).tensors
     check_finite("--tokenizer", path, weights)
     ours = "encoder.blocks.input.weight" in weights
-    vae = build_vae(path, weights if ours else from_official("dalle", weights))
+    try:
+        renamed = weights if ours else from_official("dalle", weights)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--tokenizer {path} holds no discrete VAE: {error}") from error
+    vae = build_vae(path, renamed)
     if vae.decoder is None:
         say(
             f"warning: --tokenizer {path} has no decoder: predictions are drawn gray",

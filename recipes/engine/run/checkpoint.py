@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 from torch.optim import Optimizer
 
-from recipes.engine.errors import UserError, escaped
+from recipes.engine.errors import UserError, escaped, say
 from recipes.engine.reading import UnreadableError, read_sealed, seal, sha256_of
 from recipes.engine.run.config import FORMAT
 from recipes.engine.run.storage import (
@@ -108,7 +108,7 @@ class Checkpoints:
             while (kept := path.with_name(f"{path.name}.damaged-{number}")).exists():
                 number += 1
             path.rename(kept)
-            print(
+            say(
                 f"warning: the checkpoint of step {step} is damaged ({escaped(damage)}) and now "
                 f"called {kept.name}; {what_next}",
                 file=sys.stderr,

@@ -17,7 +17,7 @@ import torch
 import yaml
 from torch import nn
 
-from recipes.engine.errors import UserError, escaped
+from recipes.engine.errors import UserError, escaped, say
 from recipes.engine.reading import UnreadableError, read_yaml, seal
 from recipes.engine.run import state
 from recipes.engine.run.checkpoint import check_checkpoints
@@ -178,7 +178,7 @@ class RunFolder:
             return None
 
     def _warn(self, sentence: str) -> None:
-        print(f"warning: {escaped(sentence)}", file=sys.stderr)
+        say(f"warning: {escaped(sentence)}", file=sys.stderr)
 
     def repair(self, *, num_samples: int, num_steps: int) -> None:
         """Check the state files before training, repair them, and say what was repaired."""
