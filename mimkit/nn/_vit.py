@@ -308,7 +308,7 @@ class ViT(TimmProtocol):
 
     def group_matcher(self, coarse: bool = False) -> Matcher:  # noqa: D102
         matcher = super().group_matcher(coarse)
-        if isinstance(matcher, dict) and len(self.rel_pos_bias) == 1 and isinstance(matcher, dict):  # shared by all blocks
+        if len(self.rel_pos_bias) == 1 and isinstance(matcher, dict):  # shared by all blocks
             return {**matcher, "stem": f"{self._first_layer}|rel_pos_bias"}
         return matcher
 
