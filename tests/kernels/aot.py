@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950", "gfx1100", "gfx1201")
 _TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -66,20 +66,25 @@ def record(call: Callable[[], Any]) -> list[Launch]:
     launched = []
 
     def keep(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        names = kernel.arg_names
-        values = dict(zip(names, arguments, strict=False))
-        values |= {name: value for name, value in named.items() if name in names}
-        options = {name: value for name, value in named.items() if name not in names}
-        launched.append(Launch(kernel, values, options))
+        launched.append(as_launch(kernel, arguments, named))
 
     with mock.patch.object(JITFunction, "run", keep):
         call()
     return launched
 
 
+def as_launch(kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Launch:
+    """Return a launch, given what Triton's `JITFunction.run` takes."""
+    names = kernel.arg_names
+    values = dict(zip(names, arguments, strict=False))
+    values |= {name: value for name, value in named.items() if name in names}
+    options = {name: value for name, value in named.items() if name not in names}
+    return Launch(kernel, values, options)
+
+
 def compile_launch(launch: Launch, target: str, *, aligned: bool = True) -> Figures:
     """Compile one launch for "sm_<n>" or "gfx<n>", and return its figures."""
-    code = _compile(launch, target, aligned=aligned)
+    code = compiled(launch, target, aligned=aligned).asm
     return _read_cubin(code["cubin"]) if "cubin" in code else _read_amdgcn(code["amdgcn"])
 
 
@@ -89,7 +94,7 @@ def memory_order(launch: Launch, target: str) -> list[tuple[str, int]]:
     Returns:
         Pairs of "load", "store" or "barrier" and the bits that one thread moves (0 for a barrier).
     """
-    code = _compile(launch, target)
+    code = compiled(launch, target).asm
     if "cubin" in code:
         patterns = {"load": r"\bLDG\S*", "store": r"\bSTG\S*", "barrier": r"\bBAR\.SYNC"}
         text, width = _disassemble(code["cubin"], "-sass"), _width
@@ -108,8 +113,14 @@ def memory_order(launch: Launch, target: str) -> list[tuple[str, int]]:
     return [(kind, bits) for _, kind, bits in sorted(found)]
 
 
-def _compile(launch: Launch, target: str, *, aligned: bool = True) -> dict[str, Any]:
-    """Compile one launch, and return its code after each stage of the compiler."""
+def compiled(launch: Launch, target: str, *, aligned: bool = True) -> Any:
+    """Compile one launch; `.asm` of the result has the code after each stage of the compiler.
+
+    Args:
+        launch: The launch.
+        target: "sm_<n>" or "gfx<n>".
+        aligned: Whether meta tensors count as aligned to 16 bytes.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -126,7 +137,10 @@ def _compile(launch: Launch, target: str, *, aligned: bool = True) -> dict[str, 
         if value is None or (isinstance(value, int) and value == 1 and specialized):
             constants[path] = value
             return "constexpr"
-        is_aligned = aligned if isinstance(value, Tensor) else _divides(16, value) and specialized
+        if isinstance(value, Tensor):
+            is_aligned = aligned if value.is_meta else value.data_ptr() % 16 == 0
+        else:
+            is_aligned = specialized and _divides(16, value)
         if is_aligned:
             attributes[path] = [["tt.divisibility", 16]]
         return _type_of(value)
@@ -142,8 +156,8 @@ def _compile(launch: Launch, target: str, *, aligned: bool = True) -> dict[str, 
     if target.startswith("sm_"):
         gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     else:
-        gpu = GPUTarget("hip", target, 64)
-    return dict(triton.compile(source, target=gpu, options=launch.options).asm)
+        gpu = GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
+    return triton.compile(source, target=gpu, options=launch.options)
 
 
 def _divides(divisor: int, value: Any) -> bool:
@@ -206,6 +220,8 @@ def _read_amdgcn(assembly: str) -> Figures:
 def _width_amd(instruction: str) -> int:
     if words := re.search(r"_dword(?:x(\d+))?$", instruction):
         return 32 * int(words.group(1) or 1)
+    if bits := re.search(r"_[bui](\d+)$", instruction):  # gfx11 and later
+        return int(bits.group(1))
     return 8 if "byte" in instruction else 16
 
 
