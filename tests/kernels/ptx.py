@@ -74,7 +74,8 @@ class Memory:
         self.epoch[kind][places] = program.epoch
         self.warp[kind][places] = warps
         shared |= self.warp[kind][places] != warps
-        if kind == 0 and shared.any():
+        # Triton lets several warps write what they all have, the same value, to shared memory.
+        if kind == 0 and shared.any() and self is not program.shared:
             self._raise(program, "warps", 0, 0)
         self.warp[kind][places[shared]] = several
         others = ~np.isin(self.program[kind][places], (-1, program.number))
@@ -82,7 +83,7 @@ class Memory:
 
     def _raise(self, program: "Program", who: str, now: int, earlier: int) -> None:
         pair = " and ".join(sorted(("write", "read")[k] for k in (now, earlier)))
-        raise Race(f"{pair} by two {who} to {self.name}, no barrier between, at {program.place}")
+        raise Race(f"{pair} of {self.name} by two {who}, unordered, at {program.place}")
 
 
 # Threads
@@ -225,6 +226,13 @@ class Program:
 
     # Memory
 
+    def addresses(self, text: str, space: str) -> Lanes:
+        """Return the address of each thread, given as `[register + number]`."""
+        register, _, offset = text.strip("[] ").partition("+")
+        value = self.read(register.strip(), TYPES["u32" if space == "shared" else "u64"])
+        start = np.broadcast_to(value, self.kernel.threads).astype(np.uint64)
+        return start + np.uint64(int(offset or 0) % (1 << 64))
+
     def locate(self, space: str, addresses: np.ndarray) -> tuple[Memory, np.ndarray]:
         """Return the memory of some addresses, and the indices of their first bytes."""
         if space == "shared":
@@ -266,8 +274,7 @@ def literal(text: str, dtype: np.dtype) -> Any:
     if text == "global_smem":
         return dtype.type(0)
     if match := re.fullmatch(r"0[fFdD]([0-9A-Fa-f]+)", text):
-        bits = np.array(int(match.group(1), 16), f"u{len(match.group(1)) // 2}")
-        return bits.view(f"f{bits.dtype.itemsize}").astype(dtype)[()]
+        return np.array(int(match.group(1), 16), f"u{dtype.itemsize}").view(dtype)[()]
     number = int(text.rstrip("U"), 0)
     if dtype == bool:
         return np.bool_(number != 0)
@@ -373,7 +380,9 @@ def convert(x: Lanes, source: str, target: str, modifiers: Sequence[str]) -> Lan
         whole = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
         (rounding,) = (whole[m] for m in modifiers if m in whole)
         limits = np.iinfo(kind)
-        return np.clip(np.nan_to_num(rounding(x.astype(np.float64))), limits.min, limits.max).astype(kind)
+        return np.clip(
+            np.nan_to_num(rounding(x.astype(np.float64))), limits.min, limits.max
+        ).astype(kind)
     if x.dtype.kind in "iu" and kind.kind in "iu" and "sat" not in modifiers:
         return x.astype(kind)
     return x.astype(kind)
@@ -522,20 +531,21 @@ def parse_memory(name: str, modifiers: list[str], operands: list[str]) -> Step:
 
         def load_argument(p: Program, active: Lanes | None) -> None:
             value = p.arguments[parameter]
-            as_kind = np.array(value, "f4") if isinstance(value, float) else literal(str(int(value)), kind)
+            as_kind = (
+                np.array(value, "f4")
+                if isinstance(value, float)
+                else literal(str(int(value)), kind)
+            )
             p.write(target, np.full(p.kernel.threads, np.asarray(as_kind).view(kind)), active)
 
         return load_argument
     space = modifiers[0].split("_")[0]
     address, registers = operands if name == "st" else operands[::-1]
-    register, _, offset = address.strip("[] ").partition("+")
     parts = split(registers)
     size = kind.itemsize * len(parts)
-    of_address = TYPES["u32" if space == "shared" else "u64"]
 
     def access(p: Program, active: Lanes | None) -> None:
-        where = np.broadcast_to(p.read(register.strip(), of_address), p.kernel.threads)
-        where = where.astype(np.uint64) + np.uint64(int(offset or 0))
+        where = p.addresses(address, space)
         raw = np.zeros((p.kernel.threads, size), np.uint8)
         if name == "st":
             for i, part in enumerate(parts):
@@ -567,8 +577,8 @@ def parse_warp(name: str, modifiers: list[str], operands: list[str]) -> Step:
     if name == "bar":  # bar.warp.sync: lanes run in step anyway
         return lambda p, active: None
     if name == "ldmatrix":
-        parts, register = split(operands[0]), operands[1].strip("[] ")
-        return lambda p, active: load_matrices(p, parts, register)
+        parts, address = split(operands[0]), operands[1]
+        return lambda p, active: load_matrices(p, parts, address)
     kind = TYPES[modifiers[-1]]
     target, source = operands[0].split("|")[0], operands[1]
 
@@ -593,13 +603,13 @@ def parse_warp(name: str, modifiers: list[str], operands: list[str]) -> Step:
     return exchange
 
 
-def load_matrices(p: Program, parts: list[str], register: str) -> None:
+def load_matrices(p: Program, parts: list[str], address: str) -> None:
     """Load 8 x 8 matrices of 16 bits: lane l of a warp gives the address of row l % 8."""
-    address = p.read(register, TYPES["u32"]).reshape(-1, LANES)
+    rows = p.addresses(address, "shared").reshape(-1, LANES)
     lane = np.arange(LANES)
     for i, part in enumerate(parts):
-        rows = address[:, 8 * i + lane // 4] + 4 * (lane % 4).astype(np.uint32)
-        ((_, memory, places),) = p.touch("shared", rows.reshape(-1).astype(np.uint64), 4, None, 1)
+        words = rows[:, 8 * i + lane // 4] + np.uint64(4) * (lane % 4).astype(np.uint64)
+        ((_, memory, places),) = p.touch("shared", words.reshape(-1), 4, None, 1)
         p.write(part, memory.data[places].view(np.uint32).reshape(-1), None)
 
 
