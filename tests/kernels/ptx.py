@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 LANES = 32
+PREDICATE = np.dtype(bool)
 Lanes = np.ndarray  # one value per thread of a program
 Step = Callable[["Program", Lanes], None]
 
@@ -204,8 +205,8 @@ class Program:
             if values is None:
                 values = np.zeros(self.kernel.threads, self.dtype_of(operand))
                 self.values[operand] = values
-            if values.dtype == dtype or dtype == bool:
-                return values if dtype != bool else values.astype(bool)
+            if values.dtype == dtype or dtype == PREDICATE:
+                return values.astype(dtype, copy=False)
             if values.dtype.itemsize == dtype.itemsize:
                 return values.view(dtype)
             unsigned = np.dtype(f"u{dtype.itemsize}")
@@ -217,7 +218,7 @@ class Program:
         if name == "_":
             return
         kind = self.dtype_of(name)
-        if kind != bool:
+        if kind != PREDICATE:
             values = values.view(f"u{values.dtype.itemsize}").astype(kind)
         values = np.broadcast_to(values, self.kernel.threads)
         if active is not None:
@@ -276,7 +277,7 @@ def literal(text: str, dtype: np.dtype) -> Any:
     if match := re.fullmatch(r"0[fFdD]([0-9A-Fa-f]+)", text):
         return np.array(int(match.group(1), 16), f"u{dtype.itemsize}").view(dtype)[()]
     number = int(text.rstrip("U"), 0)
-    if dtype == bool:
+    if dtype == PREDICATE:
         return np.bool_(number != 0)
     size = 8 * dtype.itemsize
     return np.array(number % (1 << size), f"u{dtype.itemsize}").view(dtype)[()]
@@ -586,8 +587,8 @@ def parse_warp(name: str, modifiers: list[str], operands: list[str]) -> Step:
         p.forbid_divergence()
         values = np.broadcast_to(p.read(source, kind), p.kernel.threads).reshape(-1, LANES)
         if name == "redux":
-            reduce = {"add": np.add, "min": np.minimum, "max": np.maximum,
-                      "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}  # fmt: skip
+            names = {"add": np.add, "min": np.minimum, "max": np.maximum}
+            reduce = names | {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
             total = reduce[modifiers[1]].reduce(values, axis=1, keepdims=True, dtype=kind)
             result = np.broadcast_to(total, values.shape)
         else:
