@@ -13,4 +13,6 @@ del os.environ["TRITON_INTERPRET"]
 
 from tests.kernels.emulated import emulated_launches  # noqa: E402
 
-emulated_launches().__enter__()
+# Kept, because the patch ends with the life of this object.
+RUNNING = emulated_launches()
+RUNNING.__enter__()
