@@ -512,7 +512,9 @@ def describe_kernel_rows() -> str:
 
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Return whether bfloat16 matrix products are fast on `device`, and not emulated."""
-    return device.type != "cpu" or bool(not STAND_IN and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return device.type != "cpu" or bool(
+        not STAND_IN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def _noise(shape: torch.Size, like: Tensor) -> Tensor:

@@ -85,8 +85,12 @@ def cases() -> Iterator[Case]:
             "linear_cross_entropy", dtype, kernels.linear_cross_entropy, x, weight, None, target
         )
     for side in (4,) if STAND_IN else (14, 28, 64):
-        yield Case("uniform_sample", f"{side}x{side}", lambda s=side: masking.uniform(key, (s, s), 0.75))
-    yield Case("blockwise_sample", f"{grid}", lambda: masking.blockwise(key, grid, 0.4, min_block=1))
+        yield Case(
+            "uniform_sample", f"{side}x{side}", lambda s=side: masking.uniform(key, (s, s), 0.75)
+        )
+    yield Case(
+        "blockwise_sample", f"{grid}", lambda: masking.blockwise(key, grid, 0.4, min_block=1)
+    )
 
 
 def case(kernel: str, dtype: torch.dtype, function: Callable[..., Any], *inputs: Any) -> Case:
