@@ -455,6 +455,13 @@ def parse_step(opcode: str, operands: list[str]) -> Step:
             p.write(target, np.where(p.read(sources[2], TYPES["pred"]), a, b), active)
 
         return select
+    if name == "popc":
+
+        def count(p: Program, active: Lanes | None) -> None:
+            values = np.bitwise_count(np.asarray(p.read(sources[0], kind)))
+            p.write(target, np.asarray(values, TYPES["u32"]), active)
+
+        return count
     if name in ("shl", "shr", "bfe"):
         function: Any = {"shl": shift_left, "shr": shift_right, "bfe": extract}[name]
 
