@@ -27,6 +27,7 @@ LEFT_OUT = ("test_static", "test_races", "test_ownership")
 COMPILED = "training or compiled or compile"
 STEPS = ("mae", "convmae", "cae", "simmim")
 TRIES = 2
+NOTHING_SELECTED = 5  # of pytest
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,9 @@ def main() -> int:
             left.append(name)
             continue
         start = time.monotonic()
-        result["exit_code"] = code = run(step, folder, environment, seconds)
+        code = run(step, folder, environment, seconds)
+        # pytest selects nothing where a file has no test for this device.
+        result["exit_code"] = code = 0 if code == NOTHING_SELECTED else code
         result["tries"] += 1
         result["seconds"] = round(time.monotonic() - start, 1)
         record.write_text(json.dumps(done, indent=1))

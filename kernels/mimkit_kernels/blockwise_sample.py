@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mimkit_kernels._dispatch import takes_kernel
 from mimkit_kernels._jit import jit
-from mimkit_kernels._launch import on_device, power_of_2_from
+from mimkit_kernels._launch import constant, on_device, power_of_2_from, prepare
 from mimkit_kernels._philox import (
     counter_start,
     draw_words,
@@ -135,7 +135,7 @@ class Options(NamedTuple):
         return limits[0], limits[1]
 
 
-@lru_cache(maxsize=16)
+@constant
 def root_tables(
     max_area: int, log_low: float, log_high: float, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -266,7 +266,7 @@ def _unpack(bits: Tensor, width: int) -> Tensor:
     return is_set.flatten(2)[:, :, :width].bool()
 
 
-@lru_cache(maxsize=16)
+@constant
 def bit_counts(device: torch.device) -> Tensor:
     """Return the number of set bits of each integer of `_COLUMNS` bits."""
     counts = torch.zeros(1, dtype=torch.uint8, device=device)
@@ -390,7 +390,8 @@ def _launch(sample_ids: Tensor, seed_and_epoch: Tensor, *options: Any) -> tuple[
 
 
 def _fake(sample_ids: Tensor, seed_and_epoch: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    how = Options(*options)
+    how, device = Options(*options), sample_ids.device
+    prepare(device, lambda: (how.tables(device), bit_counts(device)))
     batch = sample_ids.shape[0]
     visible = sample_ids.new_empty((batch, how.num_tokens - how.num_masked))
     return visible, sample_ids.new_empty((batch, how.num_masked))

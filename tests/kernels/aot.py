@@ -31,11 +31,12 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch: kernel, arguments and compile options."""
+    """A launch: kernel, arguments, compile options and programs along each axis."""
 
     kernel: Any
     arguments: dict[str, Any]
     options: dict[str, Any]
+    grid: tuple[int, ...]
 
     @property
     def name(self) -> str:
@@ -67,20 +68,22 @@ def record(call: Callable[[], Any]) -> list[Launch]:
     launched = []
 
     def keep(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        launched.append(as_launch(kernel, arguments, named))
+        launched.append(as_launch(kernel, grid, arguments, named))
 
     with mock.patch.object(JITFunction, "run", keep):
         call()
     return launched
 
 
-def as_launch(kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Launch:
+def as_launch(
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], named: dict[str, Any]
+) -> Launch:
     """Return a launch, given what Triton's `JITFunction.run` takes."""
     names = kernel.arg_names
     values = dict(zip(names, arguments, strict=False))
     values |= {name: value for name, value in named.items() if name in names}
     options = {name: value for name, value in named.items() if name not in names}
-    return Launch(kernel, values, options)
+    return Launch(kernel, values, options, grid)
 
 
 def compile_launch(launch: Launch, target: str, *, aligned: bool = True) -> Figures:
@@ -126,6 +129,21 @@ def compiled(launch: Launch, target: str, *, aligned: bool = True) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    source = ASTSource(launch.kernel, *specialization(launch, aligned=aligned))
+    if target.startswith("sm_"):
+        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    else:
+        gpu = GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
+    return triton.compile(source, target=gpu, options=launch.options)
+
+
+def specialization(
+    launch: Launch, *, aligned: bool = True
+) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
+    """Return what a launch is compiled for: types, constants, and divisibility by 16.
+
+    Launches that differ in nothing else share their code.
+    """
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -153,12 +171,7 @@ def compiled(launch: Launch, target: str, *, aligned: bool = True) -> Any:
         else:
             specialized = not parameter.do_not_specialize
             signature[parameter.name] = describe(value, (i,), specialized)
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    if target.startswith("sm_"):
-        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    else:
-        gpu = GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
-    return triton.compile(source, target=gpu, options=launch.options)
+    return signature, constants, attributes
 
 
 def _divides(divisor: int, value: Any) -> bool:

@@ -24,7 +24,7 @@ def emulated_launches() -> Iterator[None]:
 
 def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
     """Compile and execute a launch; replaces Triton's `JITFunction.run`."""
-    launch = as_launch(kernel, arguments, named)
+    launch = as_launch(kernel, grid, arguments, named)
     binary = compiled(launch, TARGET)
     given = [
         value

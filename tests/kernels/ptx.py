@@ -263,6 +263,8 @@ class Program:
             inside = (first >= 0) & (first + size <= len(memory.data))
             if not inside[0]:
                 raise IndexError(f"{self.place} accesses memory outside the arguments")
+            if (address[threads[inside]] % np.uint64(min(size, 16))).any():
+                raise IndexError(f"{self.place} accesses {size} bytes that are not aligned")
             places = first[inside][:, None] + np.arange(size)
             memory.access(self, places, self.warps[threads[inside]][:, None], kind)
             found.append((threads[inside], memory, places))
