@@ -79,3 +79,10 @@ def overlap_kernel(out: tl.tensor, BLOCK: tl.constexpr, STEP: tl.constexpr) -> N
 def outside_kernel(out: tl.tensor, BLOCK: tl.constexpr) -> None:
     """Writes beyond the end of its tensor."""
     tl.store(out + tl.arange(0, BLOCK), 1.0)
+
+
+@jit
+def misaligned_kernel(out: tl.tensor, offset: tl.tensor, BLOCK: tl.constexpr) -> None:
+    """Claims that the address at an offset is aligned."""
+    start = tl.multiple_of(out + offset, 16)
+    tl.store(start + tl.arange(0, BLOCK), 1.0)
