@@ -1,14 +1,18 @@
 """Make the pictures and tables of `which-mask.md`: `python docs/make_pictures.py`.
 
 All keys are fixed, so a second run changes nothing. A test compares the tables.
+`python docs/make_pictures.py RUN` makes the README's picture from a finished run instead.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from PIL import Image
+from skimage import data
 from torch import Tensor
 
 from mimkit import masking, viz
@@ -227,8 +231,36 @@ def update_tables(text: str, names: Sequence[str] = tuple(TABLES)) -> str:
     return text
 
 
+# The samplers of the README's picture, by the names that users type.
+FRONT = {
+    "uniform": SAMPLERS["uniform"],
+    "blockwise": SAMPLERS["blockwise"],
+    "inverse_block": SAMPLERS["inverse-block"],
+    "gridwise": SAMPLERS["gridwise"],
+    "multiblock": SAMPLERS["multiblock"],
+    "square": SAMPLERS["square"],
+}
+
+
+def draw_front(run: Path) -> None:
+    """Save one row of a run's reconstructions, and below it the masks of six samplers."""
+    photo = torch.from_numpy(data.coffee()[:392, 104:496].copy()).permute(2, 0, 1) / 255
+    key = masking.key([3], seed=0)
+    masks = [viz.show_masked(photo[None], draw(key, GRID), 28)[0] for draw in FRONT.values()]
+    masks = [tile[:, ::4, ::4] for tile in masks]
+    below = viz.panel([masks], list(FRONT))
+    with Image.open(run / "reconstructions.png") as drawn:
+        captions, row = drawn.crop((0, 0, drawn.width, 20)), drawn.crop((0, 344, drawn.width, 560))
+    front = Image.new("RGB", (below.width, 240 + below.height), "white")
+    for picture, top in ((captions, 0), (row, 20), (below, 240)):
+        front.paste(picture, (0, top))
+    front.quantize(128).save(HERE / "pictures" / "front.png", optimize=True)
+
+
 def main() -> None:
-    """Write all pictures and tables."""
+    """Write all pictures and tables, or the README's picture of the run that is given."""
+    if len(sys.argv) > 1:
+        return draw_front(Path(sys.argv[1]))
     (HERE / "pictures").mkdir(exist_ok=True)
     for name in SAMPLERS:
         draw_sampler(name)

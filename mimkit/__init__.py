@@ -4,4 +4,4 @@ from mimkit._containers import container
 from mimkit._settings import use
 
 __all__ = ["container", "use"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

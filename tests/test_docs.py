@@ -7,6 +7,7 @@ block is executed.
 import doctest
 import importlib.util
 import re
+import runpy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.py"))
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 
@@ -42,6 +44,15 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch) -> Non
     names: dict[str, Any] = {"__name__": page.stem}
     for line, code in blocks_of(page):
         run_block(page, line, code, names)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_a_notebook_runs_from_its_first_cell_to_its_last(
+    notebook: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(notebook))
 
 
 def test_a_block_that_fails_is_reported_with_its_line() -> None:
@@ -77,7 +88,8 @@ def test_all_tables_are_tested() -> None:
 def test_the_script_draws_exactly_the_pictures_of_the_page() -> None:
     shown = set(re.findall(r"\(pictures/(\S+)\.png\)", (DOCS / "which-mask.md").read_text()))
     files = list((DOCS / "pictures").glob("*.png"))
-    assert shown == {file.stem for file in files} == {*load_script().SAMPLERS, "tube"}
+    assert shown == {*load_script().SAMPLERS, "tube"}
+    assert shown | {"front"} == {file.stem for file in files}
     assert sum(file.stat().st_size for file in files) < 1 << 20
 
 

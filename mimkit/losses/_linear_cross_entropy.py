@@ -40,7 +40,7 @@ def linear_cross_entropy(
 ) -> Scalar | tuple[Scalar, Scalar]:
     """Compute the cross-entropy of `F.linear(x, weight, bias)` with `target`, in chunks.
 
-    At most 2**23 logits exist at a time on a CPU, and 2**24 on a GPU, in the dtype of `F.linear`:
+    At most `2**23` logits exist at a time on a CPU, and `2**24` on a GPU, in the dtype of `F.linear`:
     1,024 or 2,048 rows of a vocabulary of 8,192 words. Gradients are computed with the loss, so the
     forward pass takes three times as long, and the backward pass almost no time. Sums are
     accumulated in float32.
