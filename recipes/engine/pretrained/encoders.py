@@ -139,8 +139,9 @@ def _shape_from_config(path: Path, kind: type[EncoderShape]) -> EncoderShape | N
     try:
         model = read_yaml(file)["model"]
         names = {field.name for field in dataclasses.fields(kind)} - kind.inferred_fields
-        values = {name: model[name] for name in names}
-    except (UnreadableError, KeyError, TypeError) as error:
+        missing = {name for name in kind.optional_fields if model.get(name) is None}
+        values = {name: model[name] for name in names - missing}
+    except (UnreadableError, AttributeError, KeyError, TypeError) as error:
         raise UserError(
             f"{file} does not hold the shape of a {kind.kind}: move it elsewhere"
         ) from error
