@@ -41,9 +41,9 @@ class Range:
 
 
 _MOST = 1 << 24
-Size = Annotated[int, Range(1, _MOST, f"from 1 to {_MOST}")]
-Count = Annotated[int, Range(0, _MOST, f"from 0 to {_MOST}")]
-Depth = Annotated[int, Range(0, 1000, "from 0 to 1000")]
+Size = Annotated[int, Range(1, _MOST, f"at least 1 and at most {_MOST}")]
+Count = Annotated[int, Range(0, _MOST, f"at least 0 and at most {_MOST}")]
+Depth = Annotated[int, Range(0, 1000, "at least 0 and at most 1000")]
 Positive = Annotated[float, Range(5e-324, math.inf, "above 0")]
 NotNegative = Annotated[float, Range(0, math.inf, "of 0 or more")]
 Share = Annotated[float, Range(0, 1, "in [0, 1]")]
@@ -65,8 +65,8 @@ def describe(value: object) -> str:
 def checked(function: F) -> F:
     """Check every call of a function, or of the constructor of a class, before it is made.
 
-    Tensors of one call must be on one device, and axes of one name must have one size. "batch" is
-    also the number of samples of a mask. A module tells its own sizes in `axis_sizes`.
+    Tensors of one call must be on one device, and the axis "batch" must have one size, which is
+    also the number of samples of a mask. A module tells the sizes that it takes in `axis_sizes`.
 
     Raises:
         TypeError: In a call: an argument has a wrong type or dtype.
@@ -91,32 +91,29 @@ def checked(function: F) -> F:
 
     if names in ([], ["self"], ["cls"]):
         return function
-    is_forward = function.__name__ == "forward"
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            module = args[0] if args and isinstance(args[0], nn.Module) else None
-            given = dict(zip(names, args, strict=False)) | kwargs
-            _check(_rules_of(function), given, module, is_forward)
-        return function(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        module = args[0] if args and isinstance(args[0], nn.Module) else None
+        given = dict(zip(names, args, strict=False)) | kwargs
+        _check(_rules_of(function), given, module)
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            _explain(given, module, error)
+            raise
 
     return call  # type: ignore[return-value]
 
 
 def _check(
-    rules: "Mapping[str, _Rule]",
-    arguments: Mapping[str, Any],
-    module: nn.Module | None,
-    is_forward: bool,
+    rules: "Mapping[str, _Rule]", arguments: Mapping[str, Any], module: nn.Module | None
 ) -> None:
-    owner = f"this {type(module).__name__}"
-    known = getattr(module, "axis_sizes", {})
-    sizes = {axis: (size, owner) for axis, size in known.items()}
-    # In `forward` alone are the module's own weights sure to be whole and in place (FSDP).
-    own = module._parameters.values() if module is not None and is_forward else ()
-    weight = next((parameter for parameter in own if parameter is not None), None)
-    place = None if weight is None else (weight.device, owner)
+    known: Mapping[str, int] = getattr(module, "axis_sizes", {})
+    batch: tuple[int, str] | None = None
+    place: tuple[torch.device, str] | None = None
     for name, rule in rules.items():
         if name not in arguments:
             continue
@@ -129,29 +126,43 @@ def _check(
                     f"{name} is on {value.device}, but {place[1]} is on {place[0]}: move one of "
                     "them with .to(device)"
                 )
-            if weight is not None and _is_other_float(value, weight):
-                raise TypeError(
-                    f"{name} must be {weight.dtype}, as the weights of {owner}, or be used under "
-                    f"autocast; got {value.dtype}"
-                )
         for axis, size in axes:
-            if not axis or axis == "_":
-                continue
-            expected, other = sizes.setdefault(axis, (size, name))
-            if size != expected:
+            if axis == "batch":
+                batch = batch or (size, name)
+                if size != batch[0]:
+                    raise ValueError(
+                        f"{name} {_shown(value)} and {batch[1]} {_shown(arguments[batch[1]])} must "
+                        f"have one batch size: the {batch[1]} has {batch[0]} samples, but {name} "
+                        f"has {size}"
+                    )
+            elif size != known.get(axis, size):
                 raise ValueError(
-                    f"{name} must have {axis} = {expected}, as {other} has; got "
-                    f"{tuple(value.shape) if isinstance(value, Tensor) else value}"
+                    f"{name} must have {axis} = {known[axis]}, as this {type(module).__name__}; "
+                    f"got {tuple(value.shape)}"
                 )
 
 
-def _is_other_float(value: Any, weight: Tensor) -> bool:
-    return (
-        isinstance(value, Tensor)
-        and value.is_floating_point()
-        and value.dtype != weight.dtype
-        and not torch.is_autocast_enabled(weight.device.type)
-    )
+def _shown(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else ""
+
+
+def _explain(arguments: Mapping[str, Any], module: nn.Module | None, error: RuntimeError) -> None:
+    """Name the argument whose dtype or device is not that of the weights of a module.
+
+    Only after an error: before, the weights may be elsewhere, or in pieces, as with FSDP.
+
+    Raises:
+        TypeError: There is such an argument.
+    """
+    weight = None if module is None else next(module.parameters(), None)
+    for name, value in arguments.items():
+        if weight is None or not isinstance(value, Tensor) or not value.is_floating_point():
+            continue
+        if (value.dtype, value.device) != (weight.dtype, weight.device):
+            raise TypeError(
+                f"{name} is {value.dtype} on {value.device}, but the weights of this "
+                f"{type(module).__name__} are {weight.dtype} on {weight.device}: {error}"
+            ) from error
 
 
 @cache
@@ -209,6 +220,8 @@ class _Rule:
             kinds = (["a tensor"] if self.arrays else []) + kinds
             kinds += ["None"] if NoneType in self.others else []
             source = next((_SOURCES[k[2:]] for k in kinds if k[2:] in _SOURCES), "")
+            if type(value).__name__ == "RaggedMask" and self.takes_container:
+                source = ": this needs a Mask, of one grid and one count for all samples"
             error_type = ValueError if wrong else TypeError
             raise error_type(
                 f"{name} must be {' or '.join(dict.fromkeys(kinds))}{source}; got {shown}"
@@ -283,11 +296,9 @@ def _test_of(annotation: Any, loosely: bool = False) -> Callable[[Any], bool]:
         is_number = _test_of(arguments[0], loosely)
         low, high = arguments[1].low, arguments[1].high
         return is_number if loosely else lambda v: is_number(v) and bool(low <= v <= high)
-    if origin is Literal:
-        return lambda v: (
-            isinstance(v, str | bool | int)
-            and any(type(v) is type(option) and v == option for option in arguments)
-        )
+    if origin is Literal:  # the function itself says which texts it takes
+        kinds = tuple({type(option) for option in arguments})
+        return lambda v: isinstance(v, kinds)
     if annotation is bool:
         return lambda v: isinstance(v, bool | np.bool_) or (isinstance(v, int) and v in (0, 1))
     if annotation is torch.device:
@@ -333,7 +344,11 @@ def _named(annotation: Any, *, many: bool = False, ranges: bool = True) -> str:
     limits = f" {arguments[1].fits}" if origin is Annotated and ranges else ""
     plain = arguments[0] if origin is Annotated else annotation
     if plain is int:
-        return ("integers" if many else "an integer") + limits
+        return (
+            limits.strip()
+            if limits and not many
+            else ("integers" if many else "an integer") + limits
+        )
     if plain is float:
         return ("finite numbers" if many else "a finite number") + limits
     if plain is bool:
