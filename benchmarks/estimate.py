@@ -181,7 +181,7 @@ def compile_case(case: Case) -> Compiled:
     assert record is JITFunction.run
     for launch, (_, grid) in zip(aot.record(call), grids, strict=True):
         if launch.name == case.launch:
-            code = aot._compile(launch, "sm_90")
+            code = aot.compiled(launch, "sm_90").asm
             usage = aot._disassemble(code["cubin"], "-res-usage")
             registers, shared = (
                 int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "SHARED")
