@@ -30,7 +30,7 @@ class EncoderShape(ABC):
         not_decayed: Suffixes of the names of parameters that have more than one axis but no weight
             decay.
         inferred_fields: Fields that `read` infers from the weights.
-        optional_fields: Fields that a run's configuration may lack, or leave at None for the default.
+        optional_fields: Fields that a run's configuration may lack, or leave at None.
         first_weight: Name of a weight whose second axis is the image channels.
     """
 
