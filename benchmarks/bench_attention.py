@@ -57,7 +57,7 @@ def _projected(
 def bench_attend(
     bench: Bench, model: str, tokens: int, heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
-    batch = 256 if bench.device.type == "cuda" else 8
+    batch = bench.batch(256, 8)
     leaves = _projected(bench, batch, tokens, heads, head_dim, dtype)
     _compare(bench, f"{model}: B={batch}, {tokens} tokens, {heads} x {head_dim}", leaves)
 
@@ -80,7 +80,7 @@ def bench_attend_with_bias(
     head_dim: int,
     dtype: torch.dtype,
 ) -> None:
-    batch = windows * (256 if bench.device.type == "cuda" else 8)
+    batch = windows * bench.batch(256, 8)
     bias = torch.randn(1, heads, tokens, tokens, dtype=dtype, device=bench.device)
     leaves = *_projected(bench, batch, tokens, heads, head_dim, dtype), bias.requires_grad_()
     case = f"{model}: B={batch}, {tokens} tokens, {heads} x {head_dim}, a bias"

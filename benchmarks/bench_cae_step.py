@@ -425,6 +425,7 @@ def bench_cae_step(bench: Bench, dtype: torch.dtype) -> None:
         dtype=dtype,
         tolerance=1e-4 if dtype == torch.float32 else 5e-2,
         passes=("both",),
+        graphs=True,
         min_repeats=MIN_REPEATS,
     )
     if dtype == torch.float32 and bench.only is None:

@@ -193,7 +193,7 @@ def _case(bench: Bench, dtype: torch.dtype) -> tuple[str, ConvMAEConfig, int]:
         bench.note(["bfloat16 has no fast matrix products on this CPU: a small model is timed"])
         config = ConvMAEConfig(image_size=224, depth=(1, 1, 1), decoder_depth=1)
         return "widths of ConvMAE-B, depth 1, 1, 1 + 1, B=1", config, 1
-    batch = 256 if bench.device.type == "cuda" else 8
+    batch = bench.batch(256, 8)
     return f"ConvMAE-B, B={batch}", ConvMAEConfig(image_size=224), batch
 
 
@@ -242,6 +242,7 @@ def bench_convmae_step(bench: Bench, dtype: torch.dtype, compiled: bool) -> None
         dtype=dtype,
         tolerance=1e-4 if dtype == torch.float32 else 5e-2,
         passes=("both",),
+        graphs=True,
         min_repeats=MIN_REPEATS,
     )
     if not compiled:

@@ -42,7 +42,7 @@ def bench_depthwise(bench: Bench, stage: str, dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16 and not has_fast_bfloat16(bench.device):
         bench.note(["bfloat16 is emulated on this CPU"])
     channels, side = STAGES[stage]
-    batch = 256 if bench.device.type == "cuda" else 8
+    batch = bench.batch(256, 8)
     key = masking.key(torch.arange(batch, device=bench.device), seed=0)
     mask = masking.uniform(key, GRID, RATIO)
     options = {"dtype": dtype, "device": bench.device}

@@ -17,7 +17,7 @@ from mimkit.patches import gather_patches
 @pytest.mark.parametrize("order", ["p1 p2 c", "c p1 p2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
 def bench_kernel_gather_patches(bench: Bench, dtype: torch.dtype, order: Order) -> None:
-    batch = 256 if bench.device.type == "cuda" else 8
+    batch = bench.batch(256, 8)
     ids = torch.arange(batch, device=bench.device)
     mask = masking.uniform(masking.key(ids, seed=0), GRID, 0.75)
     shape, is_bytes = (batch, CHANNELS, SIZE, SIZE), dtype == torch.uint8

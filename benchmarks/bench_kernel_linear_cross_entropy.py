@@ -16,7 +16,7 @@ WIDTH, WORDS = 768, 8192
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def bench_kernel_linear_cross_entropy(bench: Bench, dtype: torch.dtype) -> None:
     on_cpu = 512 if dtype == torch.float32 or has_fast_bfloat16(bench.device) else 8
-    rows = 25_088 if bench.device.type == "cuda" else on_cpu
+    rows = bench.batch(25_088, on_cpu)
     x = torch.randn(rows, WIDTH, dtype=dtype, device=bench.device, requires_grad=True)
     weight = (torch.randn(WORDS, WIDTH, device=bench.device) * 0.02).to(dtype).requires_grad_()
     bias = torch.zeros(WORDS, dtype=dtype, device=bench.device, requires_grad=True)

@@ -20,7 +20,7 @@ from mimkit.losses import masked_pixel_loss
 def bench_kernel_masked_pixel_loss(
     bench: Bench, dtype: torch.dtype, image_dtype: torch.dtype, order: Order
 ) -> None:
-    batch = 256 if bench.device.type == "cuda" else 8
+    batch = bench.batch(256, 8)
     ids = torch.arange(batch, device=bench.device)
     mask = masking.uniform(masking.key(ids, seed=0), GRID, 0.75)
     shape = (batch, CHANNELS, SIZE, SIZE)

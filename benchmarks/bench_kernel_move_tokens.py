@@ -16,14 +16,14 @@ GRID, ENCODER_DIM, DECODER_DIM = (14, 14), 768, 512
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def _mask(device: torch.device) -> Mask:
-    batch = 256 if device.type == "cuda" else 8
+def _mask(bench: Bench) -> Mask:
+    batch, device = bench.batch(256, 8), bench.device
     return masking.uniform(masking.key(torch.arange(batch, device=device), seed=0), GRID, 0.75)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def bench_kernel_gather_tokens(bench: Bench, dtype: torch.dtype) -> None:
-    mask = _mask(bench.device)
+    mask = _mask(bench)
     shape = (mask.batch_size, 1 + mask.num_tokens, ENCODER_DIM)
     tokens = torch.randn(shape, dtype=dtype, device=bench.device, requires_grad=True)
 
@@ -43,7 +43,7 @@ def bench_kernel_gather_tokens(bench: Bench, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def bench_kernel_restore_tokens(bench: Bench, dtype: torch.dtype) -> None:
-    mask = _mask(bench.device)
+    mask = _mask(bench)
     shape = (mask.batch_size, 1 + mask.num_visible, DECODER_DIM)
     visible = torch.randn(shape, dtype=dtype, device=bench.device, requires_grad=True)
     fill = torch.randn(DECODER_DIM, dtype=dtype, device=bench.device, requires_grad=True)

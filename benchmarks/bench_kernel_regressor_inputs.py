@@ -18,7 +18,7 @@ WIDTH, EPS = 768, 1e-6
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def bench_kernel_regressor_inputs(bench: Bench, dtype: torch.dtype) -> None:
-    batch = 256 if bench.device.type == "cuda" else 8
+    batch = bench.batch(256, 8)
     lengths = (VISIBLE, QUERIES)
     visible, queries, *positions = (
         torch.randn(batch, length, WIDTH, device=bench.device) for length in (*lengths, *lengths)

@@ -11,7 +11,7 @@ from mimkit.masking import Key
 
 @pytest.mark.parametrize("side", [14, 28, 64])
 def bench_kernel_uniform_sample(bench: Bench, side: int) -> None:
-    batch = 256 if bench.device.type == "cuda" else 32
+    batch = bench.batch(256, 32)
     key = masking.key(torch.arange(batch, device=bench.device), seed=0)
 
     def draw(key: Key) -> Tensor:

@@ -216,7 +216,7 @@ def _case(bench: Bench, dtype: torch.dtype) -> tuple[str, MAEConfig, int]:
         bench.note(["bfloat16 has no fast matrix products on this CPU: a small model is timed"])
         config = MAEConfig(image_size=224, depth=2, decoder_depth=1)
         return "width of ViT-B/16, depth 2 + 1, B=1", config, 1
-    batch = 64 if bench.device.type == "cuda" else 8
+    batch = bench.batch(64, 8)
     return f"ViT-B/16, B={batch}", MAEConfig(image_size=224), batch
 
 
@@ -251,6 +251,7 @@ def bench_mae_step(bench: Bench, dtype: torch.dtype) -> None:
         dtype=dtype,
         tolerance=1e-5 if dtype == torch.float32 else 5e-2,
         passes=("both",),
+        graphs=True,
         min_repeats=MIN_REPEATS,
     )
     for variant in (fused, ours):

@@ -31,7 +31,7 @@ def ours(prediction: Tensor, images: Tensor, mask: Mask) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def bench_masked_pixel_loss(bench: Bench, dtype: torch.dtype) -> None:
-    batch = 256 if bench.device.type == "cuda" else 8
+    batch = bench.batch(256, 8)
     ids = torch.arange(batch, device=bench.device)
     mask = masking.uniform(masking.key(ids, seed=0), GRID, 0.75)
     images = torch.randn(batch, CHANNELS, SIZE, SIZE, device=bench.device)

@@ -324,7 +324,7 @@ def _case(bench: Bench, encoder: str, dtype: torch.dtype) -> tuple[str, SimMIMCo
     small = dtype == torch.bfloat16 and not has_fast_bfloat16(bench.device)
     if small:
         bench.note(["bfloat16 has no fast matrix products on this CPU: a small model is timed"])
-    batch = 1 if small else 64 if bench.device.type == "cuda" else 8
+    batch = 1 if small else bench.batch(64, 8)
     if encoder == "vit":
         config = SimMIMConfig(image_size=224, depth=2 if small else 12)
         return f"ViT-B/16, 224 px, depth {config.depth}, B={batch}", config, batch, 2
@@ -403,6 +403,7 @@ def bench_simmim_step(bench: Bench, encoder: str, dtype: torch.dtype, compiled: 
         dtype=dtype,
         tolerance=1e-4 if dtype == torch.float32 else 5e-2,
         passes=("both",),
+        graphs=True,
         min_repeats=MIN_REPEATS,
     )
     if not compiled and bench.only is None:

@@ -1,9 +1,17 @@
 """Command-line options, fixtures and the report at the end of the session."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from benchmarks.harness import Bench, Report, describe_environment, describe_kernel_rows
+from benchmarks.harness import (
+    Bench,
+    Report,
+    describe_environment,
+    describe_kernel_rows,
+    results_file,
+)
 
 REPORT = pytest.StashKey[Report]()
 
@@ -14,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--save", action="store_true", help="append the rows to benchmarks/results/ (JSON lines)"
     )
+    group.addoption("--rows", type=Path, metavar="FILE", help="append the rows to this file")
     group.addoption(
         "--seconds", type=float, default=1.0, help="timing budget of one pass of a case (seconds)"
     )
@@ -25,7 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Start an empty report, and record the machine's load before the benchmarks run."""
     describe_environment()
-    config.stash[REPORT] = Report()
+    file = results_file() if config.getoption("--save") else config.getoption("--rows")
+    config.stash[REPORT] = Report(file=file)
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +60,7 @@ def pytest_terminal_summary(
 ) -> None:
     """Print one table per benchmark, and save the rows with `--save`."""
     report = config.stash[REPORT]
-    if not report.rows:
+    if not (report.rows or report.notes):
         return
     terminalreporter.section("benchmarks")
     settings = (f"{name} {value}" for name, value in describe_environment().items())
@@ -58,5 +68,5 @@ def pytest_terminal_summary(
     terminalreporter.write_line(describe_kernel_rows())
     for line in report.lines():
         terminalreporter.write_line(line)
-    if config.getoption("--save"):
-        terminalreporter.write_line(f"\nsaved to {report.save()}")
+    if report.file is not None:
+        terminalreporter.write_line(f"\nsaved to {report.file}")

@@ -3,9 +3,11 @@
     pytest benchmarks/                    # check, time, print the tables
     pytest benchmarks/ --seconds 0.5      # less timing: seconds per pass of a case
     pytest benchmarks/ --save             # also append the rows to benchmarks/results/
+    pytest benchmarks/ --rows FILE        # append them to FILE instead
 
-Results are written only with `--save`, so that other runs leave the checkout clean. Speed is never
-asserted: a benchmark fails only if a variant differs from the reference.
+Results are written only if asked for, so that other runs leave the checkout clean; each row as soon
+as it is measured. Speed is never asserted: a benchmark fails only if a variant differs from the
+reference.
 """
 
 import importlib.metadata
@@ -28,12 +30,16 @@ from torch import Tensor
 
 import mimkit
 from mimkit_kernels import Backend
+from mimkit_kernels._dispatch import INTERPRETED
 
 Pass = Literal["forward", "backward", "both"]
 
 RESULTS = Path(__file__).parent / "results"
 MIN_REPEATS = 5
 FLUSH_BYTES = 256 << 20  # several times the largest L2 cache of a GPU
+SPIN_CYCLES = 4_000_000  # 2 ms on an H200: longer than Python takes to launch a kernel
+# Triton's interpreter stands in for a GPU: every line runs, with tiny shapes and no meaning.
+STAND_IN = INTERPRETED
 
 
 def output_and_gradients(output: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -69,7 +75,8 @@ class Variant:
 
     def compiled(self) -> "Variant":
         """Return the same variant with `torch.compile`."""
-        function = torch.compile(self.function, fullgraph=True, dynamic=False)
+        backend = "aot_eager" if STAND_IN else "inductor"
+        function = torch.compile(self.function, fullgraph=True, dynamic=False, backend=backend)
         name = f"{self.name}, torch.compile"
         return replace(self, name=name, function=function, is_compiled=True)
 
@@ -107,8 +114,9 @@ def kernel_variants(
 
         return call
 
-    kernel: Backend = "triton" if device.type == "cuda" else "auto"
-    name = "mimkit kernel" if device.type == "cuda" else "mimkit"
+    launches = device.type == "cuda" or STAND_IN
+    kernel: Backend = "triton" if launches else "auto"
+    name = "mimkit kernel" if launches else "mimkit"
     compiled = Variant("", function).compiled().function
     return [
         Variant("eager", through("reference", function), inputs, leaves, is_baseline=True),
@@ -157,7 +165,12 @@ class Report:
 
     rows: list[Row] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
-    records: list[dict[str, Any]] = field(default_factory=list)
+    file: Path | None = None
+
+    def add(self, row: Row) -> None:
+        """Keep a row, and save it."""
+        self.rows.append(row)
+        self.save(row.as_record())
 
     def lines(self) -> list[str]:
         """Return the tables, one per benchmark, with their notes."""
@@ -168,17 +181,20 @@ class Report:
             lines += ["", name, *format_table(rows), *self.notes.get(name, [])]
         return lines
 
-    def save(self) -> Path:
-        """Append all measurements to today's results file of this machine, and return its path."""
-        environment = describe_environment()
-        slug = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
-        date, version = environment["date"][:10], environment["torch"]
-        path = RESULTS / f"{date}-{slug}-torch{version}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        with path.open("a") as file:
-            for record in (*(row.as_record() for row in self.rows), *self.records):
-                file.write(json.dumps(record | environment) + "\n")
-        return path
+    def save(self, record: dict[str, Any]) -> None:
+        """Append a measurement to the file, if there is one."""
+        if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a") as file:
+                file.write(json.dumps(record | describe_environment()) + "\n")
+
+
+def results_file() -> Path:
+    """Return today's results file of this machine."""
+    environment = describe_environment()
+    slug = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
+    date, version = environment["date"][:10], environment["torch"]
+    return RESULTS / f"{date}-{slug}-torch{version}.jsonl"
 
 
 @dataclass(frozen=True)
@@ -190,8 +206,7 @@ class Bench:
         device: The GPU if there is one, else the CPU.
         seconds: Timing budget of one pass of a case, in seconds.
         report: Collects rows and notes.
-        only: Regular expression of the names of variants to time; `None` for all. All variants are
-            checked.
+        only: Regular expression of the names of variants to run; `None` for all.
     """
 
     name: str
@@ -210,6 +225,7 @@ class Bench:
         passes: Sequence[Pass] = ("forward",),
         moved: Mapping[Pass, int] | None = None,
         min_repeats: int = MIN_REPEATS,
+        graphs: bool = False,
     ) -> None:
         """Check every variant against the first one, then time them all in turn.
 
@@ -222,6 +238,7 @@ class Bench:
             moved: Bytes that each pass must at least read and write; a copy of the same number of
                 bytes is then timed as well.
             min_repeats: Minimum number of calls of each variant, even if they exceed the budget.
+            graphs: Whether a GPU also replays each variant as a CUDA graph, forward and backward.
 
         Raises:
             AssertionError: If a variant differs from the reference; nothing is timed then.
@@ -229,8 +246,12 @@ class Bench:
         """
         if self.device.type == "cpu" and any(v.name == "mimkit" for v in variants):
             self.note_once(describe_kernel_rows())
-        first_call = check_variants(variants, tolerance)
+        reference, *_ = variants
         variants = self.chosen(variants)
+        checked = variants if reference in variants else [reference, *variants]
+        first_call = check_variants(checked, tolerance)
+        if self.device.type == "cuda" or STAND_IN:
+            variants = [*variants, *(graphed(v) for v in variants if graphs)]
         for pass_ in passes:
             timed = {v.name: timer(v, pass_, self.device) for v in variants}
             moved_bytes = (moved or {}).get(pass_)
@@ -257,9 +278,13 @@ class Bench:
                     paired_speedup=None if best is None else paired(best, times[variant.name]),
                     moved_bytes=moved_bytes,
                     share_of_copy=share,
-                    first_call_s=first_call[variant.name] if variant.is_compiled else None,
+                    first_call_s=first_call.get(variant.name) if variant.is_compiled else None,
                 )
-                self.report.rows.append(row)
+                self.report.add(row)
+
+    def batch(self, on_gpu: int, on_cpu: int) -> int:
+        """Return the batch size for the device; 1 for the stand-in."""
+        return on_gpu if self.device.type == "cuda" else 1 if STAND_IN else on_cpu
 
     def chosen(self, variants: Sequence[Variant]) -> list[Variant]:
         """Return the variants to time.
@@ -286,7 +311,7 @@ class Bench:
         """Print lines below the table; also save `record` to the results, if given."""
         self.report.notes.setdefault(self.name, []).extend(lines)
         if record:
-            self.report.records.append({"bench": self.name, **record})
+            self.report.save({"bench": self.name, **record})
 
 
 def check_variants(variants: Sequence[Variant], tolerance: float) -> dict[str, float]:
@@ -339,6 +364,29 @@ def timer(variant: Variant, pass_: Pass, device: torch.device) -> Callable[[], f
     return {"forward": forward, "backward": backward, "both": both}[pass_]
 
 
+def graphed(variant: Variant) -> Variant:
+    """Return the forward and backward pass of a variant as a CUDA graph, which is replayed."""
+
+    def run() -> None:
+        output = variant.forward()
+        if variant.leaves:
+            variant.backward(output)
+
+    name = f"{variant.name}, CUDA graph"
+    if not torch.cuda.is_available():  # the stand-in
+        return Variant(name, run)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return Variant(name, graph.replay)
+
+
 def time_on_cpu(run: Callable[[], Any]) -> float:
     """Return the duration of one call in seconds."""
     start = time.perf_counter()
@@ -349,8 +397,9 @@ def time_on_cpu(run: Callable[[], Any]) -> float:
 def time_on_gpu(run: Callable[[], Any]) -> float:
     """Return the GPU time of one call in seconds, starting with a cold L2 cache."""
     torch.cuda.synchronize()
-    # The host queues the call while the flush runs, so that launch overhead is hidden.
     _flush_buffer().zero_()
+    # The host queues the call while the device spins, so that the time of Python is hidden.
+    torch.cuda._sleep(SPIN_CYCLES)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()
@@ -463,7 +512,9 @@ def describe_kernel_rows() -> str:
 
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Return whether bfloat16 matrix products are fast on `device`, and not emulated."""
-    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return device.type != "cpu" or bool(
+        not STAND_IN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def _noise(shape: torch.Size, like: Tensor) -> Tensor:

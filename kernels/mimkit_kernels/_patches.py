@@ -1,12 +1,12 @@
 """Patches of images in plain PyTorch: shared by the references of the kernels that read patches."""
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from mimkit_kernels._dtypes import KERNEL_DTYPES
+from mimkit_kernels._launch import constant, prepare
 
 Numbers = Sequence[float] | None
 Statistic = Numbers | Tensor  # kernels accept numbers only, references also tensors
@@ -85,7 +85,13 @@ def channel_tensor(statistic: Numbers, device: torch.device) -> Tensor | None:
     return None if statistic is None else _copied_once(tuple(statistic), device)
 
 
-@cache
+@constant
 def _copied_once(values: tuple[float, ...], device: torch.device) -> Tensor:
-    # A copy from the host synchronizes with the GPU, and cannot be captured in a CUDA graph.
     return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def prepare_statistics(device: torch.device, *statistics: Statistic) -> None:
+    """Make the tensors of statistics while a call is traced."""
+    for statistic in statistics:
+        if not isinstance(statistic, Tensor):
+            prepare(device, lambda numbers=statistic: channel_tensor(numbers, device))  # type: ignore[misc]

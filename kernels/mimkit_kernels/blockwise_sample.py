@@ -23,15 +23,21 @@ from torch import Tensor
 
 from mimkit_kernels._dispatch import takes_kernel
 from mimkit_kernels._jit import jit
-from mimkit_kernels._launch import on_device, power_of_2_from
-from mimkit_kernels._philox import draw_words, sample_words, token_ranks
+from mimkit_kernels._launch import constant, on_device, power_of_2_from, prepare
+from mimkit_kernels._philox import (
+    counter_start,
+    draw_words,
+    kth_lowest_rank,
+    sample_words,
+    token_ranks,
+)
 from mimkit_kernels._register import register
 from mimkit_kernels._slots import split_positions, store_split
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-MAX_TOKENS = 1024  # of the kernel: one program sorts a sample in its registers
+MAX_TOKENS = 1024  # of the kernel: one program keeps a sample in its registers
 MAX_ATTEMPTS = 1 << 16  # a stream has that many blocks of four words for one sample
 ASPECT_BINS = 256
 _UNLIMITED = 1 << 20  # longer than any side
@@ -129,7 +135,7 @@ class Options(NamedTuple):
         return limits[0], limits[1]
 
 
-@lru_cache(maxsize=16)
+@constant
 def root_tables(
     max_area: int, log_low: float, log_high: float, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,7 +266,7 @@ def _unpack(bits: Tensor, width: int) -> Tensor:
     return is_set.flatten(2)[:, :, :width].bool()
 
 
-@lru_cache(maxsize=16)
+@constant
 def bit_counts(device: torch.device) -> Tensor:
     """Return the number of set bits of each integer of `_COLUMNS` bits."""
     counts = torch.zeros(1, dtype=torch.uint8, device=device)
@@ -338,10 +344,7 @@ def _blockwise_kernel(
     ranks = token_ranks(seed, epoch, sample, top_up_counter, TOKENS)
     is_free = token < tl.where(hidden == 0, num_tokens, 0)
     ranks = tl.where(is_free, ranks, 0x7FFFFFFFFFFFFFFF)
-    in_order = tl.sort(ranks)
-    last = tl.sum(tl.where(token == left - 1, in_order, 0), axis=0)
-    last = tl.where(left > 0, last, -1)
-    is_visible = is_free & (ranks > last)
+    is_visible = is_free & (ranks > kth_lowest_rank(ranks, left))
     num_visible = num_tokens - num_masked
     store_split(visible, masked, row, token, is_visible, num_tokens, num_visible, num_masked)
 
@@ -365,8 +368,8 @@ def _launch(sample_ids: Tensor, seed_and_epoch: Tensor, *options: Any) -> tuple[
                 sample_ids.contiguous(),
                 seed_and_epoch.contiguous(),
                 *how.tables(device),
-                how.stream << 16,  # always a multiple of 16, so that streams do not recompile
-                how.top_up_stream << 16,
+                counter_start(how.stream),
+                counter_start(how.top_up_stream),
                 how.height,
                 how.width,
                 how.num_masked,
@@ -387,7 +390,8 @@ def _launch(sample_ids: Tensor, seed_and_epoch: Tensor, *options: Any) -> tuple[
 
 
 def _fake(sample_ids: Tensor, seed_and_epoch: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    how = Options(*options)
+    how, device = Options(*options), sample_ids.device
+    prepare(device, lambda: (how.tables(device), bit_counts(device)))
     batch = sample_ids.shape[0]
     visible = sample_ids.new_empty((batch, how.num_tokens - how.num_masked))
     return visible, sample_ids.new_empty((batch, how.num_masked))

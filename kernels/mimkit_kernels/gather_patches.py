@@ -35,6 +35,7 @@ from mimkit_kernels._patches import (
     channel_tensor,
     image_obstacle,
     per_channel,
+    prepare_statistics,
     product,
     runs_of_patches,
     take_pixels,
@@ -246,6 +247,7 @@ def _fake_gather(
     std: Statistic,
     channels_last: bool,
 ) -> Tensor:
+    prepare_statistics(images.device, mean, std)
     values = images.shape[1] * product(patch)
     dtype = _result_dtype(images, mean, std)
     return images.new_empty((*ids.shape, values), dtype=dtype)
@@ -275,6 +277,7 @@ def _scatter_reference(
 
 
 def _fake_scatter(grad_patches: Tensor, ids: Tensor, shape: Sequence[int], *options: Any) -> Tensor:
+    prepare_statistics(grad_patches.device, options[1])
     return grad_patches.new_empty(shape, dtype=options[-1])
 
 

@@ -122,8 +122,10 @@ def _accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add a matrix product to `total`, whose dtype may be wider than that of the factors."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
+    elif left.is_cuda and torch.version.hip is None:
+        total += torch.mm(left, right, out_dtype=total.dtype)  # not rounded before the sum
     else:
-        total += left @ right
+        total += left @ right  # no other device has such a product; each chunk is rounded once
 
 
 def softmax_gradient_reference(

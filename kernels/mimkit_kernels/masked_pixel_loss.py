@@ -30,7 +30,13 @@ from mimkit_kernels._patch_tiles import (
     tile_positions,
     value_offsets,
 )
-from mimkit_kernels._patches import Statistic, channel_tensor, image_obstacle, take_pixels
+from mimkit_kernels._patches import (
+    Statistic,
+    channel_tensor,
+    image_obstacle,
+    prepare_statistics,
+    take_pixels,
+)
 from mimkit_kernels._register import register
 
 if TYPE_CHECKING:
@@ -380,6 +386,7 @@ def _reference_backward(
 def _fake_forward(
     prediction: Tensor, images: Tensor, ids: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    prepare_statistics(images.device, Options(*options).mean, Options(*options).std)
     errors = prediction.new_empty(ids.shape, dtype=torch.float32)
     statistic = ids.shape if Options(*options).normalize else (0,)
     return errors, errors.new_empty(statistic), errors.new_empty(statistic)

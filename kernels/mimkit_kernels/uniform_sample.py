@@ -5,7 +5,7 @@
     visible[b]  = the tokens with the `num_visible` lowest ranks, ascending; masked[b]: the others
 
 Axes: b batch; l tokens. All arithmetic is on integers and no two ranks are equal, so every device
-gives the same masks. One program draws, sorts and writes one sample.
+gives the same masks. One program draws, selects and writes one sample.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 from mimkit_kernels._dispatch import takes_kernel
 from mimkit_kernels._jit import jit
 from mimkit_kernels._launch import on_device, power_of_2_from
-from mimkit_kernels._philox import sample_words, token_ranks
+from mimkit_kernels._philox import counter_start, kth_lowest_rank, sample_words, token_ranks
 from mimkit_kernels._register import register
 from mimkit_kernels._slots import split_positions, store_split
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-MAX_TOKENS = 4096  # of the kernel: one program sorts a sample in its registers
+MAX_TOKENS = 4096  # of the kernel: one program keeps a sample in its registers
 
 
 def uniform_sample(
@@ -91,14 +91,12 @@ def _sample_kernel(
     token = tl.arange(0, TOKENS)
     ranks = token_ranks(seed, epoch, sample, first_counter, TOKENS)
     ranks = tl.where(token < num_tokens, ranks, 0x7FFFFFFFFFFFFFFF)
-    in_order = tl.sort(ranks)
-    last = tl.sum(tl.where(token == num_visible - 1, in_order, 0), axis=0)
-    is_visible = ranks <= tl.where(num_visible > 0, last, -1)
+    is_visible = ranks <= kth_lowest_rank(ranks, num_visible)
     num_masked = num_tokens - num_visible
     store_split(visible, masked, row, token, is_visible, num_tokens, num_visible, num_masked)
 
 
-# Launcher: one warp sorts up to 256 tokens without shared memory. With more tokens, more warps
+# Launcher: one warp counts up to 256 tokens without shared memory. With more tokens, more warps
 # keep the tokens of a thread few.
 
 _NUM_WARPS = {512: 2, 1024: 4, 2048: 4, 4096: 8}
@@ -118,7 +116,7 @@ def _launch(
                 masked,
                 sample_ids.contiguous(),
                 seed_and_epoch.contiguous(),
-                stream << 16,  # always a multiple of 16, so that streams do not recompile
+                counter_start(stream),
                 num_tokens,
                 num_visible,
                 TOKENS=tokens,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+MORE_TARGETS = ("sm_120", "gfx950", "gfx1100", "gfx1201")  # for one case in three
 _TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -30,11 +31,12 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch: kernel, arguments and compile options."""
+    """A launch: kernel, arguments, compile options and programs along each axis."""
 
     kernel: Any
     arguments: dict[str, Any]
     options: dict[str, Any]
+    grid: tuple[int, ...]
 
     @property
     def name(self) -> str:
@@ -66,20 +68,27 @@ def record(call: Callable[[], Any]) -> list[Launch]:
     launched = []
 
     def keep(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        names = kernel.arg_names
-        values = dict(zip(names, arguments, strict=False))
-        values |= {name: value for name, value in named.items() if name in names}
-        options = {name: value for name, value in named.items() if name not in names}
-        launched.append(Launch(kernel, values, options))
+        launched.append(as_launch(kernel, grid, arguments, named))
 
     with mock.patch.object(JITFunction, "run", keep):
         call()
     return launched
 
 
+def as_launch(
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], named: dict[str, Any]
+) -> Launch:
+    """Return a launch, given what Triton's `JITFunction.run` takes."""
+    names = kernel.arg_names
+    values = dict(zip(names, arguments, strict=False))
+    values |= {name: value for name, value in named.items() if name in names}
+    options = {name: value for name, value in named.items() if name not in names}
+    return Launch(kernel, values, options, grid)
+
+
 def compile_launch(launch: Launch, target: str, *, aligned: bool = True) -> Figures:
     """Compile one launch for "sm_<n>" or "gfx<n>", and return its figures."""
-    code = _compile(launch, target, aligned=aligned)
+    code = compiled(launch, target, aligned=aligned).asm
     return _read_cubin(code["cubin"]) if "cubin" in code else _read_amdgcn(code["amdgcn"])
 
 
@@ -89,7 +98,7 @@ def memory_order(launch: Launch, target: str) -> list[tuple[str, int]]:
     Returns:
         Pairs of "load", "store" or "barrier" and the bits that one thread moves (0 for a barrier).
     """
-    code = _compile(launch, target)
+    code = compiled(launch, target).asm
     if "cubin" in code:
         patterns = {"load": r"\bLDG\S*", "store": r"\bSTG\S*", "barrier": r"\bBAR\.SYNC"}
         text, width = _disassemble(code["cubin"], "-sass"), _width
@@ -108,12 +117,33 @@ def memory_order(launch: Launch, target: str) -> list[tuple[str, int]]:
     return [(kind, bits) for _, kind, bits in sorted(found)]
 
 
-def _compile(launch: Launch, target: str, *, aligned: bool = True) -> dict[str, Any]:
-    """Compile one launch, and return its code after each stage of the compiler."""
+def compiled(launch: Launch, target: str, *, aligned: bool = True) -> Any:
+    """Compile one launch; `.asm` of the result has the code after each stage of the compiler.
+
+    Args:
+        launch: The launch.
+        target: "sm_<n>" or "gfx<n>".
+        aligned: Whether meta tensors count as aligned to 16 bytes.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    source = ASTSource(launch.kernel, *specialization(launch, aligned=aligned))
+    if target.startswith("sm_"):
+        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    else:
+        gpu = GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
+    return triton.compile(source, target=gpu, options=launch.options)
+
+
+def specialization(
+    launch: Launch, *, aligned: bool = True
+) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
+    """Return what a launch is compiled for: types, constants, and divisibility by 16.
+
+    Launches that differ in nothing else share their code.
+    """
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -126,7 +156,10 @@ def _compile(launch: Launch, target: str, *, aligned: bool = True) -> dict[str, 
         if value is None or (isinstance(value, int) and value == 1 and specialized):
             constants[path] = value
             return "constexpr"
-        is_aligned = aligned if isinstance(value, Tensor) else _divides(16, value) and specialized
+        if isinstance(value, Tensor):
+            is_aligned = aligned if value.is_meta else value.data_ptr() % 16 == 0
+        else:
+            is_aligned = specialized and _divides(16, value)
         if is_aligned:
             attributes[path] = [["tt.divisibility", 16]]
         return _type_of(value)
@@ -138,12 +171,7 @@ def _compile(launch: Launch, target: str, *, aligned: bool = True) -> dict[str, 
         else:
             specialized = not parameter.do_not_specialize
             signature[parameter.name] = describe(value, (i,), specialized)
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    if target.startswith("sm_"):
-        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    else:
-        gpu = GPUTarget("hip", target, 64)
-    return dict(triton.compile(source, target=gpu, options=launch.options).asm)
+    return signature, constants, attributes
 
 
 def _divides(divisor: int, value: Any) -> bool:
@@ -206,6 +234,8 @@ def _read_amdgcn(assembly: str) -> Figures:
 def _width_amd(instruction: str) -> int:
     if words := re.search(r"_dword(?:x(\d+))?$", instruction):
         return 32 * int(words.group(1) or 1)
+    if bits := re.search(r"_[bui](\d+)$", instruction):  # gfx11 and later
+        return int(bits.group(1))
     return 8 if "byte" in instruction else 16
 
 

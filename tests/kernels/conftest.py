@@ -1,14 +1,28 @@
 """Tests marked `launches` run on a GPU, or in child processes with Triton's interpreter."""
 
+import os
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from tests.kernels.harness import CAN_LAUNCH
+from tests.kernels.ownership import checked_owners
 
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> None:
     torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True)
+def _checked_owners() -> Iterator[None]:
+    """In the interpreter, no two programs of a launch may access one address and write it."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    with checked_owners():
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,6 +1,6 @@
 """Static figures of the compiled kernels: `python -m tests.kernels.figures [KERNEL ...]`.
 
-The command compiles the launches of all kernels, or of some, for four GPUs and records the figures
+The command compiles the launches of all kernels, or of some, for several GPUs and records figures
 in `recorded/triton-<version>.csv`. Each version of Triton has its own file.
 
 A test file `test_<kernel>.py` lists its launches in `LAUNCHES`: a name, and a call of the launcher
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.kernels.aot import TARGETS, Figures, compile_launch, record
+from tests.kernels.aot import MORE_TARGETS, TARGETS, Figures, compile_launch, record
 
 NEWEST = "3.9"  # the version that CI installs
 RECORDED = Path(__file__).parent / "recorded"
@@ -44,8 +44,14 @@ def figures_file() -> Path:
 
 @cache
 def read_figures() -> dict[Key, Figures]:
-    """Return the recorded figures; those of the newest Triton if this version has no file."""
-    file = figures_file() if figures_file().exists() else RECORDED / f"triton-{NEWEST}.csv"
+    """Return the recorded figures; those of the newest Triton where this version has none."""
+    newest = RECORDED / f"triton-{NEWEST}.csv"
+    files = [newest, figures_file()] if figures_file().exists() else [newest]
+    return {key: found for file in files for key, found in read_file(file).items()}
+
+
+def read_file(file: Path) -> dict[Key, Figures]:
+    """Return the figures in a file."""
     with file.open(newline="") as lines:
         _, *rows = csv.reader(lines)
     return {
@@ -78,8 +84,13 @@ def compiled_cases(launches: Mapping[str, Any]) -> list[Any]:
             marks=() if case == first and target in QUICK_TARGETS else pytest.mark.full,
         )
         for case in launches
-        for target in TARGETS
+        for target in targets_of(launches, case)
     ]
+
+
+def targets_of(launches: Iterable[str], case: str) -> tuple[str, ...]:
+    """Return the targets of a case; where cases are listed by dtype, one dtype has all targets."""
+    return TARGETS + (MORE_TARGETS if list(launches).index(case) % 3 == 0 else ())
 
 
 def measure(kernel: str, case: str, target: str) -> Iterator[tuple[Key, Figures]]:
@@ -110,11 +121,12 @@ def write_figures(kernels: Iterable[str]) -> None:
     names = [kernel for kernel, _ in all_launches()]
     found = {
         key: figures
-        for key, figures in (read_figures() if figures_file().exists() else {}).items()
+        for key, figures in (read_file(figures_file()) if figures_file().exists() else {}).items()
         if key.kernel in names and key.kernel not in kernels
     }
     for kernel, case in all_launches():
-        for target in TARGETS if kernel in kernels else ():
+        cases = [other for name, other in all_launches() if name == kernel]
+        for target in targets_of(cases, case) if kernel in kernels else ():
             for key, figures in measure(kernel, case, target):
                 assert figures.local == 0, f"{key} uses the stack or local memory: {figures}"
                 found[key] = figures

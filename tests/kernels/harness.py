@@ -1,6 +1,5 @@
 """Helpers of the kernel tests: device, guard bands, poisoned outputs, layouts, comparisons."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,9 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mimkit
-from mimkit_kernels._dispatch import HAS_TRITON
+from mimkit_kernels._dispatch import HAS_TRITON, INTERPRETED
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
 CAN_LAUNCH = ON_GPU or INTERPRETED
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,17 @@ def interpreted(test: Callable[..., Any]) -> Callable[..., Any]:
     return pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")(test)
 
 
-def run_in_interpreter(selection: str, *files: str | Path) -> None:
-    """Run the tests of some files that match a marker expression, in the interpreter."""
+def run_in_interpreter(selection: str, *files: str | Path, plugins: Sequence[str] = ()) -> None:
+    """Run the tests of some files that match a marker expression, in the interpreter.
+
+    With the plugin `tests.kernels.emulate_launches`, they run in the emulator of compiled code.
+    """
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
     }
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", "-m", selection]
+    options += [option for plugin in plugins for option in ("-p", plugin)]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", *map(str, files), *options],
         capture_output=True,

@@ -1,0 +1,170 @@
+"""Time every kernel with other numbers of warps and block sizes, and print the best of each.
+
+    python -m benchmarks.sweep_launches --rows FILE
+
+Run by `run_gpu.sh`. The launch tables in the kernel files are set from its output by hand: mimkit
+makes no choice by timing at run time. In Triton's interpreter it runs once with tiny shapes.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import mimkit
+import mimkit_kernels as kernels
+from benchmarks.harness import STAND_IN, Report, time_on_cpu, time_on_gpu
+from mimkit import masking
+from mimkit.patches import neighbors
+
+WARPS = (1, 2, 4, 8)
+# Constants of the launchers that choose block sizes: file, name, values to try.
+CONSTANTS = {
+    "move_tokens": {"_MAX_BLOCK": (256, 512, 1024, 2048)},
+    "gather_patches": {"MAX_TILE": (512, 1024, 2048)},
+    "linear_cross_entropy": {"_MAX_BLOCK": (2048, 4096, 8192)},
+    "regressor_inputs": {"_ROWS": (4, 8, 16), "_PARTS": (256, 512, 1024)},
+}
+REPEATS = 1 if STAND_IN else 7
+DEVICE = torch.device("cpu" if STAND_IN else "cuda")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of a kernel: its file, a name, and the call."""
+
+    kernel: str
+    name: str
+    call: Callable[[], Any]
+
+
+def cases() -> Iterator[Case]:
+    """Return calls at the shapes of ImageNet pre-training."""
+    batch, grid, width = (1, (2, 2), 32) if STAND_IN else (256, (14, 14), 768)
+    tokens = grid[0] * grid[1]
+    key = masking.key(torch.arange(batch, device=DEVICE), seed=0)
+    mask = masking.uniform(key, grid, 0.75)
+    for dtype in (torch.bfloat16, torch.float32):
+        some = {"dtype": dtype, "device": DEVICE}
+        full = torch.randn(batch, tokens, width, **some)
+        seen = torch.randn(batch, mask.num_visible, width, **some)
+        arguments = (mask.visible_ids, mask.masked_ids, None, 0)
+        yield case("move_tokens", dtype, kernels.gather_tokens, full, mask.visible_ids, 0)
+        yield case("move_tokens", dtype, kernels.restore_tokens, seen, seen[0, 0], *arguments)
+        images = torch.randn(batch, 3, 16 * grid[0], 16 * grid[1], **some)
+        values = torch.randn(batch, mask.num_masked, 768, **some)
+        patch = (16, 16)
+        yield case("gather_patches", dtype, kernels.gather_patches, images, mask.visible_ids, patch)
+        yield case(
+            "masked_pixel_loss", dtype, kernels.masked_pixel_loss,
+            values, images, mask.masked_ids, patch,
+        )  # fmt: skip
+        for side, channels in ((4, 256), (2, 384)):
+            channels = 16 if STAND_IN else channels
+            cells = torch.randn(batch, mask.num_visible, side**2, channels, **some)
+            taps = torch.randn(channels, 1, 5, 5, **some)
+            yield case(
+                "packed_depthwise_conv", dtype, kernels.packed_depthwise_conv,
+                cells, taps, None, neighbors(mask), (side, side),
+            )  # fmt: skip
+        parameters = [torch.randn(width, **some) for _ in range(6)]
+        regressor = (seen, seen, seen, seen, parameters, 1e-6)
+        yield case("regressor_inputs", dtype, kernels.regressor_inputs, *regressor)
+        words, rows = (64, 2) if STAND_IN else (8192, 4096)
+        weight, x = (torch.randn(n, width, **some) for n in (words, rows))
+        target = torch.randint(words, (rows,), device=DEVICE)
+        yield case(
+            "linear_cross_entropy", dtype, kernels.linear_cross_entropy, x, weight, None, target
+        )
+    for side in (4,) if STAND_IN else (14, 28, 64):
+        yield Case(
+            "uniform_sample", f"{side}x{side}", lambda s=side: masking.uniform(key, (s, s), 0.75)
+        )
+    yield Case(
+        "blockwise_sample", f"{grid}", lambda: masking.blockwise(key, grid, 0.4, min_block=1)
+    )
+
+
+def case(kernel: str, dtype: torch.dtype, function: Callable[..., Any], *inputs: Any) -> Case:
+    """Return a call of a function with tensors."""
+    shapes = [tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)]
+    return Case(kernel, f"{function.__name__} {dtype} {shapes}", lambda: function(*inputs))
+
+
+@contextmanager
+def warps(number: int | None) -> Iterator[None]:
+    """Launch all kernels with another number of warps."""
+    if number is None or STAND_IN:  # the interpreter ignores it
+        yield
+        return
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+
+    def changed(kernel: Any, *arguments: Any, **named: Any) -> Any:
+        return run(kernel, *arguments, **named | {"num_warps": number})
+
+    with mock.patch.object(JITFunction, "run", changed):
+        yield
+
+
+def settings(kernel: str) -> Iterator[dict[str, int]]:
+    """Return the values of the constants of a kernel's file to try; those of today first."""
+    module = import_module(f"mimkit_kernels.{kernel}")
+    tried = {n: v for n, v in CONSTANTS.get(kernel, {}).items() if hasattr(module, n)}
+    yield {}
+    for values in itertools.product(*tried.values()):
+        if tried:
+            yield dict(zip(tried, values, strict=True))
+
+
+def measure(case: Case, number: int | None, constants: dict[str, int]) -> float | str:
+    """Return the shortest time of a call in microseconds, or why it failed."""
+    module = import_module(f"mimkit_kernels.{case.kernel}")
+    with ExitStack() as stack:
+        for name, value in constants.items():
+            stack.enter_context(mock.patch.object(module, name, value))
+        stack.enter_context(warps(number))
+        stack.enter_context(mimkit.use("triton"))
+        try:
+            case.call()
+            clock = time_on_cpu if STAND_IN else time_on_gpu
+            return 1e6 * min(clock(case.call) for _ in range(REPEATS))
+        except Exception as error:  # a setting that the compiler refuses must not end the sweep
+            return f"{type(error).__name__}: {str(error).splitlines()[:1]}"
+
+
+def main() -> int:
+    """Sweep all cases; skip those whose result is in the file already."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=Path, required=True)
+    report = Report(file=parser.parse_args().rows)
+    done = report.file.read_text() if report.file.exists() else ""
+    for case in cases():
+        if case.name in done:
+            continue
+        times = {}
+        for number, constants in itertools.product((None, *WARPS), settings(case.kernel)):
+            if STAND_IN and number is not None:
+                continue
+            setting = ", ".join(f"{n}={v}" for n, v in (constants | {"num_warps": number}).items())
+            times[setting] = measure(case, number, constants)
+        worked = {name: us for name, us in times.items() if isinstance(us, float)}
+        best = min(worked, key=worked.get, default=None)
+        report.save({"bench": "sweep", "kernel": case.kernel, "case": case.name, "us": times})
+        today = times["num_warps=None"]
+        print(f"{case.kernel:22} {case.name}: today {today} us; best {best}: {worked.get(best)} us",
+              flush=True)  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

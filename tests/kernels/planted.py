@@ -1,0 +1,88 @@
+"""Kernels with a race, each beside its correct form, for the tests of the race checker."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mimkit_kernels._jit import jit
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+
+@jit
+def late_load_kernel(
+    logits: tl.tensor, target: tl.tensor, losses: tl.tensor, words: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    """`linear_cross_entropy` as it was: the target's logit is loaded after the last barrier."""
+    row = tl.program_id(0).to(tl.int64)
+    word = tl.arange(0, BLOCK)
+    line = logits + row * words
+    right = tl.load(target + row)
+    largest = -float("inf")
+    total = 0.0
+    for start in range(0, words, BLOCK):
+        inside = start + word < words
+        z = tl.load(line + start + word, mask=inside, other=-float("inf")).to(tl.float32)
+        above = tl.maximum(largest, tl.max(z, axis=0))
+        total = total * tl.exp(largest - above) + tl.sum(tl.exp(z - above), axis=0)
+        largest = above
+    log_total = largest + tl.log(total)
+    target_logit = tl.load(line + right).to(tl.float32)
+    tl.store(losses + row, log_total - target_logit)
+    for start in range(0, words, BLOCK):
+        inside = start + word < words
+        z = tl.load(line + start + word, mask=inside, other=-float("inf")).to(tl.float32)
+        gradient = tl.exp(z - log_total) - tl.where(start + word == right, 1.0, 0.0)
+        tl.store(line + start + word, gradient.to(logits.dtype.element_ty), mask=inside)
+
+
+@jit
+def two_writes_kernel(out: tl.tensor, BLOCK: tl.constexpr, BARRIER: tl.constexpr) -> None:
+    """Two warps write the same address."""
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, i)
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(out + BLOCK - 1 - i, i)
+
+
+@jit
+def scratch_kernel(
+    out: tl.tensor, scratch: tl.tensor, BLOCK: tl.constexpr, BARRIER: tl.constexpr
+) -> None:
+    """One warp reads from a buffer what another has written."""
+    i = tl.arange(0, BLOCK)
+    tl.store(scratch + i, i)
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(out + i, tl.load(scratch + BLOCK - 1 - i))
+
+
+@jit
+def neighbors_kernel(
+    out: tl.tensor, data: tl.tensor, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+) -> None:
+    """Programs whose blocks overlap by `OVERLAP` values; with the same tensor twice, in place."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(data + i + OVERLAP))
+
+
+@jit
+def overlap_kernel(out: tl.tensor, BLOCK: tl.constexpr, STEP: tl.constexpr) -> None:
+    """Programs that write `BLOCK` values each, `STEP` apart."""
+    i = tl.arange(0, BLOCK)
+    tl.store(out + tl.program_id(0) * STEP + i, i)
+
+
+@jit
+def outside_kernel(out: tl.tensor, BLOCK: tl.constexpr) -> None:
+    """Writes beyond the end of its tensor."""
+    tl.store(out + tl.arange(0, BLOCK), 1.0)
+
+
+@jit
+def misaligned_kernel(out: tl.tensor, offset: tl.tensor, BLOCK: tl.constexpr) -> None:
+    """Claims that the address at an offset is aligned."""
+    start = tl.multiple_of(out + offset, 16)
+    tl.store(start + tl.arange(0, BLOCK), 1.0)

@@ -1,0 +1,354 @@
+"""Sizes, layouts and settings at the edge of what kernels take; see kernels/README.md."""
+
+import ast
+import re
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import mimkit
+import mimkit_kernels as kernels
+from mimkit import masking
+from mimkit.losses import linear_cross_entropy, masked_pixel_loss
+from mimkit_kernels import _launch, _patches
+from tests.kernels import planted
+from tests.kernels.aot import compiled, record, specialization
+from tests.kernels.emulated import emulated_launches
+from tests.kernels.figures import all_launches
+from tests.kernels.harness import DEVICE, compiles, laid_out, launches, meta
+from tests.kernels.interpreter import interpreted, run_in_interpreter
+
+FILES = sorted(Path(kernels.__file__).parent.glob("*.py"))
+FAR = 1 << 31  # elements; a 32-bit offset overflows
+
+
+def module(name: str) -> Any:
+    """Return a kernel's module; in the package, functions have the modules' names."""
+    return import_module(f"mimkit_kernels.{name}")
+
+
+# Offsets beyond 2 ** 31
+
+
+def far_apart(samples: Tensor) -> Tensor:
+    """Return two samples whose first elements are more than 2 ** 31 elements apart.
+
+    The memory between them is not touched, so the system provides none.
+    """
+    first, second = samples
+    storage = torch.empty(FAR + 64 + second.numel(), dtype=samples.dtype, device=DEVICE)
+    view = storage.as_strided(samples.shape, (FAR + 64, *second.contiguous().stride()))
+    return view.copy_(samples)
+
+
+@launches
+def test_images_far_apart_are_read_correctly():
+    images = torch.randint(256, (2, 1, 4, 4), dtype=torch.uint8)
+    ids, far = torch.tensor([[0, 3], [1, 2]], device=DEVICE), far_apart(images)
+    assert far.stride(0) > FAR
+    with mimkit.use("triton"):
+        patches = kernels.gather_patches(far, ids, (2, 2))
+        errors = kernels.masked_pixel_loss(torch.zeros(2, 2, 4, device=DEVICE), far, ids, (2, 2))
+    with mimkit.use("reference"):
+        near = images.to(DEVICE)
+        right = kernels.gather_patches(near, ids, (2, 2))
+        expected = kernels.masked_pixel_loss(torch.zeros(2, 2, 4, device=DEVICE), near, ids, (2, 2))
+    torch.testing.assert_close(patches, right)
+    torch.testing.assert_close(errors, expected)
+
+
+@launches
+def test_tokens_far_apart_are_read_correctly():
+    tokens = torch.randn(2, 3, 4).half()
+    ids, others = torch.tensor([[2], [0]], device=DEVICE), torch.tensor([[0, 1], [1, 2]])
+    far, others = far_apart(tokens), others.to(DEVICE)
+    near, fill = tokens.to(DEVICE), torch.ones(4, dtype=torch.float16, device=DEVICE)
+    with mimkit.use("triton"):
+        taken = kernels.gather_tokens(far, ids, 0)
+        restored = kernels.restore_tokens(far[:, :1], fill, ids, others, None, 0)
+        total = module("move_tokens")._launch_sum(far, ids, 0)
+    with mimkit.use("reference"):
+        assert torch.equal(taken, kernels.gather_tokens(near, ids, 0))
+        right = kernels.restore_tokens(near[:, :1], fill, ids, others, None, 0)
+    assert torch.equal(restored, right)
+    torch.testing.assert_close(total, taken.float().sum((0, 1)))
+
+
+# Grids
+
+
+@compiles
+def test_grids_are_within_the_limits_of_gpus():
+    for (kernel, case), call in all_launches().items():
+        for launch in record(call):
+            first, *others = launch.grid
+            assert first < 1 << 31, (kernel, case)
+            assert all(size <= 65_535 for size in others), (kernel, case)
+
+
+@compiles
+def test_grids_do_not_grow_with_the_batch_along_y_and_z():
+    ids, tokens = meta(1 << 16, 784, dtype=torch.int64), meta(1 << 16, 784, 768)
+    move, images = module("move_tokens"), meta(1 << 16, 3, 448, 448, dtype=torch.uint8)
+    calls = [
+        lambda: move._launch_gather(tokens, ids, 0),
+        lambda: move._launch_scatter(tokens, ids, 1568, 1),
+        lambda: move._launch_sum(tokens, ids, 0),
+        lambda: module("gather_patches")._launch_gather(images, ids, [16, 16], None, None, True),
+        lambda: module("uniform_sample")._launch(ids[:, 0], ids[0, :2], 0, 784, 196),
+    ]
+    for call in calls:
+        for launch in record(call):
+            assert all(size <= 64 for size in launch.grid[1:]), (launch.name, launch.grid)
+
+
+# Alignment
+
+
+@compiles
+@pytest.mark.parametrize("layout", ["unaligned", "strided", "transposed"])
+def test_no_access_is_wider_than_the_alignment_of_its_address(layout):
+    """The emulator raises at an access of n bytes whose address is no multiple of n."""
+    tokens, ids = laid_out(torch.randn(2, 4, 64), layout), laid_out(torch.tensor([[3], [1]]))
+    with emulated_launches():
+        taken = module("move_tokens")._launch_gather(tokens, ids, 0)
+        images = laid_out(torch.randn(1, 3, 16, 16), layout)
+        patches = module("gather_patches")._launch_gather(
+            images, ids[:1], [8, 8], None, None, False
+        )
+    assert torch.equal(taken, kernels.gather_tokens(tokens, ids, 0))
+    expected = kernels.gather_patches(images, ids[:1], (8, 8), channels_last=False)
+    assert torch.equal(patches, expected)
+
+
+@compiles
+def test_misaligned_access_is_found():
+    with emulated_launches():
+        planted.misaligned_kernel[(1,)](torch.zeros(600), 4, BLOCK=512)
+        with pytest.raises(IndexError, match="16 bytes that are not aligned"):
+            planted.misaligned_kernel[(1,)](torch.zeros(600), 2, BLOCK=512)
+
+
+# Devices and streams
+
+
+class OnSecondGPU:
+    """Stand-in for a tensor on another GPU than the current one."""
+
+    is_cuda, device = True, torch.device("cuda:1")
+
+
+def test_launches_make_the_device_of_the_tensor_current():
+    with mock.patch.object(torch.cuda, "device") as guard, _launch.on_device(OnSecondGPU()):
+        guard.assert_called_once_with(torch.device("cuda:1"))
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if not f.stem.startswith("_")], ids=str)
+def test_every_launch_is_inside_on_device(file):
+    """Triton launches on the current device and its current stream, which PyTorch sets."""
+    found = {True: 0, False: 0}
+
+    def visit(node: ast.AST, guarded: bool) -> None:
+        if isinstance(node, ast.With):
+            guards = [item.context_expr for item in node.items]
+            guarded |= any(getattr(g, "func", g).__dict__.get("id") == "on_device" for g in guards)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+            name = getattr(node.func.value, "id", "")
+            found[guarded] += name.endswith("_kernel")
+        for child in ast.iter_child_nodes(node):
+            visit(child, guarded)
+
+    visit(ast.parse(file.read_text()), False)
+    assert found[True]
+    assert not found[False]
+
+
+# CUDA graphs and torch.compile
+
+
+@compiles
+def test_launchers_read_no_values():
+    """Meta tensors have none: reading one, which would synchronize with a GPU, raises."""
+    with pytest.raises(RuntimeError, match="meta"):
+        meta(1).item()
+    for call in all_launches().values():
+        assert record(call)
+
+
+@pytest.mark.parametrize("mode", ["fake", "compiled"])
+def test_constants_are_made_when_a_call_is_traced(mode):
+    """Made by the first run, they would belong to the memory of its CUDA graph."""
+    made: list[Any] = []
+    real = torch.tensor
+
+    def seen(*arguments: Any, **named: Any) -> Tensor:
+        made.append(real(*arguments, **named))
+        return made[-1]
+
+    images, ids = torch.zeros(1, 3, 4, 4), torch.zeros(1, 1, dtype=torch.int64)
+    op = module("gather_patches").gather_patches_op
+    mean = [0.125, 0.25, {"fake": 0.5, "compiled": 0.75}[mode]]  # a set of its own
+    with mock.patch.object(torch, "tensor", seen):
+        if mode == "fake":
+            with FakeTensorMode() as fake:
+                op(fake.from_tensor(images), fake.from_tensor(ids), [2, 2], mean, None, True)
+        else:
+            graphs = []
+            torch.compile(
+                lambda i: op(i, ids, [2, 2], mean, None, True),
+                backend=lambda graph, inputs: graphs.append(len(made)) or graph.forward,
+                fullgraph=True,
+            )(images)
+            assert graphs == [1]  # before the graph has run
+    (constant,) = made
+    assert type(constant) is Tensor
+    assert constant.tolist() == mean
+    kept = _patches.channel_tensor(mean, torch.device("cpu"))
+    assert kept is constant
+
+
+def outputs(result: Any) -> list[tuple[Any, ...]]:
+    """Return shape, strides and dtype of each result."""
+    parts = result if isinstance(result, tuple | list) else (result,)
+    return [(part.shape, part.stride(), part.dtype) for part in parts]
+
+
+IDS = torch.int64
+CASES: dict[str, tuple[str, str, str, tuple[Any, ...]]] = {
+    # name: file, launcher, fake, arguments
+    "gather": ("move_tokens", "_launch_gather", "_fake_gather",
+               (meta(2, 6, 8).transpose(0, 1), meta(6, 1, dtype=IDS), 0)),
+    "scatter": ("move_tokens", "_launch_scatter", "_fake_scatter",
+                (meta(2, 8, 3).mT, meta(2, 2, dtype=IDS), 5, 1)),
+    "restore": ("move_tokens", "_launch_restore_masked", "_fake_restore",
+                (meta(2, 8, 3).mT, meta(8), meta(2, 2, dtype=IDS), meta(2, 3, dtype=IDS), None, 1)),
+    "sum": ("move_tokens", "_launch_sum", "_fake_sum",
+            (meta(2, 8, 3).mT, meta(2, 2, dtype=IDS), 1)),
+    "gather patches": ("gather_patches", "_launch_gather", "_fake_gather",
+                       (meta(2, 4, 4, 3).permute(0, 3, 1, 2), meta(2, 2, dtype=IDS),
+                        [2, 2], None, None, True)),
+    "scatter patches": ("gather_patches", "_launch_scatter", "_fake_scatter",
+                        (meta(2, 12, 2).mT, meta(2, 2, dtype=IDS), [2, 3, 4, 4], [2, 2],
+                         None, True, torch.float16)),
+    "uniform": ("uniform_sample", "_launch", "_fake",
+                (meta(3, dtype=IDS), meta(2, dtype=IDS), 0, 9, 4)),
+    "blockwise": ("blockwise_sample", "_launch", "_fake",
+                  (meta(3, dtype=IDS), meta(2, dtype=IDS), 0, 1, 3, 3, 4, 1, 4, -1.0, 1.0, 9)),
+    "pixel loss": ("masked_pixel_loss", "_launch_forward", "_fake_forward",
+                   (meta(2, 12, 2).mT, meta(2, 3, 4, 4), meta(2, 2, dtype=IDS),
+                    [2, 2], None, None, True, True, "l2", 1.0)),
+    "conv": ("packed_depthwise_conv", "_launch_conv", "_fake_conv",
+             (meta(2, 3, 8, 4).mT, meta(8, 1, 3, 3), None, meta(2, 3, 9, dtype=torch.int32),
+              [2, 2])),
+    "regressor": ("regressor_inputs", "_launch_forward", "_forward_reference",
+                  (*[meta(2, 8, 3).mT] * 4, *[meta(8)] * 6, 1e-6, torch.float16)),
+}  # fmt: skip
+
+
+@compiles
+@pytest.mark.parametrize("name", CASES)
+def test_fake_results_have_the_strides_of_real_ones(name):
+    file, launcher, fake, arguments = CASES[name]
+    fake = "_fake_forward" if name == "regressor" else fake
+    real: list[Any] = []
+    record(lambda: real.append(getattr(module(file), launcher)(*arguments)))
+    assert outputs(real[0]) == outputs(getattr(module(file), fake)(*arguments))
+
+
+# Compilations
+
+# Code that a training run needs whose counts change at each step: one for a count of 1, one for
+# multiples of 16, one for the others (Triton compiles numbers equal to 1, and divisibility by 16).
+VARIANTS = {"gather": 3, "restore": 9, "sum": 9, "uniform": 9, "gather patches": 3, "regressor": 9}
+
+
+def count_calls(name: str) -> Callable[[int], Any]:
+    """Return a call of a launcher with some visible tokens of 196."""
+    ids = lambda n: meta(64, n, dtype=IDS)  # noqa: E731
+    move = module("move_tokens")
+    return {
+        "gather": lambda n: move._launch_gather(meta(64, 196, 768), ids(n), 0),
+        "restore": lambda n: move._launch_restore_masked(
+            meta(64, n, 768), meta(768), ids(n), ids(196 - n), None, 0
+        ),
+        "sum": lambda n: move._launch_sum(meta(64, 196, 768), ids(n), 0),
+        "uniform": lambda n: module("uniform_sample")._launch(
+            meta(64, dtype=IDS), meta(2, dtype=IDS), n, 196, n
+        ),
+        "gather patches": lambda n: module("gather_patches")._launch_gather(
+            meta(64, 3, 224, 224), ids(n), [16, 16], None, None, True
+        ),
+        "regressor": lambda n: module("regressor_inputs")._launch_forward(
+            *[meta(64, n, 768), meta(64, 196 - n, 768)] * 2, *[meta(768)] * 6, 1e-6, torch.float16
+        ),
+    }[name]
+
+
+@compiles
+@pytest.mark.parametrize("name", VARIANTS)
+def test_changing_counts_compile_a_bounded_number_of_kernels(name):
+    call = count_calls(name)
+    seen = {
+        (launch.name, str(specialization(launch)), str(launch.options))
+        for n in range(1, 196)
+        for launch in record(lambda n=n: call(n))
+    }
+    print(f"{name}: {len(seen)} compilations")
+    assert len(seen) <= VARIANTS[name]
+
+
+# Arithmetic
+
+
+def compiled_text(launch: Any) -> str:
+    return compiled(launch, "sm_90").asm["ttir"]
+
+
+@compiles
+@pytest.mark.full
+def test_sums_and_products_are_computed_in_float32():
+    narrow = r"arith\.(add|sub|mul|div)f [^\n]*: [^\n]*\b(bf16|f16)\b|math\.\w+ [^\n]*(bf16|f16)"
+    cases = [c for c in all_launches() if "float16" in c[1]]
+    assert cases
+    for case in cases:
+        for launch in record(all_launches()[case]):
+            found = re.search(narrow, compiled_text(launch))
+            assert found is None, (case, found and found.group())
+
+
+# Second derivatives
+
+
+@launches
+def test_second_derivatives_that_kernels_lack_raise_one_sentence():
+    mask = masking.uniform(masking.key([0], seed=0), (2, 2), 0.5).to(DEVICE)
+    images, target = torch.rand(1, 1, 4, 4, device=DEVICE), torch.tensor([1], device=DEVICE)
+    prediction = torch.rand(1, 2, 4, device=DEVICE, requires_grad=True)
+    x, weight = (torch.rand(n, 4, device=DEVICE, requires_grad=True) for n in (1, 3))
+
+    def loss(x: Tensor) -> Tensor:
+        return linear_cross_entropy(x, weight, None, target)
+
+    cases = {
+        "masked_pixel_loss_backward": (
+            lambda p: masked_pixel_loss(p, images, mask, 2), prediction
+        ),
+        "linear_cross_entropy_backward": (loss, x),
+    }  # fmt: skip
+    for name, (function, leaf) in cases.items():
+        with mimkit.use("triton"):
+            (grad,) = torch.autograd.grad(function(leaf), leaf, create_graph=True)
+            with pytest.raises(NotImplementedError, match=f"{name} has no derivative"):
+                torch.autograd.grad(grad.sum(), leaf)
+
+
+@interpreted
+def test_limits_hold_in_the_interpreter(selection):
+    run_in_interpreter(selection, __file__)

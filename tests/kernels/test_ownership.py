@@ -1,0 +1,35 @@
+"""The check that no two programs of a launch access one address; it runs in all launches' tests."""
+
+import pytest
+import torch
+
+from tests.kernels import planted
+from tests.kernels.harness import INTERPRETED, launches
+from tests.kernels.interpreter import interpreted, run_in_interpreter
+from tests.kernels.ownership import Conflict
+
+in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+
+
+@launches
+@in_interpreter
+def test_overlapping_writes_of_two_programs_are_an_error():
+    out = torch.zeros(100, dtype=torch.int32)
+    planted.overlap_kernel[(3,)](out, BLOCK=32, STEP=32)
+    with pytest.raises(Conflict, match="two programs of overlap_kernel write"):
+        planted.overlap_kernel[(3,)](out, BLOCK=32, STEP=31)
+
+
+@launches
+@in_interpreter
+def test_reading_what_another_program_writes_is_an_error():
+    data = torch.zeros(100)
+    planted.neighbors_kernel[(2,)](data, data, BLOCK=32, OVERLAP=0)
+    planted.neighbors_kernel[(2,)](torch.zeros(64), data, BLOCK=32, OVERLAP=1)
+    with pytest.raises(Conflict, match="neighbors_kernel reads what another"):
+        planted.neighbors_kernel[(2,)](data, data, BLOCK=32, OVERLAP=1)
+
+
+@interpreted
+def test_checks_find_conflicts_in_the_interpreter(selection):
+    run_in_interpreter(selection, __file__)
