@@ -15,6 +15,7 @@ _ROOTS = (_HERE / "_shipped", _HERE.parent)
 _TOOLS = {
     "doctor": ("mimkit._doctor", "versions, devices, kernels, what is missing for what"),
     "masks": ("mimkit.masking", "statistics and pictures of a sampler"),
+    "report": ("recipes.engine.page", "one HTML page of a run, or of several compared"),
     "pictures": ("recipes.engine.pictures", "the pictures of several runs side by side"),
 }
 
@@ -58,7 +59,11 @@ def _recipes(root: Path | None) -> dict[str, str]:
 
 
 def _help(recipes: dict[str, str]) -> str:
-    lines = ["usage: mimkit COMMAND [OPTIONS]", "", "recipes (`mimkit mae --help`):"]
+    lines = [
+        "usage: mimkit COMMAND [OPTIONS]",
+        "",
+        "training, probing, packing (`mimkit mae --help`):",
+    ]
     lines += [f"  {name}" for name in recipes] or ["  none: this installation holds no recipes"]
     lines += ["", "tools:"]
     lines += [f"  {name:10}{text}" for name, (_, text) in _TOOLS.items()]

@@ -32,7 +32,9 @@ def main() -> int:
     print(f"device     {_device()}")
     print(f"kernels    {_kernels()}")
     found = {name: _version(_DISTRIBUTIONS.get(name, name)) for name in _OPTIONAL}
-    print("found      " + ", ".join(f"{name} {version}" for name, version in found.items() if version))
+    print(
+        "found      " + ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    )
     for name, version in found.items():
         if not version:
             print(f"missing    {_DISTRIBUTIONS.get(name, name)}, for {_OPTIONAL[name]}")

@@ -8,6 +8,7 @@ no other host for anything.
 
 import base64
 import io
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -138,7 +139,7 @@ def _curves(runs: Sequence[_Run]) -> str:
     axes.legend(frameon=False)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue().partition("<svg")[1] + buffer.getvalue().partition("<svg")[2]
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 
 def _pictures(runs: Sequence[_Run]) -> list[str]:
@@ -202,6 +203,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    import sys
-
     sys.exit(main())

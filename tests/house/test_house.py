@@ -139,7 +139,9 @@ def test_private_imports_are_found_however_they_are_written(tmp_path: Path) -> N
     assert private_imports(tmp_path) == expected
 
 
-def test_a_wheel_built_from_the_sdist_holds_both_packages_the_recipes_and_nothing_else(tmp_path: Path) -> None:
+def test_a_wheel_built_from_the_sdist_holds_both_packages_the_recipes_and_nothing_else(
+    tmp_path: Path,
+) -> None:
     # `--no-isolation`: the backend comes from the test environment, nothing is downloaded.
     subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],

@@ -229,7 +229,7 @@ def place_side_by_side(runs: Sequence[Path], out: Path) -> list[Path]:
     """
     if len(runs) < 2:
         raise UserError("give the folders of two or more runs")
-    captions = _captions([_config_of(run) for run in runs], runs)
+    captions = _captions([config_of(run) for run in runs], runs)
     found = ({file.stem for file in run.glob("*.png") if file.is_file()} for run in runs)
     names = sorted(set.intersection(*found))
     if not names:
@@ -264,7 +264,7 @@ def _check_ours(file: Path) -> None:
     )
 
 
-def _config_of(run: Path) -> dict[str, Any]:
+def config_of(run: Path) -> dict[str, Any]:
     """Read the configuration of a finished run, flat."""
     if not (run / "summary.json").is_file():
         raise UserError(f"{run} is not the folder of a finished run: it has no summary.json")
@@ -283,10 +283,15 @@ def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{name}", value
 
 
+def different_keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the keys that have not the same value in all configurations."""
+    names = sorted({name for config in configs for name in config})
+    return [n for n in names if any(c.get(n) != configs[0].get(n) for c in configs)]
+
+
 def _captions(configs: Sequence[Mapping[str, Any]], runs: Sequence[Path]) -> list[str]:
     """Name each run, and what its configuration has different."""
-    names = sorted({name for config in configs for name in config})
-    different = [n for n in names if any(c.get(n) != configs[0].get(n) for c in configs)]
+    different = different_keys(configs)
     folders = [run.resolve().name for run in runs]
     if len(set(folders)) < len(folders):  # the same name in several places
         folders = [str(run) for run in runs]

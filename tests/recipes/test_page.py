@@ -1,0 +1,89 @@
+"""The HTML page of one run or several."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from mimkit import viz
+from recipes.engine.page import main
+from recipes.engine.reading import seal
+from recipes.engine.run.state import DIGESTS
+
+
+class Page(HTMLParser):
+    """Collects the tags of a page, what its tags point to, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.targets: list[str] = []
+        self.texts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.targets += [value for name, value in attrs if name in ("src", "href") and value]
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def make_run(folder: Path, *, dim: int, loss: float) -> Path:
+    folder.mkdir()
+    (folder / "config.yaml").write_text(f"model:\n  dim: {dim}\n  depth: 2\n")
+    summary = {"steps": 2, "probes": {"knn": {"trained": 62.5}}, DIGESTS: {}}
+    (folder / "summary.json").write_text(json.dumps(seal(summary)))
+    rows = [
+        {"step": step, "loss": loss, "images_per_s": 1.0, "baselines": {"zero": 1.0}}
+        for step in (1, 2)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    viz.panel([[torch.zeros(3, 8, 8)]], ["input"]).save(folder / "reconstructions.png")
+    return folder
+
+
+def test_a_page_of_two_runs_holds_everything_in_itself(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "first", dim=96, loss=0.5)
+    make_run(tmp_path / "<b>second", dim=128, loss=0.25)
+    assert main(["first", "<b>second", "--out", "page.html"]) == 0
+    assert capsys.readouterr().out == "page.html\n"
+    page = Page(Path("page.html").read_text())
+    assert "script" not in page.tags
+    assert "b" not in page.tags  # the name of a folder stays text
+    assert page.tags.count("img") == 2
+    assert page.tags.count("svg") == 1
+    outside = [t for t in page.targets if not t.startswith(("data:image/png;base64,", "#"))]
+    assert outside == []
+    for text in ("62.5", "model.dim", "96", "128", "<b>second"):
+        assert text in page.texts
+    assert main(["first", "--out", "page.html"]) == 0  # a page of ours is replaced
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: (run / "summary.json").unlink(), "it has no summary.json"),
+        (lambda run: (run / "summary.json").write_text("{}"), "it has no digest"),
+    ],
+)
+def test_a_run_that_is_not_whole_is_named(damage, message, tmp_path, capsys):
+    run = make_run(tmp_path / "run", dim=8, loss=1.0)
+    damage(run)
+    assert main([str(run), "--out", str(tmp_path / "page.html")]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_file_that_is_no_page_is_not_replaced(tmp_path, capsys):
+    run = make_run(tmp_path / "run", dim=8, loss=1.0)
+    other = tmp_path / "notes.html"
+    other.write_text("mine")
+    assert main([str(run), "--out", str(other)]) == 2
+    assert "is not a page of this command" in capsys.readouterr().err
+    assert other.read_text() == "mine"
