@@ -60,7 +60,7 @@ def pytest_terminal_summary(
 ) -> None:
     """Print one table per benchmark, and save the rows with `--save`."""
     report = config.stash[REPORT]
-    if not report.rows:
+    if not (report.rows or report.notes):
         return
     terminalreporter.section("benchmarks")
     settings = (f"{name} {value}" for name, value in describe_environment().items())

@@ -3,31 +3,20 @@
 Axes: batch; channels; *spatial (one to three axes); patch (the values of one patch).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Iterator, Sequence
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
 import mimkit_kernels as kernels
+from mimkit._arguments import describe
 from mimkit._grids import Grid, divide
 from mimkit._settings import Settings
 from mimkit.masking import Mask, RaggedMask
 
 Order = Literal["p1 p2 c", "c p1 p2"]
-
-
-def describe(value: object) -> str:
-    """Describe an argument in a few words, for an error message.
-
-    Example:
-        >>> describe(torch.zeros(2, 3)), describe("a word")
-        ('a tensor of torch.float32 and shape (2, 3)', "str 'a word'")
-    """
-    if isinstance(value, Tensor):
-        return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
-    return f"{type(value).__name__} {' '.join(repr(value).split()):.60}"
 
 
 def check_even(mask: object) -> None:
@@ -44,7 +33,9 @@ def check_even(mask: object) -> None:
         )
 
 
-def check_mask(mask: Mask, grid: Sequence[int], samples: Shaped[Tensor, "batch ..."]) -> None:
+def check_mask(
+    mask: Mask, grid: Sequence[int], samples: Shaped[Tensor, "batch ..."], name: str = "images"
+) -> None:
     """Check that a mask has the grid, the batch size and the device of `samples`.
 
     Raises:
@@ -53,11 +44,11 @@ def check_mask(mask: Mask, grid: Sequence[int], samples: Shaped[Tensor, "batch .
     """
     check_even(mask)
     if mask.grid != tuple(grid):
-        raise ValueError(f"the mask has grid {mask.grid}, but the input has grid {tuple(grid)}")
-    _check_batch_size(mask, samples)
+        raise ValueError(f"the mask has grid {mask.grid}, but {name} have grid {tuple(grid)}")
+    _check_batch_size(mask, samples, name)
 
 
-def check_batch(mask: Mask, samples: Shaped[Tensor, "batch ..."]) -> None:
+def check_batch(mask: Mask, samples: Shaped[Tensor, "batch ..."], name: str) -> None:
     """Check that a mask has the batch size and the device of `samples`.
 
     Raises:
@@ -66,18 +57,16 @@ def check_batch(mask: Mask, samples: Shaped[Tensor, "batch ..."]) -> None:
             ids are wrong.
     """
     check_even(mask)
-    _check_batch_size(mask, samples)
+    _check_batch_size(mask, samples, name)
 
 
-def _check_batch_size(mask: Mask, samples: Tensor) -> None:
+def _check_batch_size(mask: Mask, samples: Tensor, name: str) -> None:
     if mask.batch_size != len(samples):
-        raise ValueError(
-            f"the mask has {mask.batch_size} samples, but the input has {len(samples)}"
-        )
-    check_device(mask, samples)
+        raise ValueError(f"the mask has {mask.batch_size} samples, but {name} has {len(samples)}")
+    check_device(mask, samples, name)
 
 
-def check_device(mask: Mask | RaggedMask, samples: Shaped[Tensor, "..."]) -> None:
+def check_device(mask: Mask | RaggedMask, samples: Shaped[Tensor, "..."], name: str) -> None:
     """Check that a mask is on the device of `samples`.
 
     Raises:
@@ -85,10 +74,10 @@ def check_device(mask: Mask | RaggedMask, samples: Shaped[Tensor, "..."]) -> Non
         ValueError: If the devices differ, or (with `mimkit.use(check=True)`) the ids are wrong.
     """
     if not isinstance(samples, Tensor):
-        raise TypeError(f"the input must be a tensor; got {describe(samples)}")
+        raise TypeError(f"{name} must be a tensor; got {describe(samples)}")
     if mask.device != samples.device:
         raise ValueError(
-            f"the mask is on {mask.device}, but the input on {samples.device}: "
+            f"the mask is on {mask.device}, but {name} on {samples.device}: "
             "draw it there, or move it with mask.to(device)"
         )
     if Settings.check:
@@ -112,7 +101,7 @@ def check_rows(
         raise ValueError(
             f"{name} must be [{expected}, {width}] for {mask}; got {tuple(rows.shape)}"
         )
-    check_device(mask, rows)
+    check_device(mask, rows, name)
 
 
 def check_stacked(
@@ -148,6 +137,19 @@ def as_floats(images: Shaped[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """
     check_pixels(images)
     return images / 255 if images.dtype == torch.uint8 else images
+
+
+def check_no_nan(name: str, values: Shaped[Tensor, "..."], *, always: bool = False) -> None:
+    """Check that values contain no NaN: on a CPU, with `mimkit.use(check=True)`, or always.
+
+    Raises:
+        ValueError: If they do, or are on the meta device, which holds no values.
+    """
+    if always and values.is_meta:
+        raise ValueError(f"{name} must hold values; got a tensor on the meta device")
+    is_cheap = values.device.type == "cpu" and not torch.compiler.is_compiling()
+    if (always or is_cheap or Settings.check) and bool(values.isnan().any()):
+        raise ValueError(f"{name} must not contain NaN; got {int(values.isnan().sum())} of them")
 
 
 def check_num_images(
@@ -234,20 +236,5 @@ def cell_of(feature_map: Shaped[Tensor, "batch channels *spatial"], mask: Mask) 
     Raises:
         ValueError: If the mask has another number of axes, or does not fit the feature map.
     """
-    check_batch(mask, feature_map)
+    check_batch(mask, feature_map, "feature_map")
     return divide("feature map", feature_map.shape[2:], mask.grid, "the grid of the mask")
-
-
-def unwrap(state_dict: Any) -> Mapping[str, Tensor]:
-    """Take the tensors out of a checkpoint of the form `{"model": ...}`.
-
-    Raises:
-        TypeError: If it is not a dictionary.
-    """
-    if not isinstance(state_dict, Mapping):
-        kind = type(state_dict).__name__
-        raise TypeError(f"a state dict maps names to tensors; got {kind} {state_dict!r:.60}")
-    tensors: Mapping[str, Any] = state_dict
-    while isinstance(tensors.get("model"), Mapping):
-        tensors = tensors["model"]
-    return tensors

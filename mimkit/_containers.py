@@ -46,8 +46,11 @@ def container(cls: type[T]) -> type[T]:
         return list(zip(keys, leaves, strict=True)), context
 
     def unflatten(leaves: Any, context: tuple[Any, ...]) -> Any:
-        named = zip(leaf_names + context_names, (*leaves, *context), strict=True)
-        return frozen(**dict(named))
+        # Without the constructor, which checks its arguments: leaves may be of any kind here.
+        value = object.__new__(frozen)
+        for name, part in zip(leaf_names + context_names, (*leaves, *context), strict=True):
+            object.__setattr__(value, name, part)
+        return value
 
     pytree.register_pytree_node(
         frozen,

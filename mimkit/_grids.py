@@ -7,6 +7,7 @@ from typing import Any
 
 Grid = tuple[int, ...]
 MAX_AXES = 3
+MAX_SIZE = (1 << 31) - 1
 # Rows that a class token adds to a table of relative positions: class to patch, patch to class,
 # class to class.
 NUM_CLASS_ROWS = 3
@@ -33,6 +34,8 @@ def as_sizes(name: str, value: int | Sequence[int]) -> Grid:
         raise TypeError(f"{name} must be integers, one per axis; got {value!r}") from None
     if not 1 <= len(sizes) <= MAX_AXES or min(sizes) < 1:
         raise ValueError(f"{name} must be one to three positive integers; got {value!r}")
+    if max(sizes) > MAX_SIZE:
+        raise ValueError(f"{name} must be at most {MAX_SIZE} on each axis; got {value!r}")
     return sizes
 
 

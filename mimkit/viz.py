@@ -3,8 +3,6 @@
 Needs pillow; `curves` also needs matplotlib.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimkit._arguments import Count, Share, checked
+from mimkit._checks import check_no_nan
 from mimkit._grids import divide
 from mimkit.masking import Mask
 from mimkit.patches import gather_visible, patchify, restore, unpatchify
@@ -26,6 +26,7 @@ _BACKGROUND = (255, 255, 255)
 _INK = (40, 40, 40)
 
 
+@checked
 def show_masked(
     images: Float[Tensor, "batch channels *spatial"],
     mask: Mask,
@@ -51,6 +52,7 @@ def show_masked(
     return unpatchify(patches, mask.grid, patch_size)
 
 
+@checked
 def fill_masked(
     images: Float[Tensor, "batch channels *spatial"],
     mask: Mask,
@@ -75,9 +77,10 @@ def fill_masked(
     return unpatchify(restore(visible, mask, patches), mask.grid, patch_size)
 
 
+@checked
 def half_mass(
-    attention: Float[Tensor, batch * grid], *, share: float = 0.5
-) -> Bool[Tensor, batch * grid]:
+    attention: Float[Tensor, "batch *grid"], *, share: Share = 0.5
+) -> Bool[Tensor, "batch *grid"]:
     """Find the smallest set of positions with a given share of the attention.
 
     Args:
@@ -89,6 +92,7 @@ def half_mass(
         tensor([[[0, 1],
                  [1, 0]]], dtype=torch.int32)
     """
+    check_no_nan("attention", attention, always=True)
     flat = attention.flatten(1).double()
     values, order = flat.sort(dim=1, descending=True, stable=True)
     before = values.cumsum(dim=1) - values
@@ -96,13 +100,14 @@ def half_mass(
     return torch.zeros_like(inside).scatter(1, order, inside).view(attention.shape)
 
 
+@checked
 def show_attention(
     images: Float[Tensor, "batch channels height width"],
     attention: Float[Tensor, "batch rows columns"],
     *,
-    share: float = 0.5,
+    share: Share = 0.5,
     color: Sequence[float] = (1.0, 0.9, 0.0),
-    line: int = 2,
+    line: Count = 2,
 ) -> Float[Tensor, "batch 3 height width"]:
     """Draw an attention map as brightness, with a contour around half of the attention.
 
@@ -139,7 +144,8 @@ def show_attention(
     return torch.where(on_line, shown.new_tensor(color).view(1, 3, 1, 1), shown)
 
 
-def panel(rows: Sequence[Sequence[Tensor]], captions: Sequence[str], *, note: str = "") -> Image:
+@checked
+def panel(rows: Sequence[Sequence[Tensor]], captions: Sequence[str], *, note: str = "") -> "Image":
     """Arrange images in a grid with a caption above each column.
 
     Args:
@@ -189,7 +195,8 @@ def panel(rows: Sequence[Sequence[Tensor]], captions: Sequence[str], *, note: st
     return canvas
 
 
-def curves(steps: Sequence[float], series: Mapping[str, Sequence[float]], *, title: str) -> Image:
+@checked
+def curves(steps: Sequence[float], series: Mapping[str, Sequence[float]], *, title: str) -> "Image":
     """Plot curves over training steps: the first one thick and solid, the others dashed.
 
     Args:
@@ -235,7 +242,7 @@ def _wrapped(text: str, width: int) -> list[str]:
     return lines
 
 
-def _to_picture(image: Float[Tensor, "channels height width"]) -> Image:
+def _to_picture(image: Float[Tensor, "channels height width"]) -> "Image":
     from PIL import Image
 
     if image.ndim != 3 or image.shape[0] not in (1, 3):

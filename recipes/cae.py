@@ -9,8 +9,7 @@ decoder turns them into the codes of a tokenizer. The full presets are the autho
 (AdamW 1.5e-3 at batch 2048, betas .9 and .999, weight decay .05, gradient norm at most 3, drop path
 .1, block-wise masks of 98 of 196 patches, DALL-E's tokenizer). Published for 1600 epochs on
 ImageNet-1K, top-1 after fine-tuning, linear and attentive probing: ViT-B 83.9 / 70.3 / 77.2,
-ViT-L 86.2 / 77.8 / 81.2. The tokenizer sees the model's input resized, where theirs resizes the
-same crop anew.
+ViT-L 86.2 / 77.8 / 81.2.
 
 `--target features --teacher FILE --no-alignment --no-decoder` is CAE v2 (arXiv:2211.09799) at the
 masked patches: it predicts a teacher's features by their cosine. docs/recipes.md says more.
@@ -21,6 +20,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 if __name__ == "__main__":
@@ -30,14 +30,16 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
-from mimkit import container, losses, viz
+from mimkit import container, losses
+from mimkit._grids import per_axis, sides_of
 from mimkit.masking import Mask
-from mimkit.nn import CAEDecoder, ContextRegressor, PatchTokenizer, PixelHead, TokenHead, ViT
+from mimkit.nn import CAEDecoder, ContextRegressor, PixelHead, TokenHead, ViT
 from mimkit.patches import sincos_positions, unpatchify
 from recipes.engine import Masking, Preset, Recipe, Training, fields, run, targets
 from recipes.engine.masks import join
 from recipes.engine.pretrained.teachers import load_teacher
 from recipes.engine.pretrained.tokenizers import make_tokenizer
+from recipes.engine.run import defaults
 
 Target = Literal["tokens", "rgb", "features"]
 
@@ -84,12 +86,12 @@ class CAEConfig:
     depth: fields.Depth = 12
     heads: fields.PositiveInt = 12
     mlp_ratio: fields.PositiveFloat = 4.0
-    layer_scale: float | None = 0.1
+    layer_scale: fields.NonNegativeFloat | None = 0.1
     regressor_depth: fields.Depth = 4
     decoder_dim: fields.Width = 768
     decoder_depth: fields.Depth = 4
     decoder_heads: fields.PositiveInt = 12
-    decoder_layer_scale: float | None = 0.1
+    decoder_layer_scale: fields.NonNegativeFloat | None = 0.1
     vocabulary_size: fields.PositiveInt = 8192
     alignment_weight: fields.NonNegativeFloat = 2.0
     target: Target = "tokens"
@@ -103,6 +105,8 @@ class CAEConfig:
 
     def __post_init__(self) -> None:
         fields.check_fields(self)
+        if self.teacher is not None and self.target != "features":
+            raise ValueError(f'a teacher is for target "features"; got target {self.target!r}')
 
 
 @container
@@ -169,22 +173,14 @@ class CAE(nn.Module):
             first_axis="row",
             drop_path=config.drop_path,
         )
-        width = config.decoder_dim
+        self.patch_size = self.encoder.patch_embed.patch_size
+        width, grid, prefix = config.decoder_dim, self.encoder.grid, self.encoder.num_prefix_tokens
         # As published: no layer at all where the widths agree.
-        layers = OrderedDict(
-            linear=nn.Linear(config.dim, width), norm=nn.LayerNorm(width, eps=1e-6)
-        )
-        self.project = nn.Identity() if width == config.dim else nn.Sequential(layers)
+        layers = {"linear": nn.Linear(config.dim, width), "norm": nn.LayerNorm(width, eps=1e-6)}
+        self.project = nn.Identity() if width == config.dim else nn.Sequential(OrderedDict(layers))
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        self.pos_embed = nn.Parameter(
-            sincos_positions(
-                width,
-                self.encoder.grid,
-                first_axis="row",
-                num_prefix=self.encoder.num_prefix_tokens,
-            )[None],
-            requires_grad=False,
-        )
+        positions = sincos_positions(width, grid, first_axis="row", num_prefix=prefix)
+        self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
         blocks: dict[str, Any] = {
             "dim": width,
             "heads": config.decoder_heads,
@@ -195,14 +191,12 @@ class CAE(nn.Module):
         self.regressor = ContextRegressor(depth=config.regressor_depth, **blocks)
         depth = 0 if config.no_decoder else config.decoder_depth
         self.decoder = CAEDecoder(depth=depth, **blocks)
-        self.patch_size = self.encoder.patch_embed.patch_size
+        channels = config.in_channels
         self.head: nn.Module
         if config.target == "tokens":
             self.head = TokenHead(dim=width, vocabulary_size=config.vocabulary_size)
         elif config.target == "rgb":
-            self.head = PixelHead(
-                dim=width, patch_size=self.patch_size, in_channels=config.in_channels
-            )
+            self.head = PixelHead(dim=width, patch_size=self.patch_size, in_channels=channels)
         else:
             self.head = nn.Linear(width, config.feature_dim)
         # In pre-training, the frozen tokenizer or teacher; else its output is given to `forward`.
@@ -223,15 +217,13 @@ class CAE(nn.Module):
         Args:
             images: The images.
             mask: Which patches are masked.
-            token_ids: The tokenizer's code of every patch, row by row; read with target "tokens"
-                only.
-            features: What a teacher makes of the masked patches (`targets.FeatureTarget`); read
-                with target "features" only.
+            token_ids: With target "tokens", the tokenizer's code of every patch, row by row.
+            features: With target "features", the teacher's features of the masked patches.
             return_logits: Whether to keep the logits, which are else made chunk by chunk and gone.
 
         Raises:
-            ValueError: Token ids or features that are missing or of another shape, or (on a CPU)
-                ids out of range.
+            ValueError: If token ids or features are missing or of another shape, or (on a CPU) ids
+                are out of range.
         """
         if token_ids is not None:
             _, token_ids = join(mask, token_ids)
@@ -240,20 +232,18 @@ class CAE(nn.Module):
             token_ids = self.target.encode(images)
         elif isinstance(self.target, targets.FeatureTarget):
             features = self.target(images, mask)
+        prefix = self.encoder.num_prefix_tokens
         latent = self.encoder(images, mask)
-        visible = self.project(latent[:, self.encoder.num_prefix_tokens :])
-        positions = self.pos_embed[0, self.encoder.num_prefix_tokens :]
+        visible, positions = self.project(latent[:, prefix:]), self.pos_embed[0, prefix:]
         predicted = self.regressor.from_mask_token(self.mask_token[0, 0], visible, positions, mask)
         wanted = self._alignment_target(images, mask)
-        alignment = (
-            torch.zeros((), device=images.device)
-            if wanted is None
-            else losses.alignment_mse(predicted, wanted)
-        )
+        alignment = torch.zeros((), device=images.device)
+        if wanted is not None:
+            alignment = losses.alignment_mse(predicted, wanted)
         tokens = self.decoder(predicted, positions[mask.masked_ids])
         prediction, accuracy, top_share = None, None, None
         if self.config.target == "tokens":
-            ids = self._masked_ids(token_ids, mask)
+            ids = targets.given_codes(token_ids, mask)
             main, accuracy = self.head(tokens, ids, return_accuracy=True)
             if isinstance(self.target, targets.CountedTokenTarget):
                 top_share = (ids == self.target.frequencies.argmax()).float().mean()
@@ -264,7 +254,8 @@ class CAE(nn.Module):
             if self.config.target == "rgb":
                 main = losses.masked_pixel_loss(prediction, images, mask, self.patch_size)
             else:
-                main = losses.masked_cosine(prediction, self._features(features, mask), mask)
+                features = targets.given_features(features, mask, self.config.feature_dim)
+                main = losses.masked_cosine(prediction, features, mask)
         return CAEOutput(
             loss=main + self.config.alignment_weight * alignment,
             main_loss=main,
@@ -307,16 +298,6 @@ class CAE(nn.Module):
         target: Tensor = self.project(latent)
         return target
 
-    def _masked_ids(self, token_ids: Tensor | None, mask: Mask) -> Int64[Tensor, "batch masked"]:
-        shape = (mask.batch_size, mask.num_tokens)
-        what = f"one code for each of the {shape[1]} patches of {shape[0]} images"
-        return _checked("token_ids", token_ids, shape, what).gather(1, mask.masked_ids)
-
-    def _features(self, features: Tensor | None, mask: Mask) -> Tensor:
-        shape = (mask.batch_size, mask.num_masked, self.config.feature_dim)
-        what = f"{shape[2]} numbers for each of the {shape[1]} masked patches of {shape[0]} images"
-        return _checked("features", features, shape, what)
-
     def _initialize(self) -> None:
         """Draw weights as published: every linear layer Xavier-uniform, the rest as BEiT's."""
         for layer in self.modules():
@@ -332,52 +313,22 @@ class CAE(nn.Module):
             nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)
 
 
-def _checked(name: str, values: Tensor | None, shape: tuple[int, ...], what: str) -> Tensor:
-    """Return values of a shape.
-
-    Raises:
-        ValueError: They are missing, or of another shape.
-    """
-    if values is None or values.shape != shape:
-        got = None if values is None else tuple(values.shape)
-        raise ValueError(f"{name} must hold {what}, {shape}; got {got}")
-    return values
-
-
 def build_with_target(config: CAEConfig) -> CAE:
     """Make the model together with the frozen tokenizer or teacher that makes its target."""
-    target = make_target(config)
+    axes = len(sides_of("image_size", config.image_size))
+    patch_size = per_axis("patch_size", config.patch_size, axes)
+    images = (config.image_size, patch_size, config.in_channels)
+    target: targets.Target = targets.PixelTarget(patch_size, config.in_channels, normalize=True)
     if config.target == "tokens":
+        tokenizer = make_tokenizer(config.tokenizer, *images, config.vocabulary_size)
+        target = targets.CountedTokenTarget(tokenizer, patch_size)
         config = dataclasses.replace(config, vocabulary_size=target.num_values)
     elif config.target == "features":
+        target = targets.SimilarityTarget(load_teacher(config.teacher, *images))
         config = dataclasses.replace(config, feature_dim=target.num_values)
     model = CAE(config)
     model.target = target
     return model
-
-
-def make_target(config: CAEConfig) -> targets.Target:
-    """Make what is predicted."""
-    axes = len(config.image_size) if isinstance(config.image_size, tuple) else 2
-    patch = config.patch_size
-    patch_size = patch if isinstance(patch, tuple) else (patch,) * axes
-    images = (config.image_size, patch_size, config.in_channels)
-    if config.target == "rgb":
-        return targets.PixelTarget(patch_size, config.in_channels, normalize=True)
-    if config.target == "features":
-        return targets.SimilarityTarget(load_teacher(config.teacher, *images))
-    tokenizer = make_tokenizer(config.tokenizer, *images, config.vocabulary_size)
-    return targets.CountedTokenTarget(tokenizer, patch_size)
-
-
-def reconstruct(
-    model: CAE, images: Float[Tensor, "batch channels height width"], mask: Mask
-) -> Float[Tensor, "batch channels height width"]:
-    """Fill in the masked patches, by logits that a training step does not keep."""
-    assert model.target is not None
-    prediction = model(images, mask, return_logits=True).prediction.float()
-    patches = model.target.invert(prediction, images, mask)
-    return viz.fill_masked(images, mask, patches, model.patch_size)
 
 
 def decode_full(
@@ -385,18 +336,12 @@ def decode_full(
 ) -> Mapping[str, Float[Tensor, "batch channels height width"]]:
     """Decode the latents of whole images, which the decoder never saw in training."""
     assert model.target is not None
-    target, grid = model.target, model.encoder.grid
+    grid = model.encoder.grid
     nothing = torch.zeros(len(images), 0, dtype=torch.int64)
     everything = Mask.from_visible_ids(nothing, grid).to(images.device)
     prediction = model.decode_full(images).float()
-    columns = {"encoder + decoder": target.invert(prediction, images, everything)}
-    if isinstance(target, targets.CountedTokenTarget):
-        ids = target(images, everything)
-        columns["tokens themselves"] = target.draw(ids, images, everything)
-        if isinstance(target.tokenizer, PatchTokenizer):
-            # What the pictures show before any code is right.
-            common = target.frequencies.argmax().expand_as(ids)
-            columns["contrast, one code"] = target.draw(common, images, everything)
+    columns = {"encoder + decoder": model.target.invert(prediction, images, everything)}
+    columns |= model.target.draw_references(images, everything)
     return {name: unpatchify(patches, grid, model.patch_size) for name, patches in columns.items()}
 
 
@@ -411,16 +356,9 @@ PAPER = Training(
     crop_area=(0.08, 1.0),
 )
 MASKING = Masking(mask_ratio=0.5, sampler="blockwise")
-LARGE = CAEConfig(
-    image_size=224,
-    dim=1024,
-    depth=24,
-    heads=16,
-    layer_scale=1e-5,
-    decoder_dim=1024,
-    decoder_heads=16,
-    drop_path=0.1,
-    tokenizer="dalle_encoder.pt",
+BASE = CAEConfig(image_size=224, drop_path=0.1, tokenizer="dalle_encoder.pt")
+LARGE = dataclasses.replace(
+    BASE, dim=1024, depth=24, heads=16, layer_scale=1e-5, decoder_dim=1024, decoder_heads=16
 )
 
 PRESETS = {
@@ -440,13 +378,9 @@ PRESETS = {
             alignment_weight=0.2,
         ),
         Training(epochs=4, batch_size=32, base_lr=8e-3, warmup_epochs=0.3, clip_grad=1.0),
-        Masking(mask_ratio=0.5, sampler="blockwise", min_block=4),
+        dataclasses.replace(MASKING, min_block=4),
     ),
-    "vit_base": Preset(
-        CAEConfig(image_size=224, drop_path=0.1, tokenizer="dalle_encoder.pt"),
-        PAPER,
-        MASKING,
-    ),
+    "vit_base": Preset(BASE, PAPER, MASKING),
     "vit_large": Preset(LARGE, PAPER, MASKING),
     # `scripts/cae_large_1600e.sh` misses a line continuation: the width of regressor and decoder
     # never reaches the program, and the encoder's latents go through a projection to 768.
@@ -459,7 +393,7 @@ RECIPE = Recipe(
     name="cae",
     presets=PRESETS,
     build=build_with_target,
-    reconstruct=reconstruct,
+    reconstruct=partial(defaults.reconstruct, return_logits=True),
     flags=(
         "tokenizer",
         "target",
@@ -471,7 +405,7 @@ RECIPE = Recipe(
         "decoder_depth",
         "sampler",
         "min_block",
-    ),  # fmt: skip
+    ),
     pictures={"decode_full": decode_full},
 )
 

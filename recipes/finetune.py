@@ -26,7 +26,6 @@ if __name__ == "__main__":
     __import__("recipes.script" if __package__ else "script")  # import path, threads
 
 import torch
-import yaml
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -35,7 +34,7 @@ from recipes.engine.classify import Classification, plan_classifier, score
 from recipes.engine.data.augment import Augmentation, rand_augment
 from recipes.engine.data.labelled import LabelledData, load_labelled
 from recipes.engine.data.mixing import Mixing
-from recipes.engine.errors import UserError
+from recipes.engine.errors import UserError, say
 from recipes.engine.loop import Plan, run_steps
 from recipes.engine.optim import layer_decay_groups
 from recipes.engine.pretrained import encoders
@@ -81,7 +80,7 @@ class FineTuning(Training):
             or torchvision) and random erasing.
     """
 
-    betas: tuple[fields.Fraction, fields.Fraction] = (0.9, 0.999)
+    betas: tuple[fields.Beta, fields.Beta] = (0.9, 0.999)
     min_lr: fields.NonNegativeFloat = 1e-6
     layer_decay: fields.Fraction = 0.75
     drop_path: fields.Fraction = 0.1
@@ -220,7 +219,7 @@ def fine_tune(
         path: Output folder; the comparison run has the folder `scratch` in it.
         world: The processes.
     """
-    with RunFolder(path, config, world) as folder:
+    with RunFolder(path, config, world, lock=options.lock) as folder:
         summary = folder.read_summary()
         if summary is not None:
             return summary
@@ -281,7 +280,11 @@ def load_images(config: FineTuneConfig) -> LabelledData:
     if config.training.augment == "randaugment":
         augmentation = Augmentation(policy=rand_augment(image_size), erase=0.25)
     return load_labelled(
-        config.data, image_size=image_size, augmentation=augmentation, seed=config.seed
+        config.data,
+        image_size=image_size,
+        augmentation=augmentation,
+        seed=config.seed,
+        decode=config.training.decoder,
     )
 
 
@@ -300,33 +303,31 @@ def fit_channels(
             f"those of {config.data} have {channels}"
         )
     shape = dataclasses.replace(config.model, in_channels=channels)
-    return dataclasses.replace(config, model=shape)
+    return dataclasses.replace(config, model=shape).with_data(data.images.content)
 
 
-def describe(config: FineTuneConfig, data: LabelledData, plan: Plan, model: nn.Module) -> str:
+def describe(config: FineTuneConfig, data: LabelledData, plan: Plan, model: nn.Module) -> list[str]:
     """Describe a run: configuration, images, steps, parameters."""
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    return "\n".join(
-        [
-            yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip(),
-            "---",
-            f"data          {config.data}: {len(data.images.train):,} labelled images of "
-            f"{data.num_classes} classes, {len(data.test):,} to score on",
-            f"steps         {plan.num_steps:,} of {config.training.batch_size:,} images",
-            f"parameters    {sum(p.numel() for p in parameters):,} ({trained:,} trained)",
-        ]
-    )
+    return [
+        *config.as_lines(),
+        "---",
+        f"data          {config.data}: {len(data.images.train):,} labelled images of "
+        f"{data.num_classes} classes, {len(data.test):,} to score on",
+        f"steps         {plan.num_steps:,} of {config.training.batch_size:,} images",
+        f"parameters    {sum(p.numel() for p in parameters):,} ({trained:,} trained)",
+    ]
 
 
 def print_summary(summary: dict[str, Any], path: Path) -> None:
     """Print what the run showed."""
-    print(f"accuracy (%), {summary['steps']} steps")
-    print(f"fine-tuned                   {summary['accuracy']:6.1f}")
+    say(f"accuracy (%), {summary['steps']} steps")
+    say(f"fine-tuned                   {summary['accuracy']:6.1f}")
     if "from_scratch" in summary:
-        print(f"from scratch, same budget    {summary['from_scratch']:6.1f}")
+        say(f"from scratch, same budget    {summary['from_scratch']:6.1f}")
     print_unreadable(summary["unreadable_images"])
-    print(f"weights and numbers: {path}")
+    say(f"weights and numbers: {path}")
 
 
 PAPER = FineTuning(
@@ -400,10 +401,10 @@ def run(options: FineTuneOptions) -> None:
     warn_of_slow_precision(config)
     model = build_model(config, file, data.num_classes)  # what does not fit is found here
     if options.dry_run:
-        print(describe(config, data, plan, model))
+        say(*describe(config, data, plan, model))
         return
     path = output_folder(options.out, config)
-    with join(config.device) as world:
+    with join(config.device, timeout=options.timeout) as world:
         check_shares(config.training.batch_size, world, accumulate=config.accumulate)
         summary = fine_tune(config, plan, file, data, options, path, world)
         if world.is_main:

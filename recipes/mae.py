@@ -11,8 +11,9 @@ linear probing: ViT-B 83.6 / 68.0, ViT-L 85.9 / 75.8, ViT-H 86.9 / 76.6.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 if __name__ == "__main__":
@@ -63,6 +64,8 @@ class MAEConfig:
         decode_fraction: Fraction of the masked patches that a training step predicts, in (0, 1];
             less than 1 with `decoder="cross"` only.
         drop_path: Fraction of samples whose residual branches the last encoder block leaves out.
+        norm_eps: Epsilon of every LayerNorm.
+        act: Activation of every MLP: "gelu", or "gelu_tanh" for its approximation by tanh.
     """
 
     image_size: fields.Pixels | tuple[fields.Pixels, ...]
@@ -83,6 +86,8 @@ class MAEConfig:
     decoder: Decoder = "self"
     decode_fraction: fields.Fraction = 1.0
     drop_path: fields.Fraction = 0.0
+    norm_eps: fields.PositiveFloat = 1e-6
+    act: Literal["gelu", "gelu_tanh"] = "gelu"
 
     def __post_init__(self) -> None:
         fields.check_fields(self)
@@ -92,6 +97,8 @@ class MAEConfig:
             raise ValueError('decode_fraction below 1 needs decoder="cross" and loss_on="masked"')
         if self.decoder == "cross" and self.mask_tokens == "encoder":
             raise ValueError('decoder="cross" needs mask_tokens="decoder"')
+        if self.decoder == "cross" and (self.norm_eps, self.act) != (1e-6, "gelu"):
+            raise ValueError('decoder="cross" needs norm_eps=1e-6 and act="gelu"')
 
 
 @container
@@ -145,11 +152,17 @@ class MAE(nn.Module):
             heads=config.heads,
             mlp_ratio=config.mlp_ratio,
             drop_path=config.drop_path,
+            norm_eps=config.norm_eps,
+            act=config.act,
         )
         self.mask_token = None
         if config.mask_tokens == "encoder":
             self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(config.dim), std=0.02))
-        make_decoder = CrossDecoder if config.decoder == "cross" else MAEDecoder
+        make_decoder: Callable[..., nn.Module] = (
+            CrossDecoder
+            if config.decoder == "cross"
+            else partial(MAEDecoder, norm_eps=config.norm_eps, act=config.act)
+        )
         self.decoder = make_decoder(
             grid=self.encoder.grid,
             in_dim=config.dim,

@@ -23,15 +23,15 @@ from typing import Any, Literal
 if __name__ == "__main__":
     __import__("recipes.script" if __package__ else "script")  # import path, threads
 
-import yaml
 
+from recipes import signals
 from recipes.engine import Training
 from recipes.engine.classify import plan_classifier
 from recipes.engine.data.augment import Augmentation
 from recipes.engine.data.labelled import LabelledData, load_labelled
 from recipes.engine.data.load import load_data
 from recipes.engine.data.sets import DataSet, ProbeData
-from recipes.engine.errors import UserError
+from recipes.engine.errors import UserError, say
 from recipes.engine.paper_probes import train_probe
 from recipes.engine.pictures import draw_attention
 from recipes.engine.pretrained.encoders import (
@@ -159,6 +159,7 @@ def load_all(config: ProbeConfig) -> LabelledData:
         image_size=config.model.image_axes(),
         augmentation=Augmentation(attempts=1),
         seed=config.seed,
+        decode=config.training.decoder,
     )
 
 
@@ -181,9 +182,10 @@ def probe_encoder(
 ) -> dict[str, Any]:
     """Probe an encoder, and return the summary."""
     assert data.probe is not None
-    with RunFolder(path, config, world) as folder:
+    with RunFolder(path, config, world, lock=options.lock) as folder:
         summary = folder.read_summary()
         if summary is None:
+            signals.set_moment("before the probes end: start the same command again")
             features = load_features(config, file)
             if config.protocol == "small":
                 found = run_probes(features, data.probe, seed=config.seed)
@@ -232,7 +234,7 @@ def _default_pool(protocol: Protocol, shape: EncoderShape) -> Pool:
 def print_summary(summary: dict[str, Any], path: Path) -> None:
     """Print what the run showed."""
     print_probes(summary["probes"])
-    print(f"numbers: {path}")
+    say(f"numbers: {path}")
 
 
 def _training(epochs: int, batch_size: int, base_lr: float, min_lr: float) -> Training:
@@ -289,17 +291,23 @@ def run(options: ProbeOptions) -> None:
     """
     config, file = resolve_probing(options)
     _, preset = choose_preset(options, PRESETS)
-    data = load_data(config.data, image_size=config.model.image_axes(), seed=config.seed)
+    data = load_data(
+        config.data,
+        image_size=config.model.image_axes(),
+        seed=config.seed,
+        decode=config.training.decoder,
+    )
     check_data(config, file, data)
+    config = config.with_data(data.content)
     warn_of_slow_precision(config)
     load_features(config, file)  # what does not fit is found before the folder is made
     if config.protocol == "paper":
         plan_classifier(config, options, load_all(config))  # a batch that is too large
     if options.dry_run:
-        print(yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip())
+        say(*config.as_lines())
         return
     path = output_folder(options.out, config)
-    with join(config.device) as world:
+    with join(config.device, timeout=options.timeout) as world:
         check_shares(config.training.batch_size, world)
         summary = probe_encoder(config, preset, file, data, options, path, world)
         if world.is_main:
@@ -322,7 +330,11 @@ def check_data(config: ProbeConfig, file: EncoderFile, data: DataSet) -> None:
 
 
 # The command line.
-OPTIONS = options_of(PRESETS["tiny"].parts, ("epochs", "batch_size", "precision"), ProbeOptions)
+OPTIONS = options_of(
+    PRESETS["tiny"].parts,
+    ("epochs", "batch_size", "precision", "orientation", "background", "value_range"),
+    ProbeOptions,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,7 @@
-"""Set up a recipe that runs as a script or by `python -m`, before PyTorch is imported."""
+"""Set up a recipe that runs as a script or by `python -m`, before PyTorch is imported.
+
+From here on, signals are handled.
+"""
 
 import os
 import sys
@@ -10,3 +13,5 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 _recipes = Path(__file__).resolve().parent
 if Path(sys.path[0]).resolve() == _recipes:
     sys.path[0] = str(_recipes.parent)
+
+__import__("recipes.signals").signals.listen()

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 if __name__ == "__main__":
     __import__("recipes.script" if __package__ else "script")  # import path, threads
@@ -65,6 +65,12 @@ class SimMIMConfig:
         mlp_ratio: Hidden width of every MLP over its input's.
         layer_scale: First value of the ViT's learned factors of residual branches; None for none.
         drop_path: Fraction of samples whose residual branches the last encoder block leaves out.
+        positions: Positions of the ViT: "relative", one table for all blocks as in the paper;
+            "absolute" for a learned table; "none".
+        qkv_bias: Biases of the ViT's attention: "qv" for queries and values as in the paper, True
+            for keys too.
+        norm_eps: Epsilon of the encoder's LayerNorms; None for the paper's, 1e-6 (ViT) or 1e-5.
+        act: Activation of the encoder's MLPs: "gelu", or "gelu_tanh" for its approximation.
         target: What is predicted (figure 4, table 5): "pixels", their means over squares
             ("pixels_2x" to "pixels_32x"; squares larger than a patch need a `unit` that covers
             them), "window_normalized" pixels, the nearest of color "clusters", the bin of each
@@ -83,15 +89,19 @@ class SimMIMConfig:
 
     image_size: fields.Pixels | tuple[fields.Pixels, ...]
     encoder: Literal["vit", "swin"] = "vit"
-    patch_size: fields.NonNegativeInt | tuple[fields.Pixels, ...] = 0
+    patch_size: Annotated[int, fields.Within(0, 2**24)] | tuple[fields.Pixels, ...] = 0
     in_channels: fields.PositiveInt = 3
-    dim: fields.NonNegativeInt = 0
-    depth: fields.NonNegativeInt | tuple[fields.NonNegativeInt, ...] = 0
+    dim: Annotated[int, fields.Within(0, 2**17)] = 0
+    depth: fields.Depth | tuple[fields.Depth, ...] = 0
     heads: fields.NonNegativeInt | tuple[fields.PositiveInt, ...] = 0
     window: fields.PositiveInt = 6
     mlp_ratio: fields.PositiveFloat = 4.0
-    layer_scale: float | None = 0.1
+    layer_scale: fields.NonNegativeFloat | None = 0.1
     drop_path: fields.Fraction = 0.0
+    positions: Literal["relative", "absolute", "none"] = "relative"
+    qkv_bias: bool | Literal["qv"] = "qv"
+    norm_eps: fields.PositiveFloat | None = None
+    act: Literal["gelu", "gelu_tanh"] = "gelu"
     target: TargetName = "pixels"
     head: HeadName = "linear"
     loss: LossName | None = None
@@ -123,7 +133,8 @@ class SimMIMConfig:
     def encoder_shape(self) -> dict[str, Any]:
         """What ViT and Swin are built from alike."""
         names = ("image_size", "patch_size", "in_channels", "dim", "depth", "heads")
-        return {name: getattr(self, name) for name in (*names, "mlp_ratio", "drop_path")}
+        shape = {name: getattr(self, name) for name in (*names, "mlp_ratio", "drop_path", "act")}
+        return shape | ({} if self.norm_eps is None else {"norm_eps": self.norm_eps})
 
     @property
     def scored_by(self) -> LossName:
@@ -201,7 +212,11 @@ class SimMIM(nn.Module):
             finest=max(4 // point[0], 1),
         )
         # What the authors leave out of weight decay, besides vectors.
-        self.not_decayed = ("mask_token",) if config.encoder == "swin" else ("encoder.cls_token",)
+        self.not_decayed: tuple[str, ...] = (
+            ("mask_token",) if config.encoder == "swin" else ("encoder.cls_token",)
+        )
+        if config.encoder == "vit" and config.positions == "absolute":
+            self.not_decayed += ("encoder.pos_embed",)
 
     def forward(
         self, images: Float[Tensor, "images channels *spatial"], mask: Mask | Sequence[Mask]
@@ -252,13 +267,14 @@ def make_target(config: SimMIMConfig, patch_size: Grid) -> targets.Target:
 
 
 def make_vit(config: SimMIMConfig) -> ViT:
-    """Make the ViT encoder: positions are in attention alone, one table for all blocks."""
+    """Make the ViT encoder: in the paper, positions are in attention alone."""
     encoder = ViT(
         **config.encoder_shape,
-        absolute_positions=False,
-        relative_positions="shared",
+        absolute_positions=config.positions == "absolute",
+        learn_positions=True,
+        relative_positions="shared" if config.positions == "relative" else None,
         layer_scale=config.layer_scale,
-        qkv_bias="qv",
+        qkv_bias=config.qkv_bias,
     )
     # The authors' initialization: cut off at one standard deviation, less for later blocks.
     truncated = partial(nn.init.trunc_normal_, std=0.02, a=-0.02, b=0.02)

@@ -21,16 +21,15 @@ if __name__ == "__main__":
     __import__("recipes.script" if __package__ else "script")  # import path, threads
 
 import torch
-import yaml
 from jaxtyping import Int64
 from torch import Tensor, nn
 
 from mimkit.nn import DiscreteVAE
 from recipes.engine import fields
 from recipes.engine.data.load import load_data
-from recipes.engine.data.sets import Batch, DataSet
+from recipes.engine.data.sets import Batch, DataSet, first_inputs
 from recipes.engine.dry_run import count_parameters
-from recipes.engine.errors import UserError
+from recipes.engine.errors import UserError, say
 from recipes.engine.loop import Moment, Task, make_plan, run_steps
 from recipes.engine.pictures import TiledPicture, draw_columns
 from recipes.engine.pretrained.tokenizers import to_inputs, to_pixels
@@ -196,9 +195,7 @@ def draw_reconstructions(
 @torch.no_grad()
 def measure_usage(model: DiscreteVAE, config: RunConfig, data: DataSet) -> tuple[float, float]:
     """Measure the use of codes on the first thousand training images."""
-    count = min(len(data.train), 1000)
-    items = (data.train[0, sample_id][0] for sample_id in range(count))
-    images = torch.stack([image for image in items if image is not None])
+    images = first_inputs(data.train, 1000)
     ids = [model.encode(to_pixels(part.to(config.device))) for part in images.split(100)]
     return usage(torch.cat(ids), config.model.vocabulary_size)
 
@@ -210,20 +207,26 @@ def run(options: Options) -> None:
         UserError: If an option does not fit.
     """
     config = resolve_tokenizer(options)
-    data = load_data(config.data, image_size=config.image_size, seed=config.seed)
+    data = load_data(
+        config.data,
+        image_size=config.image_size,
+        seed=config.seed,
+        decode=config.training.decoder,
+    )
     shape = dataclasses.replace(config.model, in_channels=data.in_channels)
-    config = dataclasses.replace(config, model=shape)
+    config = dataclasses.replace(config, model=shape).with_data(data.content)
     plan = make_plan(config, options, data.train)
     check_shard(options.shard)
     check_shares(config.training.batch_size, World(), accumulate=config.accumulate)
     if options.dry_run:
-        print(yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip())
         with torch.device("meta"):
-            print(f"---\nparameters    {count_parameters(config.model.build()):,}")
+            num_parameters = count_parameters(config.model.build())
+        say(*config.as_lines(), "---", f"parameters    {num_parameters:,}")
         return
-    with join(config.device) as world:
+    with join(config.device, timeout=options.timeout) as world:
         check_shares(config.training.batch_size, world, accumulate=config.accumulate)
-        with RunFolder(output_folder(options.out, config), config, world) as folder:
+        path = output_folder(options.out, config)
+        with RunFolder(path, config, world, lock=options.lock) as folder:
             summary = folder.read_summary()
             if summary is None:
                 torch.manual_seed(config.seed)
@@ -277,13 +280,13 @@ def finish(
 
 def print_summary(summary: dict[str, Any], config: RunConfig, folder: RunFolder) -> None:
     """Print the results of a run."""
-    print(f"training loss     {summary['final_loss']:.3f} nats per pixel value")
-    print(
+    say(
+        f"training loss     {summary['final_loss']:.3f} nats per pixel value",
         f"codes in use      {summary['codes_used']:.0%} of {config.model.vocabulary_size}, "
-        f"perplexity {summary['perplexity']:.1f}"
+        f"perplexity {summary['perplexity']:.1f}",
     )
     print_unreadable(summary["unreadable_images"])
-    print(f"python recipes/cae.py --tokenizer {folder.path / 'tokenizer.safetensors'}")
+    say(f"python recipes/cae.py --tokenizer {folder.path / 'tokenizer.safetensors'}")
 
 
 # The command line.

@@ -1,6 +1,7 @@
 """Registration of operators: one schema, a launcher for GPUs, a reference for CPUs."""
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -10,6 +11,29 @@ from mimkit_kernels._dispatch import INTERPRETED
 
 # Kept in a global: registrations end with the life of the library object.
 LIBRARY = torch.library.Library("mimkit", "FRAGMENT")
+
+
+def on_one_device(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse tensors on several devices: a kernel would read memory of another one.
+
+    Raises:
+        ValueError: In a call: not all tensors are on one device.
+    """
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        tensors = [
+            value
+            for argument in args
+            for value in (argument if isinstance(argument, list | tuple) else (argument,))
+            if isinstance(value, Tensor)
+        ]
+        if any(tensor.device != tensors[0].device for tensor in tensors):
+            devices = [str(tensor.device) for tensor in tensors]
+            raise ValueError(f"all tensors of mimkit::{name} must be on one device; got {devices}")
+        return function(*args)
+
+    return call
 
 
 def register(
@@ -34,9 +58,9 @@ def register(
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema)
-    LIBRARY.impl(name, launch, "CUDA")
-    LIBRARY.impl(name, launch if INTERPRETED else reference, "CPU")
-    torch.library.register_fake(f"mimkit::{name}", fake, lib=LIBRARY)
+    LIBRARY.impl(name, on_one_device(name, launch), "CUDA")
+    LIBRARY.impl(name, on_one_device(name, launch if INTERPRETED else reference), "CPU")
+    torch.library.register_fake(f"mimkit::{name}", on_one_device(name, fake), lib=LIBRARY)
 
     def refuse(ctx: Any, *gradients: Tensor) -> None:
         raise NotImplementedError(

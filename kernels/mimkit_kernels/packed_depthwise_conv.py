@@ -7,8 +7,8 @@ K1 x K2. Position (y + i - K1 // 2, x + j - K2 // 2) relative to cell v is posit
 which `neighbors` lists for the window around v (-1: masked or outside). If n is in the window of v,
 then v is in the window of n. So the gradient of the input is the same convolution with the filter
 flipped. The input is read from memory about once, halos from the caches; the output is written
-once. The gradient of the filter is summed in a fixed order: partial sums over groups of cells, then
-over the groups.
+once. Masked cells of a halo cost nothing. The gradient of the filter is summed in a fixed order:
+partial sums over groups of cells, then over the groups.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def packed_depthwise_conv(
     """
     arguments = (cells, weight, bias, neighbors, list(cell))
     if takes_kernel(
-        "packed_depthwise_conv", cells, lambda: _obstacle(cells, weight, bias, cell)
+        "packed_depthwise_conv", cells, lambda: _obstacle(cells, weight, bias)
     ) or is_opaque(cells):
         out: Tensor = packed_depthwise_conv_op(*arguments)
         return out
@@ -167,21 +167,33 @@ def _take(rows: Tensor, halo: Tensor) -> Tensor:
 
 
 # Kernels
+#
+# A program keeps the sums of one tile in registers, each of its threads those of a few channels. A
+# position of the halo is loaded once and added to every sum that it reaches; which ones is known
+# when the kernel is compiled. All loops but that over tiles are unrolled.
 
 
 class Geometry(NamedTuple):
     """Constants of the kernels.
 
+    Fields only: Triton passes them on to helper functions, but not properties.
+
     Attributes:
+        C: Channels.
         S1: Height of a cell.
         S2: Width of a cell.
+        T1: Height of a tile, the part of a cell that is computed at once. It divides `S1`.
+        T2: Width of a tile.
         K1: Height of the filter.
         K2: Width of the filter.
         REACH: Cells from the center of a window to its edge.
     """
 
+    C: int
     S1: int
     S2: int
+    T1: int
+    T2: int
     K1: int
     K2: int
     REACH: int
@@ -194,37 +206,133 @@ class Cells(NamedTuple):
         data: [batch, visible, positions, channels].
         neighbors: [batch, visible, window].
         visible: Visible cells per sample.
-        channels: Number of channels.
+        tiles: Tiles of the batch.
     """
 
     data: Tensor
     neighbors: Tensor
     visible: int
-    channels: int
+    tiles: int
 
 
 @jit
-def _load_around(
+def _block_of_channels(G: tl.constexpr, BLOCK: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Return the channels of a program, and which of them exist.
+
+    Those past the last one are replaced by it, so that loads need no mask.
+    """
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < G.C
+    if G.C % BLOCK:
+        channel = tl.minimum(channel, G.C - 1)
+    return channel, inside
+
+
+@jit
+def _place_of_tile(tile: tl.tensor, G: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Return the cell of a tile, and row and column of the tile in it, counted in tiles."""
+    N1: tl.constexpr = G.S1 // G.T1
+    N2: tl.constexpr = G.S2 // G.T2
+    return tile // (N1 * N2), tile // N2 % N1, tile % N2
+
+
+@jit
+def _tile_offset(slot: tl.tensor, row: tl.tensor, column: tl.tensor, G: tl.constexpr) -> tl.tensor:
+    """Return the offset of a tile's first value; `slot` is its cell."""
+    first = (slot * G.S1 + row * G.T1) * G.S2 + column * G.T2
+    return first * G.C
+
+
+@jit
+def _add_position(
+    sums: tl.tensor,
+    source: tl.tensor,
+    factors: tl.tensor,
+    Y: tl.constexpr,
+    X: tl.constexpr,
+    R1: tl.constexpr,
+    R2: tl.constexpr,
+    F1: tl.constexpr,
+    F2: tl.constexpr,
+) -> tl.tensor:
+    """Add the position (Y, X) of a halo, times factor (Y - r1, X - r2), to each sum (r1, r2)."""
+    value = tl.load(source).to(tl.float32)
+    added = ()
+    for r in tl.static_range(R1 * R2):
+        if Y - r // R2 >= 0 and Y - r // R2 < F1 and X - r % R2 >= 0 and X - r % R2 < F2:
+            factor = factors[(Y - r // R2) * F2 + X - r % R2]
+            added = added + (tl.fma(value, factor, sums[r]),)  # type: ignore[assignment]
+        else:
+            added = added + (sums[r],)  # type: ignore[assignment]
+    return added
+
+
+@jit
+def _add_tile(
+    sums: tl.tensor,
+    source: tl.tensor,
+    factors: tl.tensor,
+    Y: tl.constexpr,
+    X: tl.constexpr,
+    G: tl.constexpr,
+    R1: tl.constexpr,
+    R2: tl.constexpr,
+    F1: tl.constexpr,
+    F2: tl.constexpr,
+) -> tl.tensor:
+    """Add the positions of one tile; its first one is at (Y, X) of the halo."""
+    T1: tl.constexpr = G.T1  # Triton 3.6 does not take a field as the end of a range
+    T2: tl.constexpr = G.T2
+    for y in tl.static_range(T1):
+        for x in tl.static_range(T2):
+            # Positions outside of the halo reach no sum, so they are not loaded.
+            if Y + y >= 0 and Y + y < R1 + F1 - 1 and X + x >= 0 and X + x < R2 + F2 - 1:
+                place = source + (y * G.S2 + x) * G.C
+                sums = _add_position(sums, place, factors, Y + y, X + x, R1, R2, F1, F2)
+    return sums
+
+
+@jit
+def _add_halo(
+    sums: tl.tensor,
+    factors: tl.tensor,
     cells: Cells,
-    slot: tl.tensor,
-    row: tl.tensor,
-    column: tl.tensor,
-    inside: tl.tensor,
+    tile: tl.tensor,
     channel: tl.tensor,
     G: tl.constexpr,
+    R1: tl.constexpr,
+    R2: tl.constexpr,
+    F1: tl.constexpr,
+    F2: tl.constexpr,
 ) -> tl.tensor:
-    """Load the channels of the positions at (`row`, `column`) relative to a cell's first one."""
-    # Offsets from the first cell of the window are not negative.
-    y = row + G.REACH * G.S1
-    x = column + G.REACH * G.S2
-    window = y // G.S1 * (2 * G.REACH + 1) + x // G.S2
-    around = cells.neighbors + slot * ((2 * G.REACH + 1) * (2 * G.REACH + 1))
-    neighbor = tl.load(around + window, mask=inside, other=-1)
-    place = (neighbor * G.S1 + y % G.S1) * G.S2 + x % G.S2
-    sample = cells.data + slot // cells.visible * cells.visible * (G.S1 * G.S2) * cells.channels
-    present = tl.expand_dims(neighbor >= 0, -1) & (channel < cells.channels)
-    source = sample + tl.expand_dims(place, -1) * cells.channels + channel
-    return tl.load(source, mask=present, other=0.0).to(tl.float32)
+    """Add a tile and the visible ones around it, to a grid of R1 x R2 sums.
+
+    For the convolution the sums are the positions of the tile and the factors the taps; for the
+    filter's gradient it is the other way round.
+    """
+    N1: tl.constexpr = G.S1 // G.T1
+    N2: tl.constexpr = G.S2 // G.T2
+    WINDOW: tl.constexpr = 2 * G.REACH + 1
+    # Tiles that the filter reaches.
+    REACH1: tl.constexpr = (G.K1 // 2 + G.T1 - 1) // G.T1
+    REACH2: tl.constexpr = (G.K2 // 2 + G.T2 - 1) // G.T2
+    slot, row, column = _place_of_tile(tile, G)
+    around = cells.neighbors + slot.to(tl.int64) * (WINDOW * WINDOW)
+    first_slot = (slot // cells.visible * cells.visible).to(tl.int64)
+    sample = cells.data + first_slot * (G.S1 * G.S2 * G.C) + channel
+    for dy in tl.static_range(-REACH1, REACH1 + 1):
+        for dx in tl.static_range(-REACH2, REACH2 + 1):
+            # Counted in tiles from the first cell of the window, so not negative.
+            y = row + dy + G.REACH * N1
+            x = column + dx + G.REACH * N2
+            neighbor = tl.load(around + y // N1 * WINDOW + x // N2)
+            if neighbor >= 0:
+                source = sample + _tile_offset(neighbor, y % N1, x % N2, G)
+                sums = _add_tile(
+                    sums, source, factors,
+                    dy * G.T1 + G.K1 // 2, dx * G.T2 + G.K2 // 2, G, R1, R2, F1, F2,
+                )  # fmt: skip
+    return sums
 
 
 @jit
@@ -234,36 +342,27 @@ def _conv_kernel(
     taps: tl.tensor,
     bias: tl.tensor,
     G: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
 ) -> None:
-    """One program: a block of channels of one cell.
-
-    A row of the halo that is in registers serves all output rows that it reaches.
-    """
-    channels = cells.channels
-    slot = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    y = tl.arange(0, ROWS)
-    x = tl.arange(0, COLUMNS)
-    total = tl.zeros((ROWS, COLUMNS, BLOCK), tl.float32)
-    for step in range((G.S1 + G.K1 - 1) * G.K2):
-        row = step // G.K2
-        j = step % G.K2
-        seen = _load_around(
-            cells, slot, row - G.K1 // 2, x + j - G.K2 // 2, x < G.S2, channel[None, :], G
-        )
-        i = row - y
-        used = ((i >= 0) & (i < G.K1))[:, None] & (channel < channels)[None, :]
-        tap = tl.load(taps + (i * G.K2 + j)[:, None] * channels + channel, mask=used, other=0.0)
-        total += tap[:, None, :] * seen[None, :, :]
+    """One program: a block of channels of `TILES` tiles, with the taps in registers."""
+    channel, inside = _block_of_channels(G, BLOCK)
+    factors = ()
+    for k in tl.static_range(G.K1 * G.K2):
+        factors = factors + (tl.load(taps + k * G.C + channel),)  # type: ignore[assignment]
+    start = tl.zeros((BLOCK,), tl.float32)
     if bias is not None:
-        total += tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)
-    place = y[:, None, None] * G.S2 + x[None, :, None]
-    inside = (y < G.S1)[:, None, None] & (x < G.S2)[None, :, None] & (channel < channels)
-    target = out + slot * (G.S1 * G.S2) * channels
-    tl.store(target + place * channels + channel, total.to(out.dtype.element_ty), mask=inside)
+        start += tl.load(bias + channel).to(tl.float32)
+    first = tl.program_id(0) * TILES
+    for step in range(tl.minimum(cells.tiles - first, TILES)):
+        tile = first + step
+        sums = (start,) * (G.T1 * G.T2)
+        sums = _add_halo(sums, factors, cells, tile, channel, G, G.T1, G.T2, G.K1, G.K2)
+        slot, row, column = _place_of_tile(tile, G)
+        target = out + _tile_offset(slot.to(tl.int64), row, column, G) + channel
+        for p in tl.static_range(G.T1 * G.T2):
+            place = target + (p // G.T2 * G.S2 + p % G.T2) * G.C
+            tl.store(place, sums[p].to(out.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -271,92 +370,72 @@ def _weight_gradient_kernel(
     partial: tl.tensor,
     cells: Cells,
     grad: tl.tensor,
-    slots: tl.tensor,
+    tiles: tl.tensor,
     G: tl.constexpr,
-    TAPS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
-    CELLS: tl.constexpr,
 ) -> None:
-    """One program: one row of taps, a block of channels, `CELLS` cells."""
-    channels = cells.channels
-    i = tl.program_id(0)
-    chunk = tl.program_id(1).to(tl.int64)
-    channel = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    j = tl.arange(0, TAPS)[:, None]
-    x = tl.arange(0, COLUMNS)[None, :]
-    total = tl.zeros((TAPS, COLUMNS, BLOCK), tl.float32)
-    for step in range(tl.minimum(slots - chunk * CELLS, CELLS) * G.S1):
-        slot = chunk * CELLS + step // G.S1
-        y = step % G.S1
-        within = x < G.S2
-        upstream = tl.load(
-            grad
-            + slot * (G.S1 * G.S2) * channels
-            + (y * G.S2 + x)[:, :, None] * channels
-            + channel,
-            mask=within[:, :, None] & (channel < channels),
-            other=0.0,
-        ).to(tl.float32)
-        seen = _load_around(
-            cells,
-            slot,
-            y + i - G.K1 // 2,
-            x + j - G.K2 // 2,
-            within & (j < G.K2),
-            channel[None, None, :],
-            G,
-        )
-        total += seen * upstream
-    sums = tl.sum(total, axis=1)
-    tap = (chunk * G.K1 + i) * G.K2 + j
-    tl.store(partial + tap * channels + channel, sums, mask=(j < G.K2) & (channel < channels))
+    """One program: all taps of a block of channels, summed over `tiles` tiles."""
+    channel, inside = _block_of_channels(G, BLOCK)
+    first = tl.program_id(0) * tiles
+    sums = (tl.zeros((BLOCK,), tl.float32),) * (G.K1 * G.K2)
+    for step in range(tl.minimum(cells.tiles - first, tiles)):
+        tile = first + step
+        slot, row, column = _place_of_tile(tile, G)
+        source = grad + _tile_offset(slot.to(tl.int64), row, column, G) + channel
+        upstream = ()
+        for p in tl.static_range(G.T1 * G.T2):
+            place = source + (p // G.T2 * G.S2 + p % G.T2) * G.C
+            upstream = upstream + (tl.load(place).to(tl.float32),)  # type: ignore[assignment]
+        sums = _add_halo(sums, upstream, cells, tile, channel, G, G.K1, G.K2, G.T1, G.T2)
+    target = partial + tl.program_id(0).to(tl.int64) * (G.K1 * G.K2 * G.C) + channel
+    for k in tl.static_range(G.K1 * G.K2):
+        tl.store(target + k * G.C, sums[k], mask=inside)
 
 
 # Launchers
 
-MAX_POSITIONS = 256
-MAX_KERNEL = 64
-TILE = 2048  # sums of a program
-MAX_BLOCK = 256
-CELLS_PER_PROGRAM = 32
+MAX_TAPS = 49  # each is in a register; larger filters use the reference
+_MAX_SIDE = 4  # of a tile
+_TILES = 8  # of a program of the convolution
+_PROGRAMS = 1024  # of the filter's gradient; each writes a row of partial sums per tap
 
 
-def _block(channels: int, rows: int) -> int:
-    """Return the channels of a program that keeps `rows` sums per channel."""
-    return min(power_of_2_from(channels), max(TILE // rows, 16), MAX_BLOCK)
+def _tile_side(size: int) -> int:
+    """Return the largest side of a tile that divides a cell's side."""
+    return max(side for side in range(1, _MAX_SIDE + 1) if size % side == 0)
+
+
+def _block(channels: int) -> dict[str, Any]:
+    """Return the constants of a launch: two channels a thread, and no block that is partly idle."""
+    whole = math.gcd(channels, 128)
+    block = whole if whole >= 32 else min(power_of_2_from(channels), 128)
+    return {"BLOCK": block, "num_warps": max(block // 64, 1), "enable_fp_fusion": True}
 
 
 def _describe(
     cells: Tensor, neighbors: Tensor, cell: Sequence[int], kernel: Sequence[int]
 ) -> tuple[Cells, Geometry]:
-    _, visible, _, channels = cells.shape
+    batch, visible, positions, channels = cells.shape
     reach = math.isqrt(neighbors.shape[2]) // 2
-    packed = Cells(cells.contiguous(), neighbors.contiguous(), visible, channels)
-    return packed, Geometry(cell[0], cell[1], kernel[0], kernel[1], reach)
+    tile = _tile_side(cell[0]), _tile_side(cell[1])
+    tiles = batch * visible * positions // (tile[0] * tile[1])
+    packed = Cells(cells.contiguous(), neighbors.contiguous(), visible, tiles)
+    return packed, Geometry(channels, cell[0], cell[1], *tile, kernel[0], kernel[1], reach)
 
 
 def _launch_conv(
     cells: Tensor, weight: Tensor, bias: Tensor | None, neighbors: Tensor, cell: Sequence[int]
 ) -> Tensor:
-    batch, visible, _, channels = cells.shape
     out = torch.empty(cells.shape, dtype=cells.dtype, device=cells.device)
-    packed, geometry = _describe(cells, neighbors, cell, weight.shape[2:])
-    rows, columns = (power_of_2_from(size) for size in cell)
-    block = _block(channels, rows * columns)
     if out.numel():
+        packed, geometry = _describe(cells, neighbors, cell, weight.shape[2:])
+        taps = torch.empty(
+            (weight[0].numel(), len(weight)), dtype=torch.float32, device=weight.device
+        ).copy_(weight.flatten(1).t())
+        constants = _block(geometry.C)
         with on_device(cells):
-            _conv_kernel[batch * visible, -(-channels // block)](
-                out,
-                packed,
-                weight.flatten(1).t().float().contiguous(),  # [taps, channels]
-                bias,
-                G=geometry,
-                ROWS=rows,
-                COLUMNS=columns,
-                BLOCK=block,
-                num_warps=4,
-                enable_fp_fusion=True,
+            _conv_kernel[-(-packed.tiles // _TILES), -(-geometry.C // constants["BLOCK"])](
+                out, packed, taps, bias, G=geometry, TILES=_TILES, **constants
             )
     return out
 
@@ -368,27 +447,16 @@ def _launch_weight_gradient(
     cell: Sequence[int],
     kernel: Sequence[int],
 ) -> Tensor:
-    batch, visible, _, channels = cells.shape
-    slots = batch * visible
-    chunks = -(-slots // CELLS_PER_PROGRAM)
-    partial = torch.empty((chunks, *kernel, channels), dtype=torch.float32, device=cells.device)
     packed, geometry = _describe(cells, neighbors, cell, kernel)
-    taps, columns = power_of_2_from(kernel[1]), power_of_2_from(cell[1])
-    block = _block(channels, taps * columns)
+    constants = _block(geometry.C)
+    blocks = -(-geometry.C // constants["BLOCK"])
+    tiles = max(-(-packed.tiles * blocks // _PROGRAMS), 1)
+    parts = -(-packed.tiles // tiles)
+    partial = torch.empty((parts, *kernel, geometry.C), dtype=torch.float32, device=cells.device)
     if partial.numel():
         with on_device(cells):
-            _weight_gradient_kernel[kernel[0], chunks, -(-channels // block)](
-                partial,
-                packed,
-                grad.contiguous(),
-                slots,
-                G=geometry,
-                TAPS=taps,
-                COLUMNS=columns,
-                BLOCK=block,
-                CELLS=CELLS_PER_PROGRAM,
-                num_warps=4,
-                enable_fp_fusion=True,
+            _weight_gradient_kernel[parts, blocks](
+                partial, packed, grad.contiguous(), tiles, G=geometry, **constants
             )
     summed = partial.sum(0).permute(2, 0, 1).unsqueeze(1)
     return summed.to(cells.dtype).contiguous()
@@ -397,14 +465,10 @@ def _launch_weight_gradient(
 # Registration
 
 
-def _obstacle(
-    cells: Tensor, weight: Tensor, bias: Tensor | None, cell: Sequence[int]
-) -> str | None:
+def _obstacle(cells: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     """Return why the kernels do not support a call; `None` if they do."""
-    if power_of_2_from(cell[0]) * power_of_2_from(cell[1]) > MAX_POSITIONS:
-        return f"cells of {tuple(cell)} positions"
-    if max(weight.shape[2:]) > MAX_KERNEL:
-        return f"a filter of {tuple(weight.shape[2:])} taps"
+    if math.prod(weight.shape[2:]) > MAX_TAPS:
+        return f"a filter of {tuple(weight.shape[2:])} taps: {MAX_TAPS} at most"
     values = cells.shape[1] * cells.shape[2] * cells.shape[3]
     if values >= 1 << 31:
         return f"samples of {values} values"

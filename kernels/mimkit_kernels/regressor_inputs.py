@@ -133,23 +133,12 @@ class Inputs(NamedTuple):
 
 
 @jit
-def _load_either(
-    first: Rows,
-    second: Rows,
-    sample: tl.tensor,
-    row: tl.tensor,
-    num_first: tl.tensor,
-    width: tl.tensor,
-    column: tl.tensor,
+def _load_row(
+    rows: Rows, sample: tl.tensor, row: tl.tensor, column: tl.tensor, width: tl.tensor
 ) -> tl.tensor:
-    """Load one row of a sample of the concatenation [first, second]."""
-    # One of the two masks is empty: the row is in one of the parts.
-    inside = column < tl.where(row < num_first, width, 0)
-    outside = column < tl.where(row < num_first, 0, width)
-    here = first.data + sample * first.batch + row * first.row
-    there = second.data + sample * second.batch + (row - num_first) * second.row
-    values = tl.load(here + column, mask=inside, other=0.0).to(tl.float32)
-    return values + tl.load(there + column, mask=outside, other=0.0).to(tl.float32)
+    """Load one row of a sample."""
+    start = rows.data + sample * rows.batch + row * rows.row
+    return tl.load(start + column, mask=column < width, other=0.0)
 
 
 @jit
@@ -165,13 +154,16 @@ def _load_token(
     length = inputs.num_visible + inputs.num_queries
     sample, row = place // length, place % length
     width = tl.where(place < inputs.total, inputs.dim, 0)
-    token = _load_either(
-        inputs.visible, inputs.queries, sample, row, inputs.num_visible, width, column
-    )
-    position = _load_either(
-        inputs.visible_positions, inputs.query_positions,
-        sample, row, inputs.num_visible, width, column,
-    )  # fmt: skip
+    # Both loads are on their way before the first value is converted.
+    if row < inputs.num_visible:
+        token = _load_row(inputs.visible, sample, row, column, width)
+        position = _load_row(inputs.visible_positions, sample, row, column, width)
+        token, position = token.to(tl.float32), position.to(tl.float32)
+    else:
+        query = row - inputs.num_visible
+        token = _load_row(inputs.queries, sample, query, column, width)
+        position = _load_row(inputs.query_positions, sample, query, column, width)
+        token, position = token.to(tl.float32), position.to(tl.float32)
     return token, token + position, sample, row, width
 
 
@@ -219,6 +211,14 @@ def _through_norm(grad: tl.tensor, x: tl.tensor, scale: tl.tensor, dim: tl.tenso
 
 
 @jit
+def _scale(
+    x: tl.tensor, weight: tl.tensor, bias: tl.tensor, column: tl.tensor, dim: tl.tensor
+) -> tl.tensor:
+    """Apply weight and bias of a norm to a normalized row."""
+    return x * _load_weight(weight, column, dim) + _load_weight(bias, column, dim)
+
+
+@jit
 def _forward_kernel(
     query: tl.tensor,
     key: tl.tensor,
@@ -232,38 +232,34 @@ def _forward_kernel(
     value_weight: tl.tensor,
     value_bias: tl.tensor,
     eps: tl.tensor,
-    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program: `ROWS` tokens in sequence, with the weights in registers."""
+    """One program: one token.
+
+    One warp holds a row of the usual widths, so no sum over a row waits for other warps. The six
+    weights come from the cache: kept in registers, they would need more warps per row.
+    """
     dim = inputs.dim
     column = tl.arange(0, BLOCK)
-    weight_q = _load_weight(query_weight, column, dim)
-    bias_q = _load_weight(query_bias, column, dim)
-    weight_k = _load_weight(key_weight, column, dim)
-    bias_k = _load_weight(key_bias, column, dim)
-    weight_v = _load_weight(value_weight, column, dim)
-    bias_v = _load_weight(value_bias, column, dim)
-    for step in range(ROWS):
-        place = tl.program_id(0).to(tl.int64) * ROWS + step
-        token, moved, sample, row, width = _load_token(inputs, place, column)
-        mean_k, scale_k = _mean_and_scale(moved, column, dim, eps)
-        mean_v, scale_v = _mean_and_scale(token, column, dim, eps)
-        line = statistics + place * 4
-        tl.store(line, mean_k, mask=place < inputs.total)
-        tl.store(line + 1, scale_k, mask=place < inputs.total)
-        tl.store(line + 2, mean_v, mask=place < inputs.total)
-        tl.store(line + 3, scale_v, mask=place < inputs.total)
-        normed = (moved - mean_k) * scale_k
-        inside = column < width
-        to_key = normed * weight_k + bias_k
-        tl.store(key + place * dim + column, to_key.to(key.dtype.element_ty), mask=inside)
-        to_value = (token - mean_v) * scale_v * weight_v + bias_v
-        tl.store(value + place * dim + column, to_value.to(value.dtype.element_ty), mask=inside)
+    place = tl.program_id(0).to(tl.int64)
+    token, moved, sample, row, width = _load_token(inputs, place, column)
+    mean_k, scale_k = _mean_and_scale(moved, column, dim, eps)
+    mean_v, scale_v = _mean_and_scale(token, column, dim, eps)
+    line = statistics + place * 4
+    tl.store(line, mean_k)
+    tl.store(line + 1, scale_k)
+    tl.store(line + 2, mean_v)
+    tl.store(line + 3, scale_v)
+    normed = (moved - mean_k) * scale_k
+    inside = column < dim
+    to_key = _scale(normed, key_weight, key_bias, column, dim)
+    tl.store(key + place * dim + column, to_key.to(key.dtype.element_ty), mask=inside)
+    to_value = _scale((token - mean_v) * scale_v, value_weight, value_bias, column, dim)
+    tl.store(value + place * dim + column, to_value.to(value.dtype.element_ty), mask=inside)
+    if row >= inputs.num_visible:
+        to_query = _scale(normed, query_weight, query_bias, column, dim)
         target = query + (sample * inputs.num_queries + row - inputs.num_visible) * dim
-        is_query = column < tl.where(row < inputs.num_visible, 0, width)
-        to_query = normed * weight_q + bias_q
-        tl.store(target + column, to_query.to(query.dtype.element_ty), mask=is_query)
+        tl.store(target + column, to_query.to(query.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -343,7 +339,6 @@ def _backward_kernel(
 # Launchers
 
 MAX_WIDTH = 2048  # with wider rows, registers spill
-_ROWS = 8  # tokens of a program in the forward pass
 _PARTS = 512  # programs in the backward pass
 
 
@@ -385,7 +380,7 @@ def _launch_forward(
     statistics = torch.empty((batch, length, 4), dtype=torch.float32, device=device)
     if key.numel():
         with on_device(visible):
-            _forward_kernel[(-(-batch * length // _ROWS),)](
+            _forward_kernel[(batch * length,)](
                 query,
                 key,
                 value,
@@ -393,8 +388,7 @@ def _launch_forward(
                 _describe(visible, queries, visible_positions, query_positions),
                 *(parameter.contiguous() for parameter in parameters),
                 eps,
-                ROWS=_ROWS,
-                **_columns(dim, 8),
+                **_columns(dim, 32),
             )
     return query, key, value, statistics
 

@@ -15,12 +15,15 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimkit._arguments import checked
 from mimkit._checks import cell_of
 from mimkit._grids import Grid, per_axis, reach_of
+from mimkit._settings import Settings
 from mimkit.masking import Mask
 from mimkit_kernels import packed_depthwise_conv
 
 
+@checked
 def masked_depthwise_conv2d(
     x: Float[Tensor, "batch channels height width"],
     weight: Float[Tensor, "channels 1 kernel_height kernel_width"],
@@ -53,6 +56,7 @@ def masked_depthwise_conv2d(
     return F.conv2d(x.masked_fill(is_masked, 0), weight, bias, padding=radius, groups=x.shape[1])
 
 
+@checked
 def packed_depthwise_conv2d(
     cells: Float[Tensor, "batch visible cell channels"],
     weight: Float[Tensor, "channels 1 kernel_height kernel_width"],
@@ -96,8 +100,12 @@ def packed_depthwise_conv2d(
             f"a kernel of radius {radius} on cells of {size} needs neighbors with "
             f"reach={reach_of(radius, size)}; got a window of {neighbors.shape[2]} cells"
         )
+    if Settings.check and neighbors.numel():
+        low, high = int(neighbors.min()), int(neighbors.max())
+        if low < -1 or high >= cells.shape[1]:
+            raise ValueError(f"neighbors must be in [-1, {cells.shape[1]}); got {low} to {high}")
     cells, weight, bias = _autocast(cells, weight, bias)
-    return packed_depthwise_conv(cells, weight, bias, neighbors, size)
+    return packed_depthwise_conv(cells, weight, bias, neighbors.contiguous(), size)
 
 
 def _radius(weight: Tensor, bias: Tensor | None, channels: int) -> Grid:
@@ -111,7 +119,7 @@ def _radius(weight: Tensor, bias: Tensor | None, channels: int) -> Grid:
         raise ValueError(f"bias must be [{channels}] or None; got {tuple(bias.shape)}")
     kernel = tuple(weight.shape[2:])
     if any(size % 2 == 0 for size in kernel):
-        raise ValueError(f"the kernel must have odd sizes, so that it has a center; got {kernel}")
+        raise ValueError(f"weight must have odd sizes, so that it has a center; got {kernel}")
     return tuple(size // 2 for size in kernel)
 
 

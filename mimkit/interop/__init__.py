@@ -1,15 +1,18 @@
-"""Conversion of checkpoints and models from the authors' code and from timm, and back."""
+"""Conversion of checkpoints and models: the authors', timm's and Hugging Face's, and back."""
 
 from mimkit.interop._convert import from_official, to_official
 from mimkit.interop._files import load_checkpoint
+from mimkit.interop._hf import from_hf, to_hf
 from mimkit.interop._rules import Converted
 from mimkit.interop._timm import from_timm, to_timm, wrap_timm
 
 __all__ = [
     "Converted",
+    "from_hf",
     "from_official",
     "from_timm",
     "load_checkpoint",
+    "to_hf",
     "to_official",
     "to_timm",
     "wrap_timm",

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from mimkit.interop._rules import Converted, Translation, renames, same, within
+from mimkit.interop._rules import VIT, Converted, Translation, renames, same, within
 
 _CROSS_ATTENTION = (
     ("cross_attn.q_bias", "cross_attn.q.bias"),
@@ -22,6 +22,14 @@ _REGRESSOR_BLOCK = renames(
 _CONVOLUTION = renames(
     ("blocks.{rest}.w", "blocks.{rest}.weight"), ("blocks.{rest}.b", "blocks.{rest}.bias")
 )
+
+
+# Of a pre-training checkpoint, beside the encoder; of a probing checkpoint, the encoder.
+_NOT_ENCODER = (
+    "mask_token", "rd_pos_embed", "encoder_to_regresser{rest}", "regresser.{rest}",
+    "decoder.{rest}", "alignment_{rest}",
+)  # fmt: skip
+_PROBED = ("cls_token", "pos_embed", "patch_embed.{rest}", "blocks.{rest}", "norm.{rest}")
 
 
 def _encoder_of(names: Iterable[str]) -> Mapping[str, str]:
@@ -45,8 +53,10 @@ TRANSLATIONS = {
                 theirs="regresser.regressor_blocks.{i}.",
                 ours="regressor.blocks.{i}.",
             ),
-            *same("mask_token", "encoder.{rest}", "decoder.norm.{rest}"),
-        )
+            *within(VIT, theirs="encoder.", ours="encoder."),
+            *same("mask_token", "decoder.norm.{rest}"),
+        ),
+        left_out=("alignment_{rest}",),
     ),
     "cae_vit": Translation(
         (
@@ -54,19 +64,25 @@ TRANSLATIONS = {
                 ("blocks.{i}.attn.relative_position_bias_table", "rel_pos_bias.{i}.table"),
                 ("blocks.{i}.attn.relative_position_index", None),  # constant
             ),
-            *same("cls_token", "pos_embed", "patch_embed.proj.{rest}", "blocks.{rest}"),
-            *same("norm.{rest}", "fc_norm.{rest}", "head.{rest}"),
+            *VIT,
+            *same("fc_norm.{rest}", "head.{rest}"),
         ),
         _encoder_of,
+        left_out=_NOT_ENCODER,
     ),
     "cae_probe": Translation(
         (
             *same("query_token", "fc_norm.{rest}", "head.{rest}"),
             *within(renames(*_CROSS_ATTENTION, ("{rest}", "{rest}")), theirs="attentive_blocks.0."),
-        )
+        ),
+        left_out=_PROBED,
     ),
-    "dalle": Translation(within(_CONVOLUTION, ours="encoder.")),
-    "dalle_decoder": Translation(within(_CONVOLUTION, ours="decoder.")),
+    "dalle": Translation(
+        within(_CONVOLUTION, ours="encoder."), ours_left_out=("decoder.blocks.{rest}",)
+    ),
+    "dalle_decoder": Translation(
+        within(_CONVOLUTION, ours="decoder."), ours_left_out=("encoder.blocks.{rest}",)
+    ),
 }
 
 

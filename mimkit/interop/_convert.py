@@ -1,10 +1,12 @@
 """Conversion between the authors' checkpoints and mimkit's."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from mimkit._checks import unwrap
+from mimkit._state_dicts import unwrap
 from mimkit.interop import _cae, _convmae, _mae, _simmim
+from mimkit.interop._recognize import register_taker, select_known
 from mimkit.interop._rules import Converted, Translation
 
 _TRANSLATIONS = {
@@ -13,6 +15,11 @@ _TRANSLATIONS = {
     **_cae.TRANSLATIONS,
     **_convmae.TRANSLATIONS,
 }
+for _method, _rules in _TRANSLATIONS.items():
+    if _method == "cae_probe":  # its rules know any name
+        continue
+    register_taker(f'from_official("{_method}", ...)', _rules.unknown)
+    register_taker(f'to_official("{_method}", ...)', partial(_rules.unknown, ours=True))
 
 
 def from_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
@@ -34,14 +41,17 @@ def from_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
 
     Args:
         method: One of the names above.
-        state_dict: Name -> tensor, or a checkpoint that contains it (`{"model": ...}`).
+        state_dict: Name -> tensor, or a checkpoint that contains it (`{"model": ...}`,
+            `{"state_dict": ...}`, nested in any way). Prefixes that wrappers add (`module.`,
+            `_orig_mod.`) and a prefix that all names have are taken off.
 
     Returns:
         The converted tensors; `.dropped` lists the names that have no counterpart.
 
     Raises:
         TypeError: If `state_dict` is not a dictionary.
-        ValueError: If the method is unknown.
+        ValueError: If the method is unknown, or less than nine tenths of the tensors are known to
+            it; the message says what they look like, and which function takes them.
 
     Example:
         >>> import torch
@@ -50,7 +60,9 @@ def from_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
         >>> list(converted), converted.dropped
         (['cls_token'], ('mask_token',))
     """
-    return _translation(method).to_ours(unwrap(state_dict))
+    translation, tensors = _translation(method), unwrap(state_dict)
+    call = f'from_official("{method}", ...)'
+    return translation.to_ours(select_known(tensors, call, translation.unknown))
 
 
 def to_official(
@@ -68,7 +80,8 @@ def to_official(
 
     Raises:
         TypeError: If `state_dict` is not a dictionary.
-        ValueError: If the method is unknown, or has no duplicates.
+        ValueError: If the method is unknown, or has no duplicates, or if less than nine tenths of
+            the tensors are known to it.
 
     Example:
         >>> import torch
@@ -77,7 +90,9 @@ def to_official(
     """
     if duplicates and method != "cae":
         raise ValueError(f'duplicates=True needs the method "cae"; got {method!r}')
-    official = _translation(method).to_theirs(unwrap(state_dict))
+    translation, call = _translation(method), f'to_official("{method}", ...)'
+    unknown = partial(translation.unknown, ours=True)
+    official = translation.to_theirs(select_known(unwrap(state_dict), call, unknown))
     return _cae.duplicate_encoder(official) if duplicates else official
 
 

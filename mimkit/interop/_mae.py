@@ -1,13 +1,11 @@
 """Translation rules for MAE's pre-training, fine-tuning and linear probing."""
 
-from mimkit.interop._rules import Translation, renames, same, within
-
-_VIT = same("cls_token", "pos_embed", "patch_embed.proj.{rest}", "blocks.{rest}", "norm.{rest}")
+from mimkit.interop._rules import VIT, Translation, renames, same, within
 
 TRANSLATIONS = {
     "mae": Translation(
         (
-            *within(_VIT, ours="encoder."),
+            *within(VIT, ours="encoder."),
             *renames(
                 ("mask_token", "decoder.mask_token"),
                 ("decoder_pos_embed", "decoder.pos_embed"),
@@ -16,7 +14,11 @@ TRANSLATIONS = {
                 ("decoder_norm.{rest}", "decoder.norm.{rest}"),
                 ("decoder_pred.{rest}", "head.{rest}"),
             ),
-        )
+        ),
+        ours_left_out=("mask_token", "target.{rest}"),
     ),
-    "mae_vit": Translation((*_VIT, *same("fc_norm.{rest}", "head.{rest}"))),
+    "mae_vit": Translation(
+        (*VIT, *same("fc_norm.{rest}", "head.{rest}")),
+        left_out=("mask_token", "decoder_{rest}"),
+    ),
 }

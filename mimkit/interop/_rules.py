@@ -1,27 +1,42 @@
 """Rules that translate parameter names; they apply to any subset of a state dict.
 
-In a pattern, `{i}` matches a number and `{rest}` the rest of a name. The first rule that matches is
-used. No rule changes a value.
+In a pattern, `{i}` and `{j}` match a number and `{rest}` the rest of a name. The first rule that
+matches is used. No rule changes a value, so that rules also translate gradients.
 """
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
 class Converted(dict[str, Tensor]):
-    """A converted state dict that also lists what was dropped.
+    """A converted state dict that also lists what was dropped and added.
 
     Attributes:
         dropped: Names of the input that have no counterpart.
+        filled: Names whose tensors the input had only in part, or not at all. What was missing is
+            zero (the weight of a norm: one).
+        config: What to build the model with that these weights are for, where it is known: the
+            keyword arguments of its class.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], dropped: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        dropped: tuple[str, ...],
+        *,
+        filled: tuple[str, ...] = (),
+        config: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__(tensors)
         self.dropped = dropped
+        self.filled = filled
+        self.config = config
 
 
 @dataclass(frozen=True)
@@ -33,11 +48,14 @@ class Rule:
         ours: Pattern of mimkit's names; `None` drops them.
         is_pointwise: Whether the authors' tensor is the weight of a 1x1 convolution and ours that
             of a linear layer, which has two axes less.
+        part: Where the authors' tensor stands in ours, if ours is several of theirs concatenated
+            along the first axis: its number, and how many there are.
     """
 
     theirs: str
     ours: str | None
     is_pointwise: bool = False
+    part: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,34 +66,79 @@ class Translation:
         rules: The rules, in the order in which they are tried.
         encoder_of: Selects the encoder of a pre-training checkpoint: takes the checkpoint's names,
             returns fine-tuning name -> name in the checkpoint. The identity for other checkpoints.
+        left_out: Patterns of the authors' names that are known and dropped.
+        ours_left_out: The same of mimkit's names.
     """
 
     rules: tuple[Rule, ...]
     encoder_of: Callable[[Iterable[str]], Mapping[str, str]] = lambda names: {n: n for n in names}
+    left_out: tuple[str, ...] = ()
+    ours_left_out: tuple[str, ...] = ()
 
-    def to_ours(self, tensors: Mapping[str, Tensor]) -> Converted:
+    def to_ours(self, tensors: Mapping[str, Any]) -> Converted:
         """Convert the authors' tensors to mimkit's."""
-        converted, used = {}, set()
+        converted: dict[str, Tensor] = {}
+        parts: dict[str, list[Tensor | None]] = {}
+        used = set()
+        entries = [(rule, rule.theirs, rule.ours) for rule in self.rules]
         for name, source in self.encoder_of(tensors).items():
-            rule, new = translate(name, ((rule, rule.theirs, rule.ours) for rule in self.rules))
-            if rule is not None and new is not None:
-                tensor = tensors[source]
+            rule, new = translate(name, entries)
+            tensor = tensors[source]
+            if rule is None or new is None or not isinstance(tensor, Tensor):
+                continue
+            used.add(source)
+            if rule.part is None:
                 converted[new] = tensor.flatten(1) if rule.is_pointwise else tensor
-                used.add(source)
-        return Converted(converted, tuple(name for name in tensors if name not in used))
+            else:
+                converted[new] = tensor  # keeps its place in the order
+                index, count = rule.part
+                parts.setdefault(new, [None] * count)[index] = tensor
+        for name, tensors_of in parts.items():
+            zeros = torch.zeros_like(converted[name])
+            converted[name] = torch.cat([zeros if t is None else t for t in tensors_of])
+        dropped = tuple(name for name in tensors if name not in used)
+        filled = tuple(name for name, found in parts.items() if None in found)
+        return Converted(converted, dropped, filled=filled)
 
-    def to_theirs(self, tensors: Mapping[str, Tensor]) -> Converted:
+    def to_theirs(self, tensors: Mapping[str, Any]) -> Converted:
         """Convert mimkit's tensors to the authors': the inverse of `to_ours`."""
         swapped = [(rule, rule.ours, rule.theirs) for rule in self.rules if rule.ours is not None]
         swapped.sort(key=lambda entry: entry[1] == "{rest}")  # the catch-all pattern comes last
-        converted, dropped = {}, []
+        converted: dict[str, Tensor] = {}
+        dropped = []
         for name, tensor in tensors.items():
-            rule, new = translate(name, swapped)
-            if rule is None or new is None:
+            found = [] if not isinstance(tensor, Tensor) else list(matches(name, swapped))
+            if not found:
                 dropped.append(name)
-            else:
+            elif found[0][0].part is None:
+                rule, new = found[0]
                 converted[new] = tensor[..., None, None] if rule.is_pointwise else tensor
+            else:
+                for rule, new in found:
+                    if rule.part is not None and new not in converted:
+                        converted[new] = tensor.chunk(rule.part[1])[rule.part[0]]
         return Converted(converted, tuple(dropped))
+
+    def unknown(self, tensors: Mapping[str, Any], *, ours: bool = False) -> list[str]:
+        """Return the names of the tensors that no rule knows; `ours` for mimkit's names."""
+        if ours:
+            patterns = (*(rule.ours for rule in self.rules if rule.ours), *self.ours_left_out)
+            names: Mapping[str, str] = {}
+        else:
+            patterns = (*(rule.theirs for rule in self.rules), *self.left_out)
+            names = self.encoder_of(tensors)
+        is_known = _any_of(patterns).fullmatch
+        known = {source for name, source in names.items() if is_known(name)}
+        return [
+            name
+            for name, tensor in tensors.items()
+            if isinstance(tensor, Tensor) and name not in known and not is_known(name)
+        ]
+
+
+@functools.cache
+def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(re.sub(r"\?P<\w+>", "?:", _expression(p).pattern) for p in patterns))
 
 
 def renames(*pairs: tuple[str, str | None]) -> tuple[Rule, ...]:
@@ -100,6 +163,23 @@ def within(rules: Iterable[Rule], *, theirs: str = "", ours: str = "") -> tuple[
     )
 
 
+def joined(theirs: Sequence[str], ours: str) -> tuple[Rule, ...]:
+    """Make rules for tensors of theirs that are one tensor of ours, along the first axis."""
+    count = len(theirs)
+    return tuple(Rule(name, ours, part=(index, count)) for index, name in enumerate(theirs))
+
+
+# A Vision Transformer under the names that timm, MAE, BEiT, CAE and mimkit share.
+BLOCK = same(
+    "norm1.{rest}", "norm2.{rest}", "attn.qkv.{rest}", "attn.proj.{rest}", "attn.q_bias",
+    "attn.v_bias", "mlp.fc1.{rest}", "mlp.fc2.{rest}", "gamma_1", "gamma_2",
+)  # fmt: skip
+VIT = (
+    *same("cls_token", "pos_embed", "patch_embed.proj.{rest}", "norm.{rest}"),
+    *within(BLOCK, theirs="blocks.{i}.", ours="blocks.{i}."),
+)
+
+
 def translate(
     name: str, entries: Iterable[tuple[Rule, str, str | None]]
 ) -> tuple[Rule | None, str | None]:
@@ -111,8 +191,17 @@ def translate(
     return None, None
 
 
+def matches(name: str, entries: Iterable[tuple[Rule, str, str]]) -> Iterator[tuple[Rule, str]]:
+    """Yield rule and new name of every entry that matches."""
+    for rule, old, new in entries:
+        match = _expression(old).fullmatch(name)
+        if match:
+            yield rule, new.format(**match.groupdict())
+
+
 @functools.cache
 def _expression(pattern: str) -> re.Pattern[str]:
     expression = re.escape(pattern)
-    expression = expression.replace(r"\{i\}", r"(?P<i>\d+)")
+    for number in "ij":
+        expression = expression.replace(rf"\{{{number}\}}", rf"(?P<{number}>\d+)")
     return re.compile(expression.replace(r"\{rest\}", r"(?P<rest>.+)"))

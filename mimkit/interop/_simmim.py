@@ -3,17 +3,22 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from mimkit.interop._rules import Rule, Translation, renames, same, within
+from mimkit.interop._rules import VIT, Rule, Translation, renames, same, within
 
 _CONSTANTS = renames(("{rest}.relative_position_index", None), ("{rest}.attn_mask", None))
 _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 _BLOCK_TABLE = "blocks.{i}.attn.relative_position_bias_table"
-_VIT = same("cls_token", "pos_embed", "patch_embed.proj.{rest}", "blocks.{rest}", "norm.{rest}")
+_BLOCK_PARTS = (
+    "norm1.{rest}", "norm2.{rest}", "attn.qkv.{rest}", "attn.proj.{rest}", "mlp.fc1.{rest}",
+    "mlp.fc2.{rest}",
+)  # fmt: skip
 _SWIN = (
     *renames(
         ("layers.{rest}.relative_position_bias_table", "layers.{rest}.rel_pos_bias.table"),
     ),
-    *same("patch_embed.proj.{rest}", "patch_embed.norm.{rest}", "layers.{rest}", "norm.{rest}"),
+    *same("patch_embed.proj.{rest}", "patch_embed.norm.{rest}", "norm.{rest}"),
+    *same(*("layers.{i}.blocks.{j}." + part for part in _BLOCK_PARTS)),
+    *same("layers.{i}.downsample.norm.{rest}", "layers.{i}.downsample.reduction.weight"),
 )
 _PRETRAINING = (
     Rule("encoder.mask_token", "mask_token"),
@@ -36,29 +41,37 @@ def _encoder_of(names: Iterable[str]) -> Mapping[str, str]:
     return encoder
 
 
+_HEADS = ("head.predict.{rest}", "target.{rest}")  # other heads and targets than the authors'
+_NOT_ENCODER = ("mask_token", "decoder.{rest}")
+
 TRANSLATIONS = {
     "simmim_vit": Translation(
         (
             *_CONSTANTS,
             *_PRETRAINING,
             *within(
-                (*renames((_SHARED_TABLE, "rel_pos_bias.0.table")), *_VIT),
+                (*renames((_SHARED_TABLE, "rel_pos_bias.0.table")), *VIT),
                 theirs="encoder.",
                 ours="encoder.",
             ),
-        )
+        ),
+        ours_left_out=_HEADS,
     ),
     "simmim_swin": Translation(
-        (*_CONSTANTS, *_PRETRAINING, *within(_SWIN, theirs="encoder.", ours="encoder."))
+        (*_CONSTANTS, *_PRETRAINING, *within(_SWIN, theirs="encoder.", ours="encoder.")),
+        ours_left_out=_HEADS,
     ),
     "simmim_vit_finetune": Translation(
         (
             *_CONSTANTS,
             *renames((_BLOCK_TABLE, "rel_pos_bias.{i}.table")),
-            *_VIT,
+            *VIT,
             *same("fc_norm.{rest}", "head.{rest}"),
         ),
         _encoder_of,
+        left_out=(*_NOT_ENCODER, f"encoder.{_SHARED_TABLE}"),
     ),
-    "simmim_swin_finetune": Translation((*_CONSTANTS, *_SWIN, *same("head.{rest}")), _encoder_of),
+    "simmim_swin_finetune": Translation(
+        (*_CONSTANTS, *_SWIN, *same("head.{rest}")), _encoder_of, left_out=_NOT_ENCODER
+    ),
 }

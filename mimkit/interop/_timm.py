@@ -1,23 +1,39 @@
 """Conversion of timm's weights, and a wrapper that runs timm's Vision Transformers with a mask."""
 
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, cast, get_args
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from mimkit._checks import check_mask, unwrap
+from mimkit._checks import check_mask
+from mimkit._state_dicts import unwrap
 from mimkit.interop._convert import from_official, to_official
-from mimkit.interop._rules import Converted
+from mimkit.interop._recognize import register_taker, select_known
+from mimkit.interop._rules import VIT, Converted, Translation, renames, same
 from mimkit.masking import Mask
-from mimkit.patches import gather_visible, grid_of
+from mimkit.patches import gather_visible, grid_of, restore
 
-_BLOCK = re.compile(r"blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)")
-_CHANGES_THE_FUNCTION = ("blocks.", "norm_pre.", "reg_token")
-
-
+_VIT = Translation(
+    (
+        *renames(("blocks.{i}.ls1.gamma", "blocks.{i}.gamma_1")),
+        *renames(("blocks.{i}.ls2.gamma", "blocks.{i}.gamma_2")),
+        *renames(("blocks.{i}.attn.relative_position_bias_table", "rel_pos_bias.{i}.table")),
+        *VIT,
+        *same("reg_token", "fc_norm.{rest}", "head.{rest}"),
+    ),
+    left_out=("{rest}.relative_position_index",),
+)
 Model = Literal["vit", "swin"]
+# timm's BEiT has layer scale under mimkit's names.
+_BEIT = replace(_VIT, rules=_VIT.rules[2:])
 _MERGING = re.compile(r"layers\.(\d+)\.downsample\.")
 
 
@@ -41,8 +57,10 @@ def to_timm(state_dict: Mapping[str, Any], *, model: Model | None = None) -> Con
     """
     tensors = unwrap(state_dict)
     if _model_of(tensors, model) == "vit":
-        # `nn.ViT`, timm and MAE's fine-tuning encoder use the same names.
-        return from_official("mae_vit", tensors)
+        unknown = partial(_VIT.unknown, ours=True)
+        is_beit = any(name.endswith((".q_bias", ".table")) for name in tensors)
+        known = select_known(tensors, "to_timm", unknown)
+        return _without_class_position((_BEIT if is_beit else _VIT).to_theirs(known))
     official = to_official("simmim_swin_finetune", tensors)
     renamed = {_shift_merging(name, 1): tensor for name, tensor in official.items()}
     swin = {re.sub(r"^head\.", "head.fc.", name): tensor for name, tensor in renamed.items()}
@@ -60,8 +78,10 @@ def from_timm(state_dict: Mapping[str, Any], *, model: Model | None = None) -> C
         The converted tensors; `.dropped` lists the names that have no counterpart.
 
     Raises:
-        ValueError: If the model has parts that `nn.ViT` lacks (layer scale, query-key norms,
-            registers, a norm before the blocks), so that the result would compute something else.
+        ValueError: If the model has parts that `nn.ViT` lacks (query-key norms, a norm before the
+            blocks, a distillation token, a gated MLP), so that the result would compute something
+            else; or if less than nine tenths of the tensors are known. A state dict does not tell
+            its activation: build `nn.ViT(act="gelu_tanh")` for a model with tanh-GELU.
 
     Example:
         >>> import torch
@@ -73,10 +93,36 @@ def from_timm(state_dict: Mapping[str, Any], *, model: Model | None = None) -> C
         renamed = {_shift_merging(name, -1): tensor for name, tensor in tensors.items()}
         bare = {re.sub(r"^head\.fc\.", "head.", name): t for name, t in renamed.items()}
         return from_official("simmim_swin_finetune", bare)
-    for name in tensors:
-        if name.startswith(_CHANGES_THE_FUNCTION) and not _BLOCK.fullmatch(name):
-            raise ValueError(f"nn.ViT has no counterpart for {name!r}, which changes the output")
-    return from_official("mae_vit", tensors)
+    return _with_class_position(_VIT.to_ours(select_known(tensors, "from_timm", _VIT.unknown)))
+
+
+def _with_class_position(converted: Converted) -> Converted:
+    """Give the class token a position of zero, where timm has none (`no_embed_class`).
+
+    Raises:
+        ValueError: If registers have positions.
+    """
+    positions = converted.get("pos_embed")
+    if positions is None or positions.ndim != 3 or "cls_token" not in converted:
+        return converted
+    rows = positions.shape[1]
+    if math.isqrt(rows) ** 2 == rows:  # those of a square grid alone
+        converted["pos_embed"] = F.pad(positions, (0, 0, 1, 0))
+    elif "reg_token" in converted:
+        raise ValueError(
+            f"nn.ViT has no positions for the registers in 'reg_token' (timm's "
+            f"no_embed_class=False), or the grid is not square: pos_embed has {rows} rows"
+        )
+    return converted
+
+
+def _without_class_position(converted: Converted) -> Converted:
+    """Leave the class token's position out beside registers, as timm's models with them have it."""
+    if "reg_token" not in converted or "pos_embed" not in converted:
+        return converted
+    row, positions = converted["pos_embed"].tensor_split([1], dim=1)
+    dropped = ("pos_embed[:, :1]",) if row.any() else ()
+    return Converted({**converted, "pos_embed": positions}, (*converted.dropped, *dropped))
 
 
 def _model_of(tensors: Mapping[str, Tensor], model: Model | None) -> Model:
@@ -97,16 +143,32 @@ class _MaskedTimmViT(nn.Module):
         self.num_prefix_tokens = int(model.num_prefix_tokens)  # type: ignore[arg-type]
 
     def forward(
-        self, images: Float[Tensor, "batch channels *spatial"], mask: Mask | None = None
+        self,
+        images: Float[Tensor, "batch channels *spatial"],
+        mask: Mask | None = None,
+        *,
+        mask_token: Float[Tensor, "*masked dim"] | None = None,
     ) -> Float[Tensor, "batch prefix_and_tokens dim"]:
         model: Any = self.model
-        tokens = model._pos_embed(model.patch_embed(images))
+        tokens = model.patch_embed(images)
+        if mask is None and mask_token is not None:
+            raise ValueError("mask_token replaces masked patches: pass a mask with it")
         if mask is not None:
             check_mask(mask, grid_of(images, model.patch_embed.patch_size), images)
+        if mask is not None and mask_token is not None:
+            tokens, mask = _with_mask_token(tokens, mask, mask_token), None
+        tokens = model._pos_embed(tokens)
+        if isinstance(tokens, tuple):  # Eva: tokens, rotary table
+            tokens = tokens[0]
+        if mask is not None:
             tokens = gather_visible(tokens, mask, num_prefix=self.num_prefix_tokens)
-        tokens = model.norm_pre(tokens)
+        if hasattr(model, "norm_pre"):
+            tokens = model.norm_pre(tokens)
         for block in model.blocks:
-            tokens = block(tokens)
+            if getattr(model, "grad_checkpointing", False) and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, use_reentrant=False)
+            else:
+                tokens = block(tokens)
         encoded: Tensor = model.norm(tokens)
         return encoded
 
@@ -117,38 +179,64 @@ class _MaskedTimmViT(nn.Module):
         return pooled
 
 
+def _with_mask_token(tokens: Tensor, mask: Mask, mask_token: Tensor) -> Tensor:
+    """Put a mask token, or one for each masked patch, in place of the masked patches' embeddings.
+
+    With `dynamic_img_size`, timm's embeddings are [batch, height, width, dim].
+    """
+    is_single = mask_token.numel() == mask_token.shape[-1]
+    rows = gather_visible(tokens.flatten(1, -2), mask)
+    fill = mask_token.view(-1) if is_single else mask_token
+    return restore(rows, mask, fill).view_as(tokens)
+
+
 def wrap_timm(model: nn.Module) -> nn.Module:
     """Wrap a timm Vision Transformer so that it takes a mask.
 
     The result is an encoder like `nn.ViT`. With images and a mask, it encodes the prefix tokens and
-    the visible patches; with images only, it equals `model.forward_features`. It shares its weights
-    with `model`. All patches are embedded and get their position embedding; the blocks see visible
-    patches only.
+    the visible patches; with a `mask_token` too, all patches, the masked ones replaced by it; with
+    images only, it equals `model.forward_features`. It shares its weights with `model`, and its
+    switch for checkpointing. All patches are embedded and get their position embedding; the blocks
+    see visible patches only.
 
     Args:
-        model: A timm `VisionTransformer` (or a subclass with the same parts), without patch
-            dropout.
+        model: A timm `VisionTransformer`, an `Eva` without rotary positions, or a subclass with the
+            same parts, without patch dropout.
 
     Returns:
-        `encoder(images, mask=None)`, with `.model`, `.num_prefix_tokens` and `.pool(tokens)`.
+        `encoder(images, mask=None, *, mask_token=None)`, with `.model`, `.num_prefix_tokens` and
+        `.pool(tokens)`.
 
     Raises:
-        TypeError: If the model lacks a part of a `VisionTransformer`, or has rotary position
-            embeddings, which are not supported.
+        TypeError: If the model lacks a part of a `VisionTransformer`, has rotary or relative
+            positions, or embeds its patches by more than one convolution, whose outputs see pixels
+            of other patches.
         ValueError: If the model has patch dropout.
     """
-    parts = ("patch_embed", "_pos_embed", "norm_pre", "blocks", "norm", "num_prefix_tokens")
+    parts = ("patch_embed", "_pos_embed", "blocks", "norm", "num_prefix_tokens")
     missing = [name for name in parts if not hasattr(model, name)]
+    kind = type(model).__name__
     if missing:
-        raise TypeError(
-            f"wrap_timm needs a timm VisionTransformer; got {type(model).__name__} "
-            f"without {missing}"
-        )
+        raise TypeError(f"wrap_timm needs a timm VisionTransformer; got {kind} without {missing}")
     if getattr(model, "rope", None) is not None:
         raise TypeError(
-            "wrap_timm does not support rotary position embeddings; got a "
-            f"{type(model).__name__} with them"
+            f"wrap_timm does not support rotary position embeddings; got a {kind} with them"
+        )
+    names = [name for name, _ in model.named_parameters()]
+    relative = [name for name in names if "rel_pos" in name or "relative_position" in name]
+    if relative or hasattr(model, "rel_pos_bias"):
+        raise TypeError(f"wrap_timm does not support relative positions; got a {kind} with them")
+    projection = getattr(model.patch_embed, "proj", None)
+    is_plain = isinstance(projection, nn.Conv2d) and projection.stride == projection.kernel_size
+    if not is_plain or hasattr(model.patch_embed, "backbone"):
+        raise TypeError(
+            f"wrap_timm needs patches that do not overlap, embedded by one convolution; got a "
+            f"{kind} with {type(model.patch_embed).__name__} ({type(projection).__name__})"
         )
     if getattr(getattr(model, "patch_drop", None), "prob", 0):
         raise ValueError("the model has patch dropout: build it with patch_drop_rate=0")
     return _MaskedTimmViT(model)
+
+
+register_taker("from_timm", _VIT.unknown)
+register_taker("to_timm", partial(_VIT.unknown, ours=True))

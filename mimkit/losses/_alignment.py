@@ -4,7 +4,10 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimkit._arguments import checked
 
+
+@checked
 def alignment_mse(
     prediction: Float[Tensor, "batch masked dim"], target: Float[Tensor, "batch masked dim"]
 ) -> Float32[Tensor, ""]:

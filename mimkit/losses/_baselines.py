@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mimkit_kernels as kernels
+from mimkit._arguments import NotNegative, Scales, checked
 from mimkit._checks import Order
 from mimkit._grids import Grid, per_axis
 from mimkit.losses._masked import Kind, masked_pixel_loss
@@ -19,6 +20,7 @@ from mimkit.targets import NormalizedPixels, Pixels
 
 
 @torch.no_grad()
+@checked
 def baselines(
     images: Shaped[Tensor, "batch channels *spatial"],
     mask: Mask,
@@ -26,10 +28,10 @@ def baselines(
     *,
     normalize: Literal["patch"] | None = "patch",
     kind: Kind = "l2",
-    beta: float = 1.0,
+    beta: NotNegative = 1.0,
     order: Order = "p1 p2 c",
     mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    std: Scales | None = None,
 ) -> dict[str, Float32[Tensor, ""]]:
     """Compute the `masked_pixel_loss` of trivial predictors.
 

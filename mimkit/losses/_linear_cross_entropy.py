@@ -7,6 +7,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 import mimkit_kernels as kernels
+from mimkit._arguments import checked
 from mimkit.losses._classes import check_classes
 
 Scalar = Float32[Tensor, ""]
@@ -30,6 +31,7 @@ def linear_cross_entropy(
     *,
     return_accuracy: Literal[True],
 ) -> tuple[Scalar, Scalar]: ...
+@checked
 def linear_cross_entropy(
     x: Float[Tensor, "*rows width"],
     weight: Float[Tensor, "words width"],
@@ -40,10 +42,10 @@ def linear_cross_entropy(
 ) -> Scalar | tuple[Scalar, Scalar]:
     """Compute the cross-entropy of `F.linear(x, weight, bias)` with `target`, in chunks.
 
-    At most `2**23` logits exist at a time on a CPU, and `2**24` on a GPU, in the dtype of `F.linear`:
-    1,024 or 2,048 rows of a vocabulary of 8,192 words. Gradients are computed with the loss, so the
-    forward pass takes three times as long, and the backward pass almost no time. Sums are
-    accumulated in float32.
+    At most `2**23` logits exist at a time on a CPU, and `2**24` on a GPU, in the dtype of
+    `F.linear`: 1,024 or 2,048 rows of a vocabulary of 8,192 words. Gradients are computed with the
+    loss, so the forward pass takes three times as long, and the backward pass almost no time. Sums
+    are accumulated in float32.
 
     Args:
         x: Any number of rows.

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float, Float32, Int64, Shaped
+from jaxtyping import Float, Float32, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
 import mimkit_kernels as kernels
+from mimkit._arguments import NotNegative, Scales, checked
 from mimkit._checks import (
     Order,
     channel_statistic,
@@ -40,6 +41,7 @@ Kind = Literal["l2", "l1", "smooth_l1"]
 Loss = Float32[Tensor, ""] | Float32[Tensor, " samples"] | Float32[Tensor, "batch masked"]
 
 
+@checked
 def masked_mse(
     prediction: Float[Tensor, "batch _ ..."] | Float[Tensor, "_ ..."],
     target: Float[Tensor, "batch _ ..."] | Float[Tensor, "_ ..."],
@@ -77,6 +79,7 @@ def masked_mse(
     return _masked_loss(elementwise_error("l2"), prediction, target, mask, reduction)
 
 
+@checked
 def masked_l1(
     prediction: Float[Tensor, "batch _ ..."] | Float[Tensor, "_ ..."],
     target: Float[Tensor, "batch _ ..."] | Float[Tensor, "_ ..."],
@@ -95,12 +98,13 @@ def masked_l1(
     return _masked_loss(elementwise_error("l1"), prediction, target, mask, reduction)
 
 
+@checked
 def masked_smooth_l1(
     prediction: Float[Tensor, "batch _ ..."] | Float[Tensor, "_ ..."],
     target: Float[Tensor, "batch _ ..."] | Float[Tensor, "_ ..."],
     mask: Mask | RaggedMask,
     *,
-    beta: float = 1.0,
+    beta: NotNegative = 1.0,
     reduction: Reduction = "mean",
 ) -> Loss:
     """Smooth L1 error over the masked positions: squared below `beta`, absolute above it.
@@ -125,6 +129,7 @@ def masked_smooth_l1(
     return _masked_loss(elementwise_error("smooth_l1", beta), prediction, target, mask, reduction)
 
 
+@checked
 def masked_cosine(
     prediction: Float[Tensor, "batch _ dim"],
     target: Float[Tensor, "batch _ dim"],
@@ -154,9 +159,10 @@ def masked_cosine(
     return _masked_loss(error, prediction, target, mask, reduction)
 
 
+@checked
 def masked_cross_entropy(
     prediction: Float[Tensor, "... classes"],
-    target: Int64[Tensor, "..."],
+    target: Shaped[Tensor, "..."],
     mask: Mask | RaggedMask,
     *,
     reduction: Reduction = "mean",
@@ -189,6 +195,7 @@ def masked_cross_entropy(
     return _reduce(_one_axis_of_values(errors), mask, reduction)
 
 
+@checked
 def masked_pixel_loss(
     prediction: Float[Tensor, "batch masked patch"] | Float[Tensor, "rows patch"],
     images: Shaped[Tensor, "batch channels *spatial"] | Sequence[Shaped[Tensor, "channels ..."]],
@@ -197,10 +204,10 @@ def masked_pixel_loss(
     *,
     normalize: Literal["patch"] | None = "patch",
     kind: Kind = "l2",
-    beta: float = 1.0,
+    beta: NotNegative = 1.0,
     order: Order = "p1 p2 c",
     mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    std: Scales | None = None,
     reduction: Reduction = "mean",
 ) -> Loss:
     """Compute the loss between predicted patches and the masked patches of the images.
@@ -253,7 +260,7 @@ def masked_pixel_loss(
     check_pixels(images)
     grid = grid_of(images, patch_size)
     check_mask(mask, grid, images)
-    check_batch(mask, prediction)
+    check_batch(mask, prediction, "prediction")
     patch = per_axis("patch_size", patch_size, len(grid))
     shape = (mask.batch_size, mask.num_masked, images.shape[1] * count_tokens(patch))
     if prediction.shape == (mask.batch_size, mask.num_tokens, shape[2]):
@@ -304,7 +311,7 @@ def _masked_loss(
 def _take_masked(name: str, values: Tensor, mask: Mask | RaggedMask) -> Tensor:
     if isinstance(mask, RaggedMask):  # one sample that holds the tokens of all
         return _take_masked_rows(name, values, mask).unsqueeze(0)
-    check_batch(mask, values)
+    check_batch(mask, values, name)
     if values.ndim >= 2 and values.shape[1] == mask.num_masked:
         return values
     if values.ndim >= 2 and values.shape[1] == mask.num_tokens:
@@ -318,7 +325,7 @@ def _take_masked(name: str, values: Tensor, mask: Mask | RaggedMask) -> Tensor:
 
 def _take_masked_rows(name: str, values: Tensor, mask: RaggedMask) -> Tensor:
     num_masked, num_tokens = len(mask.masked_ids), sum(mask.num_tokens)
-    check_device(mask, values)
+    check_device(mask, values, name)
     if len(values) == num_masked:
         return values
     if len(values) == num_tokens:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
+from mimkit._arguments import checked
 from mimkit._grids import as_integer, as_sizes, count_tokens
 from mimkit.masking._counts import Rounding, check_interval, resolve_count
 from mimkit.masking._key import Key
@@ -15,6 +16,7 @@ _BLOCKS, _SINGLES = 2, 3  # stream numbers in the public format
 _PATIENCE = 32  # rejected blocks in a row before single tokens are masked instead
 
 
+@checked
 def blockwise(
     key: Key,
     grid: Sequence[int],

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
+from mimkit._arguments import checked
 from mimkit._grids import as_integer, as_sizes, count_tokens
 from mimkit.masking._key import Key
 from mimkit.masking._mask import Mask
 from mimkit.masking._philox import MAX_TOKENS, UNIFORM, random_words
 
 
+@checked
 def complementary(key: Key, grid: Sequence[int], parts: int) -> list[Mask]:
     """Draw `parts` masks for every sample, such that each token is visible in exactly one.
 

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal, get_args
 
+from mimkit._arguments import checked
 from mimkit._grids import as_integer
 
 Rounding = Literal["nearest", "mae", "simmim"]
 
 
+@checked
 def num_masked(num_tokens: int, ratio: float | Fraction, *, rounding: Rounding = "nearest") -> int:
     """Return the number of tokens that `ratio` masks.
 

@@ -8,6 +8,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimkit._arguments import checked
 from mimkit._grids import Grid, as_sizes, count_tokens, per_axis
 from mimkit.masking._counts import Rounding, resolve_count
 from mimkit.masking._key import Key
@@ -17,6 +18,7 @@ from mimkit.masking._philox import MAX_TOKENS, random_words
 _BLOCKS, _LAST = 4, 5  # stream numbers in the public format
 
 
+@checked
 def inverse_block(
     key: Key,
     grid: Sequence[int],

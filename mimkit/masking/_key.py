@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int64, Integer
 from torch import Tensor
 
+from mimkit._arguments import Count, checked
 from mimkit._containers import container, static
 from mimkit._grids import as_integer
 
@@ -14,6 +15,7 @@ _MAX_VIEWS = 1 << 8
 _MAX_EPOCHS = 1 << 32
 
 
+@checked
 @container
 class Key:
     """Everything that a mask depends on: sample ids, seed, epoch and view. Make one with `key`.
@@ -62,6 +64,7 @@ class Key:
         return Key(self.sample_ids, self.seed_and_epoch, n)
 
 
+@checked
 def key(sample_ids: Integer[Tensor, " batch"] | Sequence[int], *, seed: int, epoch: int = 0) -> Key:
     """Make the key of a batch: a mask is a pure function of (seed, epoch, sample id).
 
@@ -103,8 +106,9 @@ def key(sample_ids: Integer[Tensor, " batch"] | Sequence[int], *, seed: int, epo
     return Key(ids.long(), torch.tensor([signed, epoch], device=ids.device))
 
 
+@checked
 def fresh_key(
-    batch_size: int,
+    batch_size: Count,
     *,
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,

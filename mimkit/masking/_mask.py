@@ -10,11 +10,13 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
+from mimkit._arguments import Count, checked
 from mimkit._containers import container, static
 from mimkit._grids import Grid, as_integer, as_sizes, count_tokens, divide, per_axis
 from mimkit_kernels import split_positions
 
 
+@checked
 @container
 class Mask:
     """Which tokens of every sample the encoder sees (visible) and which it does not (masked).
@@ -41,6 +43,7 @@ class Mask:
     grid: Grid = static()
 
     @classmethod
+    @checked
     def from_bool(
         cls, is_masked: Bool[Tensor, "batch *grid"], *, num_masked: int | None = None
     ) -> "Mask":
@@ -61,6 +64,8 @@ class Mask:
             raise TypeError(f"is_masked must be boolean (True = masked); got {is_masked.dtype}")
         grid = as_sizes("grid", tuple(is_masked.shape[1:]))
         flat = is_masked.flatten(1)
+        if num_masked is None and flat.is_meta:
+            raise ValueError("is_masked is on the meta device, which holds no values to count")
         if num_masked is None or _can_read_values(flat):
             counts = flat.sum(dim=1).tolist()
             expected = num_masked if num_masked is not None else counts[0] if counts else 0
@@ -74,6 +79,7 @@ class Mask:
         return cls._from_flat(flat, grid, num_masked)
 
     @classmethod
+    @checked
     def from_noise(
         cls, noise: Float[Tensor, "batch tokens"], grid: Sequence[int], num_masked: int
     ) -> "Mask":
@@ -109,6 +115,7 @@ class Mask:
         return cls._from_flat(is_masked, grid, num_masked)
 
     @classmethod
+    @checked
     def from_visible_ids(cls, ids: Int[Tensor, "batch visible"], grid: Sequence[int]) -> "Mask":
         """Make a mask from the row-major positions that stay visible, in any order.
 
@@ -147,6 +154,7 @@ class Mask:
         return cls._from_flat(is_masked, grid, num_masked)
 
     @classmethod
+    @checked
     def from_boxes(
         cls,
         boxes: Int[Tensor, "batch boxes bounds"],
@@ -197,6 +205,7 @@ class Mask:
         return cls.from_bool(inside.any(dim=1), num_masked=num_masked)
 
     @classmethod
+    @checked
     def cat(cls, masks: Sequence["Mask"]) -> "Mask":
         """Concatenate masks of one grid and one count along the batch.
 
@@ -263,6 +272,7 @@ class Mask:
         slots = torch.arange(self.num_tokens, device=self.device).expand_as(order)
         return torch.empty_like(order).scatter(1, order, slots)
 
+    @checked
     def refine(self, k: int | Sequence[int]) -> "Mask":
         """Split every token into `k` tokens per axis, which are masked if the token is.
 
@@ -278,6 +288,7 @@ class Mask:
         num_masked = self.num_masked * count_tokens(factors)
         return Mask._from_flat(fine.flatten(1), tuple(fine.shape[1:]), num_masked)
 
+    @checked
     def coarsen(self, k: int | Sequence[int]) -> "Mask":
         """Undo `refine(k)`.
 
@@ -304,6 +315,7 @@ class Mask:
         num_masked = self.num_masked // count_tokens(factors)
         return Mask._from_flat(cells.any(-1).flatten(1), coarse_grid, num_masked)
 
+    @checked
     def complement(self) -> "Mask":
         """Swap visible and masked tokens: `~mask`, which `torch.compile` cannot trace."""
         return Mask(self.masked_ids, self.visible_ids, self.grid)
@@ -320,6 +332,7 @@ class Mask:
             index = torch.arange(self.batch_size, device=self.device)[rows].view(-1)
         return Mask(self.visible_ids[index], self.masked_ids[index], self.grid)
 
+    @checked
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Mask":
         """Move the ids to `device`."""
         return Mask(
@@ -328,15 +341,18 @@ class Mask:
             self.grid,
         )
 
+    @checked
     def pin_memory(self) -> "Mask":
         """Copy the ids to page-locked memory (`DataLoader(pin_memory=True)` calls this)."""
         return Mask(self.visible_ids.pin_memory(), self.masked_ids.pin_memory(), self.grid)
 
+    @checked
     def equal(self, other: "Mask") -> bool:
         """Whether both mask the same positions of the same grid in every sample."""
         return self.grid == other.grid and torch.equal(self.visible_ids, other.visible_ids)
 
-    def expand(self, batch_size: int) -> "Mask":
+    @checked
+    def expand(self, batch_size: Count) -> "Mask":
         """Repeat a mask of one sample `batch_size` times, without a copy.
 
         Raises:
@@ -350,6 +366,7 @@ class Mask:
             self.grid,
         )
 
+    @checked
     def validate(self) -> None:
         """Check that ids are ascending and contain every position of the grid exactly once.
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from mimkit._arguments import Size, checked
 from mimkit._containers import container
 from mimkit._grids import as_integer, as_sizes, count_tokens
 from mimkit.masking._counts import check_interval, num_masked
@@ -34,11 +35,12 @@ class MultiBlock:
     targets: list[Mask]
 
 
+@checked
 def multiblock(
     key: Key,
     grid: Sequence[int],
     *,
-    num_targets: int = 4,
+    num_targets: Size = 4,
     target_ratio: float = 0.175,
     aspect: tuple[float, float] = (0.75, 1.5),
     context_scale: tuple[float, float] = (0.85, 1.0),

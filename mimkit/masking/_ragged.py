@@ -13,12 +13,14 @@ import torch
 from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
+from mimkit._arguments import checked
 from mimkit._containers import container, static
 from mimkit._grids import Grid, as_sizes, count_tokens
 from mimkit.masking._key import Key
 from mimkit.masking._mask import Mask
 
 
+@checked
 @container
 class RaggedMask:
     """Which tokens the encoder sees, for samples that differ in grid or in number of tokens.
@@ -54,6 +56,7 @@ class RaggedMask:
     num_visible: tuple[int, ...] = static()
 
     @classmethod
+    @checked
     def from_bool(
         cls, is_masked: Bool[Tensor, "samples *grid"] | Sequence[Bool[Tensor, "..."]]
     ) -> "RaggedMask":
@@ -88,6 +91,7 @@ class RaggedMask:
         )
 
     @classmethod
+    @checked
     def from_visible_ids(
         cls, ids: Sequence[Int[Tensor, "_"]], grids: Sequence[Sequence[int]]
     ) -> "RaggedMask":
@@ -109,6 +113,7 @@ class RaggedMask:
         return cls.cat([Mask.from_visible_ids(one.unsqueeze(0), grid) for one, grid in pairs])
 
     @classmethod
+    @checked
     def cat(cls, masks: Sequence["Mask | RaggedMask"]) -> "RaggedMask":
         """Concatenate the samples of masks with any grids and counts.
 
@@ -192,6 +197,7 @@ class RaggedMask:
         starts = (self.cu_visible + self.cu_masked)[:-1]
         return _repeat_per_token(starts, cumulative.diff(), len(ids))
 
+    @checked
     def split_visible(self, packed: Tensor, *, num_prefix: int = 0) -> tuple[Tensor, ...]:
         """Split packed rows into samples: `num_prefix` rows and the visible tokens of each.
 
@@ -205,6 +211,7 @@ class RaggedMask:
         """
         return _split(packed, [num_prefix + count for count in self.num_visible])
 
+    @checked
     def split_masked(self, packed: Tensor) -> tuple[Tensor, ...]:
         """Split rows of masked tokens into samples.
 
@@ -213,6 +220,7 @@ class RaggedMask:
         """
         return _split(packed, self.num_masked)
 
+    @checked
     def unbind(self) -> list[Mask]:
         """Split the batch into masks of one sample.
 
@@ -229,6 +237,7 @@ class RaggedMask:
         )
         return [Mask(v.unsqueeze(0), m.unsqueeze(0), grid) for v, m, grid in samples]
 
+    @checked
     def complement(self) -> "RaggedMask":
         """Swap visible and masked tokens: `~mask`, which `torch.compile` cannot trace."""
         return RaggedMask(
@@ -259,10 +268,12 @@ class RaggedMask:
             [self.num_visible[row] for row in rows],
         )
 
+    @checked
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "RaggedMask":
         """Move the tensors to `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
+    @checked
     def pin_memory(self) -> "RaggedMask":
         """Copy to page-locked memory (`DataLoader(pin_memory=True)` calls this)."""
         return self._map(Tensor.pin_memory)
@@ -277,6 +288,7 @@ class RaggedMask:
             self.num_visible,
         )
 
+    @checked
     def equal(self, other: "RaggedMask") -> bool:
         """Whether both mask the same positions of the same grids in every sample."""
         return (
@@ -285,6 +297,7 @@ class RaggedMask:
             and torch.equal(self.masked_ids, other.masked_ids)
         )
 
+    @checked
     def validate(self) -> None:
         """Check the counts, and that each sample's ids are ascending and fill its grid.
 
@@ -313,6 +326,7 @@ class RaggedMask:
         )
 
 
+@checked
 def ragged(
     sampler: Callable[..., Mask],
     key: Key,

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from mimkit._arguments import checked
 from mimkit._grids import as_sizes, count_tokens, divide, per_axis
 from mimkit.masking._counts import Rounding, resolve_count
 from mimkit.masking._key import Key, check_key
@@ -14,6 +15,7 @@ from mimkit.masking._philox import MAX_TOKENS, SQUARE, UNIFORM, random_words, st
 from mimkit_kernels import uniform_sample
 
 
+@checked
 def uniform(
     key: Key,
     grid: Sequence[int],
@@ -69,6 +71,7 @@ def uniform(
     return mask if tokens_per_unit == 1 else mask.refine(unit)
 
 
+@checked
 def gridwise(key: Key, grid: Sequence[int], *, keep_every: int | Sequence[int] = 2) -> Mask:
     """Keep every `keep_every`-th token per axis visible, the same tokens in every sample.
 
@@ -96,6 +99,7 @@ def gridwise(key: Key, grid: Sequence[int], *, keep_every: int | Sequence[int] =
     return mask.expand(key.batch_size)
 
 
+@checked
 def square(
     key: Key,
     grid: Sequence[int],

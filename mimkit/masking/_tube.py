@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from fractions import Fraction
 
+from mimkit._arguments import checked
 from mimkit._grids import as_integer, as_sizes
 from mimkit.masking._counts import Rounding
 from mimkit.masking._key import Key
@@ -10,6 +11,7 @@ from mimkit.masking._mask import Mask
 from mimkit.masking._samplers import uniform
 
 
+@checked
 def tube(
     key: Key,
     grid: Sequence[int],

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mimkit._arguments import checked
 from mimkit._grids import as_sizes, count_tokens
 from mimkit.masking._counts import Rounding, resolve_count
 from mimkit.masking._key import Key
@@ -16,6 +17,7 @@ from mimkit.masking._philox import MAX_TOKENS, random_words
 _WEIGHTED = 6  # stream number in the public format
 
 
+@checked
 def weighted(
     key: Key,
     grid: Sequence[int],

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from mimkit._arguments import Count, Size, checked
 from mimkit._grids import as_integer, as_sizes, count_tokens
 from mimkit.masking._counts import Rounding, check_interval, resolve_count
 from mimkit.masking._key import Key, check_key
@@ -24,6 +25,7 @@ _ATTEMPTS = 10  # per block, as published
 _PATIENCE = 10_000  # unsuccessful blocks in a row after which the loop counts as endless
 
 
+@checked
 def beit(
     key: Key,
     grid: Sequence[int],
@@ -31,8 +33,8 @@ def beit(
     *,
     num_masked: int | None = None,
     rounding: Rounding = "nearest",
-    min_block: int = 16,
-    max_block: int | None = None,
+    min_block: Size = 16,
+    max_block: Size | None = None,
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> Bool[Tensor, "batch *grid"]:
     """Draw BEiT's block-wise masks, which may mask fewer tokens than asked for.
@@ -70,6 +72,7 @@ def beit(
     )
 
 
+@checked
 def cae(
     key: Key,
     grid: Sequence[int],
@@ -77,8 +80,8 @@ def cae(
     *,
     num_masked: int | None = None,
     rounding: Rounding = "nearest",
-    min_block: int = 16,
-    max_block: int | None = None,
+    min_block: Size = 16,
+    max_block: Size | None = None,
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> Bool[Tensor, "batch *grid"]:
     """Draw CAE's block-wise masks, whose counts are exact; arguments as in `beit`.
@@ -103,6 +106,7 @@ def cae(
     )
 
 
+@checked
 def mmpretrain(
     key: Key,
     grid: Sequence[int],
@@ -110,8 +114,8 @@ def mmpretrain(
     *,
     num_masked: int | None = None,
     rounding: Rounding = "nearest",
-    min_block: int = 16,
-    max_block: int | None = None,
+    min_block: Size = 16,
+    max_block: Size | None = None,
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> Bool[Tensor, "batch *grid"]:
     """Draw mmpretrain's block-wise masks, which never touch the last row and column.
@@ -141,15 +145,16 @@ def mmpretrain(
     return _per_sample(key, grid, draw)
 
 
+@checked
 def ijepa(
     key: Key,
     grid: Sequence[int],
     *,
-    num_targets: int = 4,
+    num_targets: Size = 4,
     target_scale: tuple[float, float] = (0.15, 0.2),
     aspect: tuple[float, float] = (0.75, 1.5),
     context_scale: tuple[float, float] = (0.85, 1.0),
-    min_keep: int = 10,
+    min_keep: Count = 10,
 ) -> Bool[Tensor, "batch *grid"]:
     """Draw the tokens that I-JEPA hides from its context encoder.
 
@@ -191,15 +196,16 @@ def ijepa(
     return ~_draw_ijepa(key, grid, *options)[0]
 
 
+@checked
 def ijepa_targets(
     key: Key,
     grid: Sequence[int],
     *,
-    num_targets: int = 4,
+    num_targets: Size = 4,
     target_scale: tuple[float, float] = (0.15, 0.2),
     aspect: tuple[float, float] = (0.75, 1.5),
     context_scale: tuple[float, float] = (0.85, 1.0),
-    min_keep: int = 10,
+    min_keep: Count = 10,
 ) -> Bool[Tensor, "batch targets *grid"]:
     """Draw the target blocks (True = in the target) of the masks that `ijepa` draws.
 
@@ -354,6 +360,8 @@ def _per_sample(
 ) -> Bool[Tensor, "batch *grid"]:
     """Draw a mask for every sample, from a generator seeded by its part of the key."""
     check_key(key)
+    if key.device.type == "meta":
+        raise ValueError("key must hold values; got one on the meta device")
     height, width = _two_axes(grid)
     seed_and_epoch = key.seed_and_epoch.tolist()
     masks = [

@@ -32,6 +32,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
+from mimkit._arguments import Size, checked
 from mimkit._grids import as_sizes, count_tokens, per_axis
 from mimkit.masking._key import key
 from mimkit.masking._mask import Mask
@@ -39,6 +40,7 @@ from mimkit.masking._mask import Mask
 _SAMPLES_AT_ONCE = 256
 
 
+@checked
 def average_distance(mask: Mask, patch_size: int | Sequence[int]) -> Float64[Tensor, ""]:
     """Return the mean Euclidean distance from a masked pixel to its nearest visible pixel.
 
@@ -69,11 +71,12 @@ def average_distance(mask: Mask, patch_size: int | Sequence[int]) -> Float64[Ten
     return torch.as_tensor(total, dtype=torch.float64) / max(num_pixels, 1)
 
 
+@checked
 def marginals(
     sampler: Callable[..., Mask],
     grid: Sequence[int],
     *arguments: Any,
-    num_samples: int = 4096,
+    num_samples: Size = 4096,
     seed: int = 0,
     **options: Any,
 ) -> Float[Tensor, "*grid"]:

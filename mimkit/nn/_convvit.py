@@ -15,10 +15,11 @@ from typing import Literal, TypeVar
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Float, Int32, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mimkit._arguments import Count, Depth, Positive, Share, Size, checked
 from mimkit._checks import as_floats, check_even, check_mask, check_stacked
 from mimkit._grids import Grid, divide, per_axis, reach_of, sides_of
 from mimkit.conv import packed_depthwise_conv2d
@@ -32,6 +33,7 @@ from mimkit.nn._layers import (
     mean_of_tokens,
     xavier_linear,
 )
+from mimkit.nn._timm_protocol import TimmProtocol
 from mimkit.patches import gather_visible, neighbors, pack_cells, sincos_positions
 
 STAGES = 3
@@ -65,7 +67,7 @@ class CellProjection(nn.Module):
         stride: Stride and kernel size per axis; must divide the cell.
     """
 
-    def __init__(self, *, in_dim: int, dim: int, stride: Grid) -> None:
+    def __init__(self, *, in_dim: Size, dim: Size, stride: Grid) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim, in_dim, *stride))
         self.bias = nn.Parameter(torch.empty(dim))
@@ -93,7 +95,7 @@ class CellProjection(nn.Module):
 class CellEmbed(nn.Module):
     """Downsample cells: strided projection, LayerNorm, GELU."""
 
-    def __init__(self, *, in_dim: int, dim: int, stride: Grid) -> None:
+    def __init__(self, *, in_dim: Size, dim: Size, stride: Grid) -> None:
         super().__init__()
         self.proj = CellProjection(in_dim=in_dim, dim=dim, stride=stride)
         self.norm = nn.LayerNorm(dim, eps=CONV_NORM_EPS)
@@ -108,7 +110,7 @@ class CellEmbed(nn.Module):
 class DepthwiseConv(nn.Module):
     """Depth-wise convolution that reads positions outside the cells as zeros."""
 
-    def __init__(self, *, dim: int, kernel_size: int) -> None:
+    def __init__(self, *, dim: Size, kernel_size: Size) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim, 1, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.empty(dim))
@@ -141,7 +143,7 @@ class ConvBlock(nn.Module):
     """
 
     def __init__(
-        self, *, dim: int, kernel_size: int, mlp_ratio: float, drop_path: float = 0.0
+        self, *, dim: Size, kernel_size: Size, mlp_ratio: Positive, drop_path: Share = 0.0
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=CONV_NORM_EPS)
@@ -171,11 +173,11 @@ class ConvStage(nn.Module):
     def __init__(
         self,
         *,
-        in_dim: int,
-        dim: int,
+        in_dim: Size,
+        dim: Size,
         stride: Grid,
-        kernel_size: int,
-        mlp_ratio: float,
+        kernel_size: Size,
+        mlp_ratio: Positive,
         drop_path: Sequence[float],
     ) -> None:
         super().__init__()
@@ -218,7 +220,7 @@ class ConvStage(nn.Module):
         return neighbors(mask, reach=reach_of((radius, radius), cell))
 
 
-class ConvViT(nn.Module):
+class ConvViT(TimmProtocol):
     """Hybrid encoder: two convolution stages, then transformer blocks, on visible cells only.
 
     Args:
@@ -264,27 +266,31 @@ class ConvViT(nn.Module):
     """
 
     num_prefix_tokens = 0
+    _undecayed = r"^pos_embed$"
+    _first_layer = r"^pos_embed|^stages|^embed|^fusions"
 
+    @checked
     def __init__(
         self,
         *,
         image_size: int | Sequence[int] = 224,
         patch_sizes: Sequence[int | Sequence[int]] = (4, 2, 2),
-        in_channels: int = 3,
-        dim: Sequence[int] = (256, 384, 768),
-        depth: Sequence[int] = (2, 2, 11),
-        heads: int = 12,
-        mlp_ratio: Sequence[float] = (4.0, 4.0, 4.0),
-        kernel_size: int = 5,
-        drop_path: float = 0.0,
+        in_channels: Size = 3,
+        dim: Sequence[Size] = (256, 384, 768),
+        depth: Sequence[Depth] = (2, 2, 11),
+        heads: Size = 12,
+        mlp_ratio: Sequence[Positive] = (4.0, 4.0, 4.0),
+        kernel_size: Size = 5,
+        drop_path: Share = 0.0,
         multi_scale: bool = False,
         masked_conv: bool = True,
         pool: Literal["mean", "token"] = "mean",
         pool_norm: bool = False,
         learn_positions: bool = False,
-        num_classes: int = 0,
+        num_classes: Count = 0,
     ) -> None:
         super().__init__()
+        self.axis_sizes = {"dim": dim[-1] if dim else 0}
         if pool not in ("mean", "token"):
             raise ValueError(f'pool must be "mean" or "token"; got {pool!r}')
         if kernel_size < 1 or kernel_size % 2 == 0:
@@ -332,8 +338,9 @@ class ConvViT(nn.Module):
         self.fc_norm = nn.LayerNorm(dim[-1], eps=NORM_EPS) if pool_norm else nn.Identity()
         self.head = xavier_linear(dim[-1], num_classes) if num_classes else nn.Identity()
 
+    @checked
     def forward(
-        self, images: Float[Tensor, "batch channels height width"], mask: Mask | None = None
+        self, images: Shaped[Tensor, "batch channels height width"], mask: Mask | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
         """Encode the visible patches, or all patches without a mask.
 
@@ -361,12 +368,13 @@ class ConvViT(nn.Module):
         positions = self.pos_embed[0]
         tokens = tokens + (positions if mask is None else F.embedding(mask.visible_ids, positions))
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = self._run(block, tokens)
         for part in fused:
             tokens = tokens + part
         encoded: Tensor = self.norm(tokens)
         return encoded
 
+    @checked
     def pool(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch dim"]:
         """Pool encoded tokens to one vector per sample, by the constructor's `pool`."""
         pooled = tokens[:, 0] if self._pool == "token" else mean_of_tokens(tokens)

@@ -6,10 +6,11 @@ Axes: batch; channels; height, width; windows; tokens (of the grid, or of a wind
 from collections.abc import Sequence
 
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mimkit._arguments import Depth, Positive, Share, Size, checked
 from mimkit._grids import Grid, divide, per_axis
 from mimkit.nn._convvit import ConvViT
 from mimkit.nn._relative import RelativePositionBias
@@ -45,6 +46,7 @@ class ConvViTDetector(ConvViT):
         [(1, 8, 16, 32), (1, 16, 8, 16), (1, 32, 4, 8), (1, 32, 2, 4)]
     """
 
+    @checked
     def __init__(
         self,
         *,
@@ -52,13 +54,13 @@ class ConvViTDetector(ConvViT):
         window: int | Sequence[int] = 16,
         global_layers: Sequence[int] = (0, 3, 6, 10),
         patch_sizes: Sequence[int | Sequence[int]] = (4, 2, 2),
-        in_channels: int = 3,
-        dim: Sequence[int] = (256, 384, 768),
-        depth: Sequence[int] = (2, 2, 11),
-        heads: int = 12,
-        mlp_ratio: Sequence[float] = (4.0, 4.0, 4.0),
-        kernel_size: int = 5,
-        drop_path: float = 0.0,
+        in_channels: Size = 3,
+        dim: Sequence[Size] = (256, 384, 768),
+        depth: Sequence[Depth] = (2, 2, 11),
+        heads: Size = 12,
+        mlp_ratio: Sequence[Positive] = (4.0, 4.0, 4.0),
+        kernel_size: Size = 5,
+        drop_path: Share = 0.0,
     ) -> None:
         super().__init__(
             image_size=image_size,
@@ -83,8 +85,9 @@ class ConvViTDetector(ConvViT):
         self.window_bias = RelativePositionBias(grid=self.window, heads=heads)
         self.global_bias = RelativePositionBias(grid=self.grid, heads=heads)
 
+    @checked
     def forward(  # type: ignore[override]
-        self, images: Float[Tensor, "batch channels height width"]
+        self, images: Shaped[Tensor, "batch channels height width"]
     ) -> tuple[Float[Tensor, "batch dim rows columns"], ...]:
         """Return the feature maps E1 to E4, from fine to coarse.
 

@@ -13,10 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mimkit_kernels as kernels
+from mimkit._arguments import Count, Depth, NotNegative, Positive, Size, checked
 from mimkit._checks import check_mask, check_rows
 from mimkit._grids import Grid, as_sizes, count_tokens, sides_of
 from mimkit.masking import Mask, RaggedMask
-from mimkit.nn._layers import NORM_EPS, CrossAttention, Mlp, TransformerBlock, xavier_linear
+from mimkit.nn._layers import (
+    NORM_EPS,
+    Activation,
+    CrossAttention,
+    Mlp,
+    TransformerBlock,
+    xavier_linear,
+)
 from mimkit.nn._packing import (
     interleave,
     inverse_order,
@@ -39,6 +47,8 @@ class MAEDecoder(nn.Module):
         heads: Attention heads; must divide `dim`.
         mlp_ratio: Ratio of MLP hidden width to `dim`.
         num_prefix: Prefix tokens of the latents; the blocks attend to them too.
+        norm_eps: Epsilon of every LayerNorm.
+        act: Activation of the MLPs: "gelu", or "gelu_tanh" for its approximation by tanh.
 
     Source:
         MAE, arXiv:2111.06377, section 3 "MAE decoder"; facebookresearch/mae `forward_decoder`.
@@ -55,20 +65,24 @@ class MAEDecoder(nn.Module):
         torch.Size([1, 12, 32])
     """
 
+    @checked
     def __init__(
         self,
         *,
         grid: Sequence[int],
-        in_dim: int,
-        dim: int = 512,
-        depth: int = 8,
-        heads: int = 16,
-        mlp_ratio: float = 4.0,
-        num_prefix: int = 1,
+        in_dim: Size,
+        dim: Size = 512,
+        depth: Depth = 8,
+        heads: Size = 16,
+        mlp_ratio: Positive = 4.0,
+        num_prefix: Count = 1,
+        norm_eps: NotNegative = NORM_EPS,
+        act: Activation = "gelu",
     ) -> None:
         super().__init__()
         self.grid = as_sizes("grid", grid)
         self.num_prefix = num_prefix
+        self.axis_sizes = {"in_dim": in_dim}
         self.embed = xavier_linear(in_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         nn.init.normal_(self.mask_token, std=0.02)
@@ -76,10 +90,12 @@ class MAEDecoder(nn.Module):
             sincos_positions(dim, self.grid, num_prefix=num_prefix)[None], requires_grad=False
         )
         self.blocks = nn.ModuleList(
-            TransformerBlock(dim=dim, heads=heads, mlp_ratio=mlp_ratio) for _ in range(depth)
+            TransformerBlock(dim=dim, heads=heads, mlp_ratio=mlp_ratio, norm_eps=norm_eps, act=act)
+            for _ in range(depth)
         )
-        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
 
+    @checked
     def forward(
         self,
         latent: Float[Tensor, "batch prefix_and_visible in_dim"] | Float[Tensor, "rows in_dim"],
@@ -188,20 +204,22 @@ class CrossDecoder(nn.Module):
         (torch.Size([1, 12, 32]), torch.Size([1, 3, 32]))
     """
 
+    @checked
     def __init__(
         self,
         *,
         grid: Sequence[int],
-        in_dim: int,
-        dim: int = 512,
-        depth: int = 12,
-        heads: int = 16,
-        mlp_ratio: float = 4.0,
-        num_prefix: int = 1,
+        in_dim: Size,
+        dim: Size = 512,
+        depth: Depth = 12,
+        heads: Size = 16,
+        mlp_ratio: Positive = 4.0,
+        num_prefix: Count = 1,
     ) -> None:
         super().__init__()
         self.grid = as_sizes("grid", grid)
         self.num_prefix = num_prefix
+        self.axis_sizes = {"in_dim": in_dim}
         self.embed = xavier_linear(in_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         nn.init.normal_(self.mask_token, std=0.02)
@@ -211,6 +229,7 @@ class CrossDecoder(nn.Module):
         )
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
 
+    @checked
     def forward(
         self,
         latent: Float[Tensor, "batch prefix_and_visible in_dim"],
@@ -237,7 +256,7 @@ class CrossBlock(nn.Module):
         mlp_ratio: Ratio of MLP hidden width to `dim`.
     """
 
-    def __init__(self, *, dim: int, heads: int, mlp_ratio: float = 4.0) -> None:
+    def __init__(self, *, dim: Size, heads: Size, mlp_ratio: Positive = 4.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.norm_context = nn.LayerNorm(dim, eps=NORM_EPS)
@@ -268,7 +287,7 @@ def check_latent(
     Raises:
         ValueError: If the mask has another grid, or the latents another number of tokens.
     """
-    check_mask(mask, grid, latent)
+    check_mask(mask, grid, latent, "latent")
     if latent.shape[1] != num_prefix + mask.num_visible:
         raise ValueError(
             f"latent must have {num_prefix} prefix and {mask.num_visible} visible tokens; "
@@ -289,7 +308,8 @@ class PixelHead(nn.Linear):
         torch.Size([1, 5, 192])
     """
 
-    def __init__(self, *, dim: int, patch_size: int | Sequence[int], in_channels: int) -> None:
+    @checked
+    def __init__(self, *, dim: Size, patch_size: int | Sequence[int], in_channels: Size) -> None:
         super().__init__(dim, in_channels * count_tokens(sides_of("patch_size", patch_size)))
         nn.init.xavier_uniform_(self.weight)
         nn.init.zeros_(self.bias)

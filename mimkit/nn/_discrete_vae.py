@@ -7,10 +7,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mimkit._arguments import Depth, NotNegative, Positive, Size, checked
 from mimkit._checks import as_floats
 from mimkit._containers import container
 from mimkit._grids import divide
@@ -18,7 +19,7 @@ from mimkit._grids import divide
 _EPS = 0.1  # distance of mapped pixels from 0 and 1, where the logit is infinite
 
 
-def map_pixels(images: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def map_pixels(images: Shaped[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Map pixels from [0, 1] to [0.1, 0.9], the range of the networks.
 
     Source:
@@ -45,7 +46,7 @@ class _Block(nn.Module):
     """Residual block of four convolutions, with a constant gain on the residual branch."""
 
     def __init__(
-        self, in_dim: int, out_dim: int, kernels: tuple[int, int, int, int], gain: float
+        self, in_dim: Size, out_dim: Size, kernels: tuple[int, int, int, int], gain: float
     ) -> None:
         super().__init__()
         hidden = out_dim // 4
@@ -63,7 +64,7 @@ class _Block(nn.Module):
         return out
 
 
-def _conv(in_dim: int, out_dim: int, kernel: int) -> nn.Conv2d:
+def _conv(in_dim: int, out_dim: Size, kernel: int) -> nn.Conv2d:
     layer = nn.Conv2d(in_dim, out_dim, kernel, padding=kernel // 2)
     assert layer.bias is not None
     # As in the released code: normal with standard deviation fan_in ** -0.5.
@@ -108,7 +109,7 @@ class DiscreteEncoder(nn.Module):
     """Convolutional encoder from pixels, mapped by `map_pixels`, to logits over codes."""
 
     def __init__(
-        self, *, in_channels: int, dim: int, groups: int, depth: int, vocabulary_size: int
+        self, *, in_channels: Size, dim: Size, groups: Size, depth: int, vocabulary_size: Size
     ) -> None:
         super().__init__()
         self.blocks = _trunk(
@@ -134,12 +135,12 @@ class DiscreteDecoder(nn.Module):
     def __init__(
         self,
         *,
-        in_channels: int,
-        dim: int,
-        stem_dim: int,
-        groups: int,
-        depth: int,
-        vocabulary_size: int,
+        in_channels: Size,
+        dim: Size,
+        stem_dim: Size,
+        groups: Size,
+        depth: Depth,
+        vocabulary_size: Size,
     ) -> None:
         super().__init__()
         self.blocks = _trunk(
@@ -174,7 +175,7 @@ class DiscreteVAEOutput:
     loss: Float32[Tensor, ""]
     reconstruction_loss: Float32[Tensor, ""]
     divergence: Float32[Tensor, ""]
-    images: Float[Tensor, "batch channels height width"]
+    images: Shaped[Tensor, "batch channels height width"]
     ids: Int64[Tensor, "batch rows columns"]
 
 
@@ -205,15 +206,16 @@ class DiscreteVAE(nn.Module):
         (torch.Size([2, 4, 6]), torch.Size([2, 3, 16, 24]))
     """
 
+    @checked
     def __init__(
         self,
         *,
-        in_channels: int = 3,
-        dim: int = 256,
-        groups: int = 4,
-        depth: int = 2,
-        vocabulary_size: int = 8192,
-        stem_dim: int = 128,
+        in_channels: Size = 3,
+        dim: Size = 256,
+        groups: Size = 4,
+        depth: Depth = 2,
+        vocabulary_size: Size = 8192,
+        stem_dim: Size = 128,
         has_decoder: bool = True,
     ) -> None:
         super().__init__()
@@ -243,8 +245,9 @@ class DiscreteVAE(nn.Module):
         )
 
     @torch.no_grad()
+    @checked
     def encode(
-        self, images: Float[Tensor, "batch channels height width"]
+        self, images: Shaped[Tensor, "batch channels height width"]
     ) -> Int64[Tensor, "batch rows columns"]:
         """Return the most likely code of each position.
 
@@ -258,6 +261,7 @@ class DiscreteVAE(nn.Module):
         return self._logits(images).argmax(dim=1)
 
     @torch.no_grad()
+    @checked
     def decode(
         self, ids: Int64[Tensor, "batch rows columns"]
     ) -> Float[Tensor, "batch channels height width"]:
@@ -266,12 +270,13 @@ class DiscreteVAE(nn.Module):
         mean, _ = self._statistics(codes)
         return unmap_pixels(mean.sigmoid())
 
+    @checked
     def forward(
         self,
-        images: Float[Tensor, "batch channels height width"],
+        images: Shaped[Tensor, "batch channels height width"],
         *,
-        temperature: float = 1.0,
-        divergence_weight: float = 0.0,
+        temperature: Positive = 1.0,
+        divergence_weight: NotNegative = 0.0,
         hard: bool = True,
     ) -> DiscreteVAEOutput:
         """Encode and decode images, and compute the training loss.

@@ -10,24 +10,25 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mimkit._arguments import Size, checked
 from mimkit._checks import Order, as_floats, check_stacked
 from mimkit._grids import Grid, count_tokens, sides_of
 from mimkit.masking import Mask, RaggedMask
 from mimkit.patches import gather_patches, patchify
 
 Images: TypeAlias = (
-    Float[Tensor, "batch channels *spatial"] | Sequence[Float[Tensor, "channels ..."]]
+    Shaped[Tensor, "batch channels *spatial"] | Sequence[Shaped[Tensor, "channels ..."]]
 )
 
 
 class PatchProjection(nn.Module):
     """Linear projection of patches, with its weight stored in convolution layout."""
 
-    def __init__(self, *, in_channels: int, patch: Sequence[int], dim: int) -> None:
+    def __init__(self, *, in_channels: Size, patch: Sequence[int], dim: Size) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim, in_channels, *patch))
         self.bias = nn.Parameter(torch.empty(dim))
@@ -40,6 +41,17 @@ class PatchProjection(nn.Module):
         self, patches: Float[Tensor, "*tokens patch"], order: Order = "c p1 p2"
     ) -> Float[Tensor, "*tokens dim"]:
         """Project patches whose values are in `order`."""
+        if patches.device != self.weight.device:
+            raise ValueError(
+                f"the images are on {patches.device}, but the weights on {self.weight.device}"
+            )
+        if patches.dtype != self.weight.dtype and not torch.is_autocast_enabled(
+            patches.device.type
+        ):
+            raise TypeError(
+                f"the images give patches of {patches.dtype}, but the weights are "
+                f"{self.weight.dtype}: convert one, or use autocast"
+            )
         weight = self.weight if order == "c p1 p2" else self.weight.movedim(1, -1)
         return F.linear(patches, weight.flatten(1), self.bias)
 
@@ -66,12 +78,13 @@ class PatchEmbed(nn.Module):
         torch.Size([1, 4, 16])
     """
 
+    @checked
     def __init__(
         self,
         *,
         patch_size: int | Sequence[int],
-        in_channels: int,
-        dim: int,
+        in_channels: Size,
+        dim: Size,
         order: Order = "c p1 p2",
     ) -> None:
         super().__init__()
@@ -80,6 +93,7 @@ class PatchEmbed(nn.Module):
         self.in_channels = in_channels
         self.proj = PatchProjection(in_channels=in_channels, patch=self.patch_size, dim=dim)
 
+    @checked
     def forward(
         self,
         images: Images,

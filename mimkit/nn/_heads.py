@@ -3,6 +3,7 @@
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
+from mimkit._arguments import Size, checked
 from mimkit.losses import linear_cross_entropy
 
 
@@ -23,11 +24,14 @@ class TokenHead(nn.Linear):
         (torch.Size([2, 5, 512]), torch.Size([]))
     """
 
-    def __init__(self, *, dim: int, vocabulary_size: int) -> None:
+    @checked
+    def __init__(self, *, dim: Size, vocabulary_size: Size) -> None:
         super().__init__(dim, vocabulary_size)
+        self.axis_sizes = {"dim": dim}
         nn.init.xavier_uniform_(self.weight)
         nn.init.zeros_(self.bias)
 
+    @checked
     def forward(  # type: ignore[override]
         self,
         x: Float[Tensor, "batch tokens dim"],

@@ -3,12 +3,14 @@
 Axes: batch; channels; height, width (pixels); tokens; dim.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from einops import repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mimkit._arguments import Size, checked
 from mimkit._checks import check_stacked
 from mimkit._grids import Grid, per_axis
 from mimkit.masking import Mask, RaggedMask
@@ -32,7 +34,8 @@ class ConvStem(nn.Sequential):
         torch.Size([1, 32, 4, 6])
     """
 
-    def __init__(self, *, in_channels: int, channels: tuple[int, ...]) -> None:
+    @checked
+    def __init__(self, *, in_channels: Size, channels: Sequence[Size]) -> None:
         layers: list[nn.Module] = []
         for before, after in zip((in_channels, *channels), channels, strict=False):
             convolution = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
@@ -59,7 +62,7 @@ class HybridEmbed(PatchEmbed):
         would otherwise leak masked pixels into visible tokens.
     """
 
-    def __init__(self, *, stem: Any, patch_size: Grid, dim: int) -> None:
+    def __init__(self, *, stem: Any, patch_size: Grid, dim: Size) -> None:
         super().__init__(patch_size=patch_size, in_channels=stem.out_channels, dim=dim)
         self.stem = stem
         self.patch_on_map = self.patch_size

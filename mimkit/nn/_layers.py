@@ -3,7 +3,7 @@
 Axes: batch; tokens; dim; heads; head_dim.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from einops import rearrange
@@ -11,11 +11,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mimkit._arguments import NotNegative, Positive, Share, Size, checked
 from mimkit.nn._packing import Packing
 
 NORM_EPS = 1e-6  # epsilon of every LayerNorm in MAE's models (PyTorch's default is 1e-5)
 
 QKVBias = bool | Literal["qv"]
+Activation = Literal["gelu", "gelu_tanh"]
 
 
 def xavier_linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
@@ -108,7 +110,7 @@ def _attend_nested(query: Tensor, key: Tensor, value: Tensor, packing: Packing) 
 
 
 def split_heads(
-    tokens: Float[Tensor, "batch tokens dim"], heads: int
+    tokens: Float[Tensor, "batch tokens dim"], heads: Size
 ) -> Float[Tensor, "batch heads tokens head_dim"]:
     """Split the width into heads."""
     return rearrange(tokens, "b n (h d) -> b h n d", h=heads)
@@ -121,7 +123,7 @@ def merge_heads(
     return rearrange(tokens, "b h n d -> b n (h d)")
 
 
-def check_heads(dim: int, heads: int) -> None:
+def check_heads(dim: int, heads: Size) -> None:
     """Check that `dim` is divisible by `heads`.
 
     Raises:
@@ -134,7 +136,7 @@ def check_heads(dim: int, heads: int) -> None:
 class _QKVProjection(nn.Linear):
     """Fused QKV projection without a bias parameter; `forward` takes one as an argument."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: Size) -> None:
         super().__init__(dim, 3 * dim, bias=False)
         nn.init.xavier_uniform_(self.weight)
 
@@ -156,7 +158,7 @@ class Attention(nn.Module):
         ValueError: If `qkv_bias` is something else, or `dim` is not divisible by `heads`.
     """
 
-    def __init__(self, *, dim: int, heads: int, qkv_bias: QKVBias = True) -> None:
+    def __init__(self, *, dim: Size, heads: Size, qkv_bias: QKVBias = True) -> None:
         super().__init__()
         check_heads(dim, heads)
         if qkv_bias not in (True, False, "qv"):
@@ -206,7 +208,7 @@ class Attention(nn.Module):
 class CrossAttention(nn.Module):
     """Cross-attention. Keys have no bias: softmax would cancel it."""
 
-    def __init__(self, *, dim: int, heads: int) -> None:
+    def __init__(self, *, dim: Size, heads: Size) -> None:
         super().__init__()
         check_heads(dim, heads)
         self.heads = heads
@@ -246,10 +248,13 @@ class CrossAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an exact GELU between them."""
+    """Two linear layers with a GELU between them: exact, or its approximation by tanh."""
 
-    def __init__(self, *, dim: int, hidden_dim: int) -> None:
+    def __init__(self, *, dim: Size, hidden_dim: int, act: Activation = "gelu") -> None:
         super().__init__()
+        if act not in get_args(Activation):
+            raise ValueError(f"act must be one of {get_args(Activation)}; got {act!r}")
+        self.approximate = "tanh" if act == "gelu_tanh" else "none"
         self.fc1 = xavier_linear(dim, hidden_dim)
         self.fc2 = xavier_linear(hidden_dim, dim)
 
@@ -257,7 +262,7 @@ class Mlp(nn.Module):
         self, tokens: Float[Tensor, "batch tokens dim"]
     ) -> Float[Tensor, "batch tokens dim"]:
         """Apply the MLP to each token."""
-        out: Tensor = self.fc2(F.gelu(self.fc1(tokens)))
+        out: Tensor = self.fc2(F.gelu(self.fc1(tokens), approximate=self.approximate))
         return out
 
 
@@ -304,6 +309,7 @@ class TransformerBlock(nn.Module):
         layer_scale: Initial value of layer scale (`gamma_1`, `gamma_2`); `None` for no layer scale.
         qkv_bias: `True` for biases of queries, keys and values, `False` for none, "qv" for queries
             and values only.
+        act: Activation of the MLP: "gelu", or "gelu_tanh" for its approximation by tanh.
 
     Source:
         Dosovitskiy et al., arXiv:2010.11929, section 3.1; timm 0.3.2 `Block`, which MAE uses with
@@ -315,26 +321,30 @@ class TransformerBlock(nn.Module):
         torch.Size([2, 5, 32])
     """
 
+    @checked
     def __init__(
         self,
         *,
-        dim: int,
-        heads: int,
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
-        norm_eps: float = NORM_EPS,
+        dim: Size,
+        heads: Size,
+        mlp_ratio: Positive = 4.0,
+        drop_path: Share = 0.0,
+        norm_eps: NotNegative = NORM_EPS,
         layer_scale: float | None = None,
         qkv_bias: QKVBias = True,
+        act: Activation = "gelu",
     ) -> None:
         super().__init__()
+        self.axis_sizes = {"dim": dim}
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim=dim, heads=heads, qkv_bias=qkv_bias)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = Mlp(dim=dim, hidden_dim=int(dim * mlp_ratio))
+        self.mlp = Mlp(dim=dim, hidden_dim=int(dim * mlp_ratio), act=act)
         self.gamma_1 = make_layer_scale(dim, layer_scale)
         self.gamma_2 = make_layer_scale(dim, layer_scale)
         self.drop_path = DropPath(drop_path)
 
+    @checked
     def forward(
         self,
         tokens: Float[Tensor, "batch tokens dim"],

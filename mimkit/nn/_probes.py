@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mimkit._arguments import Count, Size, checked
 from mimkit.nn._layers import NORM_EPS, CrossAttention
 
 
@@ -25,8 +26,10 @@ class AttentiveProbe(nn.Module):
         torch.Size([8, 10])
     """
 
-    def __init__(self, *, dim: int, heads: int, num_classes: int) -> None:
+    @checked
+    def __init__(self, *, dim: Size, heads: Size, num_classes: Count) -> None:
         super().__init__()
+        self.axis_sizes = {"dim": dim}
         self.query_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.norm_q = nn.LayerNorm(dim, eps=NORM_EPS)
         self.norm_k = nn.LayerNorm(dim, eps=NORM_EPS)
@@ -37,6 +40,7 @@ class AttentiveProbe(nn.Module):
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
+    @checked
     def forward(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch classes"]:
         """Return class logits."""
         query = self.norm_q(self.query_token).expand(tokens.shape[0], -1, -1)
@@ -45,6 +49,7 @@ class AttentiveProbe(nn.Module):
         return logits
 
     @torch.no_grad()
+    @checked
     def attention(
         self, tokens: Float[Tensor, "batch tokens dim"]
     ) -> Float[Tensor, "batch heads tokens"]:

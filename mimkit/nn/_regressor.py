@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mimkit._arguments import Depth, Positive, Share, Size, checked
 from mimkit._checks import check_even
 from mimkit.masking import Mask
 from mimkit.nn._decoders import check_latent
@@ -40,11 +41,11 @@ class RegressorBlock(nn.Module):
     def __init__(
         self,
         *,
-        dim: int,
-        heads: int,
-        mlp_ratio: float = 4.0,
+        dim: Size,
+        heads: Size,
+        mlp_ratio: Positive = 4.0,
         layer_scale: float | None = 0.1,
-        drop_path: float = 0.0,
+        drop_path: Share = 0.0,
     ) -> None:
         super().__init__()
         self.norm_q = nn.LayerNorm(dim, eps=NORM_EPS)
@@ -142,17 +143,19 @@ class ContextRegressor(nn.Module):
         torch.Size([2, 5, 32])
     """
 
+    @checked
     def __init__(
         self,
         *,
-        dim: int = 768,
-        depth: int = 4,
-        heads: int = 12,
-        mlp_ratio: float = 4.0,
+        dim: Size = 768,
+        depth: Depth = 4,
+        heads: Size = 12,
+        mlp_ratio: Positive = 4.0,
         layer_scale: float | None = 0.1,
-        drop_path: float = 0.0,
+        drop_path: Share = 0.0,
     ) -> None:
         super().__init__()
+        self.axis_sizes = {"dim": dim}
         self.blocks = nn.ModuleList(
             RegressorBlock(
                 dim=dim, heads=heads, mlp_ratio=mlp_ratio, layer_scale=layer_scale, drop_path=rate
@@ -161,6 +164,7 @@ class ContextRegressor(nn.Module):
         )
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
 
+    @checked
     def forward(
         self,
         queries: Float[Tensor, "batch queries dim"],
@@ -196,6 +200,7 @@ class ContextRegressor(nn.Module):
         predicted: Tensor = self.norm(queries)
         return predicted
 
+    @checked
     def from_mask_token(
         self,
         mask_token: Float[Tensor, " dim"],
@@ -265,17 +270,19 @@ class CAEDecoder(nn.Module):
         torch.Size([2, 5, 32])
     """
 
+    @checked
     def __init__(
         self,
         *,
-        dim: int = 768,
-        depth: int = 4,
-        heads: int = 12,
-        mlp_ratio: float = 4.0,
+        dim: Size = 768,
+        depth: Depth = 4,
+        heads: Size = 12,
+        mlp_ratio: Positive = 4.0,
         layer_scale: float | None = 0.1,
-        drop_path: float = 0.0,
+        drop_path: Share = 0.0,
     ) -> None:
         super().__init__()
+        self.axis_sizes = {"dim": dim}
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 dim=dim,
@@ -289,6 +296,7 @@ class CAEDecoder(nn.Module):
         )
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
 
+    @checked
     def forward(
         self,
         latent: Float[Tensor, "batch queries dim"],

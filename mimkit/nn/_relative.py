@@ -10,6 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mimkit._arguments import Size, checked
 from mimkit._checks import check_mask
 from mimkit._grids import NUM_CLASS_ROWS, as_sizes, count_tokens
 from mimkit.masking import Mask
@@ -39,7 +40,8 @@ class RelativePositionBias(nn.Module):
 
     index: Tensor
 
-    def __init__(self, *, grid: Sequence[int], heads: int, class_token: bool = False) -> None:
+    @checked
+    def __init__(self, *, grid: Sequence[int], heads: Size, class_token: bool = False) -> None:
         super().__init__()
         self.grid = as_sizes("grid", grid)
         index = relative_index(self.grid)
@@ -53,6 +55,7 @@ class RelativePositionBias(nn.Module):
         self.table = nn.Parameter(torch.zeros(offsets, heads))
         self.register_buffer("index", index, persistent=False)
 
+    @checked
     def forward(self, mask: Mask | None = None) -> Float[Tensor, "#batch heads tokens tokens"]:
         """Return the bias between all tokens, or with a mask between the visible ones."""
         index = self.index if mask is None else self._visible_index(mask)
@@ -63,7 +66,7 @@ class RelativePositionBias(nn.Module):
         return bias.view(len(bias), *index.shape).movedim(0, 1)
 
     def _visible_index(self, mask: Mask) -> Int64[Tensor, "batch visible visible"]:
-        check_mask(mask, self.grid, mask.visible_ids)
+        check_mask(mask, self.grid, mask.visible_ids, "this bias")
         ids = F.pad(mask.visible_ids + self.num_prefix, (self.num_prefix, 0))
         return self.index[ids.unsqueeze(2), ids.unsqueeze(1)]
 

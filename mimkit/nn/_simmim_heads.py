@@ -13,7 +13,8 @@ from typing import Literal, get_args
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mimkit._grids import Grid
+from mimkit._arguments import Depth, Size, checked
+from mimkit._grids import Grid, count_tokens
 from mimkit.masking import Mask
 from mimkit.nn._swin import PatchSplitting, SwinStage, initialize_swin
 from mimkit.patches import gather_masked, patchify, unpatchify
@@ -52,18 +53,20 @@ class InverseSwin(nn.Module):
         torch.Size([1, 16, 12])
     """
 
+    @checked
     def __init__(
         self,
         *,
         grid: Grid,
-        in_dim: int,
-        dim: Sequence[int],
-        depth: Sequence[int],
-        heads: Sequence[int],
-        window: int,
-        out_dim: int,
+        in_dim: Size,
+        dim: Sequence[Size],
+        depth: Sequence[Depth],
+        heads: Sequence[Size],
+        window: Size,
+        out_dim: Size,
     ) -> None:
         super().__init__()
+        self.axis_sizes = {"tokens": count_tokens(grid), "in_dim": in_dim}
         self.embed = nn.Linear(in_dim, dim[0])
         self.stages = nn.ModuleList(
             SwinStage(
@@ -82,6 +85,7 @@ class InverseSwin(nn.Module):
         self.predict = nn.Linear(dim[-1], out_dim)
         self.apply(initialize_swin)
 
+    @checked
     def forward(
         self, tokens: Float[Tensor, "batch tokens in_dim"]
     ) -> Float[Tensor, "batch cells out_dim"]:
@@ -127,19 +131,21 @@ class SimMIMHead(nn.Module):
         torch.Size([1, 8, 48])
     """
 
+    @checked
     def __init__(
         self,
         name: HeadName = "linear",
         *,
         grid: Grid,
-        dim: int,
+        dim: Size,
         token: Grid,
         patch: Grid,
-        values: int,
-        window: int = 7,
-        finest: int = 4,
+        values: Size,
+        window: Size = 7,
+        finest: Size = 4,
     ) -> None:
         super().__init__()
+        self.axis_sizes = {"dim": dim}
         if name not in get_args(HeadName):
             raise ValueError(f"head must be one of {get_args(HeadName)}; got {name!r}")
         self.predict: nn.Module
@@ -156,6 +162,7 @@ class SimMIMHead(nn.Module):
             tokens * coarse // fine for tokens, coarse, fine in zip(grid, token, cell, strict=True)
         )
 
+    @checked
     def forward(
         self, tokens: Float[Tensor, "batch tokens dim"], mask: Mask
     ) -> Float[Tensor, "batch masked patch_values"]:
@@ -173,7 +180,7 @@ class SimMIMHead(nn.Module):
 
 
 def _inverse_swin(
-    name: str, grid: Grid, dim: int, token: Grid, values: int, window: int, finest: int
+    name: str, grid: Grid, dim: Size, token: Grid, values: Size, window: Size, finest: Size
 ) -> tuple[InverseSwin, Grid]:
     """Build an inverse Swin with as many splits as tokens allow; also return points per cell."""
     widths, depth, heads = _INVERSE[name]
@@ -199,7 +206,7 @@ def _inverse_swin(
     return head, cell
 
 
-def _splits_evenly(cell: Grid, finest: int) -> bool:
+def _splits_evenly(cell: Grid, finest: Size) -> bool:
     return all(side % 2 == 0 and side // 2 >= finest for side in cell)
 
 

@@ -4,27 +4,31 @@ Axes: batch; channels; height, width (pixels); tokens (of a stage's grid); windo
 of a window); dim.
 """
 
+import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
+from mimkit._arguments import Count, Depth, NotNegative, Positive, Share, Size, checked
 from mimkit._checks import check_even
 from mimkit._grids import Grid, as_integer, count_tokens, divide, per_axis, sides_of
 from mimkit.masking import Mask, RaggedMask
 from mimkit.nn._embed import Images, PatchEmbed
-from mimkit.nn._layers import DropPath, Mlp, attend, check_heads, drop_path_rates
+from mimkit.nn._layers import Activation, DropPath, Mlp, attend, check_heads, drop_path_rates
 from mimkit.nn._relative import RelativePositionBias
+from mimkit.nn._timm_protocol import Matcher, TimmProtocol
 from mimkit.nn._vit import insert_mask_tokens
 
 _NORM_EPS = 1e-5
 _NOT_NEIGHBORS = -100.0  # added to logits between tokens that only the roll made neighbors
 
 
-class SwinTransformer(nn.Module):
+class SwinTransformer(TimmProtocol):
     """Swin Transformer that can replace masked patches by a mask token.
 
     Args:
@@ -38,6 +42,8 @@ class SwinTransformer(nn.Module):
             than the window, the windows have that side and are not shifted.
         mlp_ratio: Ratio of MLP hidden width to width.
         drop_path: Stochastic depth rate of the last block, in [0, 1). Rates rise linearly from 0.
+        norm_eps: Epsilon of the blocks' LayerNorms and the last one.
+        act: Activation of the MLPs: "gelu", or "gelu_tanh" for its approximation by tanh.
         num_classes: Width of `head`, a linear classifier for pooled tokens; 0 for none.
 
     Attributes:
@@ -62,19 +68,25 @@ class SwinTransformer(nn.Module):
         [(2, 16, 8, 16), (2, 32, 4, 8)]
     """
 
+    _undecayed = r"rel_pos_bias\.table$"
+    _first_layer = r"^patch_embed"
+
+    @checked
     def __init__(
         self,
         *,
         image_size: int | Sequence[int] = 224,
         patch_size: int | Sequence[int] = 4,
-        in_channels: int = 3,
-        dim: int = 96,
-        depth: Sequence[int] = (2, 2, 6, 2),
-        heads: Sequence[int] = (3, 6, 12, 24),
-        window: int = 7,
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
-        num_classes: int = 0,
+        in_channels: Size = 3,
+        dim: Size = 96,
+        depth: Sequence[Depth] = (2, 2, 6, 2),
+        heads: Sequence[Size] = (3, 6, 12, 24),
+        window: Size = 7,
+        mlp_ratio: Positive = 4.0,
+        drop_path: Share = 0.0,
+        norm_eps: NotNegative = _NORM_EPS,
+        act: Activation = "gelu",
+        num_classes: Count = 0,
     ) -> None:
         super().__init__()
         stages = [value if isinstance(value, Sequence) else () for value in (depth, heads)]
@@ -105,16 +117,20 @@ class SwinTransformer(nn.Module):
                 mlp_ratio=mlp_ratio,
                 drop_path=rates[sum(depth[:stage]) : sum(depth[: stage + 1])],
                 resample=PatchMerging if stage < len(depth) - 1 else None,
+                norm_eps=norm_eps,
+                act=act,
             )
             for stage, blocks in enumerate(depth)
         )
-        self.norm = nn.LayerNorm(self.dim, eps=_NORM_EPS)
+        self.axis_sizes = {"dim": self.dim}
+        self.norm = nn.LayerNorm(self.dim, eps=norm_eps)
         self.head = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
         self.apply(initialize_swin)
 
+    @checked
     def forward(
         self,
-        images: Float[Tensor, "batch channels height width"],
+        images: Shaped[Tensor, "batch channels height width"],
         mask: Mask | None = None,
         *,
         mask_token: Float[Tensor, "*masked dim"] | None = None,
@@ -136,22 +152,58 @@ class SwinTransformer(nn.Module):
         """
         tokens = self._embed(images, mask, mask_token)
         for stage in self.layers:
-            _, tokens = stage(tokens)
+            _, tokens = self._run(stage, tokens)
         encoded: Tensor = self.norm(tokens)
         return encoded
 
+    @checked
     def features(
-        self, images: Float[Tensor, "batch channels height width"]
+        self, images: Shaped[Tensor, "batch channels height width"]
     ) -> list[Float[Tensor, "batch dim grid_height grid_width"]]:
         """Return the feature map of every stage, before patch merging, for dense prediction."""
         tokens = self._embed(images, None, None)
         maps = []
         for index, stage in enumerate(self.layers):
-            mixed, tokens = stage(tokens)
+            mixed, tokens = self._run(stage, tokens)
             height = self.grid[0] // 2**index
             maps.append(rearrange(mixed, "b (h w) d -> b d h w", h=height))
         return maps
 
+    def group_matcher(self, coarse: bool = False) -> Matcher:
+        """Return what assigns parameters to layers; merging belongs to the next stage, as in timm.
+
+        Args:
+            coarse: Whether a stage is one layer.
+        """
+        stages: Any = self.layers
+        last = (1.0, len(stages) - 1.0, *(() if coarse else (len(stages[-1].blocks) - 1.0,)))
+
+        def layer_of(name: str) -> tuple[float, ...]:
+            inside = re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)", name)
+            if inside is None:
+                outside = {"patch_embed": (0.0,), "norm": last}
+                return outside.get(name.split(".")[0], (math.inf,))
+            stage, block = int(inside[1]), inside[2]
+            if coarse:
+                return (1, stage if block else stage + 1)
+            return (1, stage, int(block)) if block else (1, stage + 1, 0)
+
+        return layer_of
+
+    def _stages(self) -> Sequence[nn.Module]:
+        return list(self.layers)
+
+    def _fits(self, stage: int) -> bool:
+        return stage == len(self.layers) - 1
+
+    def _grid_of(self, stage: int) -> Grid:
+        return tuple(side // 2**stage for side in self.grid)
+
+    def _set_pool(self, name: str) -> None:
+        if name != "avg":
+            raise ValueError(f'global_pool must be "avg"; got {name!r}')
+
+    @checked
     def pool(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch dim"]:
         """Average the encoded tokens of each sample."""
         return tokens.mean(dim=1)
@@ -172,7 +224,7 @@ class SwinTransformer(nn.Module):
 class _NormedPatchEmbed(PatchEmbed):
     """Patch embedding followed by a LayerNorm."""
 
-    def __init__(self, *, patch_size: Sequence[int], in_channels: int, dim: int) -> None:
+    def __init__(self, *, patch_size: Sequence[int], in_channels: Size, dim: Size) -> None:
         # The order of summation changes rounding. In the golden vectors one residual of the L1 loss
         # is zero up to rounding; with this order its gradient has the same sign as the authors'.
         super().__init__(patch_size=patch_size, in_channels=in_channels, dim=dim, order="p1 p2 c")
@@ -199,6 +251,8 @@ class SwinStage(nn.Module):
         mlp_ratio: Ratio of MLP hidden width to `dim`.
         drop_path: Stochastic depth rate of each block.
         resample: Layer to the next stage's grid: `PatchMerging`, `PatchSplitting` or none.
+        norm_eps: Epsilon of the blocks' LayerNorms.
+        act: Activation of the MLPs.
 
     Raises:
         ValueError: If the grid is not divisible into windows.
@@ -211,13 +265,15 @@ class SwinStage(nn.Module):
         self,
         *,
         grid: Grid,
-        dim: int,
-        depth: int,
-        heads: int,
-        window: int,
-        mlp_ratio: float,
+        dim: Size,
+        depth: Depth,
+        heads: Size,
+        window: Size,
+        mlp_ratio: Positive,
         drop_path: Sequence[float],
         resample: "type[PatchMerging] | type[PatchSplitting] | None",
+        norm_eps: float = _NORM_EPS,
+        act: Activation = "gelu",
     ) -> None:
         super().__init__()
         self.grid = grid
@@ -231,6 +287,8 @@ class SwinStage(nn.Module):
                 shift=shift if index % 2 else 0,
                 mlp_ratio=mlp_ratio,
                 drop_path=rate,
+                norm_eps=norm_eps,
+                act=act,
             )
             for index, rate in enumerate(drop_path)
         )
@@ -289,18 +347,20 @@ class SwinBlock(nn.Module):
         self,
         *,
         grid: Grid,
-        dim: int,
-        heads: int,
-        window: int,
+        dim: Size,
+        heads: Size,
+        window: Size,
         shift: int,
-        mlp_ratio: float,
-        drop_path: float,
+        mlp_ratio: Positive,
+        drop_path: Share,
+        norm_eps: float,
+        act: Activation,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=_NORM_EPS)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = WindowAttention(grid=grid, dim=dim, heads=heads, window=window, shift=shift)
-        self.norm2 = nn.LayerNorm(dim, eps=_NORM_EPS)
-        self.mlp = Mlp(dim=dim, hidden_dim=int(dim * mlp_ratio))
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim=dim, hidden_dim=int(dim * mlp_ratio), act=act)
         self.drop_path = DropPath(drop_path)
 
     def forward(
@@ -326,7 +386,7 @@ class WindowAttention(nn.Module):
 
     shift_mask: Tensor | None
 
-    def __init__(self, *, grid: Grid, dim: int, heads: int, window: int, shift: int) -> None:
+    def __init__(self, *, grid: Grid, dim: Size, heads: Size, window: Size, shift: int) -> None:
         super().__init__()
         check_heads(dim, heads)
         self.heads = heads
@@ -365,7 +425,7 @@ class PatchMerging(nn.Module):
         Swin, arXiv:2103.14030, section 3.1. The four tokens are concatenated column by column.
     """
 
-    def __init__(self, *, grid: Grid, dim: int) -> None:
+    def __init__(self, *, grid: Grid, dim: Size) -> None:
         super().__init__()
         self.grid = grid
         self.norm = nn.LayerNorm(4 * dim, eps=_NORM_EPS)
@@ -383,7 +443,7 @@ class PatchMerging(nn.Module):
 class PatchSplitting(nn.Module):
     """Patch splitting: one token to 2x2 tokens of half the width, the reverse of `PatchMerging`."""
 
-    def __init__(self, *, grid: Grid, dim: int) -> None:
+    def __init__(self, *, grid: Grid, dim: Size) -> None:
         super().__init__()
         self.grid = grid
         self.norm = nn.LayerNorm(dim, eps=_NORM_EPS)
@@ -397,7 +457,7 @@ class PatchSplitting(nn.Module):
         return rearrange(quads, "b (y x) (i j d) -> b (y i x j) d", y=self.grid[0], i=2, j=2)
 
 
-def fit_window(grid: Grid, window: int) -> tuple[int, int]:
+def fit_window(grid: Grid, window: Size) -> tuple[int, int]:
     """Return window side and shift for a grid; a window that reaches its shorter side is unshifted.
 
     Raises:
@@ -419,14 +479,14 @@ def fit_window(grid: Grid, window: int) -> tuple[int, int]:
     return side, shift
 
 
-def window_order(grid: Grid, window: int, shift: int) -> Int64[Tensor, "windows inside"]:
+def window_order(grid: Grid, window: Size, shift: int) -> Int64[Tensor, "windows inside"]:
     """Return the row-major positions of each window's tokens."""
     positions = torch.arange(count_tokens(grid)).view(grid).roll((-shift, -shift), (0, 1))
     return _partition(positions, window)
 
 
 def shifted_window_mask(
-    grid: Grid, window: int, shift: int
+    grid: Grid, window: Size, shift: int
 ) -> Float[Tensor, "windows 1 inside inside"]:
     """Shifted-window attention mask: -100 between tokens that only the roll made neighbors."""
     # Label the regions of the rolled map: only tokens of the same region are neighbors.
@@ -439,7 +499,7 @@ def shifted_window_mask(
 
 
 def _partition(
-    values: Int64[Tensor, "height width"], window: int
+    values: Int64[Tensor, "height width"], window: Size
 ) -> Int64[Tensor, "windows inside"]:
     return rearrange(values, "(y i) (x j) -> (y x) (i j)", i=window, j=window)
 

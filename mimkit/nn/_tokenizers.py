@@ -6,10 +6,11 @@ Axes: batch; channels; *spatial; *grid; codes; patch (the values of one patch).
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
-from mimkit._checks import patch_statistics
+from mimkit._arguments import Count, Size, checked
+from mimkit._checks import check_no_nan, patch_statistics
 from mimkit._grids import as_sizes, count_tokens
 from mimkit.patches import grid_of, patchify, unpatchify
 
@@ -41,8 +42,9 @@ class PatchTokenizer(nn.Module):
 
     centers: Float[Tensor, "codes patch"]
 
+    @checked
     def __init__(
-        self, *, patch_size: Sequence[int], in_channels: int, vocabulary_size: int
+        self, *, patch_size: Sequence[int], in_channels: Size, vocabulary_size: Size
     ) -> None:
         super().__init__()
         self.patch_size = as_sizes("patch_size", patch_size)
@@ -51,12 +53,13 @@ class PatchTokenizer(nn.Module):
         self.register_buffer("centers", torch.zeros(vocabulary_size, width))
 
     @torch.no_grad()
+    @checked
     def fit(
         self,
-        images: Float[Tensor, "batch channels *spatial"],
+        images: Shaped[Tensor, "batch channels *spatial"],
         *,
-        iterations: int = 20,
-        seed: int = 0,
+        iterations: Count = 20,
+        seed: Count = 0,
     ) -> "PatchTokenizer":
         """Fit the centers by k-means (Lloyd's iterations, initialised with random patches).
 
@@ -71,6 +74,7 @@ class PatchTokenizer(nn.Module):
         Raises:
             ValueError: If there are fewer patches than codes.
         """
+        check_no_nan("images", images, always=True)
         patches = self._normalized(images).flatten(0, -2)
         count = len(self.centers)
         if len(patches) < count:
@@ -86,14 +90,16 @@ class PatchTokenizer(nn.Module):
         return self
 
     @torch.no_grad()
+    @checked
     def encode(
-        self, images: Float[Tensor, "batch channels *spatial"]
+        self, images: Shaped[Tensor, "batch channels *spatial"]
     ) -> Int64[Tensor, "batch *grid"]:
         """Return the code of each patch."""
         patches = self._normalized(images)
         ids = self._nearest(patches.flatten(0, -2))
         return ids.view(len(images), *grid_of(images, self.patch_size))
 
+    @checked
     def decode(
         self,
         ids: Int64[Tensor, "batch *grid"],

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mimkit._arguments import Count, Depth, NotNegative, Positive, Share, Size, checked
 from mimkit._checks import check_num_images, check_stacked
 from mimkit._grids import Grid, divide, per_axis, sides_of
 from mimkit.masking import Mask, RaggedMask
@@ -20,6 +21,7 @@ from mimkit.nn._embed import Images, PatchEmbed
 from mimkit.nn._hybrid import HybridEmbed
 from mimkit.nn._layers import (
     NORM_EPS,
+    Activation,
     QKVBias,
     TransformerBlock,
     drop_path_rates,
@@ -35,10 +37,11 @@ from mimkit.nn._packing import (
     reorder,
 )
 from mimkit.nn._relative import RelativePositionBias
+from mimkit.nn._timm_protocol import Matcher, TimmProtocol
 from mimkit.patches import interpolate_positions, restore, sincos_positions
 
 
-class ViT(nn.Module):
+class ViT(TimmProtocol):
     """Vision Transformer that encodes only the visible patches when a mask is given.
 
     Parameter names and shapes are timm's; `interop` converts the authors' checkpoints.
@@ -65,6 +68,9 @@ class ViT(nn.Module):
         layer_scale: Initial value of layer scale; `None` for no layer scale.
         qkv_bias: `True` for biases of queries, keys and values, `False` for none, "qv" for queries
             and values only.
+        norm_eps: Epsilon of every LayerNorm.
+        act: Activation of the MLPs: "gelu", or "gelu_tanh" for its approximation by tanh.
+        num_registers: Learned register tokens, after the class token and without positions.
         num_classes: Width of `head`, a linear classifier for pooled tokens; 0 for none.
         stem: A CNN whose feature map is patchified instead of the image (`nn.ConvStem`, or any
             module with `out_channels` and `stride`). `patch_size` then counts feature-map
@@ -72,13 +78,14 @@ class ViT(nn.Module):
 
     Attributes:
         grid: Tokens per axis.
-        num_prefix_tokens: Number of prefix tokens: 1 with a class token, else 0.
+        num_prefix_tokens: Number of prefix tokens: the class token, if any, and the registers.
 
     Source:
         Dosovitskiy et al., arXiv:2010.11929; MAE, arXiv:2111.06377, appendix A.1;
         facebookresearch/mae `models_mae.py`, `models_vit.py`. The authors embed all patches, then
         drop the masked ones; here masked patches are never read. Relative positions, layer scale
-        and "qv" as in BEiT, arXiv:2106.08254, and microsoft/SimMIM `vision_transformer.py`.
+        and "qv" as in BEiT, arXiv:2106.08254, and microsoft/SimMIM `vision_transformer.py`;
+        registers as in Darcet et al., arXiv:2309.16588, and facebookresearch/dinov2.
 
     Example:
         >>> from mimkit import masking
@@ -100,17 +107,21 @@ class ViT(nn.Module):
         (torch.Size([14, 64]), [7, 7])
     """
 
+    _undecayed = r"^(cls_token|pos_embed|reg_token)$|^rel_pos_bias\.\d+\.table$"
+    _first_layer = r"^cls_token|reg_token|pos_embed|patch_embed"
+
+    @checked
     def __init__(
         self,
         *,
         image_size: int | Sequence[int] = 224,
         patch_size: int | Sequence[int] = 16,
-        in_channels: int = 3,
-        dim: int = 768,
-        depth: int = 12,
-        heads: int = 12,
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
+        in_channels: Size = 3,
+        dim: Size = 768,
+        depth: Depth = 12,
+        heads: Size = 12,
+        mlp_ratio: Positive = 4.0,
+        drop_path: Share = 0.0,
         class_token: bool = True,
         pool: Literal["mean", "token"] = "mean",
         pool_norm: bool = False,
@@ -120,10 +131,14 @@ class ViT(nn.Module):
         relative_positions: Literal["shared", "block"] | None = None,
         layer_scale: float | None = None,
         qkv_bias: QKVBias = True,
-        num_classes: int = 0,
+        norm_eps: NotNegative = NORM_EPS,
+        act: Activation = "gelu",
+        num_registers: Count = 0,
+        num_classes: Count = 0,
         stem: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.axis_sizes = {"dim": dim}
         if pool not in ("mean", "token"):
             raise ValueError(f'pool must be "mean" or "token"; got {pool!r}')
         if pool == "token" and not class_token:
@@ -131,6 +146,11 @@ class ViT(nn.Module):
         if relative_positions not in ("shared", "block", None):
             raise ValueError(
                 f'relative_positions must be "shared", "block" or None; got {relative_positions!r}'
+            )
+        if num_registers and relative_positions:
+            raise ValueError(
+                f"registers have no relative positions: num_registers={num_registers} needs "
+                f"relative_positions=None; got {relative_positions!r}"
             )
         self.image_size = sides_of("image_size", image_size)
         patch = per_axis("patch_size", patch_size, len(self.image_size))
@@ -143,15 +163,21 @@ class ViT(nn.Module):
         self.grid = divide("image size", self.image_size, patch, "patch size")
         self.dim = dim
         self._learn_positions, self._first_axis = learn_positions, first_axis
-        self.num_prefix_tokens = int(class_token)
+        self._num_class_tokens = int(class_token)
+        self.num_prefix_tokens = self._num_class_tokens + num_registers
         self._pool = pool
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token else None
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
+        self.reg_token = None
+        if num_registers:
+            self.reg_token = nn.Parameter(
+                nn.init.normal_(torch.empty(1, num_registers, dim), std=0.02)
+            )
         self.pos_embed = (
             nn.Parameter(
                 sincos_positions(
-                    dim, self.grid, first_axis=first_axis, num_prefix=self.num_prefix_tokens
+                    dim, self.grid, first_axis=first_axis, num_prefix=self._num_class_tokens
                 )[None],
                 requires_grad=learn_positions,
             )
@@ -171,13 +197,16 @@ class ViT(nn.Module):
                 drop_path=rate,
                 layer_scale=layer_scale,
                 qkv_bias=qkv_bias,
+                norm_eps=norm_eps,
+                act=act,
             )
             for rate in drop_path_rates(drop_path, depth)
         )
-        self.norm = nn.Identity() if pool_norm else nn.LayerNorm(dim, eps=NORM_EPS)
-        self.fc_norm = nn.LayerNorm(dim, eps=NORM_EPS) if pool_norm else nn.Identity()
+        self.norm = nn.Identity() if pool_norm else nn.LayerNorm(dim, eps=norm_eps)
+        self.fc_norm = nn.LayerNorm(dim, eps=norm_eps) if pool_norm else nn.Identity()
         self.head = xavier_linear(dim, num_classes) if num_classes else nn.Identity()
 
+    @checked
     def forward(
         self,
         images: Images,
@@ -227,7 +256,7 @@ class ViT(nn.Module):
         if len(biases) != len(self.blocks):  # no bias, or one shared by all blocks
             biases = (biases or [None]) * len(self.blocks)
         for block, bias in zip(self.blocks, biases, strict=True):
-            tokens = block(tokens, attn_bias=bias)
+            tokens = self._run(block, tokens, attn_bias=bias)
         encoded: Tensor = self.norm(tokens)
         return encoded
 
@@ -236,24 +265,22 @@ class ViT(nn.Module):
         order = order_by_length(mask)
         mask, images = mask[order], [images[sample] for sample in order]
         tokens = self.patch_embed(images, mask)
-        prefix = None if self.cls_token is None else self.cls_token[0]
+        prefix = self._prefix()
         if self.pos_embed is not None:
             tokens = tokens + positions_at(
                 mask.visible_ids, mask.num_visible, mask.grids, self._positions_on
             )
-            if prefix is not None:
-                prefix = prefix + self.pos_embed[0, : self.num_prefix_tokens]
         if prefix is not None:
-            tokens = interleave([prefix] * mask.batch_size, mask.split_visible(tokens))
+            tokens = interleave([prefix[0]] * mask.batch_size, mask.split_visible(tokens))
         lengths = [self.num_prefix_tokens + count for count in mask.num_visible]
         packing, tokens = pack(lengths, tokens.device), tokens.unsqueeze(0)
         for block in self.blocks:
-            tokens = block(tokens, packing=packing)
+            tokens = self._run(block, tokens, packing=packing)
         return reorder(self.norm(tokens)[0], lengths, inverse_order(order))
 
     def _positions_on(self, grid: Grid) -> Float[Tensor, "tokens dim"]:
         assert self.pos_embed is not None
-        table = self.pos_embed[0, self.num_prefix_tokens :]
+        table = self.pos_embed[0, self._num_class_tokens :]
         if grid == self.grid:
             return table
         if self._learn_positions:
@@ -261,17 +288,31 @@ class ViT(nn.Module):
         return sincos_positions(self.dim, grid, first_axis=self._first_axis).to(table)
 
     def _with_prefix_and_positions(self, tokens: Tensor, mask: Mask | None) -> Tensor:
-        prefix: Tensor | None = self.cls_token
+        prefix = self._prefix()
         if self.pos_embed is not None:
-            prefix_position, positions = self.pos_embed[0].tensor_split([self.num_prefix_tokens])
+            positions = self.pos_embed[0, self._num_class_tokens :]
             if mask is not None:
                 positions = F.embedding(mask.visible_ids, positions)
             tokens = tokens + positions
-            prefix = None if prefix is None else prefix + prefix_position
         if prefix is None:
             return tokens
         return torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1)
 
+    def _prefix(self) -> Float[Tensor, "1 prefix dim"] | None:
+        """Return the class token, with its position, and the registers."""
+        class_token: Tensor | None = self.cls_token
+        if class_token is not None and self.pos_embed is not None:
+            class_token = class_token + self.pos_embed[:, : self._num_class_tokens]
+        tokens = [token for token in (class_token, self.reg_token) if token is not None]
+        return torch.cat(tokens, dim=1) if len(tokens) > 1 else next(iter(tokens), None)
+
+    def group_matcher(self, coarse: bool = False) -> Matcher:  # noqa: D102
+        matcher = super().group_matcher(coarse)
+        if len(self.rel_pos_bias) == 1 and isinstance(matcher, dict):  # shared by all blocks
+            return {**matcher, "stem": f"{self._first_layer}|rel_pos_bias"}
+        return matcher
+
+    @checked
     def pool(
         self,
         tokens: Float[Tensor, "batch prefix_and_tokens dim"] | Float[Tensor, "rows dim"],

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimkit._arguments import Count, checked
 from mimkit._checks import cell_of, check_even
 from mimkit._grids import per_axis
 from mimkit._settings import Settings
@@ -21,6 +22,7 @@ from mimkit.patches._patchify import gather_patches, unpatchify
 from mimkit.patches._tokens import restore
 
 
+@checked
 def pack_cells(
     feature_map: Float[Tensor, "batch channels height width"], mask: Mask
 ) -> Float[Tensor, "batch visible cell channels"]:
@@ -45,6 +47,7 @@ def pack_cells(
     return rearrange(patches, "b v (p c) -> b v p c", c=feature_map.shape[1])
 
 
+@checked
 def unpack_cells(
     cells: Float[Tensor, "batch visible cell channels"],
     mask: Mask,
@@ -78,7 +81,8 @@ def unpack_cells(
     return unpatchify(tokens, mask.grid, size)
 
 
-def neighbors(mask: Mask, *, reach: int = 1) -> Int32[Tensor, "batch visible window"]:
+@checked
+def neighbors(mask: Mask, *, reach: Count = 1) -> Int32[Tensor, "batch visible window"]:
     """Find the visible cells around every visible cell.
 
     Args:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
 import mimkit_kernels as kernels
+from mimkit._arguments import Scales, checked
 from mimkit._checks import (
     Order,
     channel_statistic,
@@ -26,6 +27,7 @@ from mimkit._grids import Grid, as_sizes, count_tokens, divide, per_axis
 from mimkit.masking import Mask, RaggedMask
 
 
+@checked
 def grid_of(
     images: Shaped[Tensor, "batch channels *spatial"], patch_size: int | Sequence[int]
 ) -> Grid:
@@ -51,6 +53,7 @@ def grid_of(
     return divide("image size", images.shape[2:], patch_size, "patch size")
 
 
+@checked
 def patchify(
     images: Shaped[Tensor, "batch channels *spatial"],
     patch_size: int | Sequence[int],
@@ -82,6 +85,7 @@ def patchify(
     return rearrange(images, pattern, **sizes)
 
 
+@checked
 def unpatchify(
     patches: Shaped[Tensor, "batch tokens patch"],
     grid: Sequence[int],
@@ -120,6 +124,7 @@ def unpatchify(
     return rearrange(patches, f"{patch_side} -> {image_side}", **sizes)
 
 
+@checked
 def gather_patches(
     images: Float[Tensor, "batch channels *spatial"]
     | UInt8[Tensor, "batch channels *spatial"]
@@ -128,7 +133,7 @@ def gather_patches(
     patch_size: int | Sequence[int],
     *,
     mean: Sequence[float] | Tensor | None = None,
-    std: Sequence[float] | Tensor | None = None,
+    std: Scales | Tensor | None = None,
     order: Order = "p1 p2 c",
 ) -> Float[Tensor, "batch visible patch"] | Float[Tensor, "rows patch"]:
     """Cut out the visible patches only; no other pixel of contiguous images is read.

@@ -9,16 +9,18 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimkit._arguments import Count, Positive, Size, checked
 from mimkit._grids import as_sizes, count_tokens
 
 
+@checked
 def sincos_positions(
-    dim: int,
+    dim: Size,
     grid: Sequence[int],
     *,
-    temperature: float = 10000.0,
+    temperature: Positive = 10000.0,
     first_axis: Literal["column", "row"] = "column",
-    num_prefix: int = 0,
+    num_prefix: Count = 0,
 ) -> Float32[Tensor, "prefix_and_tokens dim"]:
     """Compute fixed sine-cosine position embeddings, for any grid of one to three axes.
 
@@ -71,12 +73,13 @@ def sincos_positions(
     return torch.cat([table.new_zeros(num_prefix, dim), table])
 
 
+@checked
 def interpolate_positions(
     table: Float[Tensor, "prefix_and_tokens dim"],
     old_grid: Sequence[int],
     new_grid: Sequence[int],
     *,
-    num_prefix: int = 0,
+    num_prefix: Count = 0,
 ) -> Float[Tensor, "prefix_and_new_tokens dim"]:
     """Resample a table of position embeddings to another grid, with bicubic interpolation.
 

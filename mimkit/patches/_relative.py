@@ -9,18 +9,20 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from mimkit._arguments import Count, checked
 from mimkit._grids import as_sizes, count_tokens
 
 _LOWEST_GROWTH, _HIGHEST_GROWTH = 1.01, 1.5
 _SEARCH_STEPS = 20  # bisection steps: growth to within 1e-6, as in the authors' code
 
 
+@checked
 def interpolate_relative_positions(
     table: Float[Tensor, "positions heads"],
     old_grid: Sequence[int],
     new_grid: Sequence[int],
     *,
-    num_extra: int = 0,
+    num_extra: Count = 0,
 ) -> Float[Tensor, "new_positions heads"]:
     """Resample a table of relative position biases, with cubic splines on a geometric grid.
 

@@ -10,15 +10,17 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 import mimkit_kernels as kernels
+from mimkit._arguments import Count, checked
 from mimkit._checks import check_batch, check_rows
 from mimkit.masking import Mask, RaggedMask
 
 
+@checked
 def gather_visible(
     tokens: Shaped[Tensor, "batch prefix_and_tokens dim"] | Shaped[Tensor, "rows dim"],
     mask: Mask | RaggedMask,
     *,
-    num_prefix: int = 0,
+    num_prefix: Count = 0,
 ) -> Shaped[Tensor, "batch prefix_and_visible dim"] | Shaped[Tensor, "rows_of_visible dim"]:
     """Gather the prefix tokens and the visible tokens, in ascending order of position.
 
@@ -39,15 +41,16 @@ def gather_visible(
     """
     if isinstance(mask, RaggedMask):
         return _gather_rows(tokens, mask, num_prefix)
-    check_batch(mask, tokens)
+    check_batch(mask, tokens, "tokens")
     return _gather(tokens, mask, mask.visible_ids, num_prefix)
 
 
+@checked
 def gather_masked(
     tokens: Shaped[Tensor, "batch prefix_and_tokens dim"] | Shaped[Tensor, "rows dim"],
     mask: Mask | RaggedMask,
     *,
-    num_prefix: int = 0,
+    num_prefix: Count = 0,
 ) -> Shaped[Tensor, "batch prefix_and_masked dim"] | Shaped[Tensor, "rows_of_masked dim"]:
     """Gather the prefix tokens and the masked tokens, in ascending order of position.
 
@@ -68,10 +71,11 @@ def gather_masked(
     """
     if isinstance(mask, RaggedMask):
         return _gather_rows(tokens, mask.complement(), num_prefix)
-    check_batch(mask, tokens)
+    check_batch(mask, tokens, "tokens")
     return _gather(tokens, mask, mask.masked_ids, num_prefix)
 
 
+@checked
 def restore(
     visible: Float[Tensor, "batch prefix_and_visible dim"] | Float[Tensor, "rows_of_visible dim"],
     mask: Mask | RaggedMask,
@@ -80,7 +84,7 @@ def restore(
     | Float[Tensor, "rows_of_masked dim"],
     *,
     positions: Float[Tensor, "prefix_and_tokens dim"] | None = None,
-    num_prefix: int = 0,
+    num_prefix: Count = 0,
 ) -> Float[Tensor, "batch prefix_and_tokens dim"] | Float[Tensor, "rows dim"]:
     """Put visible tokens back in grid order and fill the masked positions.
 
@@ -110,7 +114,7 @@ def restore(
     """
     if isinstance(mask, RaggedMask):
         return _restore_rows(visible, mask, fill, positions, num_prefix)
-    check_batch(mask, visible)
+    check_batch(mask, visible, "visible")
     _check_prefix(num_prefix)
     length = num_prefix + mask.num_visible
     if visible.ndim != 3 or visible.shape[1] != length:

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from mimkit._checks import as_floats
+from mimkit._arguments import Count, Size, checked
+from mimkit._checks import as_floats, check_no_nan
 from mimkit.masking import Mask
 from mimkit.targets._pixels import Pixels
 
@@ -46,19 +47,21 @@ class ColorClusters:
 
     uses_ground_truth = False
 
-    def __init__(self, patch_size: int | Sequence[int], num_clusters: int = 512) -> None:
+    @checked
+    def __init__(self, patch_size: int | Sequence[int], num_clusters: Size = 512) -> None:
         if num_clusters < 1:
             raise ValueError(f"num_clusters must be at least 1; got {num_clusters}")
         self.patch_size = patch_size
         self.num_clusters = num_clusters
         self.centers: Float[Tensor, "clusters channels"] | None = None
 
+    @checked
     def fit(
         self,
         images: Shaped[Tensor, "batch channels *spatial"],
         *,
         initial: Float[Tensor, "clusters channels"] | None = None,
-        max_iterations: int = 100,
+        max_iterations: Count = 100,
         generator: torch.Generator | None = None,
     ) -> "ColorClusters":
         """Cluster all pixels of `images`.
@@ -74,6 +77,7 @@ class ColorClusters:
             ValueError: If there are fewer pixels than clusters, or the initial centers have the
                 wrong shape.
         """
+        check_no_nan("images", images, always=True)
         points = as_floats(images).float().movedim(1, -1).flatten(0, -2)
         if len(points) < self.num_clusters:
             raise ValueError(
@@ -89,6 +93,7 @@ class ColorClusters:
         self.centers = _lloyd(points, initial.to(points), max_iterations)
         return self
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write the colors to a file.
 
@@ -97,6 +102,7 @@ class ColorClusters:
         """
         torch.save({"centers": self._fitted(torch.device("cpu"))}, path)
 
+    @checked
     def load(self, path: str | Path) -> "ColorClusters":
         """Read the colors from a file that `save` wrote.
 
@@ -109,6 +115,7 @@ class ColorClusters:
         self.centers = centers
         return self
 
+    @checked
     def __call__(
         self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
     ) -> Int64[Tensor, "batch masked pixels"]:
@@ -118,6 +125,7 @@ class ColorClusters:
             RuntimeError: If called before `fit`.
             ValueError: If the images and the colors have different numbers of channels.
         """
+        check_no_nan("images", images)
         patches = Pixels(self.patch_size)(images, mask)
         centers = self._fitted(patches.device)
         if images.shape[1] != centers.shape[1]:
@@ -127,6 +135,7 @@ class ColorClusters:
         nearest, _ = _nearest(patches.reshape(-1, centers.shape[1]), centers)
         return nearest.view(*patches.shape[:2], patches.shape[2] // centers.shape[1])
 
+    @checked
     def invert(
         self,
         values: Int64[Tensor, "batch masked pixels"],
@@ -142,6 +151,7 @@ class ColorClusters:
         return self.centers.to(device)
 
 
+@checked
 @dataclass(frozen=True)
 class ChannelBins:
     """The index of the interval (bin) of each value of the masked pixels.
@@ -166,7 +176,7 @@ class ChannelBins:
     """
 
     patch_size: int | Sequence[int]
-    num_bins: int = 8
+    num_bins: Size = 8
     low: float = 0.0
     high: float = 1.0
     uses_ground_truth: ClassVar[bool] = False
@@ -178,16 +188,19 @@ class ChannelBins:
                 f"got {self.num_bins} from {self.low} to {self.high}"
             )
 
+    @checked
     def __call__(
         self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
     ) -> Int64[Tensor, "batch masked patch"]:
         """Return the bins of the masked patches, in the order "p1 p2 c"."""
+        check_no_nan("images", images)
         patches = Pixels(self.patch_size)(images, mask)
         position = (patches - self.low) * (self.num_bins / (self.high - self.low))
         return (
             position.floor().clamp(0, self.num_bins - 1).long()
         )  # clamped as floats, which cannot overflow
 
+    @checked
     def invert(
         self,
         values: Int64[Tensor, "batch masked patch"],

@@ -10,10 +10,11 @@ from typing import ClassVar
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimkit._arguments import Size, checked
 from mimkit._checks import as_floats, check_mask
 from mimkit._grids import divide, per_axis
 from mimkit.masking import Mask
@@ -22,6 +23,7 @@ from mimkit.patches import gather_masked, grid_of
 _EPS = 1e-5
 
 
+@checked
 @dataclass(frozen=True)
 class HOG:
     """Histograms of oriented gradients in the cells of the masked patches.
@@ -49,15 +51,16 @@ class HOG:
 
     patch_size: int | Sequence[int]
     cell: int | Sequence[int] = 8
-    num_bins: int = 9
+    num_bins: Size = 9
     uses_ground_truth: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.num_bins < 1:
             raise ValueError(f"num_bins must be at least 1; got {self.num_bins}")
 
+    @checked
     def __call__(
-        self, images: Float[Tensor, "batch channels height width"], mask: Mask
+        self, images: Shaped[Tensor, "batch channels height width"], mask: Mask
     ) -> Float[Tensor, "batch masked values"]:
         """Return the histograms of the masked patches: cells row-major, then channels, then bins.
 
@@ -81,6 +84,7 @@ class HOG:
         )
         return gather_masked(values, mask)
 
+    @checked
     def invert(
         self, values: Tensor, images: Tensor, mask: Mask
     ) -> Float[Tensor, "batch masked patch"]:

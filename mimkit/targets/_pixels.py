@@ -12,11 +12,13 @@ from einops import rearrange
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from mimkit._checks import Order, as_floats, check_even, patch_statistics
+from mimkit._arguments import Scales, Size, checked
+from mimkit._checks import Order, as_floats, check_even, check_no_nan, patch_statistics
 from mimkit.masking import Mask
 from mimkit.patches import gather_patches, patchify
 
 
+@checked
 @dataclass(frozen=True)
 class Pixels:
     """The masked pixels themselves.
@@ -39,9 +41,10 @@ class Pixels:
     patch_size: int | Sequence[int]
     order: Order = "p1 p2 c"
     mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
+    std: Scales | None = None
     uses_ground_truth: ClassVar[bool] = False
 
+    @checked
     def __call__(
         self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
     ) -> Float[Tensor, "batch masked patch"]:
@@ -56,6 +59,7 @@ class Pixels:
             order=self.order,
         ).float()
 
+    @checked
     def invert(
         self,
         values: Float[Tensor, "batch masked patch"],
@@ -77,6 +81,7 @@ class Pixels:
         return values
 
 
+@checked
 @dataclass(frozen=True)
 class NormalizedPixels:
     """The masked pixels, with each patch normalised to zero mean and unit variance ("norm-pix").
@@ -97,9 +102,10 @@ class NormalizedPixels:
     patch_size: int | Sequence[int]
     order: Order = "p1 p2 c"
     mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
+    std: Scales | None = None
     uses_ground_truth: ClassVar[bool] = True
 
+    @checked
     def __call__(
         self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
     ) -> Float[Tensor, "batch masked patch"]:
@@ -122,6 +128,7 @@ class NormalizedPixels:
             return normalized
         return rearrange(normalized, "b m (c p) -> b m (p c)", c=images.shape[1])
 
+    @checked
     def invert(
         self,
         values: Float[Tensor, "batch masked patch"],
@@ -175,10 +182,11 @@ class PCATarget:
 
     uses_ground_truth = False
 
+    @checked
     def __init__(
         self,
         patch_size: int | Sequence[int],
-        num_components: int = 96,
+        num_components: Size = 96,
         *,
         order: Order = "p1 p2 c",
     ) -> None:
@@ -190,6 +198,7 @@ class PCATarget:
         self.center: Float[Tensor, " patch"] | None = None
         self.components: Float[Tensor, "components patch"] | None = None
 
+    @checked
     def fit(self, images: Shaped[Tensor, "batch channels *spatial"]) -> "PCATarget":
         """Compute the principal components of all patches of `images`.
 
@@ -197,6 +206,7 @@ class PCATarget:
             ValueError: If there are more components than values in a patch, or fewer than two
                 patches.
         """
+        check_no_nan("images", images, always=True)
         patches = patchify(as_floats(images), self.patch_size, order=self.order)
         patches = patches.flatten(0, 1).double()
         if len(patches) < 2:
@@ -212,6 +222,7 @@ class PCATarget:
         self.components = directions.flip(1)[:, : self.num_components].T.float().contiguous()
         return self
 
+    @checked
     def __call__(
         self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
     ) -> Float[Tensor, "batch masked components"]:
@@ -224,6 +235,7 @@ class PCATarget:
         center, components = self._fitted(patches.device)
         return (patches - center) @ components.T
 
+    @checked
     def invert(
         self,
         values: Float[Tensor, "batch masked components"],

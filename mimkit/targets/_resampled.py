@@ -14,6 +14,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimkit._arguments import Size, checked
 from mimkit._checks import Order, as_floats, check_even
 from mimkit._grids import Grid, divide, per_axis
 from mimkit.masking import Mask
@@ -23,6 +24,7 @@ from mimkit.targets._pixels import Pixels
 _NORMALIZATION_EPS = 1e-6  # inside the square root
 
 
+@checked
 @dataclass(frozen=True)
 class DownsampledPixels:
     """The means of square blocks of masked pixels.
@@ -49,6 +51,7 @@ class DownsampledPixels:
     order: Order = "p1 p2 c"
     uses_ground_truth: ClassVar[bool] = False
 
+    @checked
     def group(self, mask: Mask) -> Mask:
         """Return the mask of the predicted units: patches, or squares of several patches.
 
@@ -59,6 +62,7 @@ class DownsampledPixels:
         squares, patch = self._sizes(mask)
         return mask if squares == patch else mask.coarsen(divide("factor", squares, patch, "patch"))
 
+    @checked
     def __call__(
         self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
     ) -> Float[Tensor, "batch masked patch"]:
@@ -71,6 +75,7 @@ class DownsampledPixels:
             means = means.unflatten(axis, (-1, side)).mean(dim=axis + 1)
         return _in_order(means, self.order)
 
+    @checked
     def invert(
         self,
         values: Float[Tensor, "batch rows means"],
@@ -103,6 +108,7 @@ class DownsampledPixels:
         return patch, patch
 
 
+@checked
 @dataclass(frozen=True)
 class WindowNormalizedPixels:
     """The masked pixels, each normalised by mean and variance of the window around it.
@@ -125,7 +131,7 @@ class WindowNormalizedPixels:
     """
 
     patch_size: int | Sequence[int]
-    window: int = 47
+    window: Size = 47
     order: Order = "p1 p2 c"
     uses_ground_truth: ClassVar[bool] = True
 
@@ -133,18 +139,20 @@ class WindowNormalizedPixels:
         if self.window < 3 or self.window % 2 == 0:
             raise ValueError(f"window must be odd and at least 3; got {self.window}")
 
+    @checked
     def __call__(
-        self, images: Float[Tensor, "batch channels *spatial"], mask: Mask
+        self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
     ) -> Float[Tensor, "batch masked patch"]:
         """Return the normalised pixels of the masked patches."""
         images = as_floats(images).float()
         mean, std = self._statistics(images)
         return Pixels(self.patch_size, self.order)((images - mean) / std, mask)
 
+    @checked
     def invert(
         self,
         values: Float[Tensor, "batch masked patch"],
-        images: Float[Tensor, "batch channels *spatial"],
+        images: Shaped[Tensor, "batch channels *spatial"],
         mask: Mask,
     ) -> Float[Tensor, "batch masked patch"]:
         """Undo the normalisation with the mean and standard deviation of the true windows."""

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimkit._arguments import Count, checked
 from mimkit._checks import check_even
 from mimkit.masking import Mask
 from mimkit.patches import gather_masked, patchify
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class TokenTarget:
     """The codes of a tokenizer at the masked positions.
@@ -43,8 +45,9 @@ class TokenTarget:
     patch_size: int | Sequence[int] | None = None
     uses_ground_truth: ClassVar[bool] = True
 
+    @checked
     def __call__(
-        self, images: Float[Tensor, "batch channels *spatial"], mask: Mask
+        self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
     ) -> Int64[Tensor, "batch masked"]:
         """Return the codes of the masked tokens.
 
@@ -53,10 +56,11 @@ class TokenTarget:
         """
         return gather_masked(self._codes(images, mask).unsqueeze(2), mask).squeeze(2)
 
+    @checked
     def invert(
         self,
         values: Int64[Tensor, "batch masked"],
-        images: Float[Tensor, "batch channels *spatial"],
+        images: Shaped[Tensor, "batch channels *spatial"],
         mask: Mask,
     ) -> Float[Tensor, "batch masked patch"]:
         """Decode the codes, and return the masked patches of the decoded images.
@@ -84,6 +88,7 @@ class TokenTarget:
         return codes.flatten(1)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class FeatureTarget:
     """Features of a frozen teacher at the masked positions.
@@ -106,12 +111,13 @@ class FeatureTarget:
     """
 
     teacher: Callable[[Tensor], Tensor]
-    num_prefix: int = 0
+    num_prefix: Count = 0
     normalize: bool = True
     uses_ground_truth: ClassVar[bool] = False
 
+    @checked
     def __call__(
-        self, images: Float[Tensor, "batch channels *spatial"], mask: Mask
+        self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
     ) -> Float[Tensor, "batch masked dim"]:
         """Return the features of the masked tokens.
 
@@ -123,6 +129,7 @@ class FeatureTarget:
         features = gather_masked(tokens, mask).float()
         return F.layer_norm(features, features.shape[2:]) if self.normalize else features
 
+    @checked
     def invert(
         self, values: Tensor, images: Tensor, mask: Mask
     ) -> Float[Tensor, "batch masked patch"]:

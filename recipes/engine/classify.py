@@ -8,12 +8,11 @@ from torch.nn import functional as F
 
 from recipes.engine.data.labelled import LabelledData
 from recipes.engine.data.mixing import Mixing
-from recipes.engine.data.sets import Batch
-from recipes.engine.errors import UserError
+from recipes.engine.data.sets import Batch, check_readable
 from recipes.engine.loop import Moment, Plan, Task, make_plan
 from recipes.engine.run.cli import Options
 from recipes.engine.run.config import RunConfig
-from recipes.engine.run.loader import held_out_batches
+from recipes.engine.run.loader import held_out_batches, on_device
 from recipes.engine.run.world import World
 from recipes.engine.seeds import step_generator
 
@@ -91,17 +90,15 @@ def score(
     """Return the accuracy on the test images, in percent."""
     model.eval()
     counts = torch.zeros(2, dtype=torch.int64, device=config.device)  # correct, total
+    unreadable: set[int] = set()
     for batch in held_out_batches(data, world, batch_size=_TEST_BATCH, workers=workers):
+        unreadable.update(batch.unreadable_ids)
         if len(batch.images):
             with config.autocast():
-                logits = model(batch.images.to(config.device))
+                logits = model(on_device(batch, data.test, config.device).images)
             labels = data.test_labels[batch.sample_ids].to(config.device)
             counts[0] += (logits.argmax(dim=1) == labels).sum()
             counts[1] += len(labels)
+    check_readable(data.test, set().union(*world.gather(unreadable)))
     correct, total = world.total(counts).tolist()
-    if total == 0:
-        raise UserError(
-            f"none of the {len(data.test)} test images of {data.images.name} can be read: replace "
-            "them, or give another --data"
-        )
     return 100 * float(correct) / float(total)

@@ -1,46 +1,110 @@
 """Estimate the cost of a run without training."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mimkit import masking
 from mimkit.masking import Mask
 from recipes.engine.data.sets import DataSet
-from recipes.engine.loop import Plan
+from recipes.engine.loop import IMAGENET, Plan
 from recipes.engine.run.config import Recipe, RunConfig
 
 _GIB = 2**30
-# Weights, gradients and AdamW's two moments, all float32.
-_BYTES_PER_PARAMETER = 16
+# Float32: weight, gradient and AdamW's two moments; in a checkpoint no gradient; frozen: weight.
+_TRAINED_BYTES, _SAVED_BYTES, _FROZEN_BYTES = 16, 12, 4
+_GPUS = (1, 8, 64, 512)
+# A common GPU, NVIDIA's A100: its dense rate by precision, and the share of it that a training step
+# is assumed to reach.
+_PEAK = {"bf16": 312e12, "fp32": 19.5e12}
+_SHARE = 0.4
 
 
-def describe(recipe: Recipe, config: RunConfig, data: DataSet, plan: Plan) -> str:
-    """Describe a run: configuration, steps, parameters, FLOPs per image and memory."""
+@dataclass(frozen=True)
+class Cost:
+    """What a step costs.
+
+    Attributes:
+        trained: Number of trained parameters.
+        frozen: Number of frozen ones.
+        flops: FLOPs of one image, forward and backward.
+        activations: Bytes that one image keeps for the backward pass.
+    """
+
+    trained: int
+    frozen: int
+    flops: int
+    activations: int
+
+    @property
+    def checkpoint(self) -> float:
+        """Bytes of a checkpoint."""
+        return self.trained * _SAVED_BYTES + self.frozen * _FROZEN_BYTES
+
+    def memory(self, images: float, shards: int = 1) -> float:
+        """Return the bytes of a process that computes this many images at once."""
+        state = self.trained * _TRAINED_BYTES + self.frozen * _FROZEN_BYTES
+        return state / shards + self.activations * images
+
+
+def describe(recipe: Recipe, config: RunConfig, data: DataSet, plan: Plan) -> list[str]:
+    """Describe a run: configuration, steps, parameters, FLOPs, memory, and a plan by GPUs."""
     with torch.device("meta"):
         model = recipe.build(config.model).train()
     encoder: Any = model.encoder
-    flops, activations = measure(recipe, config, data, model)
-    num_parameters = count_parameters(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = count_parameters(model) - trained
+    cost = Cost(trained, frozen, *measure(config, data, model))
     batch_size = config.training.batch_size
-    images_at_once = batch_size // config.accumulate
-    memory = num_parameters * _BYTES_PER_PARAMETER + activations * images_at_once
-    return "\n".join(
-        [
-            yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip(),
-            "---",
-            f"data          {data.name}: {len(data.train):,} images per epoch",
-            f"steps         {plan.num_steps:,} of {batch_size:,} images",
-            f"parameters    {num_parameters:,} "
-            f"({sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained, "
-            f"{count_parameters(encoder):,} in the encoder)",
-            f"FLOPs         {flops / 1e9:,.2f} G per image, forward and backward",
-            f"memory        about {memory / _GIB:,.2f} GiB for weights, optimizer and activations",
-        ]
-    )
+    at_once = batch_size / config.accumulate
+    num_images = len(data.train)
+    is_small = num_images < batch_size
+    small = f", fewer than a batch: steps are of ImageNet-1K's {IMAGENET:,}" if is_small else ""
+    return [
+        *config.as_lines(),
+        "---",
+        f"data          {data.name}: {num_images:,} images per epoch{small}",
+        f"steps         {plan.num_steps:,} of {batch_size:,} images",
+        f"parameters    {trained + frozen:,} ({trained:,} trained, "
+        f"{count_parameters(encoder):,} in the encoder)",
+        f"FLOPs         {cost.flops / 1e9:,.2f} G per image, forward and backward",
+        f"memory        about {cost.memory(at_once) / _GIB:,.2f} GiB in a single process, for "
+        f"weights, gradients, AdamW and the activations of {at_once:g} images",
+        f"checkpoint    about {cost.checkpoint / _GIB:,.2f} GiB each; two are kept, and "
+        "there is one more while it is written",
+        "",
+        *plan_by_gpus(config, plan, cost),
+    ]
+
+
+def plan_by_gpus(config: RunConfig, plan: Plan, cost: Cost) -> list[str]:
+    """Return a table: what one GPU and all GPUs do, hold and need, for several numbers of GPUs."""
+    batch_size, precision = config.training.batch_size, config.training.precision
+    rate = _SHARE * _PEAK[precision] / cost.flops
+    lines = [
+        f"The batch of {batch_size:,}, the {plan.num_steps:,} steps and the learning rate of "
+        f"{config.lr:g} stay the same: they are of all GPUs together.",
+        f"Estimated, not measured: A100 GPUs at {_SHARE:.0%} of {_PEAK[precision] / 1e12:g} "
+        f"TFLOP/s ({precision}), without the time to communicate and to load.",
+        "      images    GiB of a GPU          GiB of all GPUs         images/s    hours",
+        "GPUs  a GPU         DDP    --shard        DDP    --shard     to load",
+    ]
+    for gpus in _GPUS:
+        parts = gpus * config.accumulate
+        if batch_size % parts:
+            lines.append(
+                f"{gpus:<4}  {batch_size:,} images cannot be divided among {parts:,} parts"
+            )
+            continue
+        each = [cost.memory(batch_size / parts, shards) / _GIB for shards in (1, gpus)]
+        memory = "".join(f"{size:>11,.1f}" for size in (*each, *(gpus * size for size in each)))
+        hours = plan.num_steps * batch_size / (gpus * rate) / 3600
+        images = batch_size // gpus
+        lines.append(f"{gpus:<4}  {images:<6,}{memory}{gpus * rate:>12,.0f}{hours:>9,.1f}")
+    return lines
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -48,8 +112,16 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def measure(recipe: Recipe, config: RunConfig, data: DataSet, model: nn.Module) -> tuple[int, int]:
+def measure(config: RunConfig, data: DataSet, model: nn.Module) -> tuple[int, int]:
     """Return the FLOPs of a step on one image, and the bytes of its saved activations."""
+    flops, one = _measure(config, data, model, num_images=1)
+    # What is kept once for all images, such as copies of the weights in bf16, is in both.
+    return flops, _measure(config, data, model, num_images=2)[1] - one
+
+
+def _measure(
+    config: RunConfig, data: DataSet, model: nn.Module, *, num_images: int
+) -> tuple[int, int]:
     encoder: Any = model.encoder
     saved: dict[int, int] = {}
 
@@ -59,9 +131,9 @@ def measure(recipe: Recipe, config: RunConfig, data: DataSet, model: nn.Module) 
             saved[storage._cdata] = storage.nbytes()
         return tensor
 
-    masks = config.masking.draw(masking.key([0], seed=config.seed), encoder.grid)
+    masks = config.masking.draw(masking.key(range(num_images), seed=config.seed), encoder.grid)
     masks = masks.to("meta") if isinstance(masks, Mask) else [mask.to("meta") for mask in masks]
-    images = torch.empty(1, data.in_channels, *encoder.image_size, device="meta")
+    images = torch.empty(num_images, data.in_channels, *encoder.image_size, device="meta")
     with (
         FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),

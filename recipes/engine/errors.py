@@ -1,4 +1,7 @@
-"""Errors that a user of a recipe can fix."""
+"""Errors that a user of a recipe can fix, and text for people."""
+
+import sys
+from typing import TextIO
 
 
 class UserError(Exception):
@@ -11,26 +14,38 @@ class UserError(Exception):
     def __init__(self, message: str) -> None:
         # `DataLoader` raises a worker's error again with its traceback in the message. The line for
         # the user is at the end.
-        super().__init__(message.rsplit("UserError: ", maxsplit=1)[-1].strip())
+        super().__init__(escaped(message.rsplit("UserError: ", maxsplit=1)[-1].strip()))
 
 
-class LostProcessError(UserError):
-    """Another process of the job died. Every surviving process prints this error."""
+class ProcessError(UserError):
+    """A process cannot take part in its job. Every process that fails prints its own line."""
 
 
-def reason_of(error: BaseException) -> str:
-    """Return a short reason why a file of weights cannot be read."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    # PyTorch's own message is a page long, and advises to set `weights_only=False`.
-    return "it is neither a safetensors file nor a checkpoint of PyTorch, or it is damaged"
+class LostProcessError(ProcessError):
+    """Another process of the job died."""
 
 
-def escaped(text: str) -> str:
+def escaped(text: object) -> str:
     r"""Return a name or text from outside without characters that steer a terminal.
+
+    Line ends, escape sequences, changes of direction and bytes that are not UTF-8 are written as
+    Python escapes.
 
     Example:
         >>> print(escaped("a\x1b[2J.png"))
         a\x1b[2J.png
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def say(*lines: object, file: TextIO | None = None) -> None:
+    """Print lines for people, escaped; what one holds never becomes a second line.
+
+    Args:
+        lines: The lines.
+        file: Where to print; stdout by default.
+    """
+    file = file or sys.stdout
+    for line in lines:
+        text = escaped(line).encode(file.encoding or "utf-8", "backslashreplace")
+        print(text.decode(file.encoding or "utf-8"), file=file, flush=True)

@@ -6,6 +6,7 @@ saves checkpoints, and can rewind when a loss or gradient is not finite.
 """
 
 import contextlib
+import itertools
 import math
 import sys
 import time
@@ -20,18 +21,28 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from recipes.engine.data.sets import Batch, TrainSet
-from recipes.engine.errors import UserError
+from recipes import signals
+from recipes.engine.data.sets import Batch, TrainSet, check_readable
+from recipes.engine.errors import UserError, say
 from recipes.engine.optim import gradients, scheduled_lr
 from recipes.engine.run.checkpoint import Checkpoints, start_from
 from recipes.engine.run.cli import Options
 from recipes.engine.run.config import RunConfig
-from recipes.engine.run.folder import RunFolder
-from recipes.engine.run.loader import make_loader
+from recipes.engine.run.folder import CHECKPOINTS, RunFolder
+from recipes.engine.run.loader import make_loader, on_device
 from recipes.engine.run.tracker import Tracker, make_tracker
-from recipes.engine.run.world import World, distribute, gradient_sync, whole
+from recipes.engine.run.world import (
+    COMPUTING,
+    LOADING,
+    Watchdog,
+    World,
+    distribute,
+    gradient_sync,
+    whole,
+)
 from recipes.engine.seeds import stream_seed
 
+IMAGENET = 1_281_167  # training images of ImageNet-1K
 _MAX_SKIPPED = 10
 _LINES_PER_RUN = 50  # if stderr is not a terminal, which gets a progress bar
 
@@ -95,7 +106,7 @@ def make_plan(
     Args:
         config: The run's configuration.
         options: How often to log and save; by default a checkpoint is saved every epoch.
-        train_set: The training images.
+        train_set: The training images. A dry run with fewer than a batch plans for ImageNet-1K.
         checkpoint_at_least: Least number of steps between checkpoints, for short epochs. Ignored
             with `--checkpoint-every`.
 
@@ -103,7 +114,10 @@ def make_plan(
         UserError: If a batch is larger than the data set.
     """
     batch_size = config.training.batch_size
-    steps_per_epoch = len(train_set) // batch_size
+    num_images = len(train_set)
+    if options.dry_run and num_images < batch_size:
+        num_images = max(IMAGENET, batch_size)
+    steps_per_epoch = num_images // batch_size
     if steps_per_epoch == 0:
         raise UserError(
             f"--batch-size {batch_size} is more than the {len(train_set)} images of {config.data}"
@@ -154,6 +168,7 @@ class Task(ABC):
     """
 
     inputs: Any = None  # inputs of the last step, for `extras`
+    stops = False  # whether a process of several had received a signal in the last step
 
     def __init__(
         self, model: nn.Module, config: RunConfig, world: World, *, shard: bool = False
@@ -216,6 +231,7 @@ class Task(ABC):
         # The only synchronization with the device in a step.
         fetched = torch.stack([num_images, norm, *totals.values()]).tolist()
         numbers = dict(zip(["num_images", "grad_norm", *totals], fetched, strict=True))
+        self.stops = bool(numbers.pop("stop", False))
         if not numbers["num_images"]:
             return None
         if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
@@ -223,6 +239,10 @@ class Task(ABC):
         self.optimizer.step()
         count = int(numbers.pop("num_images"))
         return Step({"loss": numbers.pop("loss"), "lr": lr, **numbers}, count)
+
+    def is_stopped(self) -> bool:
+        """Whether a signal ends the training after this step, the same in every process."""
+        return self.stops if self.world.size > 1 else signals.received() is not None
 
     def _set_lr(self, at: Moment) -> float:
         lr = scheduled_lr(at.epoch, self.config)
@@ -258,6 +278,9 @@ class Task(ABC):
                 if start == stop:  # a mean over no samples may be NaN
                     number = torch.zeros_like(number)
                 totals[name] = totals.get(name, 0.0) + number * share
+        if self.world.size > 1:  # all stop after the same step; the sum is fetched with the others
+            is_stopped = float(signals.received() is not None)
+            totals["stop"] = torch.full((), is_stopped, device=self.config.device)
         summed = self.world.total(torch.stack(list(totals.values()))) / self.world.size
         return dict(zip(totals, summed, strict=True)), count
 
@@ -283,18 +306,30 @@ def run_steps(
         options: Options for logging, saving, resuming, loading and non-finite steps.
 
     Raises:
-        UserError: If a checkpoint cannot be read or written, or a step is not finite.
+        UserError: If a checkpoint cannot be read or written, a step is not finite, or no step had
+            an image that could be read.
+        Stopped: After a signal; the steps done are saved.
     """
+    with signals.noting():
+        _train(task, plan, train_set, folder, options)
+    signals.set_moment(signals.AFTER_TRAINING)
+
+
+def _train(
+    task: Task, plan: Plan, train_set: TrainSet, folder: RunFolder, options: Options
+) -> None:
     world = folder.world
-    checkpoints = Checkpoints(folder.path / "checkpoints", world, keep_every=options.keep_every)
+    checkpoints = Checkpoints(folder.path / CHECKPOINTS, world, keep_every=options.keep_every)
+    folder.repair(num_samples=len(train_set), num_steps=plan.num_steps)
     next_step: int | None = start_from(
         options.resume, checkpoints, task.model, task.optimizer, plan.num_steps
     )
     name = options.tracker if world.is_main else "none"
     with contextlib.closing(make_tracker(name, task.config, folder)) as tracker:
         while next_step is not None:
-            log = _Log(task, plan, folder, tracker)
+            log = _Log(task, plan, folder, tracker, timeout=options.timeout)
             next_step = _run_from(next_step, log, train_set, checkpoints, options)
+    _check_trained(folder, train_set)
 
 
 def _run_from(
@@ -303,6 +338,7 @@ def _run_from(
     """Train from `first_step`; return the step to rewind to, or None at the end of the run."""
     task, plan, folder = log.task, log.plan, log.folder
     skipped = folder.read_skipped()
+    unreadable = set(task.world.agree(folder.read_unreadable()))
     folder.start_metrics(first_step=first_step)
     if options.non_finite == "rewind" and not task.world.agree(checkpoints.steps()):
         checkpoints.save(first_step, task.model, task.optimizer)
@@ -316,18 +352,68 @@ def _run_from(
         workers=options.workers,
         pin_memory=task.config.device == "cuda",
     )
+    done = first_step
     for step, batch in enumerate(log.watch(loader, first_step), first_step):
-        folder.note_unreadable(batch.unreadable_ids)
+        batch = on_device(batch, train_set, task.config.device)
         try:
             result = None if step in skipped else task.step(batch, plan.moment(step))
         except NonFiniteError as error:
             checkpoints.finish()
             return _rewind(error, task, folder, checkpoints, options)
-        log.add(step + 1, batch, result)
-        if plan.saves(step + 1):
-            checkpoints.save(step + 1, task.model, task.optimizer)
+        if result is None or result.num_images < task.config.training.batch_size:
+            _note_unreadable(batch, unreadable, train_set, folder)
+        done = step + 1
+        log.add(done, batch, result)
+        if plan.saves(done):
+            checkpoints.save(done, task.model, task.optimizer)
+        if task.is_stopped():
+            break
+    if first_step < done < plan.num_steps and not plan.saves(done):
+        checkpoints.save(done, task.model, task.optimizer)
     checkpoints.finish()
+    _stop(done, plan, task.world)
     return None
+
+
+def _stop(done: int, plan: Plan, world: World) -> None:
+    """Raise `Stopped` if any process has received a signal."""
+    number = max(world.gather(signals.received() or 0))
+    if number and done == plan.num_steps:
+        raise signals.Stopped(number, signals.AFTER_TRAINING)
+    if number:
+        saved = "which is saved" if done else "of which nothing is lost"
+        moment = f"after step {done} of {plan.num_steps}, {saved}: start the same command again"
+        raise signals.Stopped(number, moment)
+
+
+def _note_unreadable(
+    batch: Batch, unreadable: set[int], train_set: TrainSet, folder: RunFolder
+) -> None:
+    """Record images that could not be read in any process, and stop if there are too many.
+
+    All processes call this in the same steps: those in which some images are missing.
+    """
+    folder.note_unreadable(batch.unreadable_ids)
+    unreadable.update(*folder.world.gather(batch.unreadable_ids))
+    check_readable(train_set, unreadable)
+
+
+def _check_trained(folder: RunFolder, train_set: TrainSet) -> None:
+    """Check that at least one step has been trained.
+
+    Raises:
+        UserError: If none has, in every process.
+    """
+    if folder.world.agree(len(folder.read_metrics())):
+        return
+    reason = "the loss or gradient of every step was not finite"
+    unreadable = folder.world.agree(folder.read_unreadable())
+    if unreadable:
+        reason = (
+            f"none of the {len(unreadable)} images that were drawn can be read, among them "
+            f"{train_set.describe(unreadable[0])}: replace them"
+        )
+    raise UserError(f"{folder.path}: no step was trained, since {reason}, and choose another --out")
 
 
 def _rewind(
@@ -342,26 +428,28 @@ def _rewind(
     Raises:
         UserError: If `--non-finite` is "stop", or too many batches have been skipped.
     """
-    steps = task.world.agree(checkpoints.steps())
-    safe = f"the checkpoint of step {steps[-1]} is safe" if steps else "no checkpoint was written"
     if options.non_finite == "stop":
         raise UserError(
-            f"{error}; {safe}: lower --lr, take --precision fp32, or skip the batch with "
-            "--non-finite rewind"
+            f"{error}; {checkpoints.safe()}: lower --lr, take --precision fp32, or skip the batch "
+            "with --non-finite rewind"
         )
     skipped = sorted({*folder.read_skipped(), error.step})
     if len(skipped) > _MAX_SKIPPED:
-        raise UserError(f"{error}, after {_MAX_SKIPPED} batches that were skipped; {safe}")
+        raise UserError(
+            f"{error}, after {_MAX_SKIPPED} batches that were skipped; {checkpoints.safe()}"
+        )
     # Written to disk, so that a resumed run skips the same batches.
     folder.write_skipped(skipped)
+    last = checkpoints.newest()
+    if last is None:
+        raise UserError(f"{error}, and no checkpoint to rewind to is whole: start again")
     if task.world.is_main:
-        print(
-            f"warning: {error}; rewinding to step {steps[-1]}, this batch will be skipped",
+        say(
+            f"warning: {error}; rewinding to step {last}, this batch will be skipped",
             file=sys.stderr,
         )
     task.world.wait()
-    checkpoints.load(steps[-1], task.model, task.optimizer)
-    last: int = steps[-1]
+    checkpoints.load(last, task.model, task.optimizer)
     return last
 
 
@@ -373,11 +461,14 @@ class _Log:
     plan: Plan
     folder: RunFolder
     tracker: Tracker
+    timeout: float
     images: int = 0
     waited: float = 0.0
     since: float = field(default_factory=time.perf_counter)
     last_line: int = 0
     bar: Any = None
+    numbers: Mapping[str, float] = field(default_factory=dict)  # of the last step with a result
+    has_inputs: bool = False  # whether this process had images in it
 
     def watch(self, loader: Iterable[Batch], first_step: int) -> Iterator[Batch]:
         """Yield batches, and measure the time spent waiting for them."""
@@ -391,28 +482,45 @@ class _Log:
         self.last_line = first_step
         self.since = time.perf_counter()
         batches = iter(loader)
-        with self.bar:
-            while True:
+        with self.bar, Watchdog(self.task.world, self.timeout) as watchdog:
+            for step in itertools.count(first_step):
+                watchdog.note(step, LOADING)
                 start = time.perf_counter()
-                batch = next(batches, None)
+                try:
+                    # One of several processes cannot leave the others: it waits for its batch.
+                    with signals.breakable(self.task.world.size == 1):
+                        batch = next(batches, None)
+                except signals.BrokenOff:
+                    return
                 self.waited += time.perf_counter() - start
                 if batch is None:
                     return
+                watchdog.note(step, COMPUTING)
                 yield batch
                 self.bar.update()
 
     def add(self, done: int, batch: Batch, result: Step | None) -> None:
-        """Count a step, and log a row if one is due."""
-        if result is None:
+        """Count a step, and log a row if one is due.
+
+        The last step always has a row: if it was skipped, with the numbers of the step before.
+        """
+        if result is not None:
+            self.images += result.num_images
+            self.numbers, self.has_inputs = result.numbers, len(batch.images) > 0
+        elif done < self.plan.num_steps:
             return
-        self.images += result.num_images
         if not self.plan.logs(done):
             return
         elapsed = max(time.perf_counter() - self.since, 1e-9)
-        row = {"step": done, "epoch": done / self.plan.steps_per_epoch, **result.numbers}
+        row = {"step": done, "epoch": done / self.plan.steps_per_epoch, **self.numbers}
         row |= {"images_per_s": self.images / elapsed, "data_share": self.waited / elapsed}
-        if self.folder.world.is_main and len(batch.images):
-            row |= self.task.extras()
+        if result is None:
+            # The run may have been resumed at this step.
+            row = (self.folder.read_metrics() or [{}])[-1] | row | {"skipped": True}
+        if "loss" not in row:
+            return
+        if self.folder.world.is_main:
+            row |= self.task.extras() if self.has_inputs else {}
             self.folder.append_metrics(row)
             self.tracker.log(row)
         self._show(done, row)
@@ -428,5 +536,5 @@ class _Log:
             return
         is_due = done - self.last_line >= self.plan.num_steps / _LINES_PER_RUN
         if self.folder.world.is_main and (is_due or done in (1, self.plan.num_steps)):
-            print(f"step {done}/{self.plan.num_steps}  {text}", file=sys.stderr, flush=True)
+            say(f"step {done}/{self.plan.num_steps}  {text}", file=sys.stderr)
             self.last_line = done

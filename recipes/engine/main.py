@@ -1,19 +1,22 @@
 """Run a recipe from the command line."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from mimkit import masking
 from recipes.engine.data.load import load_data
 from recipes.engine.data.sets import DataSet
 from recipes.engine.dry_run import describe
-from recipes.engine.errors import UserError
+from recipes.engine.errors import UserError, say
 from recipes.engine.loop import Plan, make_plan, run_steps
-from recipes.engine.pretrain import Pretraining, build_model
+from recipes.engine.pretrain import Pretraining, build_model, check_memory
+from recipes.engine.pretrained.tokenizers import missing_files_allowed
 from recipes.engine.report import print_summary, write_report
 from recipes.engine.run.checkpoint import find_origin
 from recipes.engine.run.cli import FLAGS, Options, options_of, run_command
@@ -68,20 +71,23 @@ def _run(recipe: Recipe, given: DataSet | None, options: Options) -> None:
     data = _load(config) if given is None else given
     config = _with_channels(config, data)
     plan = make_plan(config, options, data.train)
-    check_fit(recipe, config)  # before a folder is made
-    check_shard(options.shard)
-    check_shares(config.training.batch_size, World(), accumulate=config.accumulate)
-    warn_of_slow_precision(config)
-    warn_of_short_schedule(config)
-    if options.dry_run:
-        print(describe(recipe, config, data, plan))
-        return
-    with join(config.device) as world:
+    with missing_files_allowed() if options.dry_run else contextlib.nullcontext():
+        model = check_fit(recipe, config)  # before a folder is made
+        check_shard(options.shard)
+        check_shares(config.training.batch_size, World(), accumulate=config.accumulate)
+        warn_of_slow_precision(config)
+        warn_of_short_schedule(config)
+        if options.dry_run:
+            say(*describe(recipe, config, data, plan))
+            return
+    if not options.shard:
+        check_memory(model, config)
+    with join(config.device, timeout=options.timeout) as world:
         check_shares(config.training.batch_size, world, accumulate=config.accumulate)
         path = output_folder(options.out, config)
         if not path.exists():
             find_origin(options.resume, world, plan.num_steps)  # fails before creating the folder
-        with RunFolder(path, config, world) as folder:
+        with RunFolder(path, config, world, lock=options.lock) as folder:
             summary = folder.read_summary()
             if summary is None:
                 summary = _train(recipe, config, data, plan, folder, options)
@@ -96,16 +102,24 @@ def _load(config: RunConfig) -> DataSet:
         seed=config.seed,
         crop_area=config.training.crop_area,
         interpolation=config.training.interpolation,
+        decode=config.training.decoder,
     )
 
 
 def _with_channels(config: RunConfig, data: DataSet) -> RunConfig:
     model = dataclasses.replace(config.model, in_channels=data.in_channels)
-    return dataclasses.replace(config, model=model)
+    return dataclasses.replace(config, model=model).with_data(data.content)
 
 
-def check_fit(recipe: Recipe, config: RunConfig) -> None:
-    """Check that the model can be built, and that the masks fit the model and its target."""
+def check_fit(recipe: Recipe, config: RunConfig) -> nn.Module:
+    """Check that the model can be built, and that the masks fit the model and its target.
+
+    Returns:
+        The model, without weights (on PyTorch's meta device).
+
+    Raises:
+        UserError: If something does not fit.
+    """
     try:
         with torch.device("meta"):  # shapes only
             model: Any = recipe.build(config.model)
@@ -116,6 +130,7 @@ def check_fit(recipe: Recipe, config: RunConfig) -> None:
         getattr(model, "check_masks", lambda masks: None)(masks)
     except ValueError as error:
         raise UserError(f"masks of preset {config.preset}: {error}") from error
+    return cast(nn.Module, model)
 
 
 def _train(

@@ -3,18 +3,19 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from torch import Tensor
 
 from mimkit import masking
 from mimkit._checks import check_even
 from mimkit.masking import Key, Mask
-from recipes.engine.fields import OpenFraction, PositiveInt, check_fields
+from recipes.engine.fields import OpenFraction, PositiveInt, Within, check_fields
 
 # One mask for the batch, or several masks of the same batch.
 Masks: TypeAlias = Mask | Sequence[Mask]
 
+Views = Annotated[int, Within(1, 1_024)]
 Sampler = Literal["uniform", "blockwise", "gridwise"]
 
 
@@ -35,7 +36,7 @@ class Masking:
 
     mask_ratio: OpenFraction
     sampler: Sampler = "uniform"
-    views: PositiveInt = 1
+    views: Views = 1
     min_block: PositiveInt = 16
 
     def __post_init__(self) -> None:

@@ -93,7 +93,7 @@ def train_probe(
     Returns:
         Its accuracy in percent.
     """
-    with RunFolder(path, config, world) as folder:
+    with RunFolder(path, config, world, lock=options.lock) as folder:
         summary = folder.read_summary()
         if summary is None:
             model = _build_probe(kind, features, config, data)

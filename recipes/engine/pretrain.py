@@ -1,6 +1,7 @@
 """Pre-training: the task of every masked-image-modelling recipe."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mimkit import masking
-from recipes.engine.data.sets import Batch, DataSet
+from recipes.engine.data.sets import Batch, DataSet, first_inputs
 from recipes.engine.errors import UserError
 from recipes.engine.loop import Moment, Task
 from recipes.engine.masks import Masks, first
@@ -26,6 +27,24 @@ def build_model(recipe: Recipe, config: RunConfig) -> nn.Module:
         return recipe.build(config.model).to(config.device)
     except ValueError as error:
         raise UserError(f"preset {config.preset} on {config.data}: {error}") from error
+
+
+def check_memory(model: nn.Module, config: RunConfig) -> None:
+    """Check that a model, its gradients and AdamW's two moments fit into memory.
+
+    Raises:
+        UserError: If they do not.
+    """
+    needed = 4 * sum(weight.nbytes for weight in model.parameters())
+    if config.device == "cuda":
+        present = torch.cuda.get_device_properties(0).total_memory
+    else:
+        present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > present:
+        raise UserError(
+            f"the model, its gradients and the optimizer need {needed / 2**30:,.1f} GiB, and this "
+            f"machine has {present / 2**30:,.1f}: give a smaller model, or --shard it on several"
+        )
 
 
 class Pretraining(Task):
@@ -53,7 +72,7 @@ class Pretraining(Task):
         self.recipe = recipe
         model: Any = build_model(recipe, config)
         if recipe.fit is not None:  # same result in every process; a checkpoint overwrites it
-            recipe.fit(model, fitting_images(data).to(config.device))
+            recipe.fit(model, first_inputs(data.train, _FITTING_IMAGES).to(config.device))
         self.grid: tuple[int, ...] = model.encoder.grid
         self.image_shape = (data.in_channels, *model.encoder.image_size)
         super().__init__(model, config, world, shard=shard)
@@ -83,20 +102,6 @@ class Pretraining(Task):
         images, masks = self.inputs
         scores = self.recipe.baselines(self.model, images, first(masks))
         return {"baselines": {name: score.item() for name, score in scores.items()}}
-
-
-def fitting_images(data: DataSet) -> Tensor:
-    """Return up to 256 training inputs for `Recipe.fit`.
-
-    Raises:
-        UserError: If none of them can be read.
-    """
-    count = min(len(data.train), _FITTING_IMAGES)
-    items = (data.train[0, sample_id] for sample_id in range(count))
-    images = [image for image, _ in items if image is not None]
-    if not images:
-        raise UserError(f"none of the first {count} images of {data.name} can be read")
-    return torch.stack(images)
 
 
 def scalars(output: Any) -> dict[str, Tensor]:

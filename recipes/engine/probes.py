@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mimkit.nn import AttentiveProbe
 from recipes.engine.data.sets import ProbeData
+from recipes.engine.errors import say
 from recipes.engine.run.config import RunConfig
 
 # Images [B, C, H, W] -> pooled features [B, width] and tokens [B, tokens, width of a token].
@@ -86,10 +87,10 @@ def run_probes(
 
 def print_probes(scores: Mapping[str, Mapping[str, float]]) -> None:
     """Print the accuracies of `run_probes` as a table."""
-    print(f"{'probe (accuracy, %)':<22}{'trained':>10}{'untrained':>11}{'raw pixels':>12}")
+    say(f"{'probe (accuracy, %)':<22}{'trained':>10}{'untrained':>11}{'raw pixels':>12}")
     for kind, name in PROBES.items():
         row = scores[kind]
-        print(f"{name:<22}{row['trained']:>10.1f}{row['untrained']:>11.1f}{row['pixels']:>12.1f}")
+        say(f"{name:<22}{row['trained']:>10.1f}{row['untrained']:>11.1f}{row['pixels']:>12.1f}")
 
 
 def evaluate(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mimkit import masking
 from recipes.engine.data.sets import DataSet, ProbeData
-from recipes.engine.errors import UserError
+from recipes.engine.errors import say
 from recipes.engine.masks import first
 from recipes.engine.pictures import draw_curves, draw_more_pictures, draw_reconstructions
 from recipes.engine.pretrain import build_model, scalars
@@ -30,8 +30,6 @@ def write_report(
 ) -> dict[str, Any]:
     """Evaluate a trained model, write what it shows, and return the summary."""
     encoder: Any = model.encoder
-    if not folder.read_metrics():
-        raise UserError(f"{folder.path / 'metrics.jsonl'} holds no step: choose another --out")
     folder.write_weights("encoder.safetensors", encoder)
     draw_curves(folder)
     draw_reconstructions(recipe, config, data, folder, model)
@@ -83,20 +81,20 @@ def score_held_out(
 
 def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     """Print what the run showed."""
-    print(f"{summary['steps']} steps, {summary['images_per_s']:.0f} images/s")
-    print(f"training loss  {summary['final_loss']:.3f}")
+    say(f"{summary['steps']} steps, {summary['images_per_s']:.0f} images/s")
+    say(f"training loss  {summary['final_loss']:.3f}")
     held_out = summary.get("held_out")
     if held_out:
         others = (f"{name} {value:.3f}" for name, value in held_out.items() if name != "loss")
-        print(f"held-out loss  {held_out['loss']:.3f}   trivial predictors: {', '.join(others)}")
+        say(f"held-out loss  {held_out['loss']:.3f}   trivial predictors: {', '.join(others)}")
     numbers = summary.get("held_out_numbers")
     if numbers:
-        print("held out:      " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()))
+        say("held out:      " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()))
     probes = summary.get("probes")
     if probes:
         print_probes(probes)
     print_unreadable(summary["unreadable_images"])
-    print(f"pictures, curves, weights and numbers: {folder.path}")
+    say(f"pictures, curves, weights and numbers: {folder.path}")
 
 
 def _batches(images: Tensor, config: RunConfig) -> Iterator[tuple[int, Tensor]]:
@@ -107,5 +105,5 @@ def _batches(images: Tensor, config: RunConfig) -> Iterator[tuple[int, Tensor]]:
 def print_unreadable(names: Sequence[str]) -> None:
     """Name the images that were left out, if any."""
     if names:
-        print(f"{len(names)} images could not be read and were left out:")
-        print("\n".join(f"  {name}" for name in names))
+        say(f"{len(names)} images could not be read and were left out:")
+        say(*(f"  {name}" for name in names))

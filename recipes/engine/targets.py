@@ -21,6 +21,7 @@ from recipes.engine.pretrained.tokenizers import Tokenizer, decode_codes
 
 Error = Literal["l1", "l2", "smooth_l1"]
 Images = Float[Tensor, "images channels *spatial"]
+Patches = Float[Tensor, "images masked patch"]
 Scores = dict[str, Float32[Tensor, ""]]
 
 # ImageNet-normalised pixels lie between these.
@@ -68,6 +69,10 @@ class Target(nn.Module):
         """How many numbers a head must predict for a patch."""
         return math.prod(self.value_shape)
 
+    def train(self, mode: bool = True) -> "Target":
+        """Stay in evaluation mode: teachers and tokenizers are frozen."""
+        return super().train(False)
+
     def fit(self, images: Images) -> None:
         """Learn from some model inputs what the target needs; nothing by default."""
 
@@ -87,15 +92,17 @@ class Target(nn.Module):
         """Score trivial predictors; predicting 0 everywhere by default."""
         return {"zero": self.loss(torch.zeros_like(self(images, mask)), images, mask)}
 
-    def invert(
-        self, prediction: Tensor, images: Images, mask: Mask
-    ) -> Float[Tensor, "images masked patch"]:
+    def invert(self, prediction: Tensor, images: Images, mask: Mask) -> Patches:
         """Turn a prediction into pixels of the masked patches.
 
         Raises:
             NotImplementedError: There is no way back to pixels.
         """
         raise NotImplementedError(f"{type(self).__name__} has no way back to pixels")
+
+    def draw_references(self, images: Images, mask: Mask) -> dict[str, Patches]:
+        """Return patches to show beside a prediction, by caption; none by default."""
+        return {}
 
 
 # Numbers
@@ -137,9 +144,7 @@ class NumberTarget(Target):
         """Score a prediction by its mean error."""
         return self._error(prediction, self(images, mask), mask)
 
-    def invert(
-        self, prediction: Tensor, images: Images, mask: Mask
-    ) -> Float[Tensor, "images masked patch"]:
+    def invert(self, prediction: Tensor, images: Images, mask: Mask) -> Patches:
         """Turn a prediction into pixels, where the values allow it."""
         patches: Tensor = self.values.invert(prediction, images, mask)
         return patches
@@ -201,9 +206,7 @@ class PixelTarget(Target):
         patch_size = self._patch_of(images, mask)
         return losses.baselines(images, mask, patch_size, normalize=self.normalize, kind=self.error)
 
-    def invert(
-        self, prediction: Tensor, images: Images, mask: Mask
-    ) -> Float[Tensor, "images masked patch"]:
+    def invert(self, prediction: Tensor, images: Images, mask: Mask) -> Patches:
         """Return pixels; normalised ones get the true patches' mean and contrast."""
         return self._pixels(images, mask).invert(prediction, images, mask)
 
@@ -263,9 +266,7 @@ class PCATarget(Target):
         loss: Tensor = losses.masked_mse(prediction, self(images, mask), mask)
         return loss
 
-    def invert(
-        self, prediction: Tensor, images: Images, mask: Mask
-    ) -> Float[Tensor, "images masked patch"]:
+    def invert(self, prediction: Tensor, images: Images, mask: Mask) -> Patches:
         """Return the patches that coefficients stand for."""
         return self._fitted().invert(prediction, images, mask)
 
@@ -410,9 +411,7 @@ class SimilarityTarget(FeatureTarget):
         super().__init__(teacher, normalize=False, error="cosine")
         self.note = "The brighter a patch, the nearer its features to the teacher's."
 
-    def invert(
-        self, prediction: Tensor, images: Images, mask: Mask
-    ) -> Float[Tensor, "images masked patch"]:
+    def invert(self, prediction: Tensor, images: Images, mask: Mask) -> Patches:
         """Return patches of one brightness: the cosine."""
         cosine = F.cosine_similarity(prediction, self(images, mask), dim=2)
         return cosine.unsqueeze(2).expand(-1, -1, images.shape[1] * math.prod(self.patch_size))
@@ -437,15 +436,13 @@ class ClassTarget(Target):
         share = classes.flatten().bincount() / classes.numel()
         return {"frequencies": -(share * share.clamp(min=1e-12).log()).sum()}
 
-    def invert(
-        self, prediction: Tensor, images: Images, mask: Mask
-    ) -> Float[Tensor, "images masked patch"]:
+    def invert(self, prediction: Tensor, images: Images, mask: Mask) -> Patches:
         """Draw the most likely classes."""
         return self.draw(prediction.argmax(dim=-1), images, mask)
 
     def draw(
         self, classes: Int64[Tensor, "images masked *values"], images: Images, mask: Mask
-    ) -> Float[Tensor, "images masked patch"]:
+    ) -> Patches:
         """Return the patches that classes stand for."""
         raise NotImplementedError
 
@@ -487,7 +484,7 @@ class ClusterTarget(ClassTarget):
 
     def draw(
         self, classes: Int64[Tensor, "images masked pixels"], images: Images, mask: Mask
-    ) -> Float[Tensor, "images masked patch"]:
+    ) -> Patches:
         """Return patches of these colors."""
         return self._clusters().invert(classes, images, mask)
 
@@ -520,7 +517,7 @@ class BinTarget(ClassTarget):
 
     def draw(
         self, classes: Int64[Tensor, "images masked patch"], images: Images, mask: Mask
-    ) -> Float[Tensor, "images masked patch"]:
+    ) -> Patches:
         """Return patches of the intervals' centers."""
         return self.bins.invert(classes, images, mask)
 
@@ -550,9 +547,7 @@ class MeanColorTarget(ClassTarget):
         levels = position.floor().long().clamp(0, 7)
         return (levels << self._bits(images.device)).sum(dim=2)
 
-    def draw(
-        self, classes: Int64[Tensor, "images masked"], images: Images, mask: Mask
-    ) -> Float[Tensor, "images masked patch"]:
+    def draw(self, classes: Int64[Tensor, "images masked"], images: Images, mask: Mask) -> Patches:
         """Return patches of one color each."""
         levels = (classes.unsqueeze(2) >> self._bits(classes.device)) & 7
         color = DARKEST + (levels + 0.5) * ((BRIGHTEST - DARKEST) / 8)
@@ -595,9 +590,7 @@ class TokenTarget(ClassTarget):
         """Return the codes of the masked patches."""
         return self._codes(images)(images, mask)
 
-    def draw(
-        self, classes: Int64[Tensor, "images masked"], images: Images, mask: Mask
-    ) -> Float[Tensor, "images masked patch"]:
+    def draw(self, classes: Int64[Tensor, "images masked"], images: Images, mask: Mask) -> Patches:
         """Decode codes together with those of the visible patches; return the masked patches."""
         return self._codes(images).invert(classes, images, mask)
 
@@ -634,3 +627,46 @@ class CountedTokenTarget(TokenTarget):
         uniform = torch.tensor(math.log(self.num_values), device=images.device)
         unigram = -self.frequencies.log()[self(images, mask)].mean()
         return {"uniform": uniform, "unigram": unigram}
+
+    def draw_references(self, images: Images, mask: Mask) -> dict[str, Patches]:
+        """Draw the true codes, and for patches the most frequent one: contrast without a code."""
+        codes = self(images, mask)
+        found = {"tokens themselves": self.draw(codes, images, mask)}
+        if isinstance(self.tokenizer, PatchTokenizer):
+            common = self.frequencies.argmax().expand_as(codes)
+            found["contrast, one code"] = self.draw(common, images, mask)
+        return found
+
+
+# Targets that a caller gives instead of images
+
+
+def given_codes(token_ids: Tensor | None, mask: Mask) -> Int64[Tensor, "images masked"]:
+    """Return the codes of the masked patches.
+
+    Raises:
+        ValueError: If the codes of all patches are missing, or of another shape.
+    """
+    shape = (mask.batch_size, mask.num_tokens)
+    what = f"one code for each of the {shape[1]} patches of {shape[0]} images"
+    return _checked("token_ids", token_ids, shape, what).gather(1, mask.masked_ids)
+
+
+def given_features(
+    features: Tensor | None, mask: Mask, dim: int
+) -> Float[Tensor, "images masked dim"]:
+    """Return the features of the masked patches.
+
+    Raises:
+        ValueError: If they are missing, or of another shape.
+    """
+    shape = (mask.batch_size, mask.num_masked, dim)
+    what = f"{dim} numbers for each of the {shape[1]} masked patches of {shape[0]} images"
+    return _checked("features", features, shape, what)
+
+
+def _checked(name: str, values: Tensor | None, shape: tuple[int, ...], what: str) -> Tensor:
+    if values is None or values.shape != shape:
+        got = None if values is None else tuple(values.shape)
+        raise ValueError(f"{name} must hold {what}, {shape}; got {got}")
+    return values

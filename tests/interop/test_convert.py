@@ -131,12 +131,29 @@ def test_a_pre_training_checkpoint_loads_into_the_encoder():
 
 @pytest.mark.parametrize("method", ["mae", "mae_vit"])
 def test_names_without_counterpart_are_dropped_and_listed(method):
-    known = next(iter(OFFICIAL[method]))
-    extra = {"optimizer_state": torch.zeros(1), "normal.weight": torch.zeros(1)}
-    converted = from_official(method, {known: torch.zeros(1)} | extra)
-    assert len(converted) == 1
-    assert converted.dropped == ("optimizer_state", "normal.weight")
-    assert to_official(method, extra).dropped == ("optimizer_state", "normal.weight")
+    extra = {"optimizer_state": torch.zeros(1), "normal.weight": torch.zeros(1), "epoch": 3}
+    converted = from_official(method, OFFICIAL[method] | extra)
+    assert converted.dropped == tuple(extra)
+    assert to_official(method, converted | extra).dropped == tuple(extra)
+
+
+@pytest.mark.parametrize("method", sorted(OFFICIAL))
+def test_a_state_dict_of_which_little_is_known_is_refused(method):
+    to_ours, to_theirs = CONVERTERS[method]
+    few = dict(list(OFFICIAL[method].items())[:6])
+    extra = {f"other.{i}.kernel": torch.zeros(1) for i in range(len(few))}
+    with pytest.raises(ValueError, match="does not know 6 of 12 tensors, such as 'other.0.kernel'"):
+        to_ours(few | extra)
+    if method != "cae_probe":  # mimkit's names there are any names
+        with pytest.raises(ValueError, match="does not know 6 of 12 tensors"):
+            to_theirs(dict(to_ours(few)) | extra)
+
+
+def test_the_error_says_what_it_looks_like_and_what_takes_it():
+    with pytest.raises(ValueError, match=r'like a CAE; .*official\("cae", .* takes them'):
+        from_official("convmae", OFFICIAL["cae"])
+    with pytest.raises(ValueError, match=r'a ConvMAE; .*to_official\("convmae", .* takes'):
+        from_official("convmae", from_official("convmae", OFFICIAL["convmae"]))
 
 
 @pytest.mark.parametrize("method", sorted(CONVERTERS))
@@ -147,11 +164,40 @@ def test_the_state_dict_is_found_inside_a_checkpoint(method):
     for checkpoint in (
         {"model": weights, "epoch": 3, "optimizer": {"state": {}}},
         {"model": {"model": weights}},
+        {"state_dict": weights, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}},
+        {"checkpoint": {"state_dict": {"model": weights}}, "scheduler": {"last_epoch": 3}},
+        {f"module.{name}": value for name, value in weights.items()},
+        {f"_orig_mod.module.{name}": value for name, value in weights.items()},
+        {"state_dict": {f"model._orig_mod.{name}": value for name, value in weights.items()}},
+        {f"backbone.net.{name}": value for name, value in weights.items()},
+        {name.replace(".", "._orig_mod.", 1): value for name, value in weights.items()},
     ):
         converted = to_ours(checkpoint)
         assert converted.dropped == ()
         assert converted.keys() == expected.keys()
     assert to_theirs({"model": expected}).keys() == weights.keys()
+
+
+@pytest.mark.untyped
+def test_a_dictionary_without_one_models_tensors_is_refused():
+    weights, cyclic = OFFICIAL["mae"], {"epoch": 3}
+    cyclic["model"] = cyclic
+    for wrong, message in [
+        (cyclic, "'model' contains itself"),
+        (
+            {"epoch": 3, "loss": 0.5},
+            r"no tensors in a dictionary with the keys \['epoch', 'loss'\]",
+        ),
+        ({"model": {}}, "no tensors"),
+        ({"student": weights, "teacher": weights}, "several state dicts .* student or teacher"),
+        (weights | {f"module.{n}": t for n, t in weights.items()}, "two tensors have the name"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            from_official("mae", wrong)
+    with pytest.raises(TypeError, match=r"got Linear .*: pass its \.state_dict\(\)"):
+        from_official("mae", torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="names in a state dict must be strings; got 0"):
+        from_official("mae", {0: torch.zeros(1)})
 
 
 def test_converting_does_not_change_its_input():
@@ -172,7 +218,7 @@ def test_the_error_for_an_unknown_method_lists_the_known_ones(convert):
 @pytest.mark.parametrize(
     "name",
     [
-        "blocks.0.ls1.gamma",
+        "dist_token",
         "blocks.11.attn.q_norm.weight",
         "norm_pre.weight",
         "reg_token",

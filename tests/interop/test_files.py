@@ -1,25 +1,23 @@
 """`load_checkpoint` reads checkpoint files without running code from them."""
 
 import argparse
-import os
+import contextlib
+import io
 import pickle
+import resource
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from mimkit.interop import load_checkpoint
+from tests import hostile
 
 WEIGHTS = {"norm.weight": torch.randn(3), "head.bias": torch.randn(2).bfloat16()}
-
-
-class RunsCode:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.path),)
 
 
 def assert_same(loaded: dict[str, torch.Tensor]) -> None:
@@ -53,7 +51,7 @@ def test_maes_checkpoints_with_their_arguments_are_read(tmp_path):
 
 def test_a_file_that_would_run_code_is_refused(tmp_path):
     trap = tmp_path / "created by the checkpoint"
-    torch.save({"model": WEIGHTS, "extra": RunsCode(trap)}, tmp_path / "trap.pth")
+    torch.save({"model": WEIGHTS, "extra": hostile.RunsCode(trap)}, tmp_path / "trap.pth")
     with pytest.raises(pickle.UnpicklingError):
         load_checkpoint(tmp_path / "trap.pth")
     assert not trap.exists()
@@ -73,3 +71,62 @@ def test_namespaces_are_allowed_in_load_checkpoint_only(tmp_path):
 def test_the_error_for_a_missing_file_has_its_name(tmp_path, name):
     with pytest.raises(FileNotFoundError, match=name):
         load_checkpoint(tmp_path / name)
+
+
+LEAST_MEMORY = 2**31  # bytes: far less than what the hostile files ask for
+
+
+@pytest.fixture
+def little_memory():
+    """Let this process use two gigabytes more of address space than it does."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + LEAST_MEMORY, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize("write", hostile.PYTORCH, ids=lambda write: write.__name__)
+def test_a_hostile_pytorch_file_gives_one_clear_error(write, tmp_path, little_memory):
+    file = tmp_path / "weights.pth"
+    write(file)
+    with pytest.raises((ValueError, OSError, pickle.UnpicklingError)) as caught:
+        load_checkpoint(file)
+    assert str(caught.value).isprintable()
+    assert not hostile.trap(file).exists()
+
+
+@pytest.mark.parametrize("kind", hostile.SAFETENSORS)
+def test_a_hostile_safetensors_file_gives_one_clear_error(kind, tmp_path, little_memory):
+    file = tmp_path / "weights.safetensors"
+    hostile.SAFETENSORS[kind](file)
+    with pytest.raises((ValueError, OSError)) as caught:
+        load_checkpoint(file)
+    assert str(caught.value).isprintable()
+
+
+def test_plain_pytorch_would_run_the_code_or_use_the_memory(tmp_path):
+    file = tmp_path / "weights.pth"
+    for write in (hostile.code, hostile.code_in_an_old_file):
+        write(file)
+        torch.load(file, weights_only=False)
+        assert hostile.trap(file).exists()
+        hostile.trap(file).rmdir()
+    hostile.a_huge_view_of_one_number(file)
+    assert torch.load(file, weights_only=True)["a"].nbytes == 2**42
+    torch.save(hostile.FINE, file)
+    assert load_checkpoint(file)["epoch"] == 3
+
+
+@given(st.data())
+@settings(max_examples=50)
+def test_a_file_with_any_byte_changed_is_read_or_refused_with_a_sentence(data):
+    buffer = io.BytesIO()
+    is_zip = data.draw(st.booleans())
+    torch.save(WEIGHTS, buffer, _use_new_zipfile_serialization=is_zip)
+    content = bytearray(buffer.getvalue())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    with tempfile.TemporaryDirectory() as folder:
+        (file := Path(folder) / "weights.pth").write_bytes(content)
+        with contextlib.suppress(ValueError, pickle.UnpicklingError):
+            assert isinstance(load_checkpoint(file), dict)

@@ -19,6 +19,7 @@ from mimkit_kernels.packed_depthwise_conv import (
     packed_depthwise_conv_op,
     weight_gradient_op,
 )
+from tests.kernels.aot import compile_launch, record
 from tests.kernels.figures import check_case, compiled_cases
 from tests.kernels.harness import (
     DEVICE,
@@ -44,15 +45,15 @@ NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in FLOATS}
 STAGES = {"stage 1": (256, 4), "stage 2": (384, 2)}  # of ConvMAE-B: channels, side of a cell
 
 
-def convolution(dtype: torch.dtype, channels: int, side: int) -> None:
-    cells, weight = meta(256, 49, side**2, channels, dtype=dtype), meta(channels, 1, 5, 5)
+def convolution(dtype: torch.dtype, channels: int, side: int, taps: int = 5) -> None:
+    cells, weight = meta(256, 49, side**2, channels, dtype=dtype), meta(channels, 1, taps, taps)
     bias, around = meta(channels, dtype=dtype), meta(256, 49, 9, dtype=torch.int32)
     _launch_conv(cells, weight.to(dtype), bias, around, (side, side))
 
 
-def filter_gradient(dtype: torch.dtype, channels: int, side: int) -> None:
+def filter_gradient(dtype: torch.dtype, channels: int, side: int, taps: int = 5) -> None:
     cells, around = meta(256, 49, side**2, channels, dtype=dtype), meta(256, 49, 9)
-    _launch_weight_gradient(cells, cells, around.to(torch.int32), (side, side), (5, 5))
+    _launch_weight_gradient(cells, cells, around.to(torch.int32), (side, side), (taps, taps))
 
 
 LAUNCHES = {
@@ -61,7 +62,7 @@ LAUNCHES = {
     )
     for prefix, call in (("", convolution), ("filter's gradient, ", filter_gradient))
     for stage, shape in STAGES.items()
-    for dtype in FLOATS
+    for dtype in (torch.float32, torch.bfloat16)  # float16 compiles to the code of bfloat16
 }
 
 
@@ -70,9 +71,9 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None, Tensor, tuple
     """Draw cells, a filter, a bias, neighbors and a cell size."""
     generator = draw(generators())
     grid = draw(st.tuples(st.integers(1, 2), st.integers(1, 3)))
-    cell = draw(st.tuples(*[st.integers(1, 3)] * 2))
+    cell = draw(st.tuples(*[st.sampled_from([1, 2, 3, 4, 5, 8])] * 2))
     kernel = draw(st.tuples(*[st.sampled_from([1, 3, 5])] * 2))
-    channels, batch = draw(st.sampled_from([1, 3, 17])), draw(st.integers(1, 2))
+    channels, batch = draw(st.sampled_from([1, 3, 17, 32])), draw(st.integers(1, 2))
     num_tokens = grid[0] * grid[1]
     noise = torch.rand(batch, num_tokens, generator=generator)
     mask = Mask.from_noise(noise, grid, draw(st.integers(0, num_tokens - 1)))
@@ -195,13 +196,22 @@ def test_operators_pass_opcheck(with_bias):
         ({"cells": torch.bfloat16}, "bfloat16 with a filter of torch.float32"),
     ],
 )
-def test_error_names_unsupported_inputs(change, message):
+def test_error_names_unsupported_dtypes(change, message):
     mask = masking.uniform(masking.key([0], seed=0), (2, 2), 0.5)
     cells = torch.randn(1, 2, 4, 3).to(change["cells"])
     weight = torch.randn(3, 1, 3, 3)
     weight = weight.double() if cells.dtype == torch.float64 else weight
     with mimkit.use("triton"), pytest.raises(ValueError, match=message):
         kernels.packed_depthwise_conv(cells, weight, None, neighbors(mask), (2, 2))
+
+
+def test_error_names_a_filter_with_too_many_taps():
+    mask = masking.uniform(masking.key([0], seed=0), (2, 2), 0.5)
+    cells, weight = torch.randn(1, 2, 16, 3), torch.randn(3, 1, 7, 9)
+    arguments = (cells, weight, None, neighbors(mask), (4, 4))
+    with mimkit.use("triton"), pytest.raises(ValueError, match=r"\(7, 9\) taps: 49 at most"):
+        kernels.packed_depthwise_conv(*arguments)
+    assert kernels.packed_depthwise_conv(*arguments).shape == cells.shape
 
 
 @interpreted
@@ -213,3 +223,12 @@ def test_kernels_are_correct_in_the_interpreter(selection):
 @pytest.mark.parametrize(("case", "target"), compiled_cases(LAUNCHES))
 def test_static_figures_are_not_worse_than_recorded(case, target):
     check_case("packed_depthwise_conv", case, target)
+
+
+@compiles
+@pytest.mark.full
+@pytest.mark.parametrize("launch", [convolution, filter_gradient])
+def test_the_largest_filter_fits_into_registers(launch):
+    # Cells of more than one tile, and idle lanes.
+    for compiled in record(lambda: launch(torch.bfloat16, 100, 8, taps=7)):
+        assert compile_launch(compiled, "sm_90").local == 0

@@ -1,6 +1,5 @@
 """Data sets of the recipes: items, folders, formats and broken files."""
 
-import io
 import os
 import pickle
 import sys
@@ -14,18 +13,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from recipes.engine.data import files as files_module
-from recipes.engine.data.files import (
-    MAX_UNREADABLE,
-    UNREADABLE,
-    ImageFiles,
-    find_images,
-    read_image,
-)
 from recipes.engine.data.images import NORMALIZE, normalize_by_image, random_box
 from recipes.engine.data.load import load_data
 from recipes.engine.data.photos import CROP_SCALES, FILES, MIN_GRAY_STD, gray_std, read_photo, split
-from recipes.engine.data.sets import DataSet, collate
+from recipes.engine.data.sets import (
+    DataSet,
+    DrawnImages,
+    check_readable,
+    collate,
+    read_first,
+)
 from recipes.engine.errors import UserError
 
 SIZE = (32, 32)
@@ -65,11 +62,11 @@ def test_an_item_is_a_function_of_seed_epoch_and_id(name, drawn):
     indices = [(0, 0), (0, 1), (3, 12_799), (1, 0)]
     batch = train.__getitems__(indices)
     other_run = pickle.loads(pickle.dumps(load_data(name, image_size=SIZE, seed=0).train))
-    for index, (image, sample_id) in reversed(list(zip(indices, batch, strict=True))):
+    for row, index in reversed(list(enumerate(indices))):
         alone, alone_id = other_run[index]
-        assert torch.equal(image, alone)
-        assert sample_id == alone_id == index[1]
-    images = [image for image, _ in batch]
+        assert torch.equal(batch.images[row], alone)
+        assert int(batch.sample_ids[row]) == alone_id == index[1]
+    images = list(batch.images)
     other_seed = load_data(name, image_size=SIZE, seed=1).train
     images.append(other_seed[0, 0][0])
     assert not any(torch.equal(a, b) for i, a in enumerate(images) for b in images[:i])
@@ -91,18 +88,23 @@ def test_items_do_not_depend_on_the_number_of_workers(photo_set):
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_items_have_the_shape_and_type_of_model_inputs(name, drawn):
+def test_items_are_bytes_that_become_model_inputs(name, drawn):
     data = drawn[name]
     assert len(data.train) == 12_800
     image, sample_id = data.train[0, 7]
     assert image.shape == (data.in_channels, *SIZE)
-    assert image.dtype == torch.float32
+    assert image.dtype == torch.uint8
     assert isinstance(sample_id, int)
+    inputs = data.train.to_inputs(image[None])
+    assert inputs.dtype == torch.float32
+    torch.testing.assert_close(inputs, data.normalize(image[None] / 255)[0])
+    assert torch.equal(data.train.to_inputs(inputs), inputs)
 
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_inputs_have_about_zero_mean_and_unit_variance(name, drawn):
-    images = collate(drawn[name].train.__getitems__([(0, i) for i in range(500)])).images
+    train = drawn[name].train
+    images = train.to_inputs(train.__getitems__([(0, i) for i in range(500)]).images)
     assert abs(images.mean()) < 0.1
     assert 0.7 < images.std() < 1.1
 
@@ -272,16 +274,13 @@ def test_without_val_a_tenth_of_each_class_is_held_out(tmp_path):
     # Sorted as whole paths, "b-2/..." would come before "b/...".
     write_tree(tmp_path, {"train/b": 30, "train/b-2": 5, "train/lone": 1})
     data = load_data(str(tmp_path), image_size=(8, 8), seed=0)
-    train, held_out = data.load_probe.args[:2]
-    assert [held_out.path(i).relative_to(tmp_path / "train").as_posix() for i in range(4)] == [
-        "b/027.png",
-        "b/028.png",
-        "b/029.png",
-        "b-2/004.png",
-    ]
-    assert len(train) + len(held_out) == 36
-    paths = {train.path(i) for i in range(len(train))}
-    assert not paths.intersection(held_out.path(i) for i in range(len(held_out)))
+    samples = data.load_probe.args[0]
+    train, held_out = (
+        [part.name(index).removeprefix(f"{tmp_path}/train/") for index in range(len(part))]
+        for part in (samples.train, samples.held_out)
+    )
+    assert held_out == ["b/027.png", "b/028.png", "b/029.png", "b-2/004.png"]
+    assert len({*train, *held_out}) == 36
     assert data.probe.test_labels.tolist() == [0, 0, 0, 1]
     assert data.probe.train_labels.bincount().tolist() == [27, 4, 1]
 
@@ -293,7 +292,7 @@ def test_without_labels_the_last_images_are_held_out(tmp_path):
     data = load_data(str(tmp_path), image_size=(8, 8), seed=0)
     assert data.class_names == ()
     assert data.probe is None
-    assert [data.train.files.path(i).name for i in range(len(data.train))] == [
+    assert [Path(data.train.describe(i)).name for i in range(len(data.train))] == [
         "000.png",
         "001.png",
         "000.png",
@@ -307,51 +306,6 @@ def test_val_without_labels_gives_the_pictures_and_leaves_all_images_to_train(tm
     assert len(data.train) == 3
     assert len(data.pictures) == 2
     assert data.probe is None
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "JPEG", "png", "webp", "BMP"])
-def test_every_format_is_found_and_read_in_upper_and_lower_case(suffix, tmp_path):
-    noise(20, 30).save(tmp_path / f"image.{suffix}")
-    assert list(find_images(tmp_path)) == [f"image.{suffix}"]
-    image = read_image(tmp_path / f"image.{suffix}")
-    assert (image.mode, image.size) == ("RGB", (30, 20))
-
-
-@pytest.mark.parametrize(
-    ("mode", "suffix"),
-    [(mode, suffix) for mode in ("L", "RGB", "CMYK") for suffix in ("jpg",)]
-    + [(mode, "png") for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")],
-)
-def test_every_color_mode_becomes_rgb(mode, suffix, tmp_path):
-    smooth = Image.linear_gradient("L").resize((40, 30))
-    expected = np.asarray(smooth.convert("RGB"), dtype=int)
-    if mode == "I;16":
-        stored = Image.fromarray(np.asarray(smooth).astype(np.uint16) * 257)
-    elif mode in ("1", "P", "LA"):
-        stored = smooth.convert(mode)
-    else:
-        stored = smooth.convert("RGB").convert(mode)
-    stored.save(tmp_path / f"image.{suffix}")
-    image = read_image(tmp_path / f"image.{suffix}")
-    assert image.mode == "RGB"
-    difference = np.abs(np.asarray(image, dtype=int) - expected)
-    assert difference.mean() < (130 if mode == "1" else 2)
-
-
-def test_simplejpeg_and_pillow_read_the_same_image(tmp_path, monkeypatch):
-    pytest.importorskip("simplejpeg")
-    path = tmp_path / "image.jpg"
-    Image.linear_gradient("L").convert("RGB").save(path, quality=95)
-    fast = np.asarray(read_image(path), dtype=int)
-    monkeypatch.setattr(files_module, "simplejpeg", None)
-    assert np.abs(fast - np.asarray(read_image(path), dtype=int)).max() <= 2
-
-
-def test_the_orientation_tag_is_ignored(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    noise(20, 30).save(tmp_path / "image.jpg", exif=exif)
-    assert read_image(tmp_path / "image.jpg").size == (30, 20)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3000), (3000, 1), (3, 2), (500, 60)])
@@ -385,18 +339,20 @@ def test_half_of_the_items_are_flipped(tmp_path):
     for index in range(2):
         ramp.save(tmp_path / f"{index}.png")
     train = load_data(str(tmp_path), image_size=(16, 16), seed=0).train
-    rising = [bool((image[0, 0].diff() > 0).all()) for image, _ in (train[e, 0] for e in range(60))]
+    drawn = (train[epoch, 0][0].int() for epoch in range(60))
+    rising = [bool((image[0, 0].diff() > 0).all()) for image in drawn]
     assert 15 < sum(rising) < 45
 
 
 def test_inputs_of_a_folder_use_the_statistics_of_imagenet(tmp_path):
     for index in range(2):
         Image.new("RGB", (16, 16), (255, 0, 51)).save(tmp_path / f"{index}.png")
-    image, _ = load_data(str(tmp_path), image_size=(8, 8), seed=0).train[0, 0]
+    train = load_data(str(tmp_path), image_size=(8, 8), seed=0).train
+    inputs = train.to_inputs(train[0, 0][0][None])
     expected = (torch.tensor([1, 0, 0.2]) - torch.tensor(NORMALIZE.mean)) / torch.tensor(
         NORMALIZE.std
     )
-    torch.testing.assert_close(image, expected[:, None, None].expand(3, 8, 8))
+    torch.testing.assert_close(inputs[0], expected[:, None, None].expand(3, 8, 8))
 
 
 def test_an_unreadable_image_is_skipped(tmp_path):
@@ -413,49 +369,56 @@ def test_an_unreadable_image_is_skipped(tmp_path):
     assert len(collate([train[0, 1]]).images) == 0
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_unreadable_images_stop_the_run_in_one_line(workers, tmp_path):
-    write_tree(tmp_path, {".": 30})
+def test_a_batch_is_filled_in_place_with_the_same_items(tmp_path):
+    write_tree(tmp_path, {".": 8})
+    (tmp_path / "001.png").write_bytes(b"no image at all")
     train = load_data(str(tmp_path), image_size=(8, 8), seed=0).train
-    for index in range(MAX_UNREADABLE + 1):
-        (tmp_path / f"{index:03}.png").write_bytes(b"no image at all")
-    # The same image twice counts once.
-    indices = [(epoch, index) for epoch in (0, 1) for index in range(MAX_UNREADABLE)]
-    loader = DataLoader(train, sampler=indices, num_workers=workers, collate_fn=collate)
-    assert all(len(batch.images) == 0 for batch in loader)
-    indices.append((1, MAX_UNREADABLE))
-    with pytest.raises(UserError, match=r"^11 of 26 images cannot be read.*000\.png") as error:
-        list(DataLoader(train, sampler=indices, num_workers=workers, collate_fn=collate))
-    assert "\n" not in str(error.value)
+    indices = [(3, 2), (0, 1), (1, 0)]
+    batch = train.__getitems__(indices)
+    items = collate([train[index] for index in indices])
+    assert batch.images.dtype == torch.uint8
+    assert torch.equal(batch.images, items.images)
+    assert batch.sample_ids.tolist() == items.sample_ids.tolist() == [2, 0]
+    assert batch.unreadable_ids == items.unreadable_ids == [1]
 
 
-def test_one_percent_of_a_large_set_may_be_unreadable(tmp_path):
-    files = ImageFiles(tmp_path, np.array([b"missing.png"] * 2_000), np.zeros(2_000, np.int64))
-    files_module.check_readable(files, range(20))
-    with pytest.raises(UserError, match="21 of 2000"):
-        files_module.check_readable(files, range(21))
+def test_the_limit_on_unreadable_images_is_10_or_one_percent(tmp_path):
+    class Images(DrawnImages):
+        def __len__(self):
+            return number
+
+    samples = Images(None, None, 0)
+    for number, limit in ((26, 10), (2_000, 20)):
+        check_readable(samples, range(limit))
+        with pytest.raises(UserError, match=f"{limit + 1} of {number} images cannot .*sample 0,"):
+            check_readable(samples, range(limit + 1))
+    number = 3
+    check_readable(samples, range(2))
+    with pytest.raises(UserError, match="none of the 3 images can be read"):
+        check_readable(samples, range(3))
 
 
-@given(
-    format_name=st.sampled_from(["JPEG", "PNG", "WEBP", "BMP"]),
-    cut=st.integers(0, 400),
-    damage=st.lists(st.tuples(st.integers(0, 399), st.integers(0, 255)), max_size=6),
-)
-def test_a_damaged_file_is_read_or_unreadable_but_never_fatal(
-    format_name, cut, damage, tmp_path_factory
-):
-    buffer = io.BytesIO()
-    noise(9, 11).save(buffer, format_name)
-    data = bytearray(buffer.getvalue()[: max(cut, 1)])
-    for place, value in damage:
-        data[place % len(data)] = value
-    path = tmp_path_factory.getbasetemp() / "damaged"
-    path.write_bytes(data)
-    try:
-        image = read_image(path)
-    except UNREADABLE:
-        return
-    assert image.mode == "RGB"
+def test_the_first_images_that_can_be_read_are_found_behind_others(tmp_path):
+    write_tree(tmp_path, {".": 20})
+    for index in range(10):
+        (tmp_path / f"{index:03}.png").write_bytes(b"")
+    train = load_data(str(tmp_path), image_size=(8, 8), seed=0).train
+    unreadable: set[int] = set()
+    assert [i for _, i in read_first(train, range(16), 3, unreadable)] == [10, 11, 12]
+    assert unreadable == set(range(10))
+    (tmp_path / "010.png").write_bytes(b"")
+    with pytest.raises(UserError, match="11 of 16 images cannot be read"):
+        list(read_first(train, range(16), 3, set()))
+
+
+def test_probes_count_unreadable_images_of_all_classes_together(tmp_path):
+    write_tree(tmp_path, {"train/a": 20, "train/b": 20})
+    for name in ("a", "b"):
+        for index in range(6):
+            (tmp_path / "train" / name / f"{index:03}.png").write_bytes(b"")
+    data = load_data(str(tmp_path), image_size=(8, 8), seed=0)
+    with pytest.raises(UserError, match="11 of 36 images cannot be read"):
+        data.load_probe()
 
 
 @pytest.mark.parametrize(
@@ -483,7 +446,7 @@ def test_a_folder_without_a_readable_image_is_an_error(subfolder, tmp_path):
         write_tree(tmp_path, {"train/a": 4, "val/a": 4})
     for index in range(4):
         (tmp_path / subfolder / f"{index:03}.png").write_bytes(b"no image at all")
-    with pytest.raises(UserError, match="images in .* can be read"):
+    with pytest.raises(UserError, match="none of the . images can be read"):
         load_data(str(tmp_path), image_size=SIZE, seed=0)
 
 

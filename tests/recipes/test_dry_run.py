@@ -17,9 +17,7 @@ PRESETS = [
 
 
 def arguments(recipe: Recipe, pictures: Path, *more: str) -> list[str]:
-    # CAE's large presets name a file of OpenAI's.
-    target = ["--target", "rgb"] if recipe.name == "cae" else []
-    return ["--data", str(pictures), "--batch-size", "4", *target, *more]
+    return ["--data", str(pictures), "--batch-size", "4", *more]
 
 
 @pytest.mark.parametrize(("name", "preset"), PRESETS)
@@ -27,10 +25,12 @@ def test_a_dry_run_prints_the_cost_of_every_preset(
     name, preset, pictures, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    options = arguments(RECIPES[name], pictures, "--preset", preset, "--dry-run")
+    # Also where the data set is smaller than a batch, and where the tokenizer's file is missing.
+    options = ["--data", str(pictures), "--preset", preset, "--dry-run"]
     assert run(RECIPES[name], "", options) == 0
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("parameters", "FLOPs", "memory"))
+    assert all(word in printed for word in ("parameters", "FLOPs", "memory", "checkpoint"))
+    assert [line.split()[0] for line in printed.splitlines()[-4:]] == ["1", "8", "64", "512"]
     assert not list(tmp_path.iterdir())
 
 
@@ -46,6 +46,22 @@ def test_gradient_accumulation_takes_less_memory(pictures, capsys):
         assert run(mae.RECIPE, "", arguments(mae.RECIPE, pictures, *options)) == 0
         estimates.append(memory(capsys.readouterr().out))
     assert estimates[1] < estimates[0]
+
+
+def test_the_plan_by_gpus_is_consistent(pictures, capsys):
+    options = ["--data", str(pictures), "--preset", "vit_base", "--precision", "bf16", "--dry-run"]
+    assert run(mae.RECIPE, "", options) == 0
+    printed = capsys.readouterr().out
+    rows = [[float(n.replace(",", "")) for n in line.split()] for line in printed.splitlines()[-4:]]
+    for gpus, images, ddp, shard, all_ddp, all_shard, _, _ in rows:
+        assert images == 4096 / gpus
+        assert shard <= ddp
+        assert all_ddp == pytest.approx(gpus * ddp, rel=0.05)
+        assert all_shard == pytest.approx(gpus * shard, rel=0.05)
+    assert rows[0][2] == pytest.approx(memory(printed), abs=0.1)
+    per_second, hours = rows[0][6:]
+    assert 800 * 312 * 4096 / per_second / 3600 == pytest.approx(hours, rel=0.01)
+    assert "249,600 steps and the learning rate of 0.0024" in printed
 
 
 @pytest.mark.parametrize(

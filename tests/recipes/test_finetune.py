@@ -260,6 +260,22 @@ def test_the_shape_is_that_of_the_run(encoder):
     assert load_encoder(encoder, wrong).shape == SHAPE
 
 
+def test_the_activation_and_the_epsilon_are_those_of_the_run(tmp_path):
+    config = MAEConfig(
+        image_size=16, patch_size=8, dim=32, depth=1, heads=4, norm_eps=1e-3, act="gelu_tanh"
+    )
+    save_file(MAE(config).encoder.state_dict(), tmp_path / "encoder.safetensors")
+    model = dataclasses.asdict(config)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": model}))
+    shape = load_encoder(tmp_path / "encoder.safetensors", SHAPE).shape
+    assert (shape.norm_eps, shape.act) == (1e-3, "gelu_tanh")
+    for name in ("norm_eps", "act"):  # as in runs of recipes that have no such field
+        del model[name]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": model}))
+    shape = load_encoder(tmp_path / "encoder.safetensors", SHAPE).shape
+    assert (shape.norm_eps, shape.act) == (1e-6, "gelu")
+
+
 def test_positions_are_resampled_for_another_image_size(encoder, images, tmp_path):
     weights = fine_tune(
         encoder, images, tmp_path / "out", "--max-steps", "1", "--image-size", "24",
@@ -482,10 +498,11 @@ def test_a_random_box_lies_inside(width, height, attempts, seed):
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 1000))
 def test_erasing_replaces_one_box(height, width, seed):
-    inputs = torch.full((3, height, width), 100.0)
-    changed = (random_erase(inputs, np.random.default_rng(seed)) != 100).all(dim=0)
+    inputs = torch.full((3, height, width), 100, dtype=torch.uint8)
+    changed = (random_erase(inputs, np.random.default_rng(seed)) != 100).any(dim=0)
     rows, columns = changed.any(dim=1), changed.any(dim=0)
-    assert torch.equal(changed, rows[:, None] & columns[None, :])
+    box = rows[:, None] & columns[None, :]
+    assert changed.sum() >= 0.9 * box.sum() - 1  # noise can happen to be 100
     assert changed.sum() <= 0.45 * height * width + 4
     assert (inputs == 100).all()
 

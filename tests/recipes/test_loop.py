@@ -20,10 +20,10 @@ from recipes.cae import RECIPE as CAE
 from recipes.convmae import RECIPE as CONVMAE
 from recipes.engine import Recipe, Training, run
 from recipes.engine.data.load import load_data
-from recipes.engine.data.sets import Batch, DataSet, TrainSet
+from recipes.engine.data.sets import Batch, TrainSet, first_inputs
 from recipes.engine.errors import UserError
 from recipes.engine.loop import Moment, Plan, Task, make_plan, run_steps
-from recipes.engine.pretrain import Pretraining, fitting_images
+from recipes.engine.pretrain import Pretraining
 from recipes.engine.run.cli import Options, parse_options
 from recipes.engine.run.config import RunConfig
 from recipes.engine.run.folder import RunFolder
@@ -137,13 +137,48 @@ def test_a_batch_without_readable_images_is_skipped() -> None:
     assert task.step(nothing, Moment(0, 0.0)) is None
 
 
-def test_a_set_of_which_nothing_can_be_read_to_fit_a_target_is_one_line() -> None:
-    class Damaged(Numbers):
-        def __getitem__(self, index: tuple[int, int]) -> Any:
-            return None, index[1]
+@pytest.mark.parametrize("every", [1, 100])
+def test_a_last_step_that_is_skipped_has_a_row_with_the_numbers_before_it(
+    every: int, tmp_path: Path
+) -> None:
+    task = Line(make_config(), lambda call: float("nan") if call == 11 else 1.0)
+    rows = train(
+        tmp_path / "run", task, non_finite="rewind", checkpoint_every=every, log_every=every
+    )
+    assert rows[-1]["step"] == 12
+    assert rows[-1]["skipped"]
+    assert np.isfinite(rows[-1]["loss"])
+    assert rows[-1]["baselines"] == {"zero": 1.0}
+    assert not any("skipped" in row for row in rows[:-1])
 
-    with pytest.raises(UserError, match="none of the first 16 images of ours can be read"):
-        fitting_images(DataSet("ours", 1, Damaged()))
+
+class Damaged(Numbers):
+    """No sample can be read."""
+
+    def __getitem__(self, index: tuple[int, int]) -> Any:
+        return None, index[1]
+
+    def describe(self, sample_id: int) -> str:
+        return f"folder/{sample_id}.png"
+
+
+def test_a_run_in_which_no_image_can_be_read_says_so(tmp_path: Path) -> None:
+    task = Line(make_config())
+    plan = make_plan(task.config, Options(), Damaged())
+    says = pytest.raises(UserError, match=r"1. of 16 images cannot be read, among them folder/")
+    with RunFolder(tmp_path / "run", task.config) as folder, says:
+        run_steps(task, plan, Damaged(), folder, Options())
+
+
+def test_a_run_of_which_every_step_is_skipped_says_so(tmp_path: Path) -> None:
+    config = make_config(max_steps=2)
+    with pytest.raises(UserError, match="every step was not finite"):
+        train(tmp_path / "run", Line(config, lambda call: float("nan")), non_finite="rewind")
+
+
+def test_a_set_of_which_nothing_can_be_read_to_fit_a_target_is_one_line() -> None:
+    with pytest.raises(UserError, match="11 of 16 images cannot be read"):
+        first_inputs(Damaged(), 8)
 
 
 def test_a_plan_saves_and_logs_at_its_end() -> None:

@@ -2,17 +2,20 @@
 
 import dataclasses
 import math
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import numpy as np
 import pytest
+import torch
 
 from recipes import finetune, probe, tokenizer
 from recipes.cae import RECIPE as CAE
 from recipes.convmae import RECIPE as CONVMAE
-from recipes.engine import Recipe
+from recipes.engine import Recipe, Training, run
 from recipes.engine.errors import UserError
 from recipes.engine.fields import (
     Depth,
@@ -23,10 +26,19 @@ from recipes.engine.fields import (
     Pixels,
     PositiveFloat,
     Within,
+    admits,
     check_fields,
 )
 from recipes.engine.main import options_type
-from recipes.engine.run.cli import Options, options_of, override, parse_options
+from recipes.engine.pretrained.encoders import open_encoder
+from recipes.engine.run.cli import (
+    Options,
+    _is_switch,
+    options_of,
+    override,
+    parse_options,
+    run_command,
+)
 from recipes.engine.run.config import RunConfig, resolve
 from recipes.mae import RECIPE as MAE
 from recipes.simmim import RECIPE as SIMMIM
@@ -34,7 +46,6 @@ from recipes.vit_mpp import RECIPE as MPP
 from tests.recipes.command import config_for, options_for
 
 RECIPES = [MAE, SIMMIM, CAE, CONVMAE, MPP]
-BAD = ("nan", "inf", "-inf", "-1", "-0.5", "1e400", "9" * 5000, "two", "")
 
 
 @dataclass(frozen=True)
@@ -138,26 +149,59 @@ def test_a_range_includes_its_ends_unless_it_is_open() -> None:
     assert math.nan not in Within(-math.inf, math.inf)
 
 
-def has_range(kind: Any) -> bool:
-    return any(isinstance(part, Within) or has_range(part) for part in get_args(kind))
+# What every flag is tried with.
+ODD = ("nan", "inf", "-inf", "-1", "0", "1" + "0" * 400, "")
+# A folder or file may have such a name. Whether it exists is checked where it is read.
+# (`--teacher` alone is refused: it needs `--target features`.)
+NAMES_OF_FILES = {"data", "out", "resume", "tokenizer"}
+# Flags whose 0 means something.
+ZERO_MEANS = {
+    "seed": "a seed like any other",
+    "workers": "images are loaded in the training process",
+    "warmup_epochs": "no warm-up",
+    "decoder_depth": "no block",
+    "regressor_depth": "no block",
+    "alignment_weight": "no alignment",
+    "divergence_weight": "reconstruction alone",
+    "drop_path": "nothing is dropped",
+    "layer_decay": "the head alone is trained",
+    "mixup": "no mixup",
+    "cutmix": "no cutmix",
+    "smoothing": "no smoothing",
+    "trained_blocks": "no block is trained",
+}
 
 
-def numbers_of(options: type[Any]) -> list[str]:
-    """Return the names of options that take numbers with a range."""
+def is_meaningful(options: type[Any], flag: str, value: str) -> bool:
+    """Whether a flag may have one of the odd values."""
+    kind = get_type_hints(options, include_extras=True)[flag]
+    is_name = flag in NAMES_OF_FILES and admits(kind, value)
+    return is_name or (flag in ZERO_MEANS and value == "0")
+
+
+def kinds_of_options() -> dict[str, type[Any]]:
+    kinds: dict[str, type[Any]] = {recipe.name: options_type(recipe) for recipe in RECIPES}
+    return kinds | {
+        "tokenizer": tokenizer.OPTIONS, "finetune": finetune.OPTIONS, "probe": probe.OPTIONS,
+    }  # fmt: skip
+
+
+def flags_with_a_value(options: type[Any]) -> list[str]:
+    """Return the flags that take a value."""
     hints = get_type_hints(options, include_extras=True)
-    return [name for name, kind in hints.items() if has_range(kind)]
+    return [name for name, kind in hints.items() if not _is_switch(kind)]
 
 
 def flags_of_all_scripts() -> list[Any]:
-    """Return each recipe's number flags; what all share is tried with the first one only."""
-    kinds = {recipe.name: options_type(recipe) for recipe in RECIPES}
-    kinds |= {"tokenizer": tokenizer.OPTIONS, "finetune": finetune.OPTIONS, "probe": probe.OPTIONS}
+    """Return every flag of every script; the long tier tries all, the quick one a flag a type."""
     found, seen = [], set[str]()
-    for name, kind in kinds.items():
-        for flag in numbers_of(kind):
-            marks = [pytest.mark.full] if flag in seen else []
+    for name, options in kinds_of_options().items():
+        hints = get_type_hints(options)
+        for flag in flags_with_a_value(options):
+            alike = f"{flag in NAMES_OF_FILES} {flag in ZERO_MEANS} {hints[flag]}"
+            marks = [pytest.mark.full] if alike in seen else []
             found.append(pytest.param(name, flag, marks=marks))
-            seen.add(flag)
+            seen.add(alike)
     return found
 
 
@@ -168,20 +212,110 @@ def resolve_line(name: str, *arguments: str) -> None:
         script: Any = scripts[name]
         more = () if name == "tokenizer" else ("--encoder", "none")
         options = parse_options(script.OPTIONS, (*more, *arguments), program=name, description="")
+        if getattr(options, "encoder", "none") != "none":
+            open_encoder(options, script.PRESETS["tiny"].model)
         resolve(options, name, script.PRESETS, config_type=RunConfig)
         return
     recipe = next(recipe for recipe in RECIPES if recipe.name == name)
     config_for(recipe, *arguments)
 
 
+def accepted_values(try_value: Callable[[str], None], values: Iterable[str]) -> list[str]:
+    """Return the values that are accepted; each other one must be refused in one line."""
+    accepted, refusals = [], list[str]()
+    for value in values:
+        try:
+            try_value(value)
+        except UserError as error:
+            refusals.append(str(error))
+        else:
+            accepted.append(value)
+    assert all("\n" not in text and len(text) < 1_000 for text in refusals)
+    return accepted
+
+
 @pytest.mark.parametrize(("name", "flag"), flags_of_all_scripts())
-def test_no_number_out_of_range_is_accepted(name: str, flag: str) -> None:
+def test_every_flag_refuses_odd_values_but_those_that_mean_something(name: str, flag: str) -> None:
     option = f"--{flag.replace('_', '-')}"
-    for value in BAD:
-        with pytest.raises(UserError) as caught:
-            resolve_line(name, option, value)
-        assert "\n" not in str(caught.value)
-        assert len(str(caught.value)) < 1_000
+    accepted = accepted_values(lambda value: resolve_line(name, option, value), ODD)
+    options = kinds_of_options()[name]
+    assert accepted == [value for value in ODD if is_meaningful(options, flag, value)]
+
+
+def test_a_name_of_a_file_is_neither_empty_nor_longer_than_file_systems_take() -> None:
+    assert admits(str, "a" * 255)
+    assert admits(str, "a" * 200 + "/" + "b" * 200)
+    for text in ("", "a" * 256, "\u00e9" * 128, "a\0", "a/" * 2_048):
+        assert not admits(str, text)
+
+
+def test_a_flag_without_a_range_is_noticed() -> None:
+    @dataclass(frozen=True)
+    class Loose:
+        rate: float = 1.0
+
+    kind = options_of([Loose()], ["rate"], Options)
+
+    def try_value(value: str) -> None:
+        override(Loose(), parse_options(kind, ["--rate", value], program="", description=""))
+
+    assert "rate" in flags_with_a_value(kind)
+    assert accepted_values(try_value, ODD) == [value for value in ODD if value]
+
+
+def test_a_flag_that_raises_something_else_is_noticed() -> None:
+    def try_value(value: str) -> None:
+        raise OverflowError
+
+    with pytest.raises(OverflowError):
+        accepted_values(try_value, ODD)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("betas", (0.9, 1.0)),
+        ("betas", (-0.1, 0.9)),
+        ("crop_area", (1.0, 0.2)),
+        ("crop_area", (0.0, 1.0)),
+        ("base_lr", 10**400),
+        ("base_lr", 1e300),
+        ("weight_decay", 10**400),
+        ("milestones", (math.nan,)),
+        ("warmup_epochs", math.inf),
+        ("epochs", 10**400),
+        ("clip_grad", 0.0),
+        ("precision", ""),
+    ],
+)
+def test_training_refuses_what_no_optimizer_takes(name: str, value: Any) -> None:
+    values = {"epochs": 1, "batch_size": 1, "base_lr": 1.0, "warmup_epochs": 0.0} | {name: value}
+    with pytest.raises(FieldError, match=f"^{name} must be "):
+        Training(**values)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--no-alignment", "--alignment-weight", "2"], "--no-alignment and --alignment-weight"),
+        (["--no-decoder", "--decoder-depth", "2"], "--no-decoder and --decoder-depth"),
+        (["--teacher", "file", "--target", "rgb"], "teacher"),
+        (["--image-size"], "--image-size has no value"),
+        (["--epochs"], "--epochs has no value: give 1 or more"),
+        (["--target", "x"], "--target 'x': give one of ('tokens', 'rgb', 'features')"),
+        (["--non-finite", ""], "--non-finite '': give one of ('stop', 'rewind')"),
+        (["--epochs", "\x1b[2J"], r"--epochs '\x1b[2J': give 1 or more"),
+        (["--out", ""], "--out '' is empty"),
+        (["--data", "a\0b"], "--data"),
+    ],
+)
+def test_a_command_line_that_does_not_fit_is_one_plain_sentence(
+    arguments: list[str], says: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(says)) as caught:
+        config_for(CAE, *arguments)
+    assert "invalid choice" not in str(caught.value).lower()
+    assert "None" not in str(caught.value)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
@@ -213,11 +347,6 @@ def test_every_preset_of_every_recipe_is_in_range() -> None:
                 check_fields(part)
 
 
-def test_an_empty_output_folder_is_refused() -> None:
-    with pytest.raises(UserError, match='--out "" names no folder'):
-        config_for(MAE, "--out", "")
-
-
 def test_the_command_line_takes_precedence_over_a_yaml_file(tmp_path: Path) -> None:
     file = tmp_path / "options.yaml"
     file.write_text("epochs: 3\ndecoder-depth: 2\n")
@@ -232,6 +361,11 @@ def test_the_command_line_takes_precedence_over_a_yaml_file(tmp_path: Path) -> N
         ("epoch: 1", "unknown key 'epoch'"),
         ("compile: maybe", "must be true or false"),
         ("image_size: [32, a]", "--image-size"),
+        ("image_size: [32, yes]", "image_size must be"),
+        ("data: yes", "data must be a name or a path; got True"),
+        ("data: {a: 1}", "data must be a name"),
+        ("data: !!binary aGk=", "data must be a name"),
+        ("epochs: no", "epochs must be 1 or more"),
         ("- 1", "must hold `option: value` lines"),
         ("{" * 5_000, "is not YAML: nested"),
         ("seed: " + "9" * 5_000, "is not YAML"),
@@ -245,6 +379,13 @@ def test_a_mistake_in_a_yaml_file_gives_one_line(text: str, says: str, tmp_path:
         config_for(MAE, "--config", str(file))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1_000
+
+
+def test_options_of_a_yaml_file_may_not_contradict_each_other(tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("no_decoder: true\ndecoder_depth: 2")
+    with pytest.raises(UserError, match="contradict each other"):
+        config_for(CAE, "--config", str(file))
 
 
 def test_a_list_and_a_derived_switch_can_stand_in_a_yaml_file(tmp_path: Path) -> None:
@@ -276,3 +417,47 @@ def test_numbers_of_numpy_are_numbers() -> None:
     config = resolve(options_for(MAE), "mae", presets, config_type=RunConfig)
     assert config.image_size == (32, 32)
     assert config.digest() == config_for(MAE).digest()
+
+
+def test_a_model_that_no_memory_holds_is_refused_before_a_folder_is_made(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.sysconf", lambda name: 1_000)  # a megabyte
+    arguments = ["--data", "digits"]
+    assert run(MAE, "", arguments) == 2
+    error = capfd.readouterr().err
+    assert "need" in error
+    assert "GiB" in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+    assert run(MAE, "", [*arguments, "--dry-run"]) == 0  # a plan for another machine
+
+
+@pytest.mark.parametrize(
+    "allocate", [lambda: torch.empty(2**60, dtype=torch.uint8), lambda: bytearray(2**60)]
+)
+def test_an_allocation_that_fails_is_one_line(
+    allocate: Callable[[], Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    def command(options: Options) -> None:
+        allocate()
+
+    assert run_command(command, Options, name="mae", description="", arguments=[]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: there is not enough memory: give a smaller --batch-size")
+    assert error.count("\n") == 1
+
+
+def test_another_runtime_error_keeps_its_traceback() -> None:
+    def command(options: Options) -> None:
+        raise RuntimeError("a fault of ours")
+
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        run_command(command, Options, name="mae", description="", arguments=[])
+
+
+@pytest.mark.parametrize("size", ["16777216", "8193"])
+def test_an_image_of_too_many_pixels_is_refused(size: str) -> None:
+    with pytest.raises(UserError, match=f"--image-size {size} is too large"):
+        config_for(MAE, "--image-size", size)

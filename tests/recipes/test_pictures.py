@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from recipes.engine.errors import UserError
-from recipes.engine.pictures import main, place_side_by_side
+from recipes.engine.pictures import _captions, main, place_side_by_side
 
 
 def make_run(folder: Path, color: str, *, names: tuple[str, ...] = ("curves",), seed: int) -> Path:
@@ -42,6 +42,13 @@ def test_what_all_runs_have_is_put_side_by_side(runs: list[Path], tmp_path: Path
     assert np.array_equal(reds.any(axis=1), blues.any(axis=1))  # at one height
     above = pixels[: int(reds.any(axis=1).argmax())]
     assert (above < 100).any()  # captions
+
+
+def test_a_caption_leaves_out_what_a_run_does_not_have() -> None:
+    configs = [{"seed": 0, "views": 2}, {"seed": 1}]
+    first, second = _captions(configs, [Path("first"), Path("second")])
+    assert first.split("\n") == ["first", "seed: 0", "views: 2"]
+    assert second.split("\n") == ["second", "seed: 1"]
 
 
 def test_a_third_run_makes_a_third_column(runs: list[Path], tmp_path: Path) -> None:

@@ -113,6 +113,43 @@ def test_a_tokenizer_trains_in_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+def test_rows_and_unreadable_images_do_not_depend_on_the_number_of_processes(
+    tmp_path: Path,
+) -> None:
+    write_noise(tmp_path / "pictures", 36)
+    for index in range(0, 32, 4):
+        (tmp_path / "pictures" / f"{index:02}.png").write_bytes(b"no image")
+    small = ["--batch-size", "2", "--max-steps", "32"]
+    for processes in (1, 2):
+        train(tmp_path / f"run-{processes}", processes, *small)
+    one, two = (tmp_path / f"run-{processes}" for processes in (1, 2))
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    summaries = [json.loads((out / "summary.json").read_text()) for out in (one, two)]
+    assert len(summaries[0]["unreadable_images"]) == 8
+    assert summaries[0]["unreadable_images"] == summaries[1]["unreadable_images"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_limit_on_unreadable_images_is_one_line_of_the_whole_job(
+    processes: int, tmp_path: Path
+) -> None:
+    write_noise(tmp_path / "pictures", 36)
+    for index in range(2, 16):
+        (tmp_path / "pictures" / f"{index:02}.png").write_bytes(b"no image")
+    result = subprocess.run(
+        command(tmp_path / "run", processes, "--workers", "1", steps=9),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("of 32 images cannot be read, among them") == 1
+    assert "Traceback" not in result.stderr.partition("of 32 images")[0]
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["ddp", "fsdp"])
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)], ids=["2-to-1", "1-to-2"])
 def test_a_run_resumes_with_another_number_of_processes(

@@ -23,6 +23,8 @@ from recipes.engine import Recipe, run
 from recipes.engine.run.checkpoint import Checkpoints
 from recipes.engine.run.world import World
 from recipes.mae import MAE, RECIPE, MAEOutput
+from tests.recipes.command import config_for
+from tests.recipes.damage import flip_a_bit
 from tests.waiting import end_of, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,10 +70,17 @@ def start(pictures: Path, out: Path, stderr: int = subprocess.DEVNULL) -> subpro
     )
 
 
-def kill_at_random_and_finish(pictures: Path, out: Path, rng: random.Random) -> int:
-    """Kill a run at a random step, sometimes while it writes a checkpoint, then let it finish."""
+def kill_at_random(pictures: Path, out: Path, rng: random.Random, *, least: int = 1) -> Checkpoints:
+    """Kill a run at a random step, sometimes while it writes a checkpoint.
+
+    Args:
+        pictures: What to train on.
+        out: Folder of the run.
+        rng: Source of randomness.
+        least: With 2, at least one checkpoint is complete.
+    """
     process = start(pictures, out)
-    wanted = 2 * rng.randrange(1, STEPS // 2)
+    wanted = 2 * rng.randrange(least, STEPS // 2)
     checkpoints = Checkpoints(out / "checkpoints", World())
     partial = checkpoints.folder / f"{checkpoints.path(wanted).name}.partial"
 
@@ -83,9 +92,15 @@ def kill_at_random_and_finish(pictures: Path, out: Path, rng: random.Random) -> 
     time.sleep(rng.random() * 0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    survived = checkpoints.steps()
-    assert end_of(start(pictures, out))[0] == 0
-    return survived[-1] if survived else 0
+    return checkpoints
+
+
+def finish(pictures: Path, out: Path) -> str:
+    """Let a killed run finish, and return what it printed on stderr."""
+    code, printed = end_of(start(pictures, out, stderr=subprocess.PIPE))
+    assert code == 0, printed
+    errors: str = printed.decode()
+    return errors
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
@@ -103,7 +118,8 @@ def losses(out: Path) -> list[float]:
 def test_a_killed_run_ends_like_an_uninterrupted_one(
     pictures: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    kill_at_random_and_finish(pictures, tmp_path / "run", random.Random(0))
+    kill_at_random(pictures, tmp_path / "run", random.Random(0))
+    finish(pictures, tmp_path / "run")
     assert_equal_runs(tmp_path / "run", uninterrupted)
 
 
@@ -112,8 +128,45 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(
 def test_twenty_killed_runs_end_like_an_uninterrupted_one(
     trial: int, pictures: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    kill_at_random_and_finish(pictures, tmp_path / "run", random.Random())
+    kill_at_random(pictures, tmp_path / "run", random.Random())
+    finish(pictures, tmp_path / "run")
     assert_equal_runs(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("trial", range(20))
+def test_twenty_killed_runs_with_a_flipped_bit_in_the_newest_checkpoint_end_alike(
+    trial: int, pictures: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    rng = random.Random()
+    checkpoints = kill_at_random(pictures, tmp_path / "run", rng, least=2)
+    newest = checkpoints.path(checkpoints.steps()[-1])
+    file = rng.choice(sorted(newest.iterdir()))
+    flip_a_bit(file, rng)
+    (tmp_path / "run/summary.json").unlink(missing_ok=True)  # had it ended before it was killed
+    printed = finish(pictures, tmp_path / "run")
+    assert "is damaged" in printed
+    assert file.name in printed
+    assert_equal_runs(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize("name", ["COMPLETE", ".metadata", "__0_0.distcp"])
+def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_ends_alike(
+    name: str,
+    pictures: Path,
+    uninterrupted: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(uninterrupted, out)
+    for file in ("summary.json", "encoder.safetensors"):
+        (out / file).unlink()
+    flip_a_bit(out / "checkpoints/step-00000024" / name, random.Random(0))
+    with single_thread():
+        assert run(RECIPE, "", options(pictures, out)) == 0
+    assert f"the checkpoint of step 24 is damaged ({name}: " in capfd.readouterr().err
+    assert_equal_runs(out, uninterrupted)
 
 
 def test_a_full_disk_gives_one_clear_line_and_loses_nothing(
@@ -157,11 +210,12 @@ def test_an_incomplete_checkpoint_is_ignored_and_removed(
     pictures: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
+    shutil.copytree(uninterrupted, out)
+    (out / "summary.json").unlink()
     checkpoints = Checkpoints(out / "checkpoints", World())
-    for name in ("step-00000020", "step-00000022.partial"):
-        (checkpoints.folder / name).mkdir(parents=True)
-        (checkpoints.folder / name / "__0_0.distcp").write_bytes(b"half")
-    assert checkpoints.steps() == []
+    (checkpoints.path(24) / "COMPLETE").unlink()
+    checkpoints.path(24).rename(checkpoints.folder / "step-00000024.partial")
+    assert checkpoints.steps() == [22]
     with single_thread():
         assert run(RECIPE, "", options(pictures, out)) == 0
     assert_equal_runs(out, uninterrupted)
@@ -283,6 +337,32 @@ def test_an_unreadable_image_is_still_named_after_a_resume(
     assert "05.png" in capfd.readouterr().out.rpartition("could not be read")[2]
 
 
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_run_does_not_go_on_with_other_images(
+    is_finished: bool, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "pictures", tmp_path / "run"
+    shutil.copytree(pictures, folder)
+    assert run(RECIPE, "", options(folder, out)) == 0
+    if not is_finished:
+        (out / "summary.json").unlink()
+    shutil.copy(folder / "05.png", folder / "a-new-one.png")
+    capfd.readouterr()
+    assert run(RECIPE, "", options(folder, out)) == 2
+    error = capfd.readouterr().err
+    assert "20 + 4 images" in error
+    assert "now 21 + 4 images" in error
+    assert error.count("\n") == 1
+    (folder / "a-new-one.png").unlink()
+    assert run(RECIPE, "", options(folder, out)) == 0
+
+
+def test_the_images_do_not_change_the_name_of_the_default_folder() -> None:
+    config = config_for(RECIPE)
+    assert config.with_data("20 + 4 images, 12345678").digest() == config.digest()
+    assert config.with_data("1") != config.with_data("2")
+
+
 def test_a_checkpoint_of_the_last_step_leaves_nothing_to_train(
     pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -293,14 +373,33 @@ def test_a_checkpoint_of_the_last_step_leaves_nothing_to_train(
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "summary.json"])
-def test_a_damaged_file_of_a_run_is_named_in_the_message(
-    name: str, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_a_damaged_configuration_is_named_in_the_message(
+    pictures: Path, uninterrupted: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(RECIPE, "", options(pictures, tmp_path / "run")) == 0
-    (tmp_path / "run" / name).write_text("{ cut off")
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run/config.yaml").write_text("{ cut off")
     assert run(RECIPE, "", options(pictures, tmp_path / "run")) == 2
-    assert f"{name} is damaged" in capfd.readouterr().err
+    assert "config.yaml is damaged" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["summary.json", "encoder.safetensors"])
+def test_a_damaged_result_of_a_finished_run_is_made_again_from_its_last_checkpoint(
+    name: str,
+    pictures: Path,
+    uninterrupted: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(uninterrupted, out)
+    flip_a_bit(out / name, random.Random(0))
+    with single_thread():
+        assert run(RECIPE, "", options(pictures, out)) == 0
+    error = capfd.readouterr().err
+    assert "summary.json is damaged" in error
+    assert name in error
+    assert (out / "summary.json").exists()
+    assert_equal_runs(out, uninterrupted)
 
 
 def spoiled_recipe(spoiled: set[int]) -> Recipe:

@@ -230,3 +230,10 @@ def test_a_kind_of_ones_own_needs_the_true_values_and_an_error_alone() -> None:
     images, mask = batch()
     assert doubled.loss(doubled(images, mask), images, mask) == 0
     assert doubled.baselines(images, mask)["zero"] > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_target_stays_in_evaluation_mode_in_a_model_that_is_trained(kind: str) -> None:
+    model = nn.Sequential(nn.Linear(1, 1), KINDS[kind]()).train()
+    assert model[0].training
+    assert not any(module.training for module in model[1].modules())

@@ -7,11 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
 
-from recipes.engine.data.images import CROP_RATIO, NORMALIZE, model_input
+from recipes.engine.data.images import (
+    CROP_RATIO,
+    NORMALIZE,
+    Box,
+    Crop,
+    Pixels,
+    resize,
+    to_bytes,
+)
 from recipes.engine.errors import UserError
 
 # Share of the image in a crop, as in timm and BYOL's linear probe. Pre-training uses 20 % or more.
@@ -25,7 +31,7 @@ Policy = Callable[[Image.Image], Image.Image]
 
 @dataclass(frozen=True, eq=False)
 class Augmentation:
-    """Random crop, flip, RandAugment, normalization and random erasing.
+    """Random crop, flip, RandAugment and random erasing.
 
     Attributes:
         attempts: Largest number of boxes to draw until one lies inside the image. If none does, the
@@ -38,25 +44,21 @@ class Augmentation:
     policy: Policy | None = None
     erase: float = 0.0
 
-    def __call__(
-        self, image: Image.Image, size: tuple[int, int], rng: np.random.Generator
-    ) -> Float[Tensor, "3 height width"]:
-        """Turn an image into a model input; `size` is height and width in pixels."""
-        height, width = size
-        box = random_box(image.width, image.height, rng, attempts=self.attempts)
-        crop = image.crop(box).resize((width, height), Image.Resampling.BICUBIC)
+    def __call__(self, pixels: Pixels, size: tuple[int, int], rng: np.random.Generator) -> Crop:
+        """Augment an image; `size` is height and width in pixels."""
+        height, width = pixels.shape[:2]
+        box = random_box(width, height, rng, attempts=self.attempts)
+        crop = resize(pixels, box, size, "bicubic")
         if rng.integers(2):
-            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            crop = crop.flip(-1)
         if self.policy is not None:
             with_seed(int(rng.integers(2**32)))
-            crop = self.policy(crop)
-        inputs = model_input(crop)
-        return random_erase(inputs, rng) if rng.uniform() < self.erase else inputs
+            image = Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy())
+            crop = to_bytes(self.policy(image))
+        return random_erase(crop, rng) if rng.uniform() < self.erase else crop
 
 
-def random_box(
-    width: int, height: int, rng: np.random.Generator, *, attempts: int
-) -> tuple[int, int, int, int]:
+def random_box(width: int, height: int, rng: np.random.Generator, *, attempts: int) -> Box:
     """Draw a box that covers 8-100 % of an image.
 
     Args:
@@ -86,15 +88,15 @@ def random_box(
     return left, top, left + box_width, top + box_height
 
 
-def random_erase(
-    inputs: Float[Tensor, "channels height width"], rng: np.random.Generator
-) -> Float[Tensor, "channels height width"]:
-    """Replace a random box with noise.
+def random_erase(crop: Crop, rng: np.random.Generator) -> Crop:
+    """Replace a random box with noise that normalization turns into a standard normal.
+
+    Noise that no pixel can have, 2 to 2.6 standard deviations from the mean, is clipped.
 
     Source:
         Zhong et al., arXiv:1708.04896; timm `RandomErasing`, mode "pixel", one box, ten attempts.
     """
-    height, width = inputs.shape[1:]
+    height, width = crop.shape[1:]
     for _ in range(10):
         area = height * width * rng.uniform(*ERASED_AREA)
         ratio = math.exp(rng.uniform(math.log(ERASED_RATIO[0]), math.log(ERASED_RATIO[1])))
@@ -102,11 +104,13 @@ def random_erase(
         if box_height < height and box_width < width:
             top = int(rng.integers(height - box_height + 1))
             left = int(rng.integers(width - box_width + 1))
-            noise = rng.standard_normal((len(inputs), box_height, box_width), dtype=np.float32)
-            erased = inputs.clone()
-            erased[:, top : top + box_height, left : left + box_width] = torch.from_numpy(noise)
+            noise = rng.standard_normal((box_height, box_width, len(crop)), dtype=np.float32)
+            colors = (255 * (noise * NORMALIZE.std + NORMALIZE.mean)).round().clip(0, 255)
+            erased = crop.clone()
+            box = erased[:, top : top + box_height, left : left + box_width]
+            box.copy_(torch.from_numpy(colors.transpose(2, 0, 1)))
             return erased
-    return inputs
+    return crop
 
 
 def with_seed(seed: int) -> None:

@@ -26,7 +26,7 @@ NUM_TEST_DIGITS = 360
 # Black pixels around a digit, so that interpolation blends its edge into the canvas.
 MARGIN = 1
 # A smaller canvas would shrink a digit below its own 8 pixels.
-MIN_SIZE = 16
+MIN_SIZE, MAX_SIZE = 16, 1_024
 # Side of the digit's square as a fraction of the canvas's shorter side.
 DIGIT_SCALE = (0.5, 0.9)
 MAX_ROTATION = math.radians(20)
@@ -76,11 +76,11 @@ def load_digits(*, image_size: tuple[int, int], seed: int) -> DataSet:
         The data set.
 
     Raises:
-        UserError: If the canvas is too small, or scikit-learn is not installed.
+        UserError: If the canvas is too small or too large, or scikit-learn is not installed.
     """
-    if min(image_size) < MIN_SIZE:
+    if min(image_size) < MIN_SIZE or max(image_size) > MAX_SIZE:
         raise UserError(
-            f"digits need a canvas of at least {MIN_SIZE} pixels a side, "
+            f"digits need a canvas of at least {MIN_SIZE} and at most {MAX_SIZE:,} pixels a side, "
             f"not {image_size[0]} x {image_size[1]}"
         )
     try:

@@ -1,43 +1,55 @@
 """A folder of images as a data set.
 
+The steps: list samples (`listing`, `shards`), read one, decode it (`decode`), crop it (`images`,
+`augment`), and fill a batch.
+
 A folder has one of two layouts. With labels: `train/<class>/<image>`, and optionally
 `val/<class>/<image>`. Without labels: images at any depth, in the folder itself or in its `train/`
-and `val/`. Names that begin with a dot are ignored.
+and `val/`. Names that begin with a dot are ignored. Instead of images, a folder may hold shards.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
-from recipes.engine.data.files import (
-    NUM_PICTURES,
-    UNREADABLE,
-    ImageFiles,
-    check_readable,
-    first_readable,
-    hold_out,
-    list_images,
-    read_image,
-    relabel,
-)
+from recipes.engine.data.decode import Decoder, formats
 from recipes.engine.data.images import (
     NORMALIZE,
-    RandomCrops,
-    center_crop_to,
-    model_input,
+    CenterCrops,
+    Cropping,
+    model_inputs,
     picture_size,
-    to_bytes,
     to_unit,
 )
-from recipes.engine.data.sets import DataSet, Item, ProbeData, TrainSet
-from recipes.engine.errors import UserError
+from recipes.engine.data.listing import (
+    NUM_PICTURES,
+    FolderId,
+    Samples,
+    hold_out,
+    list_files,
+    relabel,
+)
+from recipes.engine.data.sets import (
+    Batch,
+    DataSet,
+    Item,
+    ProbeData,
+    TrainSet,
+    read_first,
+)
+from recipes.engine.data.shards import find_shards, list_shards
+from recipes.engine.errors import escaped, say
+from recipes.engine.reading import UnreadableError
 from recipes.engine.seeds import sample_rng
 
 PROBE_PER_CLASS = 50
@@ -46,58 +58,144 @@ MAX_PROBE = 2_500
 
 
 @dataclass(frozen=True, eq=False)
-class FolderImages(TrainSet):
-    """Random crops of the images in a folder.
+class Crops(TrainSet):
+    """Crops of stored images, as bytes.
 
     Attributes:
-        files: The images, indexed by sample id.
+        samples: The images, indexed by sample id.
+        decode: How they are decoded.
+        crop: How they are cropped.
         image_size: Height and width of a crop in pixels.
         seed: Seed of the run.
-        crops: How crops are drawn.
     """
 
-    files: ImageFiles
+    samples: Samples
+    decode: Decoder
+    crop: Cropping
     image_size: tuple[int, int]
     seed: int
-    crops: RandomCrops = RandomCrops()
-    _unreadable: set[int] = field(default_factory=set, init=False, repr=False)
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.samples)
 
     def __getitem__(self, index: tuple[int, int]) -> Item:
-        epoch, sample_id = index
         try:
-            image = read_image(self.files.path(sample_id))
-        except UNREADABLE:
-            self._unreadable.add(sample_id)
-            check_readable(self.files, self._unreadable)
-            return None, sample_id
-        rng = sample_rng(self.seed, epoch, sample_id)
-        crop = self.crops(image, self.image_size, rng)
-        if rng.integers(2):
-            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return model_input(crop), sample_id
+            return self._crop(*index), index[1]
+        except UnreadableError:
+            return None, index[1]
+
+    def __getitems__(self, indices: list[tuple[int, int]]) -> Batch:
+        """Return a batch, which is filled in place. `DataLoader` calls this method."""
+        images = torch.empty(len(indices), 3, *self.image_size, dtype=torch.uint8)
+        sample_ids: list[int] = []
+        unreadable_ids: list[int] = []
+        for epoch, sample_id in indices:
+            try:
+                images[len(sample_ids)] = self._crop(epoch, sample_id)
+                sample_ids.append(sample_id)
+            except UnreadableError:
+                unreadable_ids.append(sample_id)
+        images = images[: len(sample_ids)]
+        return Batch(images, torch.tensor(sample_ids, dtype=torch.int64), unreadable_ids)
+
+    def _crop(self, epoch: int, sample_id: int) -> UInt8[Tensor, "channels height width"]:
+        pixels = self.decode(self.samples.read(sample_id))
+        return self.crop(pixels, self.image_size, sample_rng(self.seed, epoch, sample_id))
+
+    def to_inputs(self, images: Shaped[Tensor, batch * shape]) -> Float[Tensor, batch * shape]:
+        """Normalize images."""
+        return model_inputs(images, NORMALIZE)
 
     def describe(self, sample_id: int) -> str:
         """Return the path of an image."""
-        return str(self.files.path(sample_id))
+        return self.samples.name(sample_id)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The samples of a folder.
+
+    Attributes:
+        train: Samples to train on.
+        held_out: Samples to test on.
+        class_names: Names of the classes in the order of their labels; empty without labels.
+    """
+
+    train: Samples
+    held_out: Samples
+    class_names: tuple[str, ...]
+
+    @property
+    def content(self) -> str:
+        """The number of samples, and a hash of their names and sizes."""
+        parts = (self.train.fingerprint, self.held_out.fingerprint)
+        digest = hashlib.sha256(b"".join(parts)).hexdigest()[:8]
+        return f"{len(self.train)} + {len(self.held_out)} images, {digest}"
+
+
+def split_folder(folder: Path) -> Split:
+    """List a folder, and print what in it is not used.
+
+    Without `val/`, the last tenth of each class is held out; without labels, the last 4 images.
+
+    Raises:
+        UserError: If it holds too few images, or only some of them have classes.
+    """
+    has_train, has_val = ((folder / name).is_dir() for name in ("train", "val"))
+    seen: set[FolderId] = set()
+    root = folder / "train" if has_train else folder
+    train, class_names, notes = _list_samples(root, labelled=has_train, seen=seen)
+    if has_train and has_val:
+        held_out, names, more = _list_samples(folder / "val", labelled=bool(class_names), seen=seen)
+        held_out = relabel(held_out, names, class_names)
+        notes += more
+    else:
+        train, held_out = hold_out(train, labelled=bool(class_names))
+    if has_train:
+        notes += _unused(folder, has_val=has_val)
+    if os.environ.get("RANK", "0") == "0":
+        say(*(f"note: {note}" for note in notes), file=sys.stderr)
+    return Split(train, held_out, class_names)
+
+
+def _list_samples(
+    root: Path, *, labelled: bool, seen: set[FolderId]
+) -> tuple[Samples, tuple[str, ...], list[str]]:
+    """List the images in the shards of a folder, or in the folder itself if it has no shards."""
+    suffixes = [suffix for some in formats().values() for suffix in some]
+    shard_names = find_shards(root)
+    if shard_names:
+        return list_shards(root, shard_names, suffixes, labelled=labelled)
+    return list_files(root, suffixes, labelled=labelled, seen=seen)
+
+
+def _unused(folder: Path, *, has_val: bool) -> Iterator[str]:
+    """Name the other entries of a folder that has `train/`."""
+    others = sorted(
+        name
+        for name in os.listdir(folder)
+        if name not in ("train", "val") and not name.startswith(".")
+    )
+    if others:
+        names = ", ".join(map(escaped, others[:5])) + (", ..." if len(others) > 5 else "")
+        scored = "val/ is" if has_val else "the last images of train/ are"
+        yield f"{folder} holds {names}, which is not used: {scored} scored on"
 
 
 def load_folder(
-    name: str, *, image_size: tuple[int, int], seed: int, crops: RandomCrops
+    name: str, *, image_size: tuple[int, int], seed: int, crop: Cropping, decode: Decoder
 ) -> DataSet:
     """Load a folder of images.
 
-    Without `val/`, the last tenth of each class is held out; without labels, the last 4 images. A
-    probe is fitted on up to 50 images per class and tested on up to 50, each at most 2,500 in
+    A probe is fitted on up to 50 images per class and tested on up to 50, each at most 2,500 in
     total.
 
     Args:
         name: Path of the folder.
         image_size: Height and width of a model input in pixels.
         seed: Seed of the run.
-        crops: How random crops are drawn.
+        crop: How training images are cropped.
+        decode: How images are decoded.
 
     Returns:
         The data set.
@@ -105,32 +203,22 @@ def load_folder(
     Raises:
         UserError: If the folder holds too few readable images, or only some of them have classes.
     """
-    folder = Path(name)
-    has_train = (folder / "train").is_dir()
-    train, class_names = list_images(folder / "train" if has_train else folder, labelled=has_train)
-    if has_train and (folder / "val").is_dir():
-        held_out, val_names = list_images(folder / "val", labelled=bool(class_names))
-        held_out = relabel(held_out, val_names, class_names)
-    else:
-        train, held_out = hold_out(train, labelled=bool(class_names))
-
-    pictures = [
-        to_unit(to_bytes(center_crop_to(image, picture_size(image_size))))
-        for image in first_readable(held_out, spread(len(held_out)), NUM_PICTURES)
-    ]
-    if not pictures:
-        raise UserError(f"none of the {len(held_out)} held-out images in {name} can be read")
-    if not list(first_readable(train, range(len(train)), 1)):
-        raise UserError(f"none of the {len(train)} training images in {name} can be read")
+    split = split_folder(Path(name))
+    train = Crops(split.train, decode, crop, image_size, seed)
+    shown = Crops(split.held_out, decode, CenterCrops(), picture_size(image_size), seed)
+    pictures = read_first(shown, spread(len(shown)), NUM_PICTURES, set())
+    for _ in read_first(train, range(len(train)), 1, set()):
+        pass  # raises an error if nothing can be read
     return DataSet(
         name=name,
         in_channels=3,
-        class_names=class_names,
-        train=FolderImages(train, image_size, seed, crops),
-        pictures=pictures,
+        class_names=split.class_names,
+        content=split.content,
+        train=train,
+        pictures=[to_unit(picture) for picture, _ in pictures],
         normalize=NORMALIZE,
-        load_probe=partial(load_probe, train, held_out, len(class_names), image_size, seed)
-        if class_names
+        load_probe=partial(load_probe, split, decode, image_size, seed)
+        if split.class_names
         else None,
     )
 
@@ -141,36 +229,32 @@ def spread(number: int) -> list[int]:
     return [index for start in range(step) for index in range(start, number, step)]
 
 
-def load_probe(
-    train: ImageFiles,
-    held_out: ImageFiles,
-    num_classes: int,
-    image_size: tuple[int, int],
-    seed: int,
-) -> ProbeData:
+def load_probe(split: Split, decode: Decoder, image_size: tuple[int, int], seed: int) -> ProbeData:
     """Read labelled images for the probes, the same number of each class where there are enough.
 
     Args:
-        train: Files to fit a probe on.
-        held_out: Files to test it on.
-        num_classes: Number of classes in `train`.
+        split: Images to fit a probe on, and to test it on.
+        decode: How they are decoded.
         image_size: Height and width of a model input in pixels.
         seed: Seed of the run.
 
     Returns:
         Center crops with their labels.
     """
+    num_classes = len(split.class_names)
     per_class = max(1, min(PROBE_PER_CLASS, MAX_PROBE // num_classes))
 
-    def read(files: ImageFiles, part: int) -> tuple[Tensor, Tensor]:
+    def read(samples: Samples, part: int) -> tuple[Tensor, Tensor]:
         rng = sample_rng(seed, part)
-        inputs: list[Tensor] = []
-        labels: list[int] = []
+        crops = Crops(samples, decode, CenterCrops(), image_size, seed)
+        unreadable: set[int] = set()
+        images: list[Tensor] = []
+        ids: list[int] = []
         for label in range(num_classes):
-            order = rng.permutation(np.flatnonzero(files.labels == label))
-            for image in first_readable(files, order.tolist(), per_class):
-                inputs.append(model_input(center_crop_to(image, image_size)))
-                labels.append(label)
-        return torch.stack(inputs), torch.tensor(labels)
+            order = rng.permutation((samples.labels == label).nonzero()[0]).tolist()
+            for image, sample_id in read_first(crops, order, per_class, unreadable):
+                images.append(image)
+                ids.append(sample_id)
+        return crops.to_inputs(torch.stack(images)), torch.from_numpy(samples.labels[ids])
 
-    return ProbeData(*read(train, part=0), *read(held_out, part=1))
+    return ProbeData(*read(split.train, part=0), *read(split.held_out, part=1))

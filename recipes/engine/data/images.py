@@ -1,4 +1,4 @@
-"""From image files to model inputs: crops, conversions and normalization.
+"""From pixels to model inputs: crops, conversions and normalization.
 
 Axes: batch images, channels, height and width in pixels. Sizes are (height, width).
 """
@@ -6,13 +6,14 @@ Axes: batch images, channels, height and width in pixels. Sizes are (height, wid
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 Interpolation = Literal["bicubic", "bilinear"]
 
@@ -44,7 +45,7 @@ class NormalizeByConstants:
         """Return inputs, mean [1, C, 1, 1] and standard deviation [1, C, 1, 1]."""
         mean = images.new_tensor(self.mean).view(1, -1, 1, 1)
         std = images.new_tensor(self.std).view(1, -1, 1, 1)
-        return (images - mean) / std, mean, std
+        return (images - mean).div_(std), mean, std
 
 
 # ImageNet's statistics and the papers' augmentation.
@@ -79,30 +80,6 @@ def normalize_by_image(
     return centered / std, mean, std
 
 
-def center_crop(image: Image.Image, size: tuple[int, int], *, scale: float) -> Image.Image:
-    """Resize an image and crop its center.
-
-    Args:
-        image: The image.
-        size: Height and width of the result in pixels.
-        scale: Factor by which the image is resized.
-
-    Returns:
-        The crop.
-    """
-    height, width = size
-    left = max(0.0, (image.width - width / scale) / 2)
-    top = max(0.0, (image.height - height / scale) / 2)
-    # Only the box is resized: all of a 1 x 10,000 image would become 256 x 2,560,000 pixels.
-    box = (left, top, image.width - left, image.height - top)
-    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
-
-
-def covering_scale(image: Image.Image, size: tuple[int, int]) -> float:
-    """Return the smallest resize factor with which an image covers a size in pixels."""
-    return max(size[0] / image.height, size[1] / image.width)
-
-
 def to_bytes(image: Image.Image) -> UInt8[Tensor, "channels height width"]:
     """Convert an 8-bit image to a tensor."""
     pixels = np.array(image).reshape(image.height, image.width, -1)
@@ -111,12 +88,41 @@ def to_bytes(image: Image.Image) -> UInt8[Tensor, "channels height width"]:
 
 def to_unit(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Convert bytes to floats in [0, 1]."""
-    return images.float() / 255
+    return images.float().div_(255)
+
+
+def model_inputs(images: Tensor, normalize: Normalize) -> Float[Tensor, "batch channels *spatial"]:
+    """Turn bytes into model inputs, on the device that they are on; floats stay as they are."""
+    return normalize(to_unit(images))[0] if images.dtype == torch.uint8 else images
+
+
+# Crops. Pixels are as decoders return them, crops as models take them.
+
+Pixels = UInt8[np.ndarray, "height width channels"]
+Crop = UInt8[Tensor, "channels height width"]
+Box = tuple[int, int, int, int]  # left, top, right and bottom, in pixels
+
+
+class Cropping(Protocol):
+    """Turns the pixels of an image into a crop of a size: height and width in pixels."""
+
+    def __call__(self, pixels: Pixels, size: tuple[int, int], rng: np.random.Generator) -> Crop:
+        """Crop an image."""
+
+
+def resize(pixels: Pixels, box: Box, size: tuple[int, int], interpolation: Interpolation) -> Crop:
+    """Resize a box of an image, with the antialiasing of Pillow.
+
+    Only the box is resized: all of a 1 x 10,000 image would become 256 x 2,560,000 pixels.
+    """
+    left, top, right, bottom = box
+    crop = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)[None]
+    return F.interpolate(crop, size, mode=interpolation, antialias=True)[0]
 
 
 @dataclass(frozen=True)
 class RandomCrops:
-    """Random resized crops.
+    """Random resized crops, half of them flipped.
 
     Attributes:
         area: Least and largest share of the image in a crop.
@@ -131,20 +137,36 @@ class RandomCrops:
     area: tuple[float, float] = (0.2, 1.0)
     interpolation: Interpolation = "bicubic"
 
-    def __call__(
-        self, image: Image.Image, size: tuple[int, int], rng: np.random.Generator
-    ) -> Image.Image:
+    def __call__(self, pixels: Pixels, size: tuple[int, int], rng: np.random.Generator) -> Crop:
         """Crop a random box of an image and resize it to height and width in pixels."""
-        box = random_box(image.width, image.height, rng, area=self.area)
-        height, width = size
-        resampling = Image.Resampling[self.interpolation.upper()]
-        return image.crop(box).resize((width, height), resampling)
+        height, width = pixels.shape[:2]
+        box = random_box(width, height, rng, area=self.area)
+        crop = resize(pixels, box, size, self.interpolation)
+        return crop.flip(-1) if rng.integers(2) else crop
+
+
+@dataclass(frozen=True)
+class CenterCrops:
+    """Center crops of evaluation: 224 of 256 pixels of the shorter side, resized bicubically."""
+
+    def __call__(
+        self, pixels: Pixels, size: tuple[int, int], rng: np.random.Generator | None = None
+    ) -> Crop:
+        """Crop the center of an image; nothing is drawn."""
+        height, width = pixels.shape[:2]
+        scale = max(size[0] / height, size[1] / width) * CENTER_MARGIN
+        box_height, box_width = (
+            min(length, max(1, round(side / scale)))
+            for length, side in zip((height, width), size, strict=True)
+        )
+        left, top = (width - box_width) // 2, (height - box_height) // 2
+        return resize(pixels, (left, top, left + box_width, top + box_height), size, "bicubic")
 
 
 def random_box(
     width: int, height: int, rng: np.random.Generator, *, area: tuple[float, float]
-) -> tuple[int, int, int, int]:
-    """Draw left, top, right and bottom of a box inside an image, in pixels."""
+) -> Box:
+    """Draw a box inside an image."""
     for _ in range(10):
         pixels = width * height * rng.uniform(*area)
         ratio = math.exp(rng.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
@@ -157,17 +179,6 @@ def random_box(
     box_height = min(height, round(width / CROP_RATIO[0]))
     left, top = (width - box_width) // 2, (height - box_height) // 2
     return left, top, left + box_width, top + box_height
-
-
-def center_crop_to(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Crop the center as evaluation does: 224 of 256 pixels of the shorter side."""
-    return center_crop(image, size, scale=covering_scale(image, size) * CENTER_MARGIN)
-
-
-def model_input(image: Image.Image) -> Float[Tensor, "3 height width"]:
-    """Normalize a crop."""
-    inputs, _, _ = NORMALIZE(to_unit(to_bytes(image))[None])
-    return inputs[0]
 
 
 def picture_size(image_size: tuple[int, int]) -> tuple[int, int]:

@@ -9,16 +9,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from recipes.engine.data.augment import Augmentation
-from recipes.engine.data.files import (
-    UNREADABLE,
-    ImageFiles,
-    check_readable,
-    hold_out,
-    list_images,
-    read_image,
-    relabel,
-)
-from recipes.engine.data.images import NORMALIZE, center_crop_to, model_input
+from recipes.engine.data.decode import DECODE, Decoder
+from recipes.engine.data.folder import Crops, split_folder
+from recipes.engine.data.images import NORMALIZE, CenterCrops
 from recipes.engine.data.load import load_data
 from recipes.engine.data.sets import DataSet, Item, ProbeData, TrainSet
 from recipes.engine.errors import UserError
@@ -71,47 +64,13 @@ class StoredImages(TrainSet):
         return (image.flip(-1) if flipped else image), sample_id
 
 
-@dataclass(frozen=True, eq=False)
-class AugmentedFiles(TrainSet):
-    """Image files: augmented for training, center crops for testing.
-
-    Attributes:
-        files: The images, indexed by sample id.
-        image_size: Height and width of a model input in pixels.
-        augmentation: Augmentation; None for center crops.
-        seed: Seed of the run.
-        unreadable: Ids of images that this process could not read.
-    """
-
-    files: ImageFiles
-    image_size: tuple[int, int]
-    augmentation: Augmentation | None
-    seed: int
-    unreadable: set[int]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: tuple[int, int]) -> Item:
-        epoch, sample_id = index
-        try:
-            image = read_image(self.files.path(sample_id))
-        except UNREADABLE:
-            self.unreadable.add(sample_id)
-            check_readable(self.files, self.unreadable)
-            return None, sample_id
-        if self.augmentation is None:
-            return model_input(center_crop_to(image, self.image_size)), sample_id
-        rng = sample_rng(self.seed, epoch, sample_id)
-        return self.augmentation(image, self.image_size, rng), sample_id
-
-    def describe(self, sample_id: int) -> str:
-        """Return the path of an image."""
-        return str(self.files.path(sample_id))
-
-
 def load_labelled(
-    name: str, *, image_size: tuple[int, int], augmentation: Augmentation, seed: int
+    name: str,
+    *,
+    image_size: tuple[int, int],
+    augmentation: Augmentation,
+    seed: int,
+    decode: Decoder = DECODE,
 ) -> LabelledData:
     """Load a labelled data set.
 
@@ -123,12 +82,13 @@ def load_labelled(
         augmentation: Augmentation of the images in a folder. Photos are only flipped, and digits
             are not augmented.
         seed: Seed of the run.
+        decode: How the images in a folder are decoded.
 
     Raises:
         UserError: If there is no such data set, or it has no labels.
     """
     if name not in ("photos", "digits") and Path(name).is_dir():
-        return _load_folder(name, image_size, augmentation, seed)
+        return _load_folder(name, image_size, augmentation, seed, decode)
     data = load_data(name, image_size=image_size, seed=seed)
     probe: ProbeData | None = data.probe
     assert probe is not None  # bundled sets have labels
@@ -140,34 +100,28 @@ def load_labelled(
 
 
 def _load_folder(
-    name: str, image_size: tuple[int, int], augmentation: Augmentation, seed: int
+    name: str, image_size: tuple[int, int], augmentation: Augmentation, seed: int, decode: Decoder
 ) -> LabelledData:
-    folder = Path(name)
-    if not (folder / "train").is_dir():
-        raise UserError(f"--data {name} has no labels: expected train/<class>/<image> in it")
-    train, class_names = list_images(folder / "train", labelled=True)
-    if not class_names:
-        raise UserError(f"--data {name} has no labels: expected train/<class>/<image> in it")
-    if (folder / "val").is_dir():
-        test, val_names = list_images(folder / "val", labelled=True)
-        test = relabel(test, val_names, class_names)
-    else:
-        train, test = hold_out(train, labelled=True)
+    no_labels = UserError(f"--data {name} has no labels: expected train/<class>/<image> in it")
+    if not (Path(name) / "train").is_dir():
+        raise no_labels
+    split = split_folder(Path(name))
+    if not split.class_names:
+        raise no_labels
+    train, test = (
+        Crops(samples, decode, crop, image_size, seed)
+        for samples, crop in ((split.train, augmentation), (split.held_out, CenterCrops()))
+    )
     data = DataSet(
         name=name,
         in_channels=3,
-        class_names=class_names,
-        train=AugmentedFiles(train, image_size, augmentation, seed, set()),
-        pictures=[],
+        class_names=split.class_names,
+        train=train,
         normalize=NORMALIZE,
-        load_probe=None,
+        content=split.content,
     )
-    return LabelledData(
-        data,
-        torch.from_numpy(train.labels),
-        AugmentedFiles(test, image_size, None, seed, set()),
-        torch.from_numpy(test.labels),
-    )
+    train_labels, test_labels = map(torch.from_numpy, (split.train.labels, split.held_out.labels))
+    return LabelledData(data, train_labels, test, test_labels)
 
 
 def _with_train(data: DataSet, train: TrainSet) -> DataSet:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from recipes.engine.data.decode import DECODE, Decoder
 from recipes.engine.data.images import Interpolation
 from recipes.engine.data.sets import DataSet
 from recipes.engine.errors import UserError
@@ -14,6 +15,7 @@ def load_data(
     seed: int,
     crop_area: tuple[float, float] = (0.2, 1.0),
     interpolation: Interpolation = "bicubic",
+    decode: Decoder = DECODE,
 ) -> DataSet:
     """Load a data set by its name.
 
@@ -24,6 +26,7 @@ def load_data(
         seed: Seed of the run, 0 or more.
         crop_area: Least and largest share of the image in a random crop; for folders only.
         interpolation: How random crops are resized; for folders only.
+        decode: How images are decoded; for folders only.
 
     Returns:
         The data set.
@@ -54,5 +57,5 @@ def load_data(
         from recipes.engine.data.images import RandomCrops
 
         crops = RandomCrops(crop_area, interpolation)
-        return load_folder(name, image_size=size, seed=seed, crops=crops)
+        return load_folder(name, image_size=size, seed=seed, crop=crops, decode=decode)
     raise UserError(f"no data set {name!r}: choose photos, digits or an existing folder of images")

@@ -17,14 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from recipes.engine.data.images import (
-    PICTURE_SIZE,
-    center_crop,
-    covering_scale,
-    normalize_by_image,
-    to_bytes,
-    to_unit,
-)
+from recipes.engine.data.images import PICTURE_SIZE, normalize_by_image, to_bytes, to_unit
 from recipes.engine.data.sets import DataSet, DrawnImages, draw_probe
 from recipes.engine.errors import UserError
 
@@ -240,3 +233,26 @@ def tiled_picture(
         for length, side in zip((part.height, part.width), image_size, strict=True)
     )
     return to_unit(to_bytes(center_crop(part, (height, width), scale=scale)))
+
+
+def center_crop(image: Image.Image, size: tuple[int, int], *, scale: float) -> Image.Image:
+    """Resize an image and crop its center.
+
+    Args:
+        image: The image.
+        size: Height and width of the result in pixels.
+        scale: Factor by which the image is resized.
+
+    Returns:
+        The crop.
+    """
+    height, width = size
+    left = max(0.0, (image.width - width / scale) / 2)
+    top = max(0.0, (image.height - height / scale) / 2)
+    box = (left, top, image.width - left, image.height - top)
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+
+
+def covering_scale(image: Image.Image, size: tuple[int, int]) -> float:
+    """Return the smallest resize factor with which an image covers a size in pixels."""
+    return max(size[0] / image.height, size[1] / image.width)

@@ -8,25 +8,30 @@ Axes: batch images, channels, height and width in pixels. `image_size` is (heigh
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from recipes.engine.data.images import Normalize, as_they_are, to_unit
+from recipes.engine.data.images import Normalize, as_they_are, model_inputs, to_unit
+from recipes.engine.errors import UserError, escaped
 from recipes.engine.seeds import sample_rng
 
 # Photos and digits are drawn at random. An epoch is this many images.
 IMAGES_PER_EPOCH = 12_800
 
 
-# A model input (None if the image cannot be read) and its sample id.
+# A run stops when more images than this and a larger share of the data set are unreadable.
+MAX_UNREADABLE = 10
+MAX_UNREADABLE_SHARE = 0.01
+
+# An image (None if it cannot be read) and its sample id.
 Item = tuple[Tensor | None, int]
 
 
@@ -39,11 +44,79 @@ class TrainSet(Dataset[Item], ABC):
 
     @abstractmethod
     def __getitem__(self, index: tuple[int, int]) -> Item:
-        """Return a model input (None if the image cannot be read) and its sample id."""
+        """Return an image (None if it cannot be read) and its sample id.
+
+        The image is a model input; or bytes (uint8), which `to_inputs` turns into one.
+        """
+
+    def to_inputs(self, images: Shaped[Tensor, batch * shape]) -> Float[Tensor, batch * shape]:
+        """Turn images into model inputs, on the device that they are on.
+
+        So bytes, not floats, cross from a worker to the training process and to the device.
+        """
+        return model_inputs(images, as_they_are)
 
     def describe(self, sample_id: int) -> str:
         """Return a readable name of a sample."""
         return f"sample {sample_id}"
+
+
+def check_readable(samples: TrainSet, unreadable: Collection[int]) -> None:
+    """Check that few images are unreadable: the rule of every reader of a data set.
+
+    Args:
+        samples: The images.
+        unreadable: Sample ids of the images that could not be read, in all processes.
+
+    Raises:
+        UserError: If more than 10 images and more than 1 % of all images are unreadable, or all.
+    """
+    limit = max(MAX_UNREADABLE, MAX_UNREADABLE_SHARE * len(samples))
+    if len(unreadable) > limit or 0 < len(samples) == len(unreadable):
+        examples = ", ".join(escaped(samples.describe(id)) for id in sorted(unreadable)[:3])
+        count = f"{len(unreadable)} of {len(samples)} images cannot"
+        if len(unreadable) == len(samples):
+            count = f"none of the {len(samples)} images can"
+        raise UserError(f"{count} be read, among them {examples}: remove or replace them")
+
+
+def read_first(
+    samples: TrainSet, ids: Iterable[int], number: int, unreadable: set[int]
+) -> Iterator[tuple[Tensor, int]]:
+    """Read the first images that can be read, in epoch 0, and skip the others.
+
+    Args:
+        samples: The images.
+        ids: Sample ids to try.
+        number: Largest number of images to read.
+        unreadable: Gets the ids of images that cannot be read.
+
+    Yields:
+        Images and sample ids.
+
+    Raises:
+        UserError: If too many cannot be read.
+    """
+    for sample_id in ids:
+        if number == 0:
+            return
+        image, _ = samples[0, sample_id]
+        if image is None:
+            unreadable.add(sample_id)
+            check_readable(samples, unreadable)
+        else:
+            number -= 1
+            yield image, sample_id
+
+
+def first_inputs(samples: TrainSet, number: int) -> Float[Tensor, "images channels *spatial"]:
+    """Return the model inputs of the first images that can be read.
+
+    Raises:
+        UserError: If too many cannot be read.
+    """
+    images = [image for image, _ in read_first(samples, range(len(samples)), number, set())]
+    return samples.to_inputs(torch.stack(images))
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +150,7 @@ class DataSet:
         normalize: Turns images [B, C, H, W] in [0, 1] into model inputs, and also returns a mean
             and a standard deviation with `images == inputs * std + mean`.
         load_probe: Loads the labelled images for the probes; None without labels.
+        content: Number and hash of stored samples; None if images are drawn.
     """
 
     name: str
@@ -86,11 +160,43 @@ class DataSet:
     pictures: Sequence[Tensor] = ()
     normalize: Normalize = as_they_are
     load_probe: Callable[[], ProbeData] | None = None
+    content: str | None = None
 
     @cached_property
     def probe(self) -> ProbeData | None:
         """Labelled images for the probes, loaded at first use; None without labels."""
         return None if self.load_probe is None else self.load_probe()
+
+
+class Batch(NamedTuple):
+    """The readable images of a batch.
+
+    Attributes:
+        images: Model inputs, or bytes until they are on the device; none if no image could be read.
+        sample_ids: Sample id of each image.
+        unreadable_ids: Sample ids of the images that could not be read.
+    """
+
+    images: (
+        Float[Tensor, "batch channels height width"] | UInt8[Tensor, "batch channels height width"]
+    )
+    sample_ids: Int64[Tensor, " batch"]
+    unreadable_ids: list[int]
+
+
+def collate(items: Batch | Iterable[Item]) -> Batch:
+    """Stack the readable items of a batch, if the data set has not done so."""
+    if isinstance(items, Batch):
+        return items
+    images, sample_ids, unreadable_ids = [], [], []
+    for image, sample_id in items:
+        if image is None:
+            unreadable_ids.append(sample_id)
+        else:
+            images.append(image)
+            sample_ids.append(sample_id)
+    stacked = torch.stack(images) if images else torch.empty(0, 0, 0, 0)
+    return Batch(stacked, torch.tensor(sample_ids, dtype=torch.int64), unreadable_ids)
 
 
 class ImageSource(Protocol):
@@ -122,44 +228,21 @@ class DrawnImages(TrainSet):
         return IMAGES_PER_EPOCH
 
     def __getitem__(self, index: tuple[int, int]) -> Item:
-        return self.__getitems__([index])[0]
+        return self._draw(*index), index[1]
 
-    def __getitems__(self, indices: list[tuple[int, int]]) -> list[Item]:
-        """Return the items of a batch, normalized together. `DataLoader` calls this method."""
+    def __getitems__(self, indices: list[tuple[int, int]]) -> Batch:
+        """Return a batch. `DataLoader` calls this method."""
         images = torch.stack([self._draw(epoch, sample_id) for epoch, sample_id in indices])
-        inputs, _, _ = self.normalize(to_unit(images))
-        return [(image, index[1]) for image, index in zip(inputs, indices, strict=True)]
+        sample_ids = torch.tensor([sample_id for _, sample_id in indices])
+        return Batch(images, sample_ids, [])
+
+    def to_inputs(self, images: Shaped[Tensor, batch * shape]) -> Float[Tensor, batch * shape]:
+        """Normalize images."""
+        return model_inputs(images, self.normalize)
 
     def _draw(self, epoch: int, sample_id: int) -> UInt8[Tensor, "channels height width"]:
         rng = sample_rng(self.seed, epoch, sample_id)
         return self.source.draw(int(rng.integers(self.source.num_classes)), rng)
-
-
-class Batch(NamedTuple):
-    """The readable images of a batch.
-
-    Attributes:
-        images: Model inputs; shape (0, 0, 0, 0) if no image could be read.
-        sample_ids: Sample id of each image.
-        unreadable_ids: Sample ids of the images that could not be read.
-    """
-
-    images: Float[Tensor, "batch channels height width"]
-    sample_ids: Int64[Tensor, " batch"]
-    unreadable_ids: list[int]
-
-
-def collate(items: Iterable[Item]) -> Batch:
-    """Stack the readable items of a batch."""
-    images, sample_ids, unreadable_ids = [], [], []
-    for image, sample_id in items:
-        if image is None:
-            unreadable_ids.append(sample_id)
-        else:
-            images.append(image)
-            sample_ids.append(sample_id)
-    stacked = torch.stack(images) if images else torch.empty(0, 0, 0, 0)
-    return Batch(stacked, torch.tensor(sample_ids, dtype=torch.int64), unreadable_ids)
 
 
 def draw_probe(

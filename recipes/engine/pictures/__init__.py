@@ -6,7 +6,10 @@ puts the pictures that all the runs have beside each other, each under its folde
 its configuration has different from the others'.
 """
 
+import contextlib
+import io
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,30 +19,44 @@ import torch
 import tyro
 from einops import rearrange
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from mimkit import masking, viz
 from recipes.engine.data.sets import DataSet, ProbeData
-from recipes.engine.errors import UserError, escaped
+from recipes.engine.errors import UserError, escaped, say
 from recipes.engine.masks import first
 from recipes.engine.probes import Features, compute_features, fit_attentive, standardize
 from recipes.engine.reading import UnreadableError, read_yaml
 from recipes.engine.run.cli import run_command
 from recipes.engine.run.config import Recipe, RunConfig
 from recipes.engine.run.folder import RunFolder
+from recipes.engine.writing import write_atomically
 
 _ATTENTION_ROWS = 8  # images in the picture of attention
 _ENLARGED = 4
+_SOFTWARE = "mimkit"
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def save_picture(picture: Image.Image, file: Path) -> None:
+    """Write a picture atomically, as PNG with the name of this program."""
+    content, about = io.BytesIO(), PngInfo()
+    about.add_text("Software", _SOFTWARE)
+    picture.save(content, format="PNG", pnginfo=about)
+    write_atomically(file, content.getvalue())
 
 
 def draw_curves(folder: RunFolder) -> None:
     """Draw the loss over the steps, beside what trivial predictors score."""
-    metrics = folder.read_metrics()
-    names = metrics[0]["baselines"]
+    rows = folder.read_metrics()
+    names = rows[-1].get("baselines", {})
+    # A row has no predictors if the main process had no image that could be read.
+    metrics = [row for row in rows if row.get("baselines", {}).keys() == names.keys()]
     series = {"loss": [row["loss"] for row in metrics]}
     series |= {name: [row["baselines"][name] for row in metrics] for name in names}
     picture = viz.curves([row["step"] for row in metrics], series, title="loss")
-    picture.save(folder.path / "curves.png")
+    save_picture(picture, folder.path / "curves.png")
 
 
 @torch.no_grad()
@@ -107,7 +124,7 @@ def draw_columns(
         captions = [captions[0], *found]
         rows.append([picture.join(tiles) for tiles in (picture.tiles, *found.values())])
     if rows:
-        viz.panel(rows, captions, note=note).save(file)
+        save_picture(viz.panel(rows, captions, note=note), file)
 
 
 def _note(recipe: Recipe, model: nn.Module) -> str:
@@ -190,7 +207,7 @@ def draw_attention(
         )
     panel = [list(row) for row in zip(*columns.values(), strict=True)]
     note = "The line encloses the patches that hold half of the attention (mean over heads)."
-    viz.panel(panel, list(columns), note=note).save(folder.path / "attention.png")
+    save_picture(viz.panel(panel, list(columns), note=note), folder.path / "attention.png")
 
 
 # Several runs
@@ -213,22 +230,38 @@ def place_side_by_side(runs: Sequence[Path], out: Path) -> list[Path]:
     if len(runs) < 2:
         raise UserError("give the folders of two or more runs")
     captions = _captions([_config_of(run) for run in runs], runs)
-    names = sorted(set.intersection(*({file.stem for file in run.glob("*.png")} for run in runs)))
+    found = ({file.stem for file in run.glob("*.png") if file.is_file()} for run in runs)
+    names = sorted(set.intersection(*found))
     if not names:
-        raise UserError(f"no picture is in all of {', '.join(map(escaped, map(str, runs)))}")
+        raise UserError(f"no picture is in all of {', '.join(map(str, runs))}")
     sheets = {
         out / f"{name}-side-by-side.png": _beside(
             [_read_picture(run / f"{name}.png") for run in runs], captions
         )
         for name in names
     }
+    for file in sheets:
+        _check_ours(file)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for file, sheet in sheets.items():
-            sheet.save(file)
+            save_picture(sheet, file)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written to: {error.strerror}") from error
     return list(sheets)
+
+
+def _check_ours(file: Path) -> None:
+    """Check that a file does not exist, or is a picture that `save_picture` wrote."""
+    if not os.path.lexists(file):
+        return
+    if file.is_file() and not file.is_symlink():
+        with contextlib.suppress(*_UNREADABLE), Image.open(file) as picture:
+            if picture.info.get("Software") == _SOFTWARE:
+                return
+    raise UserError(
+        f"{file} exists and was not written by this program: move it, or give another --out"
+    )
 
 
 def _config_of(run: Path) -> dict[str, Any]:
@@ -258,7 +291,9 @@ def _captions(configs: Sequence[Mapping[str, Any]], runs: Sequence[Path]) -> lis
     if len(set(folders)) < len(folders):  # the same name in several places
         folders = [str(run) for run in runs]
     return [
-        "\n".join([folder, *(f"{name}: {config.get(name)}" for name in different[:8])])
+        "\n".join(
+            map(escaped, [folder, *(f"{n}: {config[n]}" for n in different[:8] if n in config)])
+        )
         for folder, config in zip(folders, configs, strict=True)
     ]
 
@@ -266,7 +301,7 @@ def _captions(configs: Sequence[Mapping[str, Any]], runs: Sequence[Path]) -> lis
 def _read_picture(file: Path) -> Image.Image:
     try:
         return Image.open(file).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{file} cannot be read: it is not a whole picture") from error
 
 
@@ -281,7 +316,7 @@ def _beside(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.I
         for number, text in enumerate(caption.split("\n")):
             most = max(picture.width // 7, 12)  # characters of the built-in font
             shown = text if len(text) <= most else f"{text[: most - 3]}..."
-            pen.text((left, gap + number * line), escaped(shown), fill="black")
+            pen.text((left, gap + number * line), shown, fill="black")
         sheet.paste(picture, (left, top))
         left += picture.width + gap
     return sheet
@@ -305,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command(options: SideBySide) -> None:
         for file in place_side_by_side(options.runs, options.out):
-            print(file)
+            say(file)
 
     return run_command(
         command,

@@ -1,27 +1,20 @@
 """Pre-trained encoders: load them from files, and check that they fit."""
 
 import dataclasses
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from mimkit._checks import unwrap
-from mimkit.interop import load_checkpoint
-from recipes.engine.errors import UserError, reason_of
+from recipes.engine.errors import UserError
+from recipes.engine.pretrained.files import check_finite, read_weights
 from recipes.engine.pretrained.shapes import KINDS, Encoder, EncoderShape
 from recipes.engine.reading import UnreadableError, read_yaml
 from recipes.engine.run.cli import Options
-from recipes.engine.run.config import digest_of
 
-_UNREADABLE = (
-    OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError,
-)  # fmt: skip
 # Modules after the last block: pre-training and fine-tuning have different ones.
 _AFTER_BLOCKS = ("norm.", "fusions.")
 _CLASSIFIER = ("fc_norm.", "head.")
@@ -88,17 +81,17 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
         raise UserError(
             f"--encoder {path} is not a file: give an encoder.safetensors or a checkpoint"
         )
-    try:
-        checkpoint = load_checkpoint(path)
-        digest = digest_of(path)
-    except _UNREADABLE as error:
-        raise UserError(f"--encoder {path} cannot be read: {reason_of(error)}") from error
-    tensors = unwrap(checkpoint) if isinstance(checkpoint, Mapping) else {}
+    file = read_weights("--encoder", path)
+    tensors = file.tensors
     kind = next((kind for kind in KINDS if kind.holds(set(tensors))), None)
     if kind is None:
         known = " or ".join(kind.kind for kind in KINDS)
         raise UserError(f"--encoder {path} holds no encoder: expected a {known}")
-    weights = kind.under_our_names(tensors)
+    try:
+        weights = kind.under_our_names(tensors)
+    except ValueError as error:
+        raise UserError(f"--encoder {path} holds no encoder: {error}") from error
+    check_finite("--encoder", path, weights)
     found = _shape_from_config(path, kind)
     if found is None:
         if not isinstance(shape, kind):
@@ -106,9 +99,36 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
                 f"--encoder {path} holds a {kind.kind}: give a --preset with the shape of one, or "
                 "put the config.yaml of its run beside it"
             )
-        in_channels = weights[kind.first_weight].shape[1]
-        found = dataclasses.replace(shape, in_channels=in_channels)
-    return EncoderFile(path, digest, found.read(weights), weights)
+        first = weights[kind.first_weight]
+        if first.ndim < 2:
+            raise UserError(
+                f"--encoder {path}: {kind.first_weight} has shape {tuple(first.shape)}, without "
+                "channels"
+            )
+        found = dataclasses.replace(shape, in_channels=first.shape[1])
+    else:
+        _check_shape(path, found.read(weights), weights)
+    return EncoderFile(path, file.digest, found.read(weights), weights)
+
+
+def _check_shape(path: Path, shape: EncoderShape, weights: Mapping[str, Tensor]) -> None:
+    """Check that a shape from a file is that of the weights, before an encoder of it is built."""
+    try:
+        with torch.device("meta"):  # no memory, whatever the shape
+            wanted = shape.build().state_dict()
+    except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
+        raise UserError(
+            f"{path.with_name('config.yaml')} has no shape of an encoder: move it elsewhere"
+        ) from error
+    for name, tensor in wanted.items():
+        fits = name.startswith(_AFTER_BLOCKS) or (
+            name in weights and weights[name].shape == tensor.shape
+        )
+        if not fits:
+            raise UserError(
+                f"{path.with_name('config.yaml')} does not fit {path.name}: {name} must have shape "
+                f"{tuple(tensor.shape)}; move it elsewhere"
+            )
 
 
 def _shape_from_config(path: Path, kind: type[EncoderShape]) -> EncoderShape | None:
@@ -119,8 +139,9 @@ def _shape_from_config(path: Path, kind: type[EncoderShape]) -> EncoderShape | N
     try:
         model = read_yaml(file)["model"]
         names = {field.name for field in dataclasses.fields(kind)} - kind.inferred_fields
-        values = {name: model[name] for name in names}
-    except (UnreadableError, KeyError, TypeError) as error:
+        missing = {name for name in kind.optional_fields if model.get(name) is None}
+        values = {name: model[name] for name in names - missing}
+    except (UnreadableError, AttributeError, KeyError, TypeError) as error:
         raise UserError(
             f"{file} does not hold the shape of a {kind.kind}: move it elsewhere"
         ) from error

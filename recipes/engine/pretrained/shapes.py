@@ -30,6 +30,7 @@ class EncoderShape(ABC):
         not_decayed: Suffixes of the names of parameters that have more than one axis but no weight
             decay.
         inferred_fields: Fields that `read` infers from the weights.
+        optional_fields: Fields that a run's configuration may lack, or leave at None.
         first_weight: Name of a weight whose second axis is the image channels.
     """
 
@@ -37,6 +38,7 @@ class EncoderShape(ABC):
     has_class_token: ClassVar[bool]
     not_decayed: ClassVar[tuple[str, ...]]
     inferred_fields: ClassVar[frozenset[str]] = frozenset()
+    optional_fields: ClassVar[frozenset[str]] = frozenset({"norm_eps", "act"})
     first_weight: ClassVar[str] = "patch_embed.proj.weight"
 
     image_size: Pixels | tuple[Pixels, ...] = 224
@@ -123,6 +125,8 @@ class ViTShape(EncoderShape):
     qkv_bias: bool | Literal["qv"] = True
     absolute_positions: bool = True
     relative_positions: Literal["block"] | None = None
+    norm_eps: PositiveFloat = 1e-6
+    act: Literal["gelu", "gelu_tanh"] = "gelu"
 
     @classmethod
     def holds(cls, names: set[str]) -> bool:
@@ -236,6 +240,8 @@ class SwinShape(EncoderShape):
     heads: tuple[PositiveInt, ...] = (4, 8, 16, 32)
     window: PositiveInt = 7
     mlp_ratio: PositiveFloat = 4.0
+    norm_eps: PositiveFloat = 1e-5
+    act: Literal["gelu", "gelu_tanh"] = "gelu"
 
     @classmethod
     def holds(cls, names: set[str]) -> bool:

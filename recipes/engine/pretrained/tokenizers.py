@@ -1,9 +1,10 @@
 """Tokenizers: load trained ones from files, and apply them to model inputs."""
 
-import pickle
+import contextlib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -12,12 +13,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mimkit._grids import per_axis, sides_of
-from mimkit.interop import from_official, load_checkpoint
+from mimkit.interop import from_official
 from mimkit.nn import DiscreteVAE, PatchTokenizer
 from recipes.engine.data.images import NORMALIZE
-from recipes.engine.errors import UserError, reason_of
+from recipes.engine.errors import UserError, say
+from recipes.engine.pretrained.files import check_finite, read_weights
 
-_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError)
+_allows_missing = ContextVar("_allows_missing", default=False)
+
+
+@contextlib.contextmanager
+def missing_files_allowed() -> Iterator[None]:
+    """Let an untrained DALL-E encoder stand in for a file that is missing: for a dry run."""
+    token = _allows_missing.set(True)
+    try:
+        yield
+    finally:
+        _allows_missing.reset(token)
 
 
 def to_pixels(inputs: Float[Tensor, "batch channels *spatial"]) -> Tensor:
@@ -163,19 +175,25 @@ def load_tokenizer(
         UserError: If the file cannot be read or holds no tokenizer, or the tokenizer does not fit
             the images.
     """
+    sizes = sides_of("image_size", image_size)
+    if _allows_missing.get() and not path.exists():
+        vae = DiscreteVAE(in_channels=in_channels, has_decoder=False)
+        return ImageTokenizer(vae, sizes, per_axis("patch_size", patch_size, len(sizes)))
     if not path.is_file():
         raise UserError(
             f"--tokenizer {path} is not a file: give a tokenizer.safetensors of "
             "recipes/tokenizer.py, the weights of DALL-E's encoder, or patches"
         )
-    try:
-        weights = load_checkpoint(path)
-    except _UNREADABLE as error:
-        raise UserError(f"--tokenizer {path} cannot be read: {reason_of(error)}") from error
+    weights = read_weights("--tokenizer", path).tensors
+    check_finite("--tokenizer", path, weights)
     ours = "encoder.blocks.input.weight" in weights
-    vae = build_vae(path, weights if ours else from_official("dalle", weights))
+    try:
+        renamed = weights if ours else from_official("dalle", weights)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--tokenizer {path} holds no discrete VAE: {error}") from error
+    vae = build_vae(path, renamed)
     if vae.decoder is None:
-        print(
+        say(
             f"warning: --tokenizer {path} has no decoder: predictions are drawn gray",
             file=sys.stderr,
         )
@@ -183,7 +201,6 @@ def load_tokenizer(
         raise UserError(
             f"--tokenizer {path} takes images of {vae.in_channels} channels, not {in_channels}"
         )
-    sizes = sides_of("image_size", image_size)
     try:
         return ImageTokenizer(vae, sizes, per_axis("patch_size", patch_size, len(sizes)))
     except ValueError as error:

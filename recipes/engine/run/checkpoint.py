@@ -1,15 +1,20 @@
-"""Checkpoints of a run: written atomically and asynchronously.
+"""Checkpoints of a run: written atomically and asynchronously, read only if they are whole.
 
-A checkpoint is a folder `checkpoints/step-<n>`. `torch.distributed.checkpoint` writes it under a
-temporary name; then it gets a completion marker and its final name. A folder without the marker or
-with a temporary name is left from a killed run: it is ignored, and removed at the next save.
+A checkpoint is a folder `checkpoints/step-<n>`. It is written under a temporary name
+(`storage.py`), and then gets a completion marker, which has the digests of all its files and of
+itself, and its final name. What is left from a killed run has the temporary name: it is ignored,
+and removed at the next save. A checkpoint whose digests do not agree with its files is damaged: it
+is named and kept under another name, and the newest whole one is taken.
+
+Nothing is removed or replaced but folders that this module has made: the first file in them is
+`.mimkit`.
 
 Training waits only until the state is copied. A separate thread writes the copy.
 """
 
 import contextlib
 import re
-import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,11 +29,25 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 from torch.optim import Optimizer
 
-from recipes.engine.errors import UserError
+from recipes.engine.errors import UserError, escaped, say
+from recipes.engine.reading import UnreadableError, read_sealed, seal, sha256_of
+from recipes.engine.run.config import FORMAT
+from recipes.engine.run.storage import (
+    METADATA,
+    PART,
+    FileDigest,
+    LoadJSON,
+    Reader,
+    SaveJSON,
+    Writer,
+)
 from recipes.engine.run.world import World
+from recipes.engine.writing import PARTIAL, new_file, sync_folder, write_json
 
 _MARKER = "COMPLETE"
-_NAME = re.compile(r"step-(\d+)")
+_OURS = ".mimkit"
+_OURS_SAYS = b"a checkpoint of mimkit\n"
+_NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,18})")
 _KEPT = 2
 
 
@@ -54,15 +73,46 @@ class Checkpoints:
         self._writing: tuple[int, Future[None]] | None = None
 
     def steps(self) -> list[int]:
-        """Return the steps of the complete checkpoints, ascending."""
-        if not self.folder.is_dir():
-            return []
-        found = ((_NAME.fullmatch(path.name), path) for path in self.folder.iterdir())
-        return sorted(int(name[1]) for name, path in found if name and (path / _MARKER).exists())
+        """Return the steps of the checkpoints, ascending. Some may be damaged."""
+        found = ((_NAME.fullmatch(path.name), path) for path in _entries(self.folder))
+        return sorted(int(name[1]) for name, path in found if name and _is_ours(path))
 
     def path(self, step: int) -> Path:
         """Return the folder of a step's checkpoint."""
         return self.folder / f"step-{step:08d}"
+
+    def newest(self) -> int | None:
+        """Return the step of the newest whole checkpoint, None without one, in every process.
+
+        Newer ones, which are damaged, are named on stderr and renamed.
+        """
+        # The main process chooses: another process may see a folder that is being renamed.
+        return self.world.agree(self._newest() if self.world.is_main else None)
+
+    def _newest(self) -> int | None:
+        damaged: list[tuple[int, str]] = []
+        for step in reversed(self.steps()):
+            damage = find_damage(self.path(step))
+            if damage is None:
+                self._put_aside(damaged, f"going on from step {step}")
+                return step
+            damaged.append((step, damage))
+        self._put_aside(damaged, "no whole one is left: starting again")
+        return None
+
+    def _put_aside(self, damaged: list[tuple[int, str]], what_next: str) -> None:
+        """Rename damaged checkpoints, so that their steps can be saved again."""
+        for step, damage in damaged:
+            path = self.path(step)
+            number = 1
+            while (kept := path.with_name(f"{path.name}.damaged-{number}")).exists():
+                number += 1
+            path.rename(kept)
+            say(
+                f"warning: the checkpoint of step {step} is damaged ({escaped(damage)}) and now "
+                f"called {kept.name}; {what_next}",
+                file=sys.stderr,
+            )
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
         """Copy the state and start to write it; `finish` waits until it is written.
@@ -72,19 +122,23 @@ class Checkpoints:
                 touched.
         """
         self.finish()
-        partial = self.folder / f"{self.path(step).name}.partial"
+        partial = self.folder / f"{self.path(step).name}{PARTIAL}"
         with self._explaining(step):
             if self.world.is_main:
                 self.clean()
                 partial.mkdir(parents=True)
+                with new_file(partial / _OURS) as file:
+                    file.write(_OURS_SAYS)
             self.world.wait()
+            writer = Writer(partial)
             written: Any = dcp_async_save(
                 _state(model, optimizer),
-                checkpoint_id=partial,
+                storage_writer=writer,
+                planner=SaveJSON(),
                 process_group=self._group,
                 no_dist=self.world.size == 1,
             )
-        self._writing = step, self._thread.submit(self._complete, step, partial, written)
+        self._writing = step, self._thread.submit(self._complete, step, writer, written)
 
     def finish(self) -> None:
         """Wait until the checkpoint that is being written, if any, is complete.
@@ -97,12 +151,16 @@ class Checkpoints:
             with self._explaining(step):
                 complete.result()
 
-    def _complete(self, step: int, partial: Path, written: Future[None]) -> None:
+    def _complete(self, step: int, writer: Writer, written: Future[None]) -> None:
         """Mark a checkpoint as complete, then remove old ones."""
         written.result()  # in the main process: waits for the parts of all processes
         if self.world.is_main:
-            (partial / _MARKER).touch()
-            partial.rename(self.path(step))
+            digests = {**writer.files, _OURS: FileDigest.of(_OURS_SAYS)}
+            files = {name: [digest.size, digest.sha256] for name, digest in digests.items()}
+            marker = {"format": FORMAT, "step": step, "files": files}
+            write_json(writer.folder / _MARKER, seal(marker))
+            writer.folder.rename(self.path(step))
+            sync_folder(self.folder)
             self._remove_old()
 
     @contextlib.contextmanager
@@ -110,14 +168,21 @@ class Checkpoints:
         try:
             yield
         except (OSError, CheckpointException) as error:
-            kept = self.steps()
             raise UserError(
                 f"cannot write the checkpoint of step {step} to {self.folder}: {_reason(error)}; "
-                + (f"step {kept[-1]} is safe" if kept else "no earlier one exists")
+                + self.safe()
             ) from error
 
+    def safe(self) -> str:
+        """Say which step is safe. Its checkpoint has been verified, in the main process."""
+        steps = self.steps() if self.world.is_main else []
+        for step in reversed(steps):
+            if find_damage(self.path(step)) is None:
+                return f"the checkpoint of step {step} is safe"
+        return "no checkpoint is whole" if steps else "no checkpoint was written"
+
     def load(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
-        """Load a checkpoint into a model and its optimizer, for any number of processes.
+        """Load a whole checkpoint into a model and its optimizer, for any number of processes.
 
         Raises:
             UserError: If it belongs to another model.
@@ -125,31 +190,105 @@ class Checkpoints:
         path = self.path(step)
         try:
             state = _state(model, optimizer)
-            dcp_load(state, checkpoint_id=path, no_dist=self.world.size == 1)
+            dcp_load(
+                state,
+                storage_reader=Reader(path),
+                planner=LoadJSON(),
+                no_dist=self.world.size == 1,
+            )
             set_state_dict(
                 model,
                 optimizer,
                 model_state_dict=state["model"],
                 optim_state_dict=state["optimizer"],
             )
-        except (CheckpointException, KeyError, RuntimeError, ValueError) as error:
+        except (
+            CheckpointException, UnreadableError, KeyError, RuntimeError, TypeError, ValueError,
+        ) as error:  # fmt: skip
             raise UserError(
-                f"the checkpoint {path} is not of this model: {_reason(error)}"
+                f"the checkpoint {path} is not of this model: {escaped(_reason(error))}"
             ) from error
 
     def clean(self) -> None:
         """Remove incomplete checkpoints, which a killed run leaves."""
-        if not self.folder.is_dir():
-            return
-        for path in self.folder.iterdir():
-            complete = _NAME.fullmatch(path.name) and (path / _MARKER).exists()
-            if path.is_dir() and not complete:
-                shutil.rmtree(path)
+        for path in _entries(self.folder):
+            is_partial = path.name.endswith(PARTIAL)
+            if is_partial and _NAME.fullmatch(path.name.removesuffix(PARTIAL)) and _is_ours(path):
+                _remove(path)
 
     def _remove_old(self) -> None:
         for step in self.steps()[:-_KEPT]:
             if not (self.keep_every and step % self.keep_every == 0):
-                shutil.rmtree(self.path(step))
+                _remove(self.path(step))
+
+
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def check_checkpoints(folder: Path) -> None:
+    """Check that nothing is in the way of a run's checkpoints.
+
+    Raises:
+        UserError: If their folder is a link or a file, or something else in it has the name of a
+            checkpoint.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"{folder} is not a folder: move it elsewhere or choose another --out")
+    for path in _entries(folder):
+        if _NAME.fullmatch(path.name.removesuffix(PARTIAL)) and not _is_ours(path):
+            raise UserError(
+                f"{path} is not a checkpoint of this run: move it elsewhere or choose another --out"
+            )
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is one that this module has made: by its first file, or still empty."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    try:
+        return (folder / _OURS).is_file() or not any(folder.iterdir())
+    except FileNotFoundError:  # another thread or process has just renamed it
+        return False
+
+
+def _remove(folder: Path) -> None:
+    """Remove the files of a checkpoint, and their folder if nothing else is in it."""
+    ours = (_MARKER, _MARKER + PARTIAL, METADATA, METADATA + PARTIAL)
+    for path in folder.iterdir():
+        if (path.name in ours or PART.fullmatch(path.name)) and not path.is_symlink():
+            path.unlink()
+    # Last, so that the rest of a folder is still recognised if the process is killed here.
+    (folder / _OURS).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something else is in it
+        folder.rmdir()
+
+
+def find_damage(path: Path) -> str | None:
+    """Compare the files of a checkpoint with the digests in its completion marker.
+
+    Returns:
+        None if it is whole; otherwise what is wrong, with the name of the file.
+    """
+    try:
+        marker = read_sealed(path / _MARKER)
+        if path.name != f"step-{marker['step']:08d}" or METADATA not in marker["files"]:
+            raise UnreadableError("it is of another step")
+        digests = {name: FileDigest(*digest) for name, digest in marker["files"].items()}
+    except (UnreadableError, KeyError, TypeError, ValueError, AttributeError) as error:
+        return f"{_MARKER}: {_reason(error)}"
+    for name, digest in digests.items():
+        if name not in (_OURS, METADATA) and not PART.fullmatch(name):
+            return f"{_MARKER}: it names {name}"
+        try:
+            size = (path / name).lstat().st_size
+            if size != digest.size:  # known without reading it
+                return f"{name}: it has {size:,} bytes instead of {digest.size:,}"
+            if sha256_of(path / name, follow=False) != digest.sha256:
+                return f"{name}: its content does not have its digest"
+        except (OSError, UnreadableError) as error:
+            return f"{name}: {_reason(error)}"
+    return None
 
 
 def start_from(
@@ -160,16 +299,16 @@ def start_from(
     Raises:
         UserError: If `--resume` names no checkpoint, or is "never" and there is one.
     """
-    # The main process chooses: another process may see a folder that is being renamed.
     steps = checkpoints.world.agree(checkpoints.steps())
     if resume == "never" and steps:
         raise UserError(
             f"--resume never, but {checkpoints.folder} holds the checkpoint of step {steps[-1]}: "
             "choose another --out"
         )
-    if steps:
-        checkpoints.load(steps[-1], model, optimizer)
-        return steps[-1]
+    newest = checkpoints.newest()
+    if newest is not None:
+        checkpoints.load(newest, model, optimizer)
+        return newest
     origin = find_origin(resume, checkpoints.world, num_steps)
     if origin is None:
         return 0
@@ -182,17 +321,28 @@ def find_origin(resume: str, world: World, num_steps: int) -> tuple[Checkpoints,
     """Return the checkpoint of another run that `--resume` names; None for "auto" and "never".
 
     Raises:
-        UserError: If it is not a complete checkpoint, or is at or after the last step of this run.
+        UserError: If it is not a complete checkpoint, is damaged, or is at or after the last step
+            of this run.
     """
     if resume in ("auto", "never"):
         return None
     path = Path(resume)
     others = Checkpoints(path.parent, world)
     found = next((step for step in others.steps() if others.path(step) == path), None)
+    if found is None and (path / _MARKER).is_file():
+        raise UserError(
+            f"--resume {resume} is of an earlier version of mimkit, whose checkpoints have no "
+            "digests and could run code: start without it"
+        )
     if found is None:
         raise UserError(
             f"--resume {resume} is not a complete checkpoint: give auto, never or the folder of a "
             "checkpoint"
+        )
+    damage = world.agree(find_damage(path) if world.is_main else None)
+    if damage is not None:
+        raise UserError(
+            f"--resume {resume} is damaged ({escaped(damage)}): give another checkpoint"
         )
     if found >= num_steps:
         raise UserError(
@@ -213,4 +363,4 @@ def _reason(error: BaseException) -> str:
         failures = [failure[0] for failure in error.failures.values()]
         return _reason(failures[0]) if failures else "unknown"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())
+    return " ".join(text.split()) or type(error).__name__

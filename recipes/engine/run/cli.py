@@ -7,24 +7,30 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import docstring_parser
+import torch
 import tyro
 
-from recipes.engine.errors import LostProcessError, UserError
+from recipes import signals
+from recipes.engine.errors import ProcessError, UserError, say
 from recipes.engine.fields import (
     FieldError,
     PositiveFloat,
     PositiveInt,
+    Seconds,
     Seed,
     Workers,
+    admits,
     check_fields,
+    describe,
     shown,
 )
 from recipes.engine.reading import UnreadableError, read_yaml
-from recipes.engine.run.world import rank_from_environment
+from recipes.engine.run.world import world_from_environment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +50,9 @@ class Options:
         accumulate: Gradient accumulation: number of parts a batch is split into, to save memory.
         shard: Shard the weights over the processes of torchrun (FSDP2) instead of copying them
             (DDP).
+        timeout: Seconds to wait for another process of torchrun before giving up and naming it.
+        lock: Lock the output folder, so that only one job at a time writes it; --no-lock where the
+            file system has no locks.
         non_finite: What to do when the loss or gradient is not finite: "stop", or "rewind" to the
             last checkpoint and skip the batch.
         log_every: Steps between rows of metrics.jsonl; the first and last step always have one.
@@ -68,6 +77,8 @@ class Options:
     compile: bool = False
     accumulate: PositiveInt = 1
     shard: bool = False
+    timeout: Seconds = 1800.0
+    lock: bool = True
     non_finite: Literal["stop", "rewind"] = "stop"
     log_every: PositiveInt = 20
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
@@ -79,7 +90,19 @@ class Options:
 
 
 # Fields of every preset's model and training that become options.
-FLAGS = ("image_size", "epochs", "batch_size", "warmup_epochs", "precision")
+FLAGS = (
+    "image_size",
+    "epochs",
+    "batch_size",
+    "warmup_epochs",
+    "precision",
+    "orientation",
+    "background",
+    "value_range",
+)
+
+# PyTorch's message of an allocation on the CPU that fails.
+_NO_MEMORY = "can't allocate memory"
 
 OptionsType = TypeVar("OptionsType")
 
@@ -102,9 +125,13 @@ def run_command(
         arguments: Command-line arguments; by default those of the process.
 
     Returns:
-        The exit code: 0, or 2 after a `UserError`, which is printed as one line on stderr.
+        The exit code: 0; 2 after a `UserError` or where there is not enough memory, which is
+        printed as one line on stderr; or that of a signal (`signals.EXIT_CODES`), after which there
+        is one line, too.
     """
+    signals.forget()
     try:
+        world_from_environment()  # before anything that takes long
         command(
             parse_options(
                 options_type,
@@ -113,10 +140,25 @@ def run_command(
                 description=description,
             )
         )
-    except UserError as error:
-        if rank_from_environment() == 0 or isinstance(error, LostProcessError):
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not (
+            isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY in str(error)
+        ):
+            raise
+        say(
+            "error: there is not enough memory: give a smaller --batch-size or --image-size, a "
+            "larger --accumulate, or a smaller model",
+            file=sys.stderr,
+        )
         return 2
+    except UserError as error:
+        if isinstance(error, ProcessError) or world_from_environment().is_main:
+            say(f"error: {error}", file=sys.stderr)
+        return 2
+    except signals.Stopped as stop:
+        if world_from_environment().is_main:
+            say(stop, file=sys.stderr)
+        return stop.code
     return 0
 
 
@@ -218,7 +260,8 @@ def parse_options(
     """Parse the command line, with defaults from the YAML file that `--config` names.
 
     Raises:
-        UserError: If an option in either place is unknown, cannot be parsed or is out of range.
+        UserError: If an option in either place is unknown, cannot be parsed, is out of range, or
+            sets something that another one leaves out.
     """
     from_file = _yaml_arguments(_config_path(arguments), options_type)
     messages = io.StringIO()
@@ -233,12 +276,45 @@ def parse_options(
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        raise UserError(_one_line(messages.getvalue())) from None
+        message = _one_line(messages.getvalue())
+        message = _about_a_value(message, options_type) or message
+        raise UserError(message if len(message) <= 700 else f"{message[:697]}...") from None
     with refusing():
         check_fields(options)
-    if getattr(options, "out", None) == "":
-        raise UserError('--out "" names no folder: give the path of a folder, or omit --out')
+    _check_given(options)
     return options
+
+
+def _about_a_value(message: str, options_type: type[Any]) -> str | None:
+    """Say which values an option takes, if the parser's message is about a value."""
+    found = re.match(r"Error parsing (--[\w-]+)|.*?(?:argument|for) '(--[\w-]+)'", message)
+    kinds = get_type_hints(options_type, include_extras=True)
+    flag = found and (found[1] or found[2])
+    kind = kinds.get(flag.removeprefix("--").replace("-", "_")) if flag else None
+    if kind is None:
+        return None
+    got = re.search(r"choice ('.*?') for|instantiated from \[(.*?)\]\.", message)
+    value = (got[1] or got[2]) if got else "has no value"
+    value = value if len(value) <= 60 else f"{value[:57]}..."
+    return f"{flag} {value}: give {describe(kind)}"
+
+
+def _check_given(options: Any) -> None:
+    """Check what the types of the options cannot say.
+
+    Raises:
+        UserError: If an option that takes several values has none, or sets a part of the model that
+            another one leaves out, as `--no-decoder` does with `--decoder-depth`.
+    """
+    for name, value in vars(options).items():
+        if value == () and getattr(type(options), name) is None:
+            raise UserError(f"--{name.replace('_', '-')} has no value: give one or several")
+    given = {name: value for name, value in vars(options).items() if value not in (None, False)}
+    for switch in (name for name in given if name.startswith("no_")):
+        for name in given:
+            if name.startswith(f"{switch.removeprefix('no_')}_"):
+                flags = (f"--{each.replace('_', '-')}" for each in (switch, name))
+                raise UserError(f"{' and '.join(flags)} contradict each other: give one of them")
 
 
 def _config_path(arguments: Sequence[str]) -> Path | None:
@@ -253,31 +329,41 @@ def _config_path(arguments: Sequence[str]) -> Path | None:
 
 def _yaml_arguments(path: Path | None, options_type: type[Any]) -> list[str]:
     """Turn a YAML file into command-line arguments."""
-    if path is None:
+    known = get_type_hints(options_type, include_extras=True)
+    if path is None or known.pop("config", None) is None:
         return []
+    if not admits(str, str(path)):
+        raise UserError(f"--config {shown(str(path))} is not the name of a file")
     try:
         content = read_yaml(path) or {}
     except UnreadableError as error:
         raise UserError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold `option: value` lines; got {shown(content)}")
-    known = {field.name: field.type for field in dataclasses.fields(options_type)}
-    del known["config"]
     arguments: list[str] = []
     for name, value in content.items():
         option = str(name).replace("-", "_")
         if option not in known:
             choices = ", ".join(sorted(known))
-            raise UserError(f"--config {path} has an unknown key {name!r}: choose from {choices}")
+            raise UserError(
+                f"--config {path} has an unknown key {shown(name)}: choose from {choices}"
+            )
         flag = option.replace("_", "-")
-        if _is_switch(known[option]) and not isinstance(value, bool):
-            raise UserError(f"--config {path}: {name} must be true or false; got {shown(value)}")
-        if _is_switch(known[option]):
+        kind = known[option]
+        values = value if isinstance(value, list) else [value]
+        # YAML 1.1 reads yes and no as booleans, where a text or number may be meant.
+        if any(isinstance(each, bool) and not admits(kind, each) for each in values) or not all(
+            isinstance(each, str | int | float | date | None) for each in values
+        ):
+            raise UserError(f"--config {path}: {name} must be {describe(kind)}; got {shown(value)}")
+        if _is_switch(kind):
+            if not isinstance(value, bool):
+                raise UserError(
+                    f"--config {path}: {name} must be true or false; got {shown(value)}"
+                )
             arguments.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, list):
-            arguments += [f"--{flag}", *map(str, value)]
         elif value is not None:
-            arguments += [f"--{flag}", str(value)]
+            arguments += [f"--{flag}", *map(str, values)]
     return arguments
 
 
@@ -291,7 +377,4 @@ def _one_line(message: str) -> str:
     message = message.replace("{None}|", "")  # nobody types None: the option is omitted instead
     lines = (re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in message.splitlines())
     sentences = [line for line in lines if line and not re.match(r"[╭╰─+]|-+$", line)]
-    text = " ".join(sentences) if sentences else "the command line cannot be read"
-    # Why each type of a union does not fit, in the words of Python's types.
-    text = re.sub(r"Got errors:.*?(?=Argument helptext:|For full helptext|$)", "", text)
-    return text if len(text) <= 700 else f"{text[:697]}..."
+    return " ".join(sentences) if sentences else "the command line cannot be read"

@@ -4,30 +4,41 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from mimkit.masking import Mask
+from recipes.engine.data.decode import Background, Decoder, Orientation
 from recipes.engine.data.images import Interpolation
-from recipes.engine.errors import UserError
+from recipes.engine.errors import UserError, say
 from recipes.engine.fields import (
-    Fraction,
+    Beta,
+    Epochs,
+    FieldError,
     NonNegativeFloat,
     PositiveFloat,
+    PositiveFraction,
     PositiveInt,
     check_fields,
+    shown,
 )
 from recipes.engine.run import defaults
 from recipes.engine.run.cli import Options, override
 
-# Version of the files in a run folder. 2: one training loop for all recipes.
-FORMAT = 2
+# Pixels of a model input: 4096 x 16384, or a volume of 256 x 512 x 512.
+_MOST_PIXELS = 2**26
+
+# Version of the files in a run folder. 2: one training loop for all recipes. 3: digests in
+# checkpoints and summaries, no pickle.
+FORMAT = 3
 
 PresetType = TypeVar("PresetType")
 
@@ -51,26 +62,44 @@ class Training:
         clip_grad: Largest gradient norm; None for no clipping.
         crop_area: Least and largest share of the image in a random crop; for folders only.
         interpolation: How random crops are resized; for folders only.
+        orientation: Whether to "ignore" the orientation tag of image files, as the papers do, or to
+            "apply" it; for folders only.
+        background: Color under transparent pixels; for folders only.
+        value_range: Values that become black and white in gray images of 16 bits or more; by
+            default 0 to 65535; for folders only.
         precision: "fp32", or "bf16" for bfloat16 autocast.
     """
 
     epochs: PositiveInt
     batch_size: PositiveInt
     base_lr: PositiveFloat
-    warmup_epochs: NonNegativeFloat
+    warmup_epochs: Epochs
     weight_decay: NonNegativeFloat = 0.05
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     min_lr: NonNegativeFloat = 0.0
     warmup_lr: NonNegativeFloat = 0.0
     cosine_from_start: bool = False
-    milestones: tuple[NonNegativeFloat, ...] = ()
+    milestones: tuple[Epochs, ...] = ()
     clip_grad: PositiveFloat | None = None
-    crop_area: tuple[Fraction, Fraction] = (0.2, 1.0)
+    crop_area: tuple[PositiveFraction, PositiveFraction] = (0.2, 1.0)
     interpolation: Interpolation = "bicubic"
+    orientation: Orientation = "ignore"
+    background: Background = "black"
+    value_range: tuple[float, float] | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.crop_area[0] > self.crop_area[1]:
+            raise FieldError("crop_area", self.crop_area, "two shares, the smaller one first")
+        low, high = self.value_range or (0, 1)
+        if not -math.inf < low < high < math.inf:
+            raise FieldError("value_range", self.value_range, "two numbers, the smaller one first")
+
+    @property
+    def decoder(self) -> Decoder:
+        """How image files are decoded."""
+        return Decoder(self.orientation, self.background, self.value_range)
 
     @property
     def scaled_lr(self) -> float:
@@ -142,8 +171,8 @@ class RunConfig:
 
     Attributes:
         format: Format number of the run folder. Folders of another format are refused.
-        contents: Digests of the files that the configuration names (a tokenizer, a teacher); None
-            if there are none.
+        contents: Digests of the files that the configuration names (a tokenizer, a teacher), and
+            number and digest of the samples of a folder; None if there are none.
     """
 
     recipe: str
@@ -172,14 +201,30 @@ class RunConfig:
         is_on = self.training.precision == "bf16"
         return torch.autocast(self.device, dtype=torch.bfloat16, enabled=is_on)
 
+    def with_data(self, content: str | None) -> Self:
+        """Add the content of the data set to `contents`."""
+        if content is None:
+            return self
+        return dataclasses.replace(self, contents={**(self.contents or {}), "data": content})
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings, lists and dictionaries, as in `config.yaml`."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=_plain))
         return plain
 
+    def as_lines(self) -> list[str]:
+        """Return the lines of `config.yaml`."""
+        return yaml.safe_dump(self.as_dict(), sort_keys=False).splitlines()
+
     def digest(self) -> str:
-        """Return a hash of this configuration, of eight characters."""
-        text = json.dumps(self.as_dict(), sort_keys=True)
+        """Return a hash of this configuration, of eight characters.
+
+        It names the default output folder. The samples do not count: if they change, the folder is
+        found, and the change is an error.
+        """
+        plain = self.as_dict()
+        others = {name: one for name, one in (self.contents or {}).items() if name != "data"}
+        text = json.dumps(plain | {"contents": others or None}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -198,9 +243,9 @@ def choose_preset(options: Options, presets: Mapping[str, PresetType]) -> tuple[
     Raises:
         UserError: If there is no preset of that name.
     """
-    name = options.preset or next(iter(presets))
+    name = next(iter(presets)) if options.preset is None else options.preset
     if name not in presets:
-        raise UserError(f"no preset {name!r}: choose {', '.join(presets)}")
+        raise UserError(f"no preset {shown(name)}: choose {', '.join(presets)}")
     return name, presets[name]
 
 
@@ -229,14 +274,14 @@ def resolve(
     name, preset = choose_preset(options, presets)
     training = override(preset.training, options)
     model = override(preset.model if model is None else model, options)
-    return config_type(
+    config = config_type(
         recipe=recipe,
         preset=name,
         data=options.data,
         model=model,
         training=training,
         masking=None if preset.masking is None else override(preset.masking, options),
-        lr=options.lr or training.scaled_lr,
+        lr=training.scaled_lr if options.lr is None else options.lr,
         max_steps=options.max_steps,
         seed=options.seed,
         device=choose_device(options.device),
@@ -245,6 +290,12 @@ def resolve(
         contents=_contents(model) or None,
         **more,
     )
+    if math.prod(config.image_size) > _MOST_PIXELS:
+        raise UserError(
+            f"--image-size {shown(model.image_size)} is too large: give at most "
+            f"{_MOST_PIXELS:,} pixels in all"
+        )
+    return config
 
 
 def choose_device(name: str) -> str:
@@ -280,7 +331,7 @@ def warn_of_slow_precision(config: RunConfig) -> None:
     capability = torch.backends.cpu.get_cpu_capability()
     is_slow = config.device == "cpu" and not capability.startswith("AVX512")
     if config.training.precision == "bf16" and is_slow:
-        print(
+        say(
             f"warning: --precision bf16 is slow on this CPU ({capability}), which has no bfloat16 "
             "products; fp32 is faster",
             file=sys.stderr,
@@ -297,7 +348,7 @@ def warn_of_short_schedule(config: RunConfig) -> None:
         what = f"end before the rate falls, at epoch {late[0]:g}"
     else:
         return
-    print(
+    say(
         f"warning: {training.epochs} epochs {what}: preset {config.preset} is made for longer runs",
         file=sys.stderr,
     )

@@ -26,11 +26,18 @@ def baselines(
 
 
 def reconstruct(
-    model: Any, images: Float[Tensor, "batch channels *spatial"], mask: Mask
+    model: Any, images: Float[Tensor, "batch channels *spatial"], mask: Mask, **more: Any
 ) -> Float[Tensor, "batch channels *spatial"]:
-    """Fill in the masked patches; leave them gray where there is no way back to pixels."""
+    """Fill in the masked patches; leave them gray where there is no way back to pixels.
+
+    Args:
+        model: The model.
+        images: Model inputs.
+        mask: Which patches are masked.
+        more: More arguments of the model.
+    """
     patch_size = [size // n for size, n in zip(images.shape[2:], mask.grid, strict=True)]
-    prediction = model(images, mask).prediction.float()
+    prediction = model(images, mask, **more).prediction.float()
     try:
         patches = _target_of(model).invert(prediction, images, mask)
     except NotImplementedError:

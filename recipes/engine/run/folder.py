@@ -3,8 +3,8 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -17,11 +17,27 @@ import torch
 import yaml
 from torch import nn
 
-from recipes.engine.errors import UserError
-from recipes.engine.reading import UnreadableError, read_json, read_yaml
+from recipes.engine.errors import UserError, escaped, say
+from recipes.engine.reading import UnreadableError, read_yaml, seal
+from recipes.engine.run import state
+from recipes.engine.run.checkpoint import check_checkpoints
 from recipes.engine.run.config import RunConfig
 from recipes.engine.run.world import World
+from recipes.engine.writing import PARTIAL, write_atomically, write_json
 
+CHECKPOINTS = "checkpoints"
+_CONFIG = "config.yaml"
+_LOCK = ".lock"
+# What a run that was killed at once leaves.
+_BEFORE_CONFIG = (_LOCK, _CONFIG + PARTIAL)
+_FILES = (
+    _LOCK,
+    *(
+        name + suffix
+        for name in (_CONFIG, state.ENVIRONMENT, state.METRICS, state.SUMMARY, state.SKIPPED)
+        for suffix in ("", PARTIAL)
+    ),
+)
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -34,17 +50,25 @@ class RunFolder:
         path: The folder, which is created if it does not exist.
         config: The run's configuration.
         world: The processes of the run.
+        lock: Whether to lock it; without a lock, its user sees to it that no other job enters.
 
     Raises:
         UserError: On entering, if the path is a file, cannot be written, holds another
-            configuration, or is locked by a running process. On leaving, if a write failed.
+            configuration or anything that is not of a run, or is locked by a running process. On
+            leaving, if a write failed.
     """
 
-    def __init__(self, path: Path, config: RunConfig, world: World | None = None) -> None:
+    def __init__(
+        self, path: Path, config: RunConfig, world: World | None = None, *, lock: bool = True
+    ) -> None:
         self.path = path
         self.config = config
         self.world = world or World()
+        self._locks = lock
         self._lock_file = contextlib.ExitStack()
+        self._summary: dict[str, Any] | None = None
+        self._digests: dict[str, str] = {}  # of the weights that were written
+        self._num_samples = self._num_steps = 0
 
     def __enter__(self) -> "RunFolder":
         message = None
@@ -61,9 +85,13 @@ class RunFolder:
     def _open(self) -> None:
         with contextlib.ExitStack() as stack:
             try:
+                self._check()
                 self.path.mkdir(parents=True, exist_ok=True)
-                self._lock(stack.enter_context((self.path / ".lock").open("a")))
-                self._write_or_check_config(self.config)
+                if self._locks:
+                    self._lock(stack.enter_context((self.path / _LOCK).open("a")))
+                self._check()  # again, now that no other process writes
+                self._write_config()
+                self._summary = self._read_summary()
             except OSError as error:
                 raise UserError(
                     f"cannot write to the output folder {self.path}: {error.strerror}"
@@ -92,36 +120,85 @@ class RunFolder:
                 f"another process is writing to the output folder {self.path}: "
                 "wait for it or choose another --out"
             ) from None
+        except OSError as error:
+            raise UserError(
+                f"the file system of the output folder {self.path} refuses to lock a file (flock: "
+                f"{error.strerror}): give --no-lock, and see to it that no other job writes there; "
+                "or choose an --out on another file system"
+            ) from error
 
-    def _write_or_check_config(self, config: RunConfig) -> None:
-        """Write `config.yaml`; if it exists, check that it holds the same configuration."""
-        file = self.path / "config.yaml"
-        wanted = config.as_dict()
-        if file.exists():
-            found = _read_config(file)
-            if not isinstance(found, dict) or found.get("format") != wanted["format"]:
-                raise UserError(
-                    f"the output folder {self.path} holds a run of another version of mimkit, "
-                    "which cannot be resumed (format number in its config.yaml must be "
-                    f"{wanted['format']}): choose another --out"
-                )
-            different = _differences(found, wanted)
-            if different:
-                raise UserError(
-                    f"the output folder {self.path} holds a run with other values of "
-                    f"{', '.join(different)}: choose another --out"
-                )
-        else:
-            write_atomically(file, yaml.safe_dump(wanted, sort_keys=False))
-            write_atomically(
-                self.path / "environment.json", json.dumps(_environment(config), indent=2)
+    def _check(self) -> None:
+        """Check, without writing anything, that this run may write to the folder."""
+        check_content(self.path)
+        check_checkpoints(self.path / CHECKPOINTS)
+        file = self.path / _CONFIG
+        if not file.exists():
+            return
+        wanted, found = self.config.as_dict(), _read_config(file)
+        if not isinstance(found, dict) or "recipe" not in found:
+            raise UserError(
+                f"the output folder {self.path} holds a {_CONFIG} that is not of a run of mimkit: "
+                "choose a new or an empty folder as --out"
             )
+        if found.get("format") != wanted["format"]:
+            raise UserError(
+                f"the output folder {self.path} holds a run of another version of mimkit, "
+                f"which cannot be resumed (format number in its {_CONFIG} must be "
+                f"{wanted['format']}): choose another --out"
+            )
+        different = _differences(found, wanted)
+        if different == ["contents.data"]:
+            before, now = (known["contents"]["data"] for known in (found, wanted))
+            raise UserError(
+                f"the images of --data {self.config.data} are others than when the run in "
+                f"{self.path} began ({before}; now {now}): restore them or choose another "
+                f"--out, where --resume can start from a checkpoint of this run"
+            )
+        if different:
+            raise UserError(
+                f"the output folder {self.path} holds a run with other values of "
+                f"{', '.join(map(escaped, different))}: choose another --out"
+            )
+
+    def _write_config(self) -> None:
+        file = self.path / _CONFIG
+        if not file.exists():
+            write_atomically(file, yaml.safe_dump(self.config.as_dict(), sort_keys=False))
+            write_json(self.path / state.ENVIRONMENT, _environment(self.config))
+
+    def _read_summary(self) -> dict[str, Any] | None:
+        try:
+            return state.read_summary(self.path)
+        except UnreadableError as error:
+            kept = state.put_aside(self.path / state.SUMMARY)
+            self._warn(
+                f"{self.path / state.SUMMARY} is damaged: {error}; the run goes on from its last "
+                f"checkpoint and writes it again, the damaged file is {kept}"
+            )
+            return None
+
+    def _warn(self, sentence: str) -> None:
+        say(f"warning: {escaped(sentence)}", file=sys.stderr)
+
+    def repair(self, *, num_samples: int, num_steps: int) -> None:
+        """Check the state files before training, repair them, and say what was repaired."""
+        self._num_samples, self._num_steps = num_samples, num_steps
+        if self.world.is_main:
+            repaired = state.repair(
+                self.path,
+                num_samples=num_samples,
+                num_steps=num_steps,
+                environment=lambda: _environment(self.config),
+            )
+            for sentence in repaired:
+                self._warn(sentence)
+        self.world.wait()
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Append a row to `metrics.jsonl`."""
         if not self.world.is_main:
             return
-        with (self.path / "metrics.jsonl").open("a") as file:
+        with (self.path / state.METRICS).open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def start_metrics(self, *, first_step: int) -> None:
@@ -129,59 +206,66 @@ class RunFolder:
         if not self.world.is_main:
             return
         kept = [row for row in self.read_metrics() if row["step"] <= first_step]
-        write_atomically(
-            self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept)
-        )
+        state.write_rows(self.path / state.METRICS, kept)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return the rows of `metrics.jsonl`, without an incomplete last line."""
-        file = self.path / "metrics.jsonl"
-        if not file.exists():
-            return []
-        complete = file.read_text().split("\n")[:-1]
-        return [json.loads(line) for line in complete if line]
+        """Return the rows of `metrics.jsonl`, without damaged ones and an incomplete last line."""
+        try:
+            return state.read_metrics(self.path)[0]
+        except UnreadableError as error:
+            raise UserError(f"{self.path / state.METRICS} cannot be read: {error}") from error
 
     def read_skipped(self) -> list[int]:
         """Return the steps that are skipped because their loss or gradient was not finite."""
-        return self.world.agree(_read_state(self.path / "skipped_steps.json") or [])
+        file = self.path / state.SKIPPED
+        return self.world.agree(self._read_numbers(file, self._num_steps))
 
     def write_skipped(self, steps: list[int]) -> None:
         """Write the steps that are skipped."""
         if self.world.is_main:
-            write_atomically(self.path / "skipped_steps.json", json.dumps(steps) + "\n")
+            write_json(self.path / state.SKIPPED, steps)
 
     def note_unreadable(self, sample_ids: list[int]) -> None:
         """Record images that could not be read. Each process writes its own file."""
         if not sample_ids:
             return
         file = self.path / f"unreadable.{self.world.rank}.json"
-        known = set(_read_state(file) or [])
+        known = set(self._read_numbers(file, self._num_samples))
         if not known.issuperset(sample_ids):
-            write_atomically(file, json.dumps(sorted(known | set(sample_ids))) + "\n")
+            write_json(file, sorted(known | set(sample_ids)))
 
     def read_unreadable(self) -> list[int]:
         """Return the ids of all images of the run that could not be read."""
-        files = self.path.glob("unreadable.*.json")
-        return sorted({sample_id for file in files for sample_id in _read_state(file)})
+        files = (file for file in self.path.iterdir() if state.UNREADABLE.fullmatch(file.name))
+        return sorted({id for file in files for id in self._read_numbers(file, self._num_samples)})
+
+    def _read_numbers(self, file: Path, below: int) -> list[int]:
+        try:
+            return state.read_numbers(file, below=below)
+        except UnreadableError as error:  # since `repair`
+            raise UserError(f"{file} is damaged: {error}; remove it or choose another --out") from (
+                error
+            )
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write `summary.json`, which marks the run as finished."""
+        """Write `summary.json`, which marks the run as finished, with digests of the weights."""
         if self.world.is_main:
-            write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+            plain = json.loads(json.dumps({**summary, state.DIGESTS: self._digests}))
+            write_json(self.path / state.SUMMARY, seal(plain))
 
     def read_summary(self) -> dict[str, Any] | None:
         """Return the summary of a finished run; None if the run is not finished."""
-        summary: dict[str, Any] | None = _read_state(self.path / "summary.json")
-        return self.world.agree(summary)
+        return self.world.agree(self._summary)
 
     def write_weights(self, name: str, module: nn.Module) -> None:
         """Write all weights and buffers of a module to a safetensors file."""
         from safetensors.torch import save
 
         if self.world.is_main:
-            state = module.state_dict().items()
-            weights = {name: tensor.cpu().contiguous() for name, tensor in state}
-            write_atomically(self.path / name, save(weights))
+            state_dict = module.state_dict().items()
+            content = save({name: tensor.cpu().contiguous() for name, tensor in state_dict})
+            write_atomically(self.path / name, content)
+            self._digests[name] = hashlib.sha256(content).hexdigest()
 
 
 def output_folder(out: str | None, config: RunConfig) -> Path:
@@ -192,23 +276,28 @@ def output_folder(out: str | None, config: RunConfig) -> Path:
     return Path("runs") / f"{config.recipe}-{config.preset}-{data}-{config.digest()}"
 
 
-def write_atomically(file: Path, content: str | bytes) -> None:
-    """Write a file under a temporary name and rename it, so that it is never incomplete."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(partial, file)
-
-
-def _read_state(file: Path) -> Any:
-    """Read a JSON file of a run; None if it does not exist.
+def check_content(path: Path) -> None:
+    """Check that a folder holds nothing but a run of mimkit, and its files are files.
 
     Raises:
-        UserError: If it is damaged.
+        UserError: If there is anything else in it.
     """
-    try:
-        return read_json(file) if file.exists() else None
-    except UnreadableError as error:
-        raise UserError(f"{file} is damaged: {error}; remove it or choose another --out") from error
+    if not path.is_dir():  # there is none yet, or the attempt to make one says what is wrong
+        return
+    entries = sorted(path.iterdir())
+    is_run = any(entry.name == _CONFIG for entry in entries)
+    for entry in entries:
+        if not is_run and entry.name not in _BEFORE_CONFIG:
+            raise UserError(
+                f"the output folder {path} holds {entry.name}, which is not of a run of mimkit: "
+                "choose a new or an empty folder as --out"
+            )
+        is_file = entry.is_file() and not entry.is_symlink()
+        if (entry.name in _FILES or state.UNREADABLE.fullmatch(entry.name)) and not is_file:
+            raise UserError(
+                f"{entry} is a link or not a file, where a run of mimkit has a file: move it "
+                "elsewhere or choose another --out"
+            )
 
 
 def _read_config(file: Path) -> Any:
@@ -223,7 +312,7 @@ def _differences(old: Any, new: Any, name: str = "") -> list[str]:
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [name or "config.yaml"]
     found: list[str] = []
-    for key in sorted({*old, *new}):
+    for key in sorted({*old, *new}, key=str):
         found += _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
     return found
 

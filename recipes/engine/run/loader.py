@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from recipes import signals
 from recipes.engine.data.labelled import LabelledData
 from recipes.engine.data.sets import Batch, TrainSet, collate
 from recipes.engine.run.world import World
@@ -96,8 +97,14 @@ def make_loader(
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
+        worker_init_fn=signals.shield_worker,
         pin_memory=pin_memory,
     )
+
+
+def on_device(batch: Batch, data: TrainSet, device: str) -> Batch:
+    """Move the images of a batch to a device, and normalize them there if they are bytes."""
+    return batch._replace(images=data.to_inputs(batch.images.to(device, non_blocking=True)))
 
 
 def held_out_batches(
@@ -112,5 +119,6 @@ def held_out_batches(
             batch_size=batch_size,
             num_workers=workers,
             collate_fn=collate,
+            worker_init_fn=signals.shield_worker,
         )
     )

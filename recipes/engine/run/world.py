@@ -3,8 +3,12 @@
 import contextlib
 import os
 import re
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -16,9 +20,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mimkit.nn import PixelHead, TransformerBlock
-from recipes.engine.errors import LostProcessError, UserError
+from recipes.engine.errors import LostProcessError, ProcessError, UserError, escaped
 
 T = TypeVar("T")
+
+LOADING, COMPUTING = 0, 1  # in the order of a step
+HUNG = 124  # exit code, that of `timeout`
+_GRACE = 5.0  # seconds within which all processes notice that they wait for another one
 
 # Messages of gloo and NCCL when another process has died.
 _CONNECTION_LOST = re.compile(
@@ -57,36 +65,75 @@ class World:
         dist.broadcast_object_list(box)
         return box[0]
 
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank, in every process."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def wait(self) -> None:
         """Wait until all processes have reached this point."""
         if self.size > 1:
             dist.barrier()
 
 
-def rank_from_environment() -> int:
-    """Return the rank that `torchrun` gave this process; 0 without it."""
-    return int(os.environ.get("RANK", "0"))
+def world_from_environment() -> World:
+    """Return what `torchrun` told this process by environment variables; one process without them.
+
+    Raises:
+        ProcessError: If a variable is missing, or its value does not fit.
+    """
+    if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        return World()
+    size = _number("WORLD_SIZE", 1, 2**31)
+    world = World(_number("RANK", 0, size - 1), size)
+    if size > 1:
+        _number("MASTER_PORT", 1, 2**16 - 1)
+        _text("MASTER_ADDR")
+    return world
 
 
-def world_size_from_environment() -> int:
-    """Return the number of processes that `torchrun` started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def _number(name: str, low: int, high: int) -> int:
+    text = _text(name)
+    if not (text.isascii() and text.isdigit() and low <= int(text[:20]) <= high):
+        raise ProcessError(
+            f"environment variable {name}={escaped(text[:40])} must be {low} to {high}: start with "
+            "torchrun, which sets it, or unset RANK and WORLD_SIZE for a single process"
+        )
+    return int(text)
+
+
+def _text(name: str) -> str:
+    text = os.environ.get(name, "")
+    if not text:
+        given = " and ".join(n for n in ("RANK", "WORLD_SIZE") if n in os.environ)
+        raise ProcessError(
+            f"environment variable {given} is set, and {name} is not: start with torchrun, which "
+            "sets all it needs, or unset RANK and WORLD_SIZE for a single process"
+        )
+    return text
 
 
 @contextlib.contextmanager
-def join(device: str) -> Iterator[World]:
+def join(device: str, *, timeout: float) -> Iterator[World]:
     """Join the process group: NCCL on GPUs, gloo on CPUs.
 
+    Args:
+        device: "cuda" or "cpu".
+        timeout: Seconds to wait for another process.
+
     Raises:
+        ProcessError: If the processes cannot find each other, or this one has no GPU.
         LostProcessError: If another process dies.
     """
-    world = World(rank_from_environment(), world_size_from_environment())
+    world = world_from_environment()
     if world.size == 1:
         yield world
         return
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        torch.cuda.set_device(_number("LOCAL_RANK", 0, torch.cuda.device_count() - 1))
+    _meet(world, "nccl" if device == "cuda" else "gloo", timeout)
     try:
         yield world
     except RuntimeError as error:
@@ -98,6 +145,159 @@ def join(device: str) -> Iterator[World]:
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _meet(world: World, backend: str, timeout: float) -> None:
+    """Start the process group.
+
+    Raises:
+        ProcessError: If that fails, or takes longer than the timeout.
+    """
+    at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    _check_address(world, timeout)
+    later = timeout + 2 * _GRACE  # a watchdog, which can name the process, comes first
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=later))
+    except RuntimeError as error:
+        joined = re.search(r"\d+/\d+ clients joined", str(error))
+        if joined:
+            fault = f"{joined[0].split('/')[0]} of them have joined within --timeout {timeout:g}"
+        else:
+            fault = f"process {world.rank} cannot join: {' '.join(str(error).split())[:200]}"
+        raise ProcessError(
+            f"the {world.size} processes of the job do not meet at {escaped(at)}: {fault}; check "
+            "WORLD_SIZE, MASTER_ADDR and MASTER_PORT of every process"
+        ) from error
+
+
+def _check_address(world: World, timeout: float) -> None:
+    """Check the address at which processes meet, before PyTorch tries for long.
+
+    Raises:
+        ProcessError: If the host is unknown, or its port is taken by another program.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        socket.getaddrinfo(host, port)
+    except (OSError, UnicodeError) as error:
+        raise ProcessError(
+            f"environment variable MASTER_ADDR={escaped(host)} names no host that can be found: "
+            "give the name or address of the first node"
+        ) from error
+    # torchrun itself listens there, or else process 0.
+    if not world.is_main or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        _wait_for_listener(host, port, timeout)
+    else:
+        try:
+            socket.create_server(("", port)).close()
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise ProcessError(
+                f"environment variable MASTER_PORT={port}: {reason}; choose another port, the same "
+                "in every process"
+            ) from error
+
+
+def _wait_for_listener(host: str, port: int, timeout: float) -> None:
+    """Wait in silence: PyTorch prints pages while it does."""
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=timeout).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ProcessError(
+                    f"nothing listens at {escaped(host)}:{port} within --timeout {timeout:g}: "
+                    "start process 0, and check MASTER_ADDR and MASTER_PORT of every process"
+                ) from error
+            time.sleep(0.2)
+
+
+class Watchdog:
+    """Ends a process that waits for another one for too long, and says for which.
+
+    Each process notes what it does; that takes no time. If nothing new is noted for too long, a
+    thread tells the others by the job's store what was noted last. Processes that tell nothing hang
+    as a whole. If all tell something, those hang that are behind.
+
+    Args:
+        world: The processes.
+        seconds: How long to wait.
+    """
+
+    def __init__(self, world: World, seconds: float) -> None:
+        self.world = world
+        self.seconds = seconds
+        self.note(0, LOADING)
+        self._end = threading.Event()
+
+    def note(self, step: int, doing: int) -> None:
+        """Note that this process has begun to load (`LOADING`) or compute (`COMPUTING`) a step."""
+        self._last = (time.monotonic(), step, doing)
+
+    def __enter__(self) -> "Watchdog":
+        self.note(*self._last[1:])
+        if self.world.size > 1:
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+
+    def _watch(self) -> None:
+        while not self._end.wait(min(self.seconds / 10, 1.0)):
+            since, step, doing = self._last
+            if time.monotonic() - since > self.seconds:
+                self._give_up(step, doing)
+
+    def _give_up(self, step: int, doing: int) -> None:
+        told: dict[int, tuple[int, int]] = {}
+        # The store does not answer if the process that keeps it hangs.
+        asking = threading.Thread(target=self._compare, args=(step, doing, told), daemon=True)
+        asking.start()
+        asking.join(2 * _GRACE)
+        if self._end.is_set():  # it went on after all
+            return
+        if self.world.rank == min(told, default=self.world.rank):
+            line = f"error: {self._describe(step, dict(told))}\n"
+            os.write(2, line.encode())
+        os._exit(HUNG)
+
+    def _compare(self, step: int, doing: int, told: dict[int, tuple[int, int]]) -> None:
+        """Tell the others what this process did last, and read what they tell."""
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"mimkit/last/{self.world.rank}", f"{step} {doing}")
+        time.sleep(_GRACE)  # they may have begun to wait a little later
+        for rank in range(self.world.size):
+            key = f"mimkit/last/{rank}"
+            if store.check([key]):
+                of_step, did = store.get(key).split()
+                told[rank] = (int(of_step), int(did))
+
+    def _describe(self, step: int, told: dict[int, tuple[int, int]]) -> str:
+        size, wait = self.world.size, f"--timeout {self.seconds:g} seconds"
+        again = "start the same command again, which continues from the last complete checkpoint"
+        silent = [rank for rank in range(size) if rank not in told] if told else [0]
+        late = [rank for rank, last in told.items() if last < max(told.values())]
+        if silent:
+            return (
+                f"process {_listed(silent)} of {size} hangs: no answer for {wait}, while process "
+                f"{self.world.rank} waits in step {step + 1}; {again}"
+            )
+        if late:
+            return (
+                f"process {_listed(late)} of {size} hangs: it has been loading the images of step "
+                f"{told[late[0]][0] + 1} for {wait}; {again}"
+            )
+        return (
+            f"all {size} processes have been in step {step + 1} for {wait}: give a longer "
+            f"--timeout if a step can take that long; {again}"
+        )
+
+
+def _listed(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
 
 
 def check_shares(batch_size: int, world: World, *, accumulate: int = 1) -> None:
@@ -120,7 +320,7 @@ def check_shard(shard: bool) -> None:
     Raises:
         UserError: If there is only one.
     """
-    if shard and world_size_from_environment() == 1:
+    if shard and world_from_environment().size == 1:
         raise UserError(
             "--shard needs several processes, and there is only one: start with "
             "torchrun --nproc-per-node 2 or more"

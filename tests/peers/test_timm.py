@@ -1,20 +1,19 @@
-"""timm's Vision Transformers with a mimkit mask, and conversion of their weights.
-
-timm needs torchvision, which is not installed beside a CPU build of torch. There, a stand-in with
-the attributes of timm's class is tested, and the tests of timm itself are skipped.
-"""
+"""timm's Vision Transformers with a mimkit mask, and conversion of their weights."""
 
 from typing import Any
 
 import pytest
+import timm
 import torch
 from hypothesis import given
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mimkit import masking
 from mimkit.interop import from_timm, to_timm, wrap_timm
 from mimkit.masking import Mask
-from mimkit.nn import TransformerBlock, ViT
+from mimkit.nn import ViT
 from mimkit.patches import gather_visible
 from tests.nn import plain
 from tests.strategies import masks
@@ -23,53 +22,18 @@ SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_head
 GRID = (4, 4)
 
 
-class VisionTransformer(nn.Module):
-    """A stand-in with the parts of timm's `VisionTransformer` that `wrap_timm` uses."""
-
-    def __init__(self, *, prefix: int = 1) -> None:
-        super().__init__()
-        dim = 12
-        self.num_prefix_tokens = prefix
-        self.patch_embed = nn.Sequential(nn.Conv2d(3, dim, 4, 4), nn.Flatten(2))
-        self.patch_embed.patch_size = (4, 4)
-        self.cls_token = nn.Parameter(torch.zeros(1, prefix, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, prefix + 16, dim))
-        self.norm_pre = nn.LayerNorm(dim)
-        self.blocks = nn.Sequential(*(TransformerBlock(dim=dim, heads=3) for _ in range(2)))
-        self.norm = nn.LayerNorm(dim)
-        plain.randomize(self)
-
-    def _pos_embed(self, patches: Tensor) -> Tensor:
-        prefix = self.cls_token.expand(len(patches), -1, -1)
-        return torch.cat([prefix, patches.mT], dim=1) + self.pos_embed
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        tokens = self.norm_pre(self._pos_embed(self.patch_embed(images)))
-        return self.norm(self.blocks(tokens))
-
-    def pool(self, tokens: Tensor) -> Tensor:
-        return tokens[:, self.num_prefix_tokens :].mean(dim=1)
-
-
 def timm_vit(**options: Any) -> nn.Module:
-    module = pytest.importorskip(
-        "timm.models.vision_transformer",
-        reason="timm cannot be imported (it needs torchvision)",
-        exc_type=ImportError,
-    )
-    model = module.VisionTransformer(**(SIZES | options)).eval()
+    model = VisionTransformer(**(SIZES | options)).eval()
     plain.randomize(model)
     return model
 
 
 MODELS = {
-    "stand-in": VisionTransformer,
-    "stand-in, no prefix": lambda: VisionTransformer(prefix=0),
-    "timm": timm_vit,
-    "timm, layer scale and registers": lambda: timm_vit(init_values=0.1, reg_tokens=2),
-    "timm, no class token": lambda: timm_vit(class_token=False, global_pool="avg"),
-    "timm, norm before the blocks": lambda: timm_vit(pre_norm=True),
-    "timm, class token without position": lambda: timm_vit(no_embed_class=True),
+    "plain": timm_vit,
+    "layer scale and registers": lambda: timm_vit(init_values=0.1, reg_tokens=2),
+    "no class token": lambda: timm_vit(class_token=False, global_pool="avg"),
+    "norm before the blocks": lambda: timm_vit(pre_norm=True),
+    "class token without position": lambda: timm_vit(no_embed_class=True),
 }
 
 
@@ -116,7 +80,7 @@ def test_a_wrapped_model_encodes_the_visible_tokens(name, images):
 @given(masks(grid=GRID, batch_size=2))
 @torch.no_grad()
 def test_hidden_pixels_do_not_reach_the_output_of_a_wrapped_model(mask):
-    encoder = wrap_timm(VisionTransformer())
+    encoder = wrap_timm(timm_vit())
     images = torch.randn(2, 3, 16, 16)
     hidden = mask.refine(4).is_masked.unsqueeze(1)
     poisoned = images.masked_fill(hidden, float("nan"))
@@ -150,29 +114,80 @@ def test_timms_weights_give_the_same_output_in_mimkit(images):
 
 
 def test_gradients_reach_the_wrapped_models_weights(images):
-    model = VisionTransformer()
+    model = timm_vit()
     mask = masking.uniform(masking.key([0, 1], seed=0), GRID, 0.6)
     wrap_timm(model)(images, mask).pow(3).sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert all(p.grad is not None for n, p in model.named_parameters() if n[:5] != "head.")
     visible = gather_visible(torch.arange(16.0).expand(2, 16).unsqueeze(2), mask).unique().long()
     touched = model.pos_embed.grad[0, 1:].ne(0).any(dim=1)
     assert torch.equal(touched.nonzero().flatten(), visible)
+
+
+@torch.no_grad()
+def test_a_wrapped_eva_without_rotary_positions_works(images):
+    model = Eva(**SIZES, use_rot_pos_emb=False).eval()
+    plain.randomize(model)
+    encoder = wrap_timm(model)
+    torch.testing.assert_close(encoder(images), model.forward_features(images))
+    mask = masking.uniform(masking.key([0, 1], seed=0), GRID, 0.6)
+    poisoned = images.masked_fill(mask.refine(4).is_masked.unsqueeze(1), float("nan"))
+    assert torch.equal(encoder(poisoned, mask), encoder(images, mask))
+
+
+@pytest.mark.parametrize("options", [{}, {"dynamic_img_size": True}, {"reg_tokens": 2}])
+@torch.no_grad()
+def test_a_mask_token_in_a_wrapped_model_works_as_in_mimkits(options, images):
+    model = timm_vit(**options)
+    mask = masking.uniform(masking.key([0, 1], seed=0), GRID, 0.6)
+    token = torch.randn(12)
+    found = wrap_timm(model)(images, mask, mask_token=token)
+    assert found.shape == (2, model.num_prefix_tokens + 16, 12)
+    per_patch = token.expand(2, mask.num_masked, 12)
+    assert torch.equal(found, wrap_timm(model)(images, mask, mask_token=per_patch))
+    if not options.get("reg_tokens"):
+        ours = ViT(image_size=16, patch_size=4, dim=12, depth=2, heads=3)
+        state = from_timm({n: t for n, t in model.state_dict().items() if n[:5] != "head."})
+        ours.load_state_dict(state)
+        expected = ours(images, mask, mask_token=token)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="pass a mask with it"):
+        wrap_timm(model)(images, mask_token=token)
+
+
+def test_checkpointing_of_a_model_is_honored_when_it_is_wrapped(images):
+    model = timm_vit()
+    model.set_grad_checkpointing()
+    calls = []
+    model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    mask = masking.uniform(masking.key([0, 1], seed=0), GRID, 0.6)
+    wrap_timm(model)(images, mask).sum().backward()
+    assert len(calls) == 2
+
+
+def test_models_whose_masked_patches_would_leak_or_fail_are_refused_when_wrapped():
+    with torch.device("meta"):
+        hybrid = timm.create_model("vit_tiny_r_s16_p8_224")
+        beit = timm.create_model("beit_base_patch16_224")
+        rotary = timm.create_model("eva02_tiny_patch14_224")
+    with pytest.raises(TypeError, match="patches that do not overlap.*HybridEmbed"):
+        wrap_timm(hybrid)
+    with pytest.raises(TypeError, match="relative positions|without"):
+        wrap_timm(beit)
+    with pytest.raises(TypeError, match="rotary"):
+        wrap_timm(rotary)
 
 
 @pytest.mark.untyped
 def test_models_that_cannot_be_wrapped_are_refused():
     with pytest.raises(TypeError, match=r"got Linear without .*'patch_embed', '_pos_embed'"):
         wrap_timm(nn.Linear(2, 2))
-    model = VisionTransformer()
-    model.patch_drop = nn.Dropout(0.5)
-    model.patch_drop.prob = 0.5
     with pytest.raises(ValueError, match="patch_drop_rate=0"):
-        wrap_timm(model)
+        wrap_timm(timm_vit(patch_drop_rate=0.5))
 
 
 @pytest.mark.untyped
 def test_a_mask_of_another_grid_is_refused(images):
-    encoder = wrap_timm(VisionTransformer())
+    encoder = wrap_timm(timm_vit())
     # The same number of tokens on another grid.
     mask = masking.uniform(masking.key([0, 1], seed=0), (2, 8), 0.5)
     with pytest.raises(ValueError, match=r"\(2, 8\).*\(4, 4\)"):

@@ -1,0 +1,290 @@
+"""Estimate the time of each kernel on an H200 from its compiled code: no GPU is needed.
+
+    python -m benchmarks.estimate [KERNEL ...]
+
+A launch takes at least as long as its bytes take at the rate of a copy, and as its instructions
+take to issue. The estimate is the longer of the two, where the last wave of programs counts as a
+full one for the instructions. It leaves out latency: with few warps a kernel is slower than this.
+The first run on a GPU is there to be compared with it.
+
+Instructions are those of sm_90. A loop counts as often as it runs, which `trips` states; what is
+jumped over counts with its probability, which `skipped` states.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+
+from tests.kernels import aot
+from tests.kernels.figures import all_launches
+
+# H200: 132 multiprocessors, each with 4 schedulers at 1.75 GHz; GPU.md, section 2.
+MULTIPROCESSORS = 132
+INSTRUCTIONS_PER_US = MULTIPROCESSORS * 4 * 1750
+COPIED_PER_US = 4.3e6  # bytes read and written; a copy of n bytes moves 2 n
+WARPS, REGISTERS, PROGRAMS, SHARED = 64, 65536, 32, 227 << 10  # of a multiprocessor
+
+BATCH, VISIBLE, MASKED, TOKENS = 256, 49, 147, 196
+VALUES = 768  # of a patch of 16 x 16 pixels
+
+
+class Case(NamedTuple):
+    """One launch to estimate.
+
+    Attributes:
+        kernel: Name of the kernel's file.
+        case: Name of the call in the `LAUNCHES` of its test.
+        launch: Name of the kernel's function in that call.
+        must: Bytes that any implementation moves.
+        extra: Bytes that ours moves beyond that.
+        trips: How often each loop runs, in the order of the jumps back.
+        skipped: Probability of each other conditional jump, in order; 0 for those not listed.
+    """
+
+    kernel: str
+    case: str
+    launch: str
+    must: float
+    extra: float = 0
+    trips: Sequence[float] = ()
+    skipped: Sequence[float] = ()
+
+
+def conv_cases() -> list[Case]:
+    """Return ConvMAE-B's convolutions; three quarters of the cells are masked at random."""
+    absent = MASKED / TOKENS
+    around = [absent, absent, absent, absent, 0, absent, absent, absent, absent]
+    cases = []
+    for stage, channels, positions, tiles in (("stage 1", 256, 16, 25), ("stage 2", 384, 4, 37)):
+        data = 2 * BATCH * VISIBLE * positions * channels
+        # Partial sums are written and read.
+        partial = 2 * 4 * (BATCH * VISIBLE / tiles) * 25 * channels
+        case = f"{stage}, bfloat16"
+        cases += [
+            Case("packed_depthwise_conv", case, "conv", 2 * data, 0, [8], around),
+            Case(
+                "packed_depthwise_conv",
+                f"filter's gradient, {case}",
+                "weight_gradient",
+                2 * data,
+                partial,
+                [tiles],
+                [0, *around],
+            ),
+        ]
+    return cases
+
+
+def cases() -> list[Case]:
+    """Return the launches of a step of MAE-B, CAE-B and ConvMAE-B that move the most."""
+    patches, targets = BATCH * VISIBLE * VALUES, BATCH * MASKED * VALUES
+    encoder, decoder = BATCH * (VISIBLE + 1) * VALUES, BATCH * (TOKENS + 1) * 512
+    rows = 64 * 196 * 768  # CAE's regressor, batch 64
+    found = []
+    for order in ("c p1 p2", "p1 p2 c"):
+        for dtype, image, made in (("bfloat16", 2, 2), ("float32", 4, 4), ("uint8", 1, 4)):
+            moved = patches * (image + made)
+            found.append(Case("gather_patches", f"{dtype}, {order}", "gather", moved))
+        whole = BATCH * 3 * 224 * 224 * 2
+        found.append(
+            Case("gather_patches", f"gradient, bfloat16, {order}", "scatter", whole + 2 * patches)
+        )
+    for order in ("p1 p2 c", "c p1 p2"):
+        for pixels, size in (("float32", 4), ("uint8", 1)):
+            case = f"bfloat16, {pixels} images, {order}, normalized, l2"
+            found += [
+                Case("masked_pixel_loss", case, "forward", targets * (2 + size)),
+                Case("masked_pixel_loss", case, "backward", targets * (4 + size)),
+            ]
+    return found + [
+        Case(
+            "move_tokens",
+            "restore, positions, bfloat16",
+            "restore",
+            2 * (decoder + BATCH * 50 * 512),
+        ),
+        Case("move_tokens", "gather, bfloat16", "gather", 2 * 2 * encoder),
+        Case("move_tokens", "scatter, bfloat16", "restore", 2 * (encoder + BATCH * 197 * 768)),
+        # 152 rows of a program, 8 at a time; the jumps go around divisions of 64 bits.
+        Case(
+            "move_tokens",
+            "sum, bfloat16",
+            "sum",
+            2 * BATCH * MASKED * 512,
+            trips=[19],
+            skipped=[0, 1, 1],
+        ),
+        # Half of the tokens are visible: they and the queries have loads of their own.
+        Case(
+            "regressor_inputs",
+            "width 768, bfloat16",
+            "forward",
+            rows * (8 + 2 * 2.5),
+            skipped=[0.5],
+        ),
+        # Programs of 25 tokens. The second jump goes around a division of 64 bits.
+        Case(
+            "regressor_inputs",
+            "width 768, bfloat16",
+            "backward",
+            rows * (8 + 2 * 2.5 + 4),
+            trips=[25],
+            skipped=[0, 1, 0.5],
+        ),
+        # 8192 words in blocks of 4096, twice.
+        Case(
+            "linear_cross_entropy",
+            "bfloat16",
+            "softmax_gradient",
+            2 * 2 * 2048 * 8192,
+            trips=[2, 2],
+        ),
+        *conv_cases(),
+    ]
+
+
+class Compiled(NamedTuple):
+    """What the estimate needs of a compiled launch.
+
+    Attributes:
+        programs: Programs of the grid.
+        warps: Warps of a program.
+        registers: Registers of a thread.
+        shared: Bytes of shared memory of a program.
+        sass: Disassembled code.
+    """
+
+    programs: int
+    warps: int
+    registers: int
+    shared: int
+    sass: str
+
+
+def compile_case(case: Case) -> Compiled:
+    """Compile the launch of a case for sm_90."""
+    from triton.runtime.jit import JITFunction
+
+    grids: list[tuple[str, tuple[int, ...]]] = []
+    call = all_launches()[case.kernel, case.case]
+    record = JITFunction.run
+
+    def keep(kernel: Any, *arguments: Any, grid: Any, **named: Any) -> None:
+        grids.append((kernel.fn.__name__, tuple(grid)))
+
+    with mock.patch.object(JITFunction, "run", keep):
+        call()
+    assert record is JITFunction.run
+    for launch, (_, grid) in zip(aot.record(call), grids, strict=True):
+        if launch.name == case.launch:
+            code = aot.compiled(launch, "sm_90").asm
+            usage = aot._disassemble(code["cubin"], "-res-usage")
+            registers, shared = (
+                int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "SHARED")
+            )
+            return Compiled(
+                int(np.prod(grid)),
+                launch.options["num_warps"],
+                registers,
+                shared,
+                aot._disassemble(code["cubin"], "-sass"),
+            )
+    raise AssertionError(f"{case.kernel} has no launch {case.launch} in {case.case}")
+
+
+def count_instructions(sass: str, trips: Sequence[float], skipped: Sequence[float]) -> float:
+    """Return the expected instructions of one warp.
+
+    How often a block of code runs follows from the probabilities of the jumps, as the solution of a
+    system of linear equations.
+    """
+    code = [
+        (int(address, 16), text)
+        for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]+);", sass)
+    ]
+    addresses = {address: i for i, (address, _) in enumerate(code)}
+    n = len(code)
+    flow = np.zeros((n, n + 1))  # probability of going from one instruction to another; n: the end
+    back, forward = list(trips), list(skipped)
+    for i, (address, text) in enumerate(code):
+        jump = re.match(r"(@!?U?P\d+ )?(?:\S*\s)*?BRA\S* .*?(0x[0-9a-f]+)", text)
+        if jump is None:
+            ends = re.match(r"(EXIT|RET)", text) is not None
+            flow[i, n if ends else i + 1] = 1
+            continue
+        target = int(jump.group(2), 16)
+        if target == address:  # what follows the end of a kernel
+            flow[i, n] = 1
+            continue
+        if target < address:
+            assert back, f"a loop from {target:#x} to {address:#x}: how often does it run?"
+            taken = 1 - 1 / back.pop(0)
+        elif jump.group(1):
+            taken = forward.pop(0) if forward else 0
+        else:
+            taken = 1
+        flow[i, addresses[target]] += taken
+        # Before an unconditional jump back stands a conditional exit.
+        leaves = n if target < address and not jump.group(1) else i + 1
+        flow[i, leaves] += 1 - taken
+    assert not back, f"the code has {len(trips) - len(back)} loops, not {len(trips)}"
+    assert not forward, f"the code has fewer than {len(skipped)} conditional jumps"
+    visits = np.linalg.solve(np.eye(n) - flow[:, :n].T, np.eye(n)[0])
+    return float(visits.sum())
+
+
+def occupancy(code: Compiled) -> int:
+    """Return how many programs run on a multiprocessor at the same time."""
+    per_warp = -(-code.registers // 8) * 8 * 32
+    by_registers = REGISTERS // (per_warp * code.warps)
+    by_shared = SHARED // (code.shared + 1024)
+    return min(by_registers, by_shared, WARPS // code.warps, PROGRAMS)
+
+
+def estimate(case: Case) -> str:
+    """Return the row of a case."""
+    code = compile_case(case)
+    instructions = count_instructions(code.sass, case.trips, case.skipped)
+    total = instructions * code.warps * code.programs
+    at_once = occupancy(code)
+    waves = code.programs / (at_once * MULTIPROCESSORS)
+    copy_us = case.must / COPIED_PER_US
+    bytes_us = (case.must + case.extra) / COPIED_PER_US
+    issue_us = total / INSTRUCTIONS_PER_US
+    # A part of a last wave occupies the multiprocessors as long as a full one.
+    us = max(bytes_us, issue_us * max(-(-waves // 1) / waves if waves < 4 else 1, 1))
+    cells = (
+        case.kernel,
+        case.launch,
+        case.case,
+        f"{case.must / 1e6:.0f}",
+        f"{(case.must + case.extra) / 1e6:.0f}",
+        f"{instructions:.0f} x {code.warps} x {code.programs}",
+        f"{32 * total / case.must:.2f}",
+        f"{code.registers}",
+        f"{at_once * code.warps / WARPS:.0%}",
+        f"{waves:.1f}",
+        f"{copy_us:.0f}",
+        f"{issue_us:.0f}",
+        f"{us:.0f}",
+        f"{copy_us / us:.0%}",
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+HEADER = (
+    "kernel | launch | case | MB | MB moved | instructions of a warp x warps x programs | "
+    "thread instructions a byte | registers | occupancy | waves | copy us | issue us | "
+    "estimate us | share of copy"
+)
+
+if __name__ == "__main__":
+    print(f"| {HEADER} |")
+    print("|" + "---|" * (HEADER.count("|") + 1))
+    for case in cases():
+        if not sys.argv[1:] or case.kernel in sys.argv[1:]:
+            print(estimate(case), flush=True)

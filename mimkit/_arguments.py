@@ -1,0 +1,366 @@
+"""`checked`: compare the arguments of a public function or class with its annotations.
+
+The error names the argument, repeats it and says what would fit. Types, shapes, dtypes, devices and
+numbers are checked, but no value of a tensor, so nothing synchronises a GPU. Nothing is checked
+while `torch.compile` traces.
+"""
+
+import inspect
+import math
+import numbers
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, wraps
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+import torch
+from jaxtyping import AbstractArray
+from torch import Tensor, nn
+
+from mimkit._settings import Settings
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_KINDS = {"Float": "floats", "Int": "integers", "Integer": "integers", "Bool": "boolean"}
+_SOURCES = {
+    "Mask": ", from a sampler or Mask.from_bool",
+    "Key": ", such as masking.key(ids, seed=0)",
+}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Range of a number, in an `Annotated` type."""
+
+    low: float
+    high: float
+    fits: str
+
+
+_MOST = 1 << 24
+Size = Annotated[int, Range(1, _MOST, f"at least 1 and at most {_MOST}")]
+Count = Annotated[int, Range(0, _MOST, f"at least 0 and at most {_MOST}")]
+Depth = Annotated[int, Range(0, 1000, "at least 0 and at most 1000")]
+Positive = Annotated[float, Range(5e-324, math.inf, "above 0")]
+NotNegative = Annotated[float, Range(0, math.inf, "of 0 or more")]
+Share = Annotated[float, Range(0, 1, "in [0, 1]")]
+Scales = Sequence[Annotated[float, Range(1e-30, 1e30, "from 1e-30 to 1e30")]]
+
+
+def describe(value: object) -> str:
+    """Describe an argument in a few words, for an error message.
+
+    Example:
+        >>> describe(torch.zeros(2, 3)), describe("a word")
+        ('a tensor of torch.float32 and shape (2, 3)', "str 'a word'")
+    """
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {' '.join(repr(value).split()):.60}"
+
+
+def checked(function: F) -> F:
+    """Check every call of a function, or of the constructor of a class, before it is made.
+
+    Tensors of one call must be on one device, and the axis "batch" must have one size, which is
+    also the number of samples of a mask. A module tells the sizes that it takes in `axis_sizes`.
+
+    Raises:
+        TypeError: In a call: an argument has a wrong type or dtype.
+        ValueError: In a call: an argument has a wrong shape or device, or is out of range.
+
+    Example:
+        >>> @checked
+        ... def grow(by: Positive) -> float:
+        ...     return 1 + by
+        >>> grow(float("nan"))
+        Traceback (most recent call last):
+        ValueError: by must be a finite number above 0; got nan
+    """
+    if inspect.isclass(function):
+        setattr(function, "__init__", checked(function.__init__))  # noqa: B010
+        return function
+    names = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_POSITIONAL
+    ]
+
+    if names in ([], ["self"], ["cls"]):
+        return function
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        module = args[0] if args and isinstance(args[0], nn.Module) else None
+        given = dict(zip(names, args, strict=False)) | kwargs
+        _check(_rules_of(function), given, module)
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            _explain(given, module, error)
+            raise
+
+    return call  # type: ignore[return-value]
+
+
+def _check(
+    rules: "Mapping[str, _Rule]", arguments: Mapping[str, Any], module: nn.Module | None
+) -> None:
+    known: Mapping[str, int] = getattr(module, "axis_sizes", {})
+    batch: tuple[int, str] | None = None
+    place: tuple[torch.device, str] | None = None
+    for name, rule in rules.items():
+        if name not in arguments:
+            continue
+        value = arguments[name]
+        axes = rule.check(name, value)
+        if rule.has_device and hasattr(value, "device"):
+            place = place or (value.device, name)
+            if value.device != place[0]:
+                raise ValueError(
+                    f"{name} is on {value.device}, but {place[1]} is on {place[0]}: move one of "
+                    "them with .to(device)"
+                )
+        for axis, size in axes:
+            if axis == "batch":
+                batch = batch or (size, name)
+                if size != batch[0]:
+                    raise ValueError(
+                        f"{name} {_shown(value)} and {batch[1]} {_shown(arguments[batch[1]])} must "
+                        f"have one batch size: the {batch[1]} has {batch[0]} samples, but {name} "
+                        f"has {size}"
+                    )
+            elif size != known.get(axis, size):
+                raise ValueError(
+                    f"{name} must have {axis} = {known[axis]}, as this {type(module).__name__}; "
+                    f"got {tuple(value.shape)}"
+                )
+
+
+def _shown(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else ""
+
+
+def _explain(arguments: Mapping[str, Any], module: nn.Module | None, error: RuntimeError) -> None:
+    """Name the argument whose dtype or device is not that of the weights of a module.
+
+    Only after an error: before, the weights may be elsewhere, or in pieces, as with FSDP.
+
+    Raises:
+        TypeError: There is such an argument.
+    """
+    weight = None if module is None else next(module.parameters(), None)
+    for name, value in arguments.items():
+        if weight is None or not isinstance(value, Tensor) or not value.is_floating_point():
+            continue
+        if (value.dtype, value.device) != (weight.dtype, weight.device):
+            raise TypeError(
+                f"{name} is {value.dtype} on {value.device}, but the weights of this "
+                f"{type(module).__name__} are {weight.dtype} on {weight.device}: {error}"
+            ) from error
+
+
+@cache
+def _rules_of(function: Callable[..., Any]) -> "dict[str, _Rule]":
+    """Return the rules of the annotated parameters, those of masks and keys first."""
+    written = {
+        name: parameter.annotation
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        and parameter.annotation is not inspect.Parameter.empty
+    }
+    # A class of the parameters alone: names in the result's annotation need not exist at run time.
+    parameters = type("Parameters", (), {"__annotations__": written})
+    scope = inspect.unwrap(function).__globals__
+    hints = get_type_hints(parameters, globalns=scope, include_extras=True)
+    rules = {name: rule for name, hint in hints.items() if not (rule := _Rule(hint)).fits_all}
+    return dict(sorted(rules.items(), key=lambda item: not item[1].takes_container))
+
+
+class _Rule:
+    """What the annotation of one argument allows."""
+
+    def __init__(self, annotation: Any) -> None:
+        members = list(_members(annotation))
+        self.arrays = [m for m in members if _is_array(m)]
+        self.others = [m for m in members if not _is_array(m)]
+        self.forms = [(a.dtypes, tuple(a.dim_str.split())) for a in self.arrays]
+        if torch.device in self.others:
+            self.others.remove(str)  # any text is not a device
+        classes = [m for m in self.others if inspect.isclass(m)]
+        self.takes_container = any(m.__name__ in ("Mask", "RaggedMask", "Key") for m in classes)
+        self.has_device = self.takes_container or bool(self.arrays)
+        # What needs no further look: axes by dtype and number of axes, and types.
+        self.axes: dict[tuple[torch.dtype, int], tuple[str, ...]] = {}
+        self.plain = {m for m in classes if m is not float and get_origin(m) is None}
+        self.tests = [_test_of(member) for member in self.others if _is_known(member)]
+        self.fits_all = any(not _is_known(member) for member in self.others)
+
+    def check(self, name: str, value: Any) -> Iterable[tuple[str, int]]:
+        """Check one argument; return the sizes of its named axes."""
+        if isinstance(value, Tensor) and self.forms:
+            kind = value.dtype, value.ndim
+            if kind not in self.axes:
+                self.axes[kind] = self._find_axes(name, value)
+            return zip(self.axes[kind], value.shape, strict=False)
+        if type(value) in self.plain and not (Settings.check and self.takes_container):
+            return _batch_of(value) if self.takes_container else ()
+        if not any(test(value) for test in self.tests):
+            wrong = any(_test_of(member, loosely=True)(value) for member in self.others)
+            wrong = wrong or (isinstance(value, str) and any(map(_is_literal, self.others)))
+            shown = describe(value) if self.has_device else f"{value!r:.80}"
+            if isinstance(value, Tensor):
+                shown = describe(value)
+            kinds = [_named(m, ranges=wrong) for m in self.others if m is not NoneType]
+            kinds = (["a tensor"] if self.arrays else []) + kinds
+            kinds += ["None"] if NoneType in self.others else []
+            source = next((_SOURCES[k[2:]] for k in kinds if k[2:] in _SOURCES), "")
+            if type(value).__name__ == "RaggedMask" and self.takes_container:
+                source = ": this needs a Mask, of one grid and one count for all samples"
+            error_type = ValueError if wrong else TypeError
+            raise error_type(
+                f"{name} must be {' or '.join(dict.fromkeys(kinds))}{source}; got {shown}"
+            )
+        if not self.takes_container or value is None:
+            return []
+        if Settings.check and hasattr(value, "validate"):
+            try:
+                value.validate()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        return _batch_of(value)
+
+    def _find_axes(self, name: str, value: Tensor) -> tuple[str, ...]:
+        """Check dtype and number of axes; return the names of the axes, if they are certain."""
+        dtype = str(value.dtype)[6:]
+        forms = [
+            axes for kinds, axes in self.forms if not isinstance(kinds, tuple) or dtype in kinds
+        ]
+        if not forms:
+            names = [array.dtype.__name__ for array in self.arrays]
+            kinds = dict.fromkeys(_KINDS.get(n, n.lower()) for n in names)
+            raise TypeError(f"{name} must be {' or '.join(kinds)}; got {value.dtype}")
+        fitting = [axes for axes in forms if _has_axes(value.ndim, axes)]
+        if not fitting:
+            wanted = " or ".join(dict.fromkeys(f"[{', '.join(axes)}]" for axes in forms))
+            raise ValueError(f"{name} must be {wanted}; got {tuple(value.shape)}")
+        if len(fitting) > 1 or any(axis.startswith(("*", "...")) for axis in fitting[0][:-1]):
+            return ()
+        return tuple(axis if axis.isidentifier() else "" for axis in fitting[0])
+
+
+def _batch_of(value: Any) -> tuple[tuple[str, int], ...]:
+    size = getattr(value, "batch_size", None)
+    return () if size is None else (("batch", size),)
+
+
+def _members(annotation: Any) -> "list[Any]":
+    """Return the alternatives of a union."""
+    if get_origin(annotation) in (Union, UnionType):
+        return [m for part in get_args(annotation) for m in _members(part)]
+    return [NoneType if annotation is None else annotation]
+
+
+def _is_array(annotation: Any) -> bool:
+    return inspect.isclass(annotation) and issubclass(annotation, AbstractArray)
+
+
+def _is_literal(annotation: Any) -> bool:
+    return get_origin(annotation) is Literal
+
+
+def _is_known(annotation: Any) -> bool:
+    if inspect.isclass(annotation) and get_origin(annotation) is None:
+        return annotation is not object
+    origin = get_origin(annotation)
+    if origin is Annotated or _is_literal(annotation) or origin is Callable:
+        return True
+    return inspect.isclass(origin) and issubclass(origin, Sequence | Mapping | Callable)
+
+
+def _has_axes(ndim: int, axes: tuple[str, ...]) -> bool:
+    fixed = sum(not axis.startswith(("*", "...")) for axis in axes)
+    return ndim == fixed if fixed == len(axes) else ndim >= fixed
+
+
+@cache
+def _test_of(annotation: Any, loosely: bool = False) -> Callable[[Any], bool]:
+    """Return a test for a type; `loosely` leaves ranges and the elements of sequences out."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        is_number = _test_of(arguments[0], loosely)
+        low, high = arguments[1].low, arguments[1].high
+        return is_number if loosely else lambda v: is_number(v) and bool(low <= v <= high)
+    if origin is Literal:  # the function itself says which texts it takes
+        kinds = tuple({type(option) for option in arguments})
+        return lambda v: isinstance(v, kinds)
+    if annotation is bool:
+        return lambda v: isinstance(v, bool | np.bool_) or (isinstance(v, int) and v in (0, 1))
+    if annotation is torch.device:
+        return lambda v: isinstance(v, torch.device) or (isinstance(v, str) and _is_device(v))
+    if annotation is int:
+        return lambda v: (
+            type(v) is int
+            or (hasattr(v, "__index__") and not isinstance(v, bool | Tensor | np.ndarray))
+        )
+    if annotation is float:
+        return lambda v: (
+            not isinstance(v, bool) and isinstance(v, numbers.Real) and (loosely or _is_finite(v))
+        )
+    if origin is None or not issubclass(origin, Sequence):
+        return lambda v: isinstance(v, origin or annotation)
+    inner = [_test_of(member, loosely) for member in _members(arguments[0])]
+    # One number: the function itself says whether it takes that, or how many it needs.
+    takes_one = arguments[0] in (int, float) or get_origin(arguments[0]) is Annotated
+
+    def is_sequence(value: Any) -> bool:
+        if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
+            return takes_one and type(value) in (int, float)
+        return all(any(test(v) for test in inner) for v in value)
+
+    return is_sequence
+
+
+def _is_finite(value: Any) -> bool:
+    return bool(abs(value) <= sys.float_info.max)  # compared, as an integer may be larger
+
+
+def _is_device(name: str) -> bool:
+    try:
+        torch.device(name)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _named(annotation: Any, *, many: bool = False, ranges: bool = True) -> str:
+    """Name a type in a message."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    limits = f" {arguments[1].fits}" if origin is Annotated and ranges else ""
+    plain = arguments[0] if origin is Annotated else annotation
+    if plain is int:
+        return (
+            limits.strip()
+            if limits and not many
+            else ("integers" if many else "an integer") + limits
+        )
+    if plain is float:
+        return ("finite numbers" if many else "a finite number") + limits
+    if plain is bool:
+        return "True or False"
+    if origin is Literal:
+        return f"one of {arguments}"
+    if _is_array(plain) or plain is Tensor:
+        return "tensors" if many else "a tensor"
+    if origin is not None and issubclass(origin, Sequence):
+        inner = " or ".join(_named(member, many=True) for member in _members(arguments[0]))
+        return f"sequences of {inner}" if many else f"a sequence of {inner}"
+    name = {"Callable": "function", "Mapping": "dictionary"}.get(
+        getattr(origin or plain, "__name__", str(plain)), getattr(origin or plain, "__name__", "")
+    )
+    return f"{name}s" if many else f"a {name}"

@@ -1,0 +1,195 @@
+"""timm's protocol of a model, which its optimizers, checkpointing and feature extraction use."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mimkit._grids import Grid
+from mimkit.masking import Mask
+
+Matcher = dict[str, Any] | Callable[[str], tuple[float, ...]]
+
+
+class TimmProtocol(nn.Module):
+    """An encoder with the methods that timm's functions look for on a model.
+
+    `timm.optim.create_optimizer_v2(encoder, layer_decay=0.75, weight_decay=0.05)` then scales rates
+    and leaves parameters out of weight decay as for timm's own model of the same shape.
+
+    Attributes:
+        grad_checkpointing: Whether blocks are computed again in backward instead of kept.
+
+    Source:
+        timm 1.0 `VisionTransformer`, `SwinTransformer`, `Beit`.
+    """
+
+    grad_checkpointing = False
+    _undecayed: ClassVar[str]  # matches the names of parameters that have no weight decay
+    _first_layer: ClassVar[str]  # matches the names of parameters before the blocks
+
+    dim: int
+    num_prefix_tokens: int
+    head: nn.Module
+    pool: Callable[..., Tensor]
+
+    @property
+    def num_features(self) -> int:
+        """Width of an output token; timm's name for `dim`."""
+        return self.dim
+
+    @property
+    def num_classes(self) -> int:
+        """Number of outputs of the head; 0 for none."""
+        return int(getattr(self.head, "out_features", 0))
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters that have no weight decay."""
+        return {name for name, _ in self.named_parameters() if re.search(self._undecayed, name)}
+
+    def group_matcher(self, coarse: bool = False) -> Matcher:
+        """Return what assigns parameters to layers, from first to last, for layer decay.
+
+        Args:
+            coarse: Whether a stage of several blocks is one layer.
+        """
+        blocks = [(r"^blocks\.(\d+)", None), (r"^rel_pos_bias\.(\d+)", None), (r"^norm", (99999,))]
+        return {"stem": self._first_layer, "blocks": blocks}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute blocks again in backward, instead of keeping what they computed."""
+        self.grad_checkpointing = enable
+
+    def forward_features(
+        self, images: Float[Tensor, "batch channels *spatial"], mask: Mask | None = None
+    ) -> Float[Tensor, "batch prefix_and_tokens dim"]:
+        """Encode, as a call does."""
+        encoded: Tensor = self(images, mask)
+        return encoded
+
+    def forward_head(
+        self, tokens: Float[Tensor, "batch prefix_and_tokens dim"], pre_logits: bool = False
+    ) -> Float[Tensor, "batch _"]:
+        """Pool encoded tokens, and classify them unless `pre_logits`."""
+        pooled = self.pool(tokens)
+        logits: Tensor = pooled if pre_logits else self.head(pooled)
+        return logits
+
+    def forward_intermediates(
+        self,
+        images: Float[Tensor, "batch channels *spatial"],
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+        *,
+        mask: Mask | None = None,
+    ) -> Any:
+        """Encode, and return the outputs of some blocks (Swin: stages) too.
+
+        Args:
+            images: Images.
+            indices: The last n blocks, or these; all if `None`.
+            return_prefix_tokens: Whether to return pairs of patch tokens and prefix tokens.
+            norm: Whether to apply the last norm to the outputs of blocks.
+            stop_early: Accepted as timm's name; all blocks are computed.
+            output_fmt: "NCHW" for feature maps, "NLC" for tokens, the only form with a mask.
+            intermediates_only: Whether to return the outputs of blocks only.
+            mask: Which patches are visible.
+
+        Raises:
+            ValueError: If `output_fmt` is unknown, or "NCHW" with a mask, or an index is out of
+                range.
+        """
+        if output_fmt not in ("NCHW", "NLC") or (mask is not None and output_fmt == "NCHW"):
+            raise ValueError(
+                f'output_fmt must be "NCHW" or "NLC", with a mask "NLC"; got {output_fmt!r}'
+            )
+        stages = self._stages()
+        count = len(stages)
+        chosen = range(count) if indices is None else indices
+        chosen = range(count - chosen, count) if isinstance(chosen, int) else chosen
+        if any(not -count <= index < count for index in chosen):
+            raise ValueError(f"indices must be within the {count} blocks; got {indices}")
+        wanted = {index % count for index in chosen}
+        with _outputs_of([stages[index] for index in sorted(wanted)]) as outputs:
+            encoded = self(images, mask)
+        split = []
+        for index, tokens in zip(sorted(wanted), outputs, strict=True):
+            normed = self.get_submodule("norm")(tokens) if norm and self._fits(index) else tokens
+            prefix, patches = normed.tensor_split([self.num_prefix_tokens], dim=1)
+            if output_fmt == "NCHW":
+                patches = patches.mT.unflatten(2, self._grid_of(index)).contiguous()
+            with_prefix = return_prefix_tokens and self.num_prefix_tokens
+            split.append((patches, prefix) if with_prefix else patches)
+        return split if intermediates_only else (encoded, split)
+
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new classifier in place of the head; 0 classes for none.
+
+        Args:
+            num_classes: Number of classes.
+            global_pool: What `pool` returns from now on: "avg" or "token"; unchanged if `None`.
+
+        Raises:
+            ValueError: If the encoder cannot pool so.
+        """
+        if global_pool is not None:
+            self._set_pool(global_pool)
+        like = next(self.parameters())
+        self.head = nn.Identity()
+        if num_classes:
+            self.head = nn.Linear(self.dim, num_classes, device=like.device, dtype=like.dtype)
+
+    def _run(self, block: nn.Module, *args: Any, **options: Any) -> Any:
+        """Call a block, checkpointed if that is switched on."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False, **options)
+        return block(*args, **options)
+
+    def _stages(self) -> Sequence[nn.Module]:
+        blocks: Any = self.blocks
+        return list(blocks)
+
+    def _fits(self, stage: int) -> bool:
+        """Whether the last norm fits the output of a stage."""
+        return True
+
+    def _grid_of(self, stage: int) -> Grid:
+        grid: Any = self.grid
+        return tuple(grid)
+
+    def _set_pool(self, name: str) -> None:
+        known = {"avg": "mean", "token": "token"}
+        if name not in known or (name == "token" and not self.num_prefix_tokens):
+            raise ValueError(
+                f'global_pool must be "avg", or with a class token "token"; got {name!r}'
+            )
+        self._pool = known[name]
+
+
+@contextmanager
+def _outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collect what modules return while the context is open; of several results, the first."""
+    outputs: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [module.register_forward_hook(keep) for module in modules]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()

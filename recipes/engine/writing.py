@@ -1,0 +1,44 @@
+"""Files that are whole on the disk once they have their name, also after a power cut."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+PARTIAL = ".partial"
+
+
+def write_atomically(file: Path, content: str | bytes) -> None:
+    """Write a file under a temporary name, and rename it once it is on the disk."""
+    partial = file.with_name(file.name + PARTIAL)
+    partial.unlink(missing_ok=True)  # of a killed run; of a link, the link itself
+    with new_file(partial) as opened:
+        opened.write(content.encode() if isinstance(content, str) else content)
+    os.replace(partial, file)
+    sync_folder(file.parent)
+
+
+def write_json(file: Path, values: Any) -> None:
+    """Write values as JSON, atomically."""
+    write_atomically(file, json.dumps(values, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def new_file(file: Path) -> Iterator[IO[bytes]]:
+    """Create a file, which must not exist; it is on the disk after the context."""
+    with file.open("xb") as opened:
+        yield opened
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Write a folder's list of names to the disk, where the file system can."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems refuse this
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,72 @@
+"""The fuzz of arguments: it finds planted faults, accepts a careful function, and tries our own."""
+
+import pytest
+import torch
+
+from mimkit.testing import assert_rejects_wrong_inputs
+from mimkit.testing._wrong_inputs import find_faults
+from tests.public_calls import public_calls
+
+pytestmark = pytest.mark.untyped  # types are wrong on purpose
+
+X, Y = torch.rand(2, 5), torch.rand(2, 5)
+
+
+def careful(x, factor=2.0):
+    if not isinstance(x, torch.Tensor) or x.dtype != torch.float32:
+        raise TypeError(f"x must be a float32 tensor; got {x!r}")
+    if x.is_meta:
+        raise ValueError("x must hold values")
+    if not isinstance(factor, int | float) or not abs(factor) < 1e30:
+        raise ValueError(f"factor must be a finite number; got {factor!r}")
+    return x * factor
+
+
+def test_a_careful_function_passes():
+    assert_rejects_wrong_inputs(careful, [X])
+
+
+PLANTED = {
+    "broadcasts a batch": (lambda x, y: x - y, [X, Y], "y: one sample", "silent"),
+    "error from inside": (lambda x: torch.linalg.cholesky(x @ x.T), [X], "x: a text", "inside"),
+    "takes nan": (lambda factor: min(1.0, factor), [0.5], "factor: nan", "silent"),
+    "depends on the layout": (lambda x: x.view(-1), [X], "x: strides in another order", "inside"),
+    "reads memory in order": (
+        lambda x: torch.as_strided(x, x.shape, (x.shape[1], 1)),
+        [X],
+        "x: strides in another order",
+        "silent",
+    ),
+    "integers from NaN": (lambda x: (x > 0.5).long(), [X], "x: a NaN", "silent"),
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_planted_fault_is_found(fault):
+    function, arguments, where, kind = PLANTED[fault]
+    faults = find_faults(function, arguments).faults
+    found = {f"{fault.argument}: {fault.label}": fault.kind for fault in faults}
+    assert found.get(where) == kind
+
+
+def test_an_error_must_name_the_argument():
+    def vague(x):
+        if not isinstance(x, torch.Tensor):
+            raise ValueError("no")
+
+    assert any(fault.kind == "unnamed" for fault in find_faults(vague, [X]).faults)
+
+
+def test_a_failing_valid_call_and_a_skip_without_a_reason_are_errors():
+    with pytest.raises(AssertionError, match="the valid call of careful fails"):
+        assert_rejects_wrong_inputs(careful, [None])
+    with pytest.raises(ValueError, match="needs a reason"):
+        assert_rejects_wrong_inputs(careful, [X], skip={"x": ""})
+    with pytest.raises(ValueError, match="fits no call"):
+        assert_rejects_wrong_inputs(careful, [X], skip={"z": "no such argument"})
+
+
+@pytest.mark.parametrize("name", ["masking.uniform", "losses.alignment_mse"])
+def test_a_sample_of_our_functions_passes(name):
+    function, arguments = public_calls()[name]
+    assert_rejects_wrong_inputs(function, arguments, packages=["mimkit_kernels"])
