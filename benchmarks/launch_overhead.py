@@ -1,0 +1,47 @@
+"""Time of Python in a call of each kernel, in microseconds: `python -m benchmarks.launch_overhead`.
+
+Runs on a CPU, with tiny tensors and without the launch itself: checks of arguments, PyTorch's
+dispatch, allocation, and the launcher. Triton's own launch comes on top, and so do PyTorch's
+operations around a kernel, which are counted here as they run on a CPU.
+"""
+
+import os
+import statistics
+import sys
+import time
+
+# The launchers then take CPU tensors; Triton, imported later, must not interpret.
+os.environ["TRITON_INTERPRET"] = "1"
+import mimkit  # noqa: E402
+from benchmarks.sweep_launches import cases  # noqa: E402
+
+del os.environ["TRITON_INTERPRET"]
+
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+CALLS, ROUNDS = 100, 7
+
+
+def main() -> int:
+    """Print the shortest mean over `CALLS` calls of each kernel."""
+    JITFunction.run = lambda *arguments, **named: None
+    for case in cases():
+        if "bfloat16" in case.name:
+            continue  # takes the same path as float32
+        with mimkit.use("triton"):
+            case.call()
+            means = []
+            for _ in range(ROUNDS):
+                start = time.perf_counter()
+                for _ in range(CALLS):
+                    case.call()
+                means.append(1e6 * (time.perf_counter() - start) / CALLS)
+        name = case.name.split(" ")[0]
+        print(
+            f"{case.kernel:22} {name:22} {min(means):6.0f} us, {statistics.median(means):6.0f} median"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
