@@ -1,4 +1,4 @@
-"""Time of Python in a call of each kernel, in microseconds: `python -m benchmarks.launch_overhead`.
+"""CPU time of Python in a call of each kernel: `python -m benchmarks.launch_overhead`.
 
 Runs on a CPU, with tiny tensors and without the launch itself: checks of arguments, PyTorch's
 dispatch, allocation, and the launcher. Triton's own launch comes on top, and so do PyTorch's
@@ -23,7 +23,7 @@ CALLS, ROUNDS = 100, 7
 
 
 def main() -> int:
-    """Print the shortest mean over `CALLS` calls of each kernel."""
+    """Print the least and the median of the means over `CALLS` calls of each kernel."""
     JITFunction.run = lambda *arguments, **named: None
     for case in cases():
         if "bfloat16" in case.name:
@@ -32,13 +32,13 @@ def main() -> int:
             case.call()
             means = []
             for _ in range(ROUNDS):
-                start = time.perf_counter()
+                start = time.process_time()
                 for _ in range(CALLS):
                     case.call()
-                means.append(1e6 * (time.perf_counter() - start) / CALLS)
+                means.append(1e6 * (time.process_time() - start) / CALLS)
         name = case.name.split(" ")[0]
         print(
-            f"{case.kernel:22} {name:22} {min(means):6.0f} us, {statistics.median(means):6.0f} median"
+            f"{case.kernel:22} {name:22} {min(means):6.0f} us, median {statistics.median(means):.0f}"
         )
     return 0
 
