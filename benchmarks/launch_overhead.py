@@ -38,7 +38,7 @@ def main() -> int:
                 means.append(1e6 * (time.process_time() - start) / CALLS)
         name = case.name.split(" ")[0]
         print(
-            f"{case.kernel:22} {name:22} {min(means):6.0f} us, median {statistics.median(means):.0f}"
+            f"{case.kernel:22} {name:22} {min(means):5.0f} us, median {statistics.median(means):.0f}"
         )
     return 0
 
