@@ -36,10 +36,8 @@ def main() -> int:
                 for _ in range(CALLS):
                     case.call()
                 means.append(1e6 * (time.process_time() - start) / CALLS)
-        name = case.name.split(" ")[0]
-        print(
-            f"{case.kernel:22} {name:22} {min(means):5.0f} us, median {statistics.median(means):.0f}"
-        )
+        name, least = case.name.split(" ")[0], min(means)
+        print(f"{case.kernel:22} {name:22} {least:5.0f} us, median {statistics.median(means):.0f}")
     return 0
 
 
