@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.harness import (
+    STAND_IN,
     Bench,
     Report,
     describe_environment,
@@ -36,6 +37,14 @@ def pytest_configure(config: pytest.Config) -> None:
     describe_environment()
     file = results_file() if config.getoption("--save") else config.getoption("--rows")
     config.stash[REPORT] = Report(file=file)
+
+
+@pytest.hookimpl(trylast=True)  # after `-k` has selected
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For the stand-in, keep the first case of each benchmark."""
+    if STAND_IN:
+        functions = [item.nodeid.split("[")[0] for item in items]
+        items[:] = [item for i, item in enumerate(items) if functions[i] not in functions[:i]]
 
 
 @pytest.fixture(scope="session")

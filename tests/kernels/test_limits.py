@@ -304,6 +304,17 @@ def test_changing_counts_compile_a_bounded_number_of_kernels(name):
     assert len(seen) <= VARIANTS[name]
 
 
+@compiles
+def test_no_stream_compiles_the_samplers_again():
+    def call(stream: int) -> Any:
+        ids = meta(64, dtype=IDS), meta(2, dtype=IDS)
+        return module("uniform_sample")._launch(*ids, stream, 196, 49)
+
+    streams = (0, 1, 255, 32_767, 32_768, 65_535)
+    launched = [launch for stream in streams for launch in record(lambda s=stream: call(s))]
+    assert len({str(specialization(launch)) for launch in launched}) == 1
+
+
 # Arithmetic
 
 
