@@ -217,6 +217,8 @@ class _Rule:
             if isinstance(value, Tensor):
                 shown = describe(value)
             kinds = [_named(m, ranges=wrong) for m in self.others if m is not NoneType]
+            if NoneType in self.others and _is_literal(self.others[0]):
+                kinds[0] = ", ".join(f'"{option}"' for option in get_args(self.others[0]))
             kinds = (["a tensor"] if self.arrays else []) + kinds
             kinds += ["None"] if NoneType in self.others else []
             source = next((_SOURCES[k[2:]] for k in kinds if k[2:] in _SOURCES), "")
@@ -296,9 +298,11 @@ def _test_of(annotation: Any, loosely: bool = False) -> Callable[[Any], bool]:
         is_number = _test_of(arguments[0], loosely)
         low, high = arguments[1].low, arguments[1].high
         return is_number if loosely else lambda v: is_number(v) and bool(low <= v <= high)
-    if origin is Literal:  # the function itself says which texts it takes
-        kinds = tuple({type(option) for option in arguments})
-        return lambda v: isinstance(v, kinds)
+    if origin is Literal:
+        return lambda v: (
+            isinstance(v, str | bool | int)
+            and any(type(v) is type(option) and v == option for option in arguments)
+        )
     if annotation is bool:
         return lambda v: isinstance(v, bool | np.bool_) or (isinstance(v, int) and v in (0, 1))
     if annotation is torch.device:
@@ -320,7 +324,7 @@ def _test_of(annotation: Any, loosely: bool = False) -> Callable[[Any], bool]:
 
     def is_sequence(value: Any) -> bool:
         if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
-            return takes_one and type(value) in (int, float)
+            return takes_one and any(test(value) for test in inner)
         return all(any(test(v) for test in inner) for v in value)
 
     return is_sequence

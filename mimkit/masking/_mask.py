@@ -42,6 +42,15 @@ class Mask:
     masked_ids: Int64[Tensor, "batch masked"]
     grid: Grid = static()
 
+    def __post_init__(self) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if self.num_visible + self.num_masked != self.num_tokens:
+            raise ValueError(
+                f"{self.num_visible} visible_ids and {self.num_masked} masked_ids do not fill grid "
+                f"{self.grid}"
+            )
+
     @classmethod
     @checked
     def from_bool(
