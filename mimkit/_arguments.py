@@ -123,8 +123,8 @@ def _check(
             place = place or (value.device, name)
             if value.device != place[0]:
                 raise ValueError(
-                    f"{name} is on {value.device}, but {place[1]} is on {place[0]}: move one of "
-                    "them with .to(device)"
+                    f"{name} is on {value.device}, but {place[1]} is on {place[0]}; they must be "
+                    f"on one device; got {sorted((str(place[0]), str(value.device)))}"
                 )
         for axis, size in axes:
             if axis == "batch":
@@ -316,6 +316,8 @@ def _test_of(annotation: Any, loosely: bool = False) -> Callable[[Any], bool]:
         return lambda v: (
             not isinstance(v, bool) and isinstance(v, numbers.Real) and (loosely or _is_finite(v))
         )
+    if _is_array(annotation):
+        return lambda v: isinstance(v, Tensor)
     if origin is None or not issubclass(origin, Sequence):
         return lambda v: isinstance(v, origin or annotation)
     inner = [_test_of(member, loosely) for member in _members(arguments[0])]

@@ -23,7 +23,8 @@ class Mask:
 
     Every sample of a batch has the same number of masked tokens, so batches are rectangular. A mask
     is a pytree of tensors: `torch.compile`, DDP and `DataLoader` accept it. Make one with a sampler
-    or with `Mask.from_*`; the constructor itself checks nothing.
+    or with `Mask.from_*`. The constructor checks shapes, dtypes and devices; the ids themselves are
+    checked by `validate`, and with `mimkit.use(check=True)` in every operation.
 
     Attributes:
         visible_ids: Row-major positions that the encoder sees, ascending in every row.
@@ -41,15 +42,6 @@ class Mask:
     visible_ids: Int64[Tensor, "batch visible"]
     masked_ids: Int64[Tensor, "batch masked"]
     grid: Grid = static()
-
-    def __post_init__(self) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if self.num_visible + self.num_masked != self.num_tokens:
-            raise ValueError(
-                f"{self.num_visible} visible_ids and {self.num_masked} masked_ids do not fill grid "
-                f"{self.grid}"
-            )
 
     @classmethod
     @checked
