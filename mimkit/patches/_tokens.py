@@ -120,7 +120,7 @@ def restore(
     if visible.ndim != 3 or visible.shape[1] != length:
         raise ValueError(
             f"visible must be [batch, {length}, dim] for {num_prefix} prefix and "
-            f"{mask.num_visible} visible tokens; got {tuple(visible.shape)}"
+            f"{mask.num_visible} visible tokens of the mask; got {tuple(visible.shape)}"
         )
     batch, _, dim = visible.shape
     if fill.shape not in ((dim,), (batch, mask.num_masked, dim)):
@@ -145,7 +145,7 @@ def _gather(tokens: Tensor, mask: Mask, ids: Tensor, num_prefix: int) -> Tensor:
     if tokens.ndim != 3 or tokens.shape[1] != num_prefix + mask.num_tokens:
         raise ValueError(
             f"tokens must be [batch, {num_prefix + mask.num_tokens}, dim] for grid {mask.grid} "
-            f"after {num_prefix} prefix tokens; got {tuple(tokens.shape)}"
+            f"after {num_prefix} prefix tokens (num_prefix); got {tuple(tokens.shape)} and {mask}"
         )
     return kernels.gather_tokens(tokens, ids, num_prefix)
 
