@@ -147,6 +147,8 @@ def _gather(tokens: Tensor, mask: Mask, ids: Tensor, num_prefix: int) -> Tensor:
             f"tokens must be [batch, {num_prefix + mask.num_tokens}, dim] for grid {mask.grid} "
             f"after {num_prefix} prefix tokens (num_prefix); got {tuple(tokens.shape)} and {mask}"
         )
+    if not tokens.shape[2]:
+        raise ValueError(f"tokens must have at least one value each; got {tuple(tokens.shape)}")
     return kernels.gather_tokens(tokens, ids, num_prefix)
 
 

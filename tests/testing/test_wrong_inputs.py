@@ -87,7 +87,7 @@ def test_every_public_name_has_a_valid_call_or_a_reason():
 
 
 # What the fuzz still finds in the public names: a ratchet. Lower it with every fault mended.
-KNOWN = {"inside": 168, "silent": 41, "unnamed": 190}
+KNOWN = {"inside": 94, "silent": 40, "unnamed": 167}
 
 
 @pytest.mark.full
