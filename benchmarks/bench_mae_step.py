@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bench_pixel_loss import authors_loss
 from benchmarks.bench_tokens import authors_gather, authors_restore
-from benchmarks.harness import Bench, Variant, has_fast_bfloat16
+from benchmarks.harness import Bench, Variant, has_fast_bfloat16, time_on_gpu
 from mimkit import masking
 from mimkit.interop import from_official
 from recipes.mae import MAE, MAEConfig
@@ -191,12 +191,18 @@ def note_profile(bench: Bench, case: str, dtype: torch.dtype, variant: Variant) 
     gigaflop = count_flops(variant) / 1e9
     matrix = sum(ms for name, ms in times.items() if IS_MATRIX_PRODUCT.search(name))
     top = dict(list(times.items())[:10])
+    gaps = None
+    if bench.device.type == "cuda":
+        step = 1e3 * min(time_on_gpu(lambda: variant.backward(variant.forward())) for _ in range(3))
+        gaps = max(1 - total / step, 0.0)
     lines = [
         "",
         f"{case}, {dtype}, {variant.name}: {matrix / total:.1%} of {total:.0f} ms of operators are "
         f"matrix products, of {gigaflop:,.0f} GFLOP; the ten largest by self time:",
         *(f"  {ms:9.1f} ms  {ms / total:6.1%}  {name}" for name, ms in top.items()),
     ]
+    if gaps is not None:
+        lines.append(f"  in {gaps:.1%} of the step's {step:.1f} ms the device waits for launches")
     bench.note(
         lines,
         kind="profile",
@@ -206,6 +212,7 @@ def note_profile(bench: Bench, case: str, dtype: torch.dtype, variant: Variant) 
         total_ms=total,
         gigaflop=gigaflop,
         share_of_matrix_products=matrix / total,
+        share_of_launch_gaps=gaps,
         top_ms=top,
     )
 

@@ -18,6 +18,7 @@ from benchmarks.harness import Bench, Variant, has_fast_bfloat16
 from mimkit import masking
 from mimkit.interop import from_official
 from mimkit.masking import Mask
+from mimkit.nn import RelativePositionBias
 from mimkit.nn._layers import attend
 from recipes.simmim import SimMIM, SimMIMConfig
 

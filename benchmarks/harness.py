@@ -86,6 +86,8 @@ class Variant:
 
     def backward(self, output: Any) -> tuple[Tensor, ...]:
         """Run the backward pass with the same output gradient in every variant."""
+        if not self.leaves:
+            return ()
         upstream = upstream_gradient(output) if self.upstream is None else self.upstream
         return torch.autograd.grad(output, self.leaves, upstream)
 
@@ -151,6 +153,7 @@ class Row:
     paired_speedup: float | None = None
     moved_bytes: int | None = None
     share_of_copy: float | None = None
+    peak_bytes: int | None = None
     first_call_s: float | None = None
 
     def as_record(self) -> dict[str, Any]:
@@ -238,7 +241,8 @@ class Bench:
             moved: Bytes that each pass must at least read and write; a copy of the same number of
                 bytes is then timed as well.
             min_repeats: Minimum number of calls of each variant, even if they exceed the budget.
-            graphs: Whether a GPU also replays each variant as a CUDA graph, forward and backward.
+            graphs: Whether a GPU also replays mimkit's eager variants as CUDA graphs, forward and
+                backward. (Some authors' code reads values, which cannot be captured.)
 
         Raises:
             AssertionError: If a variant differs from the reference; nothing is timed then.
@@ -251,7 +255,8 @@ class Bench:
         checked = variants if reference in variants else [reference, *variants]
         first_call = check_variants(checked, tolerance)
         if self.device.type == "cuda" or STAND_IN:
-            variants = [*variants, *(graphed(v) for v in variants if graphs)]
+            own = [v for v in variants if graphs and "authors" not in v.name]
+            variants = [*variants, *(graphed(v) for v in own if not v.is_compiled)]
         for pass_ in passes:
             timed = {v.name: timer(v, pass_, self.device) for v in variants}
             moved_bytes = (moved or {}).get(pass_)
@@ -278,6 +283,7 @@ class Bench:
                     paired_speedup=None if best is None else paired(best, times[variant.name]),
                     moved_bytes=moved_bytes,
                     share_of_copy=share,
+                    peak_bytes=peak_bytes(variant) if pass_ == "both" else None,
                     first_call_s=first_call.get(variant.name) if variant.is_compiled else None,
                 )
                 self.report.add(row)
@@ -325,7 +331,7 @@ def check_variants(variants: Sequence[Variant], tolerance: float) -> dict[str, f
     for variant in variants:
         start = time.perf_counter()
         output = variant.forward()
-        gradients = variant.backward(output) if variant.leaves else ()
+        gradients = variant.backward(output)
         _synchronize()
         seconds[variant.name] = time.perf_counter() - start
         results = tuple(result.detach() for result in variant.view(output, gradients))
@@ -345,6 +351,17 @@ def assert_close(name: str, result: Tensor, reference: Tensor, tolerance: float)
     bound = tolerance * float(reference.double().norm())
     if not error <= bound:  # also catches nan
         raise AssertionError(f"{name} is off by {error:.3g}; at most {bound:.3g} is rounding")
+
+
+def peak_bytes(variant: Variant) -> int | None:
+    """Return the peak memory of forward and backward on a GPU, weights and inputs included."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    variant.backward(variant.forward())
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
 
 
 def timer(variant: Variant, pass_: Pass, device: torch.device) -> Callable[[], float]:
@@ -368,9 +385,7 @@ def graphed(variant: Variant) -> Variant:
     """Return the forward and backward pass of a variant as a CUDA graph, which is replayed."""
 
     def run() -> None:
-        output = variant.forward()
-        if variant.leaves:
-            variant.backward(output)
+        variant.backward(variant.forward())
 
     name = f"{variant.name}, CUDA graph"
     if not torch.cuda.is_available():  # the stand-in
@@ -467,6 +482,7 @@ def format_table(rows: Sequence[Row]) -> list[str]:
         "paired": lambda row: _format(row.paired_speedup, "{:.2f}"),
         "MB moved": lambda row: _format(row.moved_bytes, "{:.2f}", 1e-6),
         "of copy": lambda row: _format(row.share_of_copy, "{:.0%}"),
+        "peak MiB": lambda row: _format(row.peak_bytes, "{:.0f}", 2**-20),
         "compile s": lambda row: _format(row.first_call_s, "{:.1f}"),
     }
     cells = [list(columns), *([show(row) for show in columns.values()] for row in rows)]

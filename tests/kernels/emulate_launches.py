@@ -5,14 +5,17 @@
 
 import os
 
-# With the variable, launchers take CPU tensors; without it, Triton, imported later, compiles.
-assert os.environ["TRITON_INTERPRET"] == "1", "set TRITON_INTERPRET=1"
-import mimkit_kernels  # noqa: E402, F401
+import pytest
 
-del os.environ["TRITON_INTERPRET"]
+import mimkit_kernels  # noqa: F401  reads the variable: launchers then take CPU tensors
+from tests.kernels.emulated import emulated_launches
 
-from tests.kernels.emulated import emulated_launches  # noqa: E402
+RUNNING = emulated_launches()  # kept, because the patch ends with the life of this object
 
-# Kept, because the patch ends with the life of this object.
-RUNNING = emulated_launches()
-RUNNING.__enter__()
+
+def pytest_configure() -> None:
+    """Emulate all launches of the session."""
+    if os.environ.pop("TRITON_INTERPRET", None) != "1":
+        raise pytest.UsageError("set TRITON_INTERPRET=1")
+    # Triton is imported here, without the variable: it compiles.
+    RUNNING.__enter__()

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 LANES = 32
+MOST_BYTES = 1 << 26  # 24 more are kept for each
 PREDICATE = np.dtype(bool)
 Lanes = np.ndarray  # one value per thread of a program
 Step = Callable[["Program", Lanes], None]
@@ -47,6 +48,8 @@ class Memory:
     """
 
     def __init__(self, data: np.ndarray, base: int, name: str) -> None:
+        if len(data) > MOST_BYTES:
+            raise MemoryError(f"{name} has {len(data)} bytes; {MOST_BYTES} can be watched at most")
         self.data, self.base, self.name = data, base, name
         # Of the last write and the last read: barriers passed by then, warp, program.
         shape = (2, len(data))
