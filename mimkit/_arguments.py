@@ -34,8 +34,8 @@ _SOURCES = {
 class Range:
     """Range of a number, in an `Annotated` type."""
 
-    low: float
-    high: float
+    low: int | float
+    high: int | float
     fits: str
 
 
@@ -128,11 +128,12 @@ def _check(
         for axis, size in axes:
             if axis == "batch":
                 batch = batch or (size, name)
-                if size != batch[0]:
+                expected, other = batch
+                if size != expected:
+                    pair = f"{_with_shape(name, value)} and {_with_shape(other, arguments[other])}"
                     raise ValueError(
-                        f"{name} {_shown(value)} and {batch[1]} {_shown(arguments[batch[1]])} must "
-                        f"have one batch size: the {batch[1]} has {batch[0]} samples, but {name} "
-                        f"has {size}"
+                        f"{pair} must have one batch size: the {other} has {expected} samples, "
+                        f"but {name} has {size}"
                     )
             elif size != known.get(axis, size):
                 raise ValueError(
@@ -141,8 +142,8 @@ def _check(
                 )
 
 
-def _shown(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else ""
+def _with_shape(name: str, value: Any) -> str:
+    return f"{name} {tuple(value.shape)}" if isinstance(value, Tensor) else name
 
 
 def _explain(arguments: Mapping[str, Any], module: nn.Module | None, error: RuntimeError) -> None:

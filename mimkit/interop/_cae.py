@@ -27,7 +27,7 @@ _CONVOLUTION = renames(
 # Of a pre-training checkpoint, beside the encoder; of a probing checkpoint, the encoder.
 _NOT_ENCODER = (
     "mask_token", "rd_pos_embed", "encoder_to_regresser{rest}", "regresser.{rest}",
-    "decoder.{rest}", "alignment_{rest}",
+    "decoder.{rest}", "alignment_{rest}", "query_token", "attentive_blocks.{rest}",
 )  # fmt: skip
 _PROBED = ("cls_token", "pos_embed", "patch_embed.{rest}", "blocks.{rest}", "norm.{rest}")
 

@@ -172,7 +172,7 @@ KEY = masking.key([0, 1], seed=0)
         ((2, 2), {}, "4 targets of 1 of 4 tokens may leave only 0"),
         ((14, 14), {"target_ratio": 0.3}, "pass fewer or smaller targets"),
         ((14, 14), {"num_context": 61}, "only 60 for the context, which needs 61"),
-        ((14, 14), {"num_targets": 0}, "num_targets must be at least 1; got 0"),
+        ((14, 14), {"num_targets": 0}, "num_targets must be at least 1.*got 0"),
         ((14, 14), {"aspect": (2.0, 1.0)}, r"\(2.0, 1.0\)"),
         ((14, 14), {"context_scale": (0.5, 1.5)}, r"\(0.5, 1.5\)"),
         ((300, 300), {}, "65536"),

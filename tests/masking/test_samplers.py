@@ -278,7 +278,7 @@ def test_errors_repeat_what_was_passed(call, message):
 @pytest.mark.untyped
 @pytest.mark.parametrize("ids", [[0.5], [True], torch.zeros(2)])
 def test_ids_that_are_not_integers_raise(ids):
-    with pytest.raises(TypeError, match="sample_ids must be integers"):
+    with pytest.raises(TypeError, match="sample_ids must be .*integers"):
         masking.key(ids, seed=0)
 
 

@@ -248,7 +248,7 @@ def test_the_command_line_prints_what_the_library_computes(capsys, tmp_path):
     [
         (("uniform", "--grid", "13", "13", "--ratio", ".5", "--unit", "2"), "divisible by unit"),
         (("uniform", "--grid", "4", "4"), "exactly one of ratio and num_masked"),
-        (("uniform", "--grid", "4", "4", "--ratio", "much"), "ratio must be a number"),
+        (("uniform", "--grid", "4", "4", "--ratio", "much"), "ratio must be a finite number"),
         (("square", "--grid", "4", "4", "--side", "5"), "does not fit"),
         (("uniform", "--grid", "4", "4", "--ratio", "1"), "needs visible tokens"),
     ],

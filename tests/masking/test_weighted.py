@@ -134,7 +134,7 @@ KEY = masking.key([0, 1], seed=0)
     ("weights", "message"),
     [
         (torch.ones(2, 3), r"\[2, 4\].*got \(2, 3\)"),
-        (torch.ones(1, 4), r"\[2, 4\].*got \(1, 4\)"),
+        (torch.ones(1, 4), r"weights \(1, 4\) and key must have one batch size"),
         (torch.tensor([[1.0] * 4, [1, -2, 1, 1]]), "sample 1 has -2.0 at token 1"),
         (torch.tensor([[1.0, 1, 1, math.nan]] * 2), "sample 0 has nan at token 3"),
         (torch.tensor([[1.0, math.inf, 1, 1]] * 2), "sample 0 has inf at token 1"),

@@ -27,6 +27,7 @@ from recipes.engine.pretrain import Pretraining
 from recipes.engine.run.cli import Options, parse_options
 from recipes.engine.run.config import RunConfig
 from recipes.engine.run.folder import RunFolder
+from recipes.engine.run.loader import on_device
 from recipes.engine.run.world import World
 from recipes.mae import RECIPE as MAE
 from recipes.simmim import RECIPE as SIMMIM
@@ -217,8 +218,9 @@ def test_a_step_synchronizes_with_the_device_once(
     fetched = []
     real = Tensor.tolist
     monkeypatch.setattr(Tensor, "tolist", lambda self: fetched.append(1) or real(self))
+    batch = on_device(Batch(images, torch.arange(4), []), data.train, "cpu")
     with Syncs() as syncs:
-        step = task.step(Batch(images, torch.arange(4), []), Moment(1, 0.1))
+        step = task.step(batch, Moment(1, 0.1))
     assert step is not None
     # CAE checks the range of codes, but only on a CPU, where this needs no synchronization.
     assert (len(fetched), syncs.count) == (1, 2 if recipe is CAE else 0)
