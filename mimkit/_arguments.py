@@ -8,7 +8,6 @@ while `torch.compile` traces.
 import inspect
 import math
 import numbers
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -123,8 +122,8 @@ def _check(
             place = place or (value.device, name)
             if value.device != place[0]:
                 raise ValueError(
-                    f"{name} is on {value.device}, but {place[1]} is on {place[0]}: move one of "
-                    "them with .to(device)"
+                    f"{name} is on {value.device}, but {place[1]} is on {place[0]}; they must be "
+                    f"on one device; got {sorted((str(place[0]), str(value.device)))}"
                 )
         for axis, size in axes:
             if axis == "batch":
@@ -217,6 +216,8 @@ class _Rule:
             if isinstance(value, Tensor):
                 shown = describe(value)
             kinds = [_named(m, ranges=wrong) for m in self.others if m is not NoneType]
+            if NoneType in self.others and _is_literal(self.others[0]):
+                kinds[0] = ", ".join(f'"{option}"' for option in get_args(self.others[0]))
             kinds = (["a tensor"] if self.arrays else []) + kinds
             kinds += ["None"] if NoneType in self.others else []
             source = next((_SOURCES[k[2:]] for k in kinds if k[2:] in _SOURCES), "")
@@ -296,9 +297,11 @@ def _test_of(annotation: Any, loosely: bool = False) -> Callable[[Any], bool]:
         is_number = _test_of(arguments[0], loosely)
         low, high = arguments[1].low, arguments[1].high
         return is_number if loosely else lambda v: is_number(v) and bool(low <= v <= high)
-    if origin is Literal:  # the function itself says which texts it takes
-        kinds = tuple({type(option) for option in arguments})
-        return lambda v: isinstance(v, kinds)
+    if origin is Literal:
+        return lambda v: (
+            isinstance(v, str | bool | int)
+            and any(type(v) is type(option) and v == option for option in arguments)
+        )
     if annotation is bool:
         return lambda v: isinstance(v, bool | np.bool_) or (isinstance(v, int) and v in (0, 1))
     if annotation is torch.device:
@@ -312,6 +315,8 @@ def _test_of(annotation: Any, loosely: bool = False) -> Callable[[Any], bool]:
         return lambda v: (
             not isinstance(v, bool) and isinstance(v, numbers.Real) and (loosely or _is_finite(v))
         )
+    if _is_array(annotation):
+        return lambda v: isinstance(v, Tensor)
     if origin is None or not issubclass(origin, Sequence):
         return lambda v: isinstance(v, origin or annotation)
     inner = [_test_of(member, loosely) for member in _members(arguments[0])]
@@ -320,14 +325,14 @@ def _test_of(annotation: Any, loosely: bool = False) -> Callable[[Any], bool]:
 
     def is_sequence(value: Any) -> bool:
         if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
-            return takes_one and type(value) in (int, float)
+            return takes_one and any(test(value) for test in inner)
         return all(any(test(v) for test in inner) for v in value)
 
     return is_sequence
 
 
 def _is_finite(value: Any) -> bool:
-    return bool(abs(value) <= sys.float_info.max)  # compared, as an integer may be larger
+    return bool(abs(value) <= 1e30)  # any larger one overflows float32 in the next product
 
 
 def _is_device(name: str) -> bool:

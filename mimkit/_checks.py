@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mimkit_kernels as kernels
 from mimkit._arguments import describe
-from mimkit._grids import Grid, divide
+from mimkit._grids import Grid, count_tokens, divide, per_axis
 from mimkit._settings import Settings
 from mimkit.masking import Mask, RaggedMask
 
@@ -150,6 +150,24 @@ def check_no_nan(name: str, values: Shaped[Tensor, "..."], *, always: bool = Fal
     is_cheap = values.device.type == "cpu" and not torch.compiler.is_compiling()
     if (always or is_cheap or Settings.check) and bool(values.isnan().any()):
         raise ValueError(f"{name} must not contain NaN; got {int(values.isnan().sum())} of them")
+
+
+def check_values(
+    values: Float[Tensor, "batch masked patch"],
+    images: Shaped[Tensor, "batch channels *spatial"],
+    points: int | Sequence[int],
+) -> None:
+    """Check that there is one value per channel and point of a patch.
+
+    Raises:
+        ValueError: If there is another number of values.
+    """
+    expected = images.shape[1] * count_tokens(per_axis("patch_size", points, images.ndim - 2))
+    if values.shape[2] != expected:
+        raise ValueError(
+            f"values must be [batch, masked, {expected}] for images {tuple(images.shape)}; got "
+            f"{tuple(values.shape)}"
+        )
 
 
 def check_num_images(

@@ -51,7 +51,7 @@ def masked_depthwise_conv2d(
         >>> masked_depthwise_conv2d(x, torch.ones(1, 1, 1, 3), None, mask)
         tensor([[[[7., 7.]]]])
     """
-    radius = _radius(weight, bias, x.shape[1])
+    radius = _radius("x", x, weight, bias, x.shape[1])
     is_masked = mask.refine(cell_of(x, mask)).is_masked.unsqueeze(1)
     return F.conv2d(x.masked_fill(is_masked, 0), weight, bias, padding=radius, groups=x.shape[1])
 
@@ -86,7 +86,7 @@ def packed_depthwise_conv2d(
         tensor([12., 12.])
     """
     size = per_axis("cell", cell, 2)
-    radius = _radius(weight, bias, cells.shape[3])
+    radius = _radius("cells", cells, weight, bias, cells.shape[3])
     if cells.shape[2] != math.prod(size):
         raise ValueError(f"cells of {size} hold {math.prod(size)} positions; got {cells.shape[2]}")
     if neighbors.shape[:2] != cells.shape[:2]:
@@ -108,7 +108,7 @@ def packed_depthwise_conv2d(
     return packed_depthwise_conv(cells, weight, bias, neighbors.contiguous(), size)
 
 
-def _radius(weight: Tensor, bias: Tensor | None, channels: int) -> Grid:
+def _radius(of: str, x: Tensor, weight: Tensor, bias: Tensor | None, channels: int) -> Grid:
     """Check the filters, and return their radius on each axis."""
     if weight.ndim != 4 or weight.shape[:2] != (channels, 1):
         raise ValueError(
@@ -117,6 +117,10 @@ def _radius(weight: Tensor, bias: Tensor | None, channels: int) -> Grid:
         )
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"bias must be [{channels}] or None; got {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        is_cast = torch.is_autocast_enabled(x.device.type) if x.device.type != "meta" else False
+        if tensor is not None and tensor.dtype != x.dtype and not is_cast:
+            raise TypeError(f"{name} must be {x.dtype}, as {of} is; got {tensor.dtype}")
     kernel = tuple(weight.shape[2:])
     if any(size % 2 == 0 for size in kernel):
         raise ValueError(f"weight must have odd sizes, so that it has a center; got {kernel}")

@@ -318,8 +318,8 @@ def _take_masked(name: str, values: Tensor, mask: Mask | RaggedMask) -> Tensor:
         taken = gather_masked(_one_axis_of_values(values), mask)
         return taken.view(*taken.shape[:2], *values.shape[2:])
     raise ValueError(
-        f"{name} must be [batch, {mask.num_masked} masked or {mask.num_tokens} tokens, ...]; "
-        f"got {tuple(values.shape)}"
+        f"{name} must be [batch, {mask.num_masked} masked or {mask.num_tokens} tokens, ...] "
+        f"for this mask; got {tuple(values.shape)}"
     )
 
 
@@ -331,7 +331,7 @@ def _take_masked_rows(name: str, values: Tensor, mask: RaggedMask) -> Tensor:
     if len(values) == num_tokens:
         return values.index_select(0, mask.masked_rows)
     raise ValueError(
-        f"{name} must be [{num_masked} masked or {num_tokens} tokens, ...] for {mask}; "
+        f"{name} must be [{num_masked} masked or {num_tokens} tokens, ...] for mask {mask}; "
         f"got {tuple(values.shape)}"
     )
 

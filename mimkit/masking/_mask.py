@@ -23,7 +23,8 @@ class Mask:
 
     Every sample of a batch has the same number of masked tokens, so batches are rectangular. A mask
     is a pytree of tensors: `torch.compile`, DDP and `DataLoader` accept it. Make one with a sampler
-    or with `Mask.from_*`; the constructor itself checks nothing.
+    or with `Mask.from_*`. The constructor checks shapes, dtypes and devices; the ids themselves are
+    checked by `validate`, and with `mimkit.use(check=True)` in every operation.
 
     Attributes:
         visible_ids: Row-major positions that the encoder sees, ascending in every row.

@@ -29,7 +29,7 @@ class RaggedMask:
     padding. So a batch may contain images of different sizes, each with its own grid. Like `Mask`,
     it is a pytree of tensors. Counts and grids are its context: they are known on the host, and a
     compiled graph is specialised to them. Make one with `ragged`, `RaggedMask.cat` or
-    `RaggedMask.from_*`; the constructor itself checks nothing.
+    `RaggedMask.from_*`; the constructor checks dtypes and devices only.
 
     Attributes:
         visible_ids: Row-major positions in each sample's grid that the encoder sees, ascending.

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mimkit._arguments import Depth, Size, checked
-from mimkit._grids import Grid, count_tokens
+from mimkit._grids import Grid, as_sizes, count_tokens
 from mimkit.masking import Mask
 from mimkit.nn._swin import PatchSplitting, SwinStage, initialize_swin
 from mimkit.patches import gather_masked, patchify, unpatchify
@@ -66,6 +66,11 @@ class InverseSwin(nn.Module):
         out_dim: Size,
     ) -> None:
         super().__init__()
+        if not len(dim) == len(depth) == len(heads) >= 1 or len(as_sizes("grid", grid)) != 2:
+            raise ValueError(
+                "grid must have two axes, and dim, depth and heads one number per stage; got "
+                f"grid {grid}, dim {dim}, depth {depth} and heads {heads}"
+            )
         self.axis_sizes = {"tokens": count_tokens(grid), "in_dim": in_dim}
         self.embed = nn.Linear(in_dim, dim[0])
         self.stages = nn.ModuleList(
@@ -148,6 +153,11 @@ class SimMIMHead(nn.Module):
         self.axis_sizes = {"dim": dim}
         if name not in get_args(HeadName):
             raise ValueError(f"head must be one of {get_args(HeadName)}; got {name!r}")
+        sizes = [as_sizes(*pair) for pair in (("grid", grid), ("token", token), ("patch", patch))]
+        if len({len(axes) for axes in sizes}) != 1:
+            raise ValueError(
+                f"grid, token and patch must have the same axes; got {grid}, {token}, {patch}"
+            )
         self.predict: nn.Module
         cell, points = token, values * math.prod(token)
         if name == "linear":

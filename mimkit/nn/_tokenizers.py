@@ -47,6 +47,7 @@ class PatchTokenizer(nn.Module):
         self, *, patch_size: Sequence[int], in_channels: Size, vocabulary_size: Size
     ) -> None:
         super().__init__()
+        self.axis_sizes = {"channels": in_channels}
         self.patch_size = as_sizes("patch_size", patch_size)
         self.vocabulary_size = vocabulary_size
         width = in_channels * count_tokens(self.patch_size)
@@ -113,6 +114,11 @@ class PatchTokenizer(nn.Module):
             like: Images that give each patch its mean and standard deviation, since codes stand for
                 normalised patches.
         """
+        if tuple(ids.shape[1:]) != grid_of(like, self.patch_size):
+            raise ValueError(
+                f"ids must have the grid of `like`, {grid_of(like, self.patch_size)}; got "
+                f"{tuple(ids.shape)} for like {tuple(like.shape)}"
+            )
         mean, std = patch_statistics(patchify(like, self.patch_size))
         patches = self.centers[ids.flatten(1)] * std + mean
         return unpatchify(patches, ids.shape[1:], self.patch_size, order="c p1 p2")

@@ -34,7 +34,8 @@ def grid_of(
     """Return the number of patches of `images` per axis.
 
     Args:
-        images: Images, or any signal of one to three spatial axes.
+        images: Images, or any signal of one to three spatial axes. An image without its batch axis
+            is taken for signals of one axis, unless `patch_size` has two sizes.
         patch_size: Pixels per patch; one integer, or one per spatial axis.
 
     Raises:
@@ -49,6 +50,11 @@ def grid_of(
         raise ValueError(
             "images must be [batch, channels] and one to three spatial axes; "
             f"got shape {tuple(images.shape)}"
+        )
+    if isinstance(patch_size, Sequence) and len(patch_size) == images.ndim - 1:
+        raise ValueError(
+            f"images must be [batch, channels, ...] for patch_size={patch_size!r}; got "
+            f"{tuple(images.shape)}: a single image needs a batch axis, images.unsqueeze(0)"
         )
     return divide("image size", images.shape[2:], patch_size, "patch size")
 

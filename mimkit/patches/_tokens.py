@@ -10,7 +10,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 import mimkit_kernels as kernels
-from mimkit._arguments import Count, checked
+from mimkit._arguments import checked
 from mimkit._checks import check_batch, check_rows
 from mimkit.masking import Mask, RaggedMask
 
@@ -20,7 +20,7 @@ def gather_visible(
     tokens: Shaped[Tensor, "batch prefix_and_tokens dim"] | Shaped[Tensor, "rows dim"],
     mask: Mask | RaggedMask,
     *,
-    num_prefix: Count = 0,
+    num_prefix: int = 0,
 ) -> Shaped[Tensor, "batch prefix_and_visible dim"] | Shaped[Tensor, "rows_of_visible dim"]:
     """Gather the prefix tokens and the visible tokens, in ascending order of position.
 
@@ -50,7 +50,7 @@ def gather_masked(
     tokens: Shaped[Tensor, "batch prefix_and_tokens dim"] | Shaped[Tensor, "rows dim"],
     mask: Mask | RaggedMask,
     *,
-    num_prefix: Count = 0,
+    num_prefix: int = 0,
 ) -> Shaped[Tensor, "batch prefix_and_masked dim"] | Shaped[Tensor, "rows_of_masked dim"]:
     """Gather the prefix tokens and the masked tokens, in ascending order of position.
 
@@ -84,7 +84,7 @@ def restore(
     | Float[Tensor, "rows_of_masked dim"],
     *,
     positions: Float[Tensor, "prefix_and_tokens dim"] | None = None,
-    num_prefix: Count = 0,
+    num_prefix: int = 0,
 ) -> Float[Tensor, "batch prefix_and_tokens dim"] | Float[Tensor, "rows dim"]:
     """Put visible tokens back in grid order and fill the masked positions.
 
@@ -120,7 +120,7 @@ def restore(
     if visible.ndim != 3 or visible.shape[1] != length:
         raise ValueError(
             f"visible must be [batch, {length}, dim] for {num_prefix} prefix and "
-            f"{mask.num_visible} visible tokens; got {tuple(visible.shape)}"
+            f"{mask.num_visible} visible tokens of the mask; got {tuple(visible.shape)}"
         )
     batch, _, dim = visible.shape
     if fill.shape not in ((dim,), (batch, mask.num_masked, dim)):
@@ -145,8 +145,10 @@ def _gather(tokens: Tensor, mask: Mask, ids: Tensor, num_prefix: int) -> Tensor:
     if tokens.ndim != 3 or tokens.shape[1] != num_prefix + mask.num_tokens:
         raise ValueError(
             f"tokens must be [batch, {num_prefix + mask.num_tokens}, dim] for grid {mask.grid} "
-            f"after {num_prefix} prefix tokens; got {tuple(tokens.shape)}"
+            f"after {num_prefix} prefix tokens (num_prefix); got {tuple(tokens.shape)} and {mask}"
         )
+    if not tokens.shape[2]:
+        raise ValueError(f"tokens must have at least one value each; got {tuple(tokens.shape)}")
     return kernels.gather_tokens(tokens, ids, num_prefix)
 
 
@@ -163,6 +165,7 @@ def _gather_rows(tokens: Tensor, mask: RaggedMask, num_prefix: int) -> Tensor:
 
 def _with_prefix(mask: RaggedMask, num_prefix: int) -> RaggedMask:
     """Add `num_prefix` visible tokens in front of each sample's tokens, on grids of one axis."""
+    _check_prefix(num_prefix)
     if num_prefix == 0:
         return mask
     prefix = torch.arange(num_prefix, device=mask.device)

@@ -13,7 +13,14 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from mimkit._arguments import Scales, Size, checked
-from mimkit._checks import Order, as_floats, check_even, check_no_nan, patch_statistics
+from mimkit._checks import (
+    Order,
+    as_floats,
+    check_even,
+    check_no_nan,
+    check_values,
+    patch_statistics,
+)
 from mimkit.masking import Mask
 from mimkit.patches import gather_patches, patchify
 
@@ -67,6 +74,7 @@ class Pixels:
         mask: Mask,
     ) -> Float[Tensor, "batch masked patch"]:
         """Undo `mean` and `std`: return patches in the range of the images (uint8: [0, 1])."""
+        check_values(values, images, self.patch_size)
         channels = images.shape[1]
         pixels = values.shape[2] // channels
         for statistic, apply in ((self.std, torch.mul), (self.mean, torch.add)):
@@ -233,6 +241,11 @@ class PCATarget:
         """
         patches = Pixels(self.patch_size, self.order)(images, mask)
         center, components = self._fitted(patches.device)
+        if patches.shape[2] != len(center):
+            raise ValueError(
+                f"images must give patches of {len(center)} values, as those of fit; got "
+                f"{patches.shape[2]} from {tuple(images.shape)}"
+            )
         return (patches - center) @ components.T
 
     @checked
@@ -244,6 +257,11 @@ class PCATarget:
     ) -> Float[Tensor, "batch masked patch"]:
         """Return the patches that have these coefficients."""
         center, components = self._fitted(values.device)
+        if values.dtype != components.dtype or values.shape[2] != len(components):
+            raise ValueError(
+                f"values must be {components.dtype} and [batch, masked, {len(components)}]; got "
+                f"{values.dtype} and {tuple(values.shape)}"
+            )
         return values @ components + center
 
     def _fitted(self, device: torch.device) -> tuple[Tensor, Tensor]:

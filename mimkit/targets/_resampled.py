@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mimkit._arguments import Size, checked
-from mimkit._checks import Order, as_floats, check_even
+from mimkit._checks import Order, as_floats, check_even, check_values
 from mimkit._grids import Grid, divide, per_axis
 from mimkit.masking import Mask
 from mimkit.patches import gather_masked, patchify, restore, unpatchify
@@ -86,6 +86,7 @@ class DownsampledPixels:
         outer, patch = self._sizes(mask)
         factor = per_axis("factor", self.factor, len(outer))
         inside = divide("patch", outer, factor, "factor")
+        check_values(values, images, inside)
         means = _channels_first(values, inside, images.shape[1], self.order)
         for axis, side in enumerate(factor, 3):
             means = means.repeat_interleave(side, dim=axis)
@@ -156,6 +157,7 @@ class WindowNormalizedPixels:
         mask: Mask,
     ) -> Float[Tensor, "batch masked patch"]:
         """Undo the normalisation with the mean and standard deviation of the true windows."""
+        check_values(values, images, self.patch_size)
         mean, std = (
             Pixels(self.patch_size, self.order)(statistic, mask)
             for statistic in self._statistics(as_floats(images).float())
