@@ -1,4 +1,4 @@
-"""CPU time of Python in a call of each kernel: `python -m benchmarks.launch_overhead`.
+"""CPU time of Python in the forward pass of each kernel: `python -m benchmarks.launch_overhead`.
 
 Runs on a CPU, with tiny tensors and without the launch itself: checks of arguments, PyTorch's
 dispatch, allocation, and the launcher. Triton's own launch comes on top, and so do PyTorch's
@@ -29,12 +29,12 @@ def main() -> int:
         if "bfloat16" in case.name:
             continue  # takes the same path as float32
         with mimkit.use("triton"):
-            case.call()
+            case.forward()
             means = []
             for _ in range(ROUNDS):
                 start = time.process_time()
                 for _ in range(CALLS):
-                    case.call()
+                    case.forward()
                 means.append(1e6 * (time.process_time() - start) / CALLS)
         name, least = case.name.split(" ")[0], min(means)
         print(f"{case.kernel:22} {name:22} {least:5.0f} us, median {statistics.median(means):.0f}")

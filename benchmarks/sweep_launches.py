@@ -31,7 +31,8 @@ CONSTANTS = {
     "move_tokens": {"_MAX_BLOCK": (256, 512, 1024, 2048)},
     "gather_patches": {"MAX_TILE": (512, 1024, 2048)},
     "linear_cross_entropy": {"_MAX_BLOCK": (2048, 4096, 8192)},
-    "regressor_inputs": {"_ROWS": (4, 8, 16), "_PARTS": (256, 512, 1024)},
+    "packed_depthwise_conv": {"_TILES": (4, 8, 16), "_PROGRAMS": (512, 1024, 2048)},
+    "regressor_inputs": {"_PARTS": (256, 512, 1024)},
 }
 REPEATS = 1 if STAND_IN else 7
 DEVICE = torch.device("cpu" if STAND_IN else "cuda")
@@ -39,11 +40,12 @@ DEVICE = torch.device("cpu" if STAND_IN else "cuda")
 
 @dataclass(frozen=True)
 class Case:
-    """A call of a kernel: its file, a name, and the call."""
+    """A call of a kernel: its file, a name, the call, and its forward pass alone."""
 
     kernel: str
     name: str
     call: Callable[[], Any]
+    forward: Callable[[], Any]
 
 
 def cases() -> Iterator[Case]:
@@ -65,7 +67,7 @@ def cases() -> Iterator[Case]:
         yield case("gather_patches", dtype, kernels.gather_patches, images, mask.visible_ids, patch)
         yield case(
             "masked_pixel_loss", dtype, kernels.masked_pixel_loss,
-            values, images, mask.masked_ids, patch,
+            values, images.detach(), mask.masked_ids, patch,
         )  # fmt: skip
         for side, channels in ((4, 256), (2, 384)):
             channels = 16 if STAND_IN else channels
@@ -84,19 +86,32 @@ def cases() -> Iterator[Case]:
         yield case(
             "linear_cross_entropy", dtype, kernels.linear_cross_entropy, x, weight, None, target
         )
-    for side in (4,) if STAND_IN else (14, 28, 64):
-        yield Case(
-            "uniform_sample", f"{side}x{side}", lambda s=side: masking.uniform(key, (s, s), 0.75)
-        )
-    yield Case(
-        "blockwise_sample", f"{grid}", lambda: masking.blockwise(key, grid, 0.4, min_block=1)
-    )
+    samplers = {
+        f"uniform {side}x{side}": lambda s=side: masking.uniform(key, (s, s), 0.75)
+        for side in ((4,) if STAND_IN else (14, 28, 64))
+    }
+    samplers[f"blockwise {grid}"] = lambda: masking.blockwise(key, grid, 0.4, min_block=1)
+    for name, draw in samplers.items():
+        yield Case(f"{name.split()[0]}_sample", name, draw, draw)
 
 
 def case(kernel: str, dtype: torch.dtype, function: Callable[..., Any], *inputs: Any) -> Case:
-    """Return a call of a function with tensors."""
+    """Return a call of a function with tensors, and of its backward pass.
+
+    Gradients are those of the first tensor and, of a convolution, of its filter.
+    """
+    leaves = inputs[: 2 if kernel == "packed_depthwise_conv" else 1]
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def call() -> None:
+        made = function(*inputs)
+        parts = made if isinstance(made, tuple) else (made,)
+        outputs = [part for part in parts if part.requires_grad]
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(part) for part in outputs])
+
     shapes = [tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)]
-    return Case(kernel, f"{function.__name__} {dtype} {shapes}", lambda: function(*inputs))
+    return Case(kernel, f"{function.__name__} {dtype} {shapes}", call, lambda: function(*inputs))
 
 
 @contextmanager
@@ -118,12 +133,10 @@ def warps(number: int | None) -> Iterator[None]:
 
 def settings(kernel: str) -> Iterator[dict[str, int]]:
     """Return the values of the constants of a kernel's file to try; those of today first."""
-    module = import_module(f"mimkit_kernels.{kernel}")
-    tried = {n: v for n, v in CONSTANTS.get(kernel, {}).items() if hasattr(module, n)}
     yield {}
-    for values in itertools.product(*tried.values()):
-        if tried:
-            yield dict(zip(tried, values, strict=True))
+    tried = CONSTANTS.get(kernel, {})
+    for values in itertools.product(*tried.values()) if tried else ():
+        yield dict(zip(tried, values, strict=True))
 
 
 def measure(case: Case, number: int | None, constants: dict[str, int]) -> float | str:
@@ -148,6 +161,7 @@ def main() -> int:
     parser.add_argument("--rows", type=Path, required=True)
     report = Report(file=parser.parse_args().rows)
     done = report.file.read_text() if report.file.exists() else ""
+    failed = False
     for case in cases():
         if case.name in done:
             continue
@@ -161,9 +175,10 @@ def main() -> int:
         best = min(worked, key=worked.get, default=None)
         report.save({"bench": "sweep", "kernel": case.kernel, "case": case.name, "us": times})
         today = times["num_warps=None"]
+        failed |= isinstance(today, str)
         print(f"{case.kernel:22} {case.name}: today {today} us; best {best}: {worked.get(best)} us",
               flush=True)  # fmt: skip
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":
