@@ -75,6 +75,8 @@ UNCALLED = {
     "targets.FeatureTarget.invert": "always raises NotImplementedError",
     "targets.ColorClusters.save": "takes a path, which it overwrites",
     "targets.ColorClusters.load": "takes a path",
+    "nn.ViT.group_matcher": "timm's protocol, tested beside timm: takes one switch",
+    "nn.SwinTransformer.group_matcher": "timm's protocol, tested beside timm: takes one switch",
     "mimkit.use": "changes the settings of the process",
 }
 OTHER_ROOMS = ("interop.", "testing.")  # have no calls yet
