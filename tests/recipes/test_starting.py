@@ -64,6 +64,16 @@ def test_a_recipe_runs_as_a_script_from_any_folder(tmp_path: Path) -> None:
     assert "parameters" in result.stdout
 
 
+def test_output_that_nobody_reads_ends_a_command_in_one_line() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` does once it has its lines
+    command = [sys.executable, str(ROOT / "recipes" / "mae.py"), "--dry-run"]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert ended.stderr == "error: the program that reads the output has ended\n"
+    assert ended.returncode == 141
+
+
 @pytest.mark.full  # test_processes.py starts torchrun
 def test_a_recipe_runs_under_torchrun(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1"]

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -126,8 +127,8 @@ def run_command(
 
     Returns:
         The exit code: 0; 2 after a `UserError` or where there is not enough memory, which is
-        printed as one line on stderr; or that of a signal (`signals.EXIT_CODES`), after which there
-        is one line, too.
+        printed as one line on stderr; that of a signal (`signals.EXIT_CODES`), after which there
+        is one line, too; or 141 if what reads the output has ended.
     """
     signals.forget()
     try:
@@ -155,6 +156,10 @@ def run_command(
         if isinstance(error, ProcessError) or world_from_environment().is_main:
             say(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # such as `| head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes
+        say("error: the program that reads the output has ended", file=sys.stderr)
+        return 141
     except signals.Stopped as stop:
         if world_from_environment().is_main:
             say(stop, file=sys.stderr)
