@@ -26,7 +26,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _KINDS = {"Float": "floats", "Int": "integers", "Integer": "integers", "Bool": "boolean"}
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-_ABOUT_TYPES = re.compile("dtype|scalar type|Input type|same device|different device|expected device")
+_ABOUT_TYPES = re.compile(
+    "dtype|scalar type|Input type|same device|different device|expected device"
+)
 _SOURCES = {
     "Mask": ", from a sampler or Mask.from_bool",
     "Key": ", such as masking.key(ids, seed=0)",
