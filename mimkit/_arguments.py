@@ -8,6 +8,7 @@ while `torch.compile` traces.
 import inspect
 import math
 import numbers
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -24,6 +25,10 @@ from mimkit._settings import Settings
 F = TypeVar("F", bound=Callable[..., Any])
 
 _KINDS = {"Float": "floats", "Int": "integers", "Integer": "integers", "Bool": "boolean"}
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_ABOUT_TYPES = re.compile(
+    "dtype|scalar type|Input type|same device|different device|expected device"
+)
 _SOURCES = {
     "Mask": ", from a sampler or Mask.from_bool",
     "Key": ", such as masking.key(ids, seed=0)",
@@ -43,9 +48,11 @@ _MOST = 1 << 24
 Size = Annotated[int, Range(1, _MOST, f"at least 1 and at most {_MOST}")]
 Count = Annotated[int, Range(0, _MOST, f"at least 0 and at most {_MOST}")]
 Depth = Annotated[int, Range(0, 1000, "at least 0 and at most 1000")]
+Seed = Annotated[int, Range(-(1 << 63), (1 << 64) - 1, "of at most 64 bits")]
 Positive = Annotated[float, Range(5e-324, math.inf, "above 0")]
 NotNegative = Annotated[float, Range(0, math.inf, "of 0 or more")]
 Share = Annotated[float, Range(0, 1, "in [0, 1]")]
+DropRate = Annotated[float, Range(0, math.nextafter(1, 0), "in [0, 1)")]
 Scales = Sequence[Annotated[float, Range(1e-30, 1e30, "from 1e-30 to 1e30")]]
 
 
@@ -59,6 +66,12 @@ def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
     return f"{type(value).__name__} {' '.join(repr(value).split()):.60}"
+
+
+def uses_autocast(x: Tensor) -> bool:
+    """Whether autocast converts this tensor in a convolution or a linear layer."""
+    device = x.device.type
+    return x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device)
 
 
 def checked(function: F) -> F:
@@ -82,13 +95,9 @@ def checked(function: F) -> F:
     if inspect.isclass(function):
         setattr(function, "__init__", checked(function.__init__))  # noqa: B010
         return function
-    names = [
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is not inspect.Parameter.VAR_POSITIONAL
-    ]
-
-    if names in ([], ["self"], ["cls"]):
+    parameters = inspect.signature(function).parameters
+    positional = [name for name, parameter in parameters.items() if parameter.kind in _POSITIONAL]
+    if list(parameters) in ([], ["self"], ["cls"]):
         return function
 
     @wraps(function)
@@ -96,12 +105,13 @@ def checked(function: F) -> F:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
         module = args[0] if args and isinstance(args[0], nn.Module) else None
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = dict(zip(positional, args, strict=False)) | kwargs
         _check(_rules_of(function), given, module)
         try:
             return function(*args, **kwargs)
         except RuntimeError as error:
-            _explain(given, module, error)
+            if module is not None and _is_about_types(error):
+                _explain(given, module, error)
             raise
 
     return call  # type: ignore[return-value]
@@ -146,19 +156,29 @@ def _with_shape(name: str, value: Any) -> str:
     return f"{name} {tuple(value.shape)}" if isinstance(value, Tensor) else name
 
 
-def _explain(arguments: Mapping[str, Any], module: nn.Module | None, error: RuntimeError) -> None:
+def _is_about_types(error: RuntimeError) -> bool:
+    """Whether PyTorch complains of tensors of two dtypes or devices: not of memory, not of others.
+
+    Subclasses of `RuntimeError` (out of memory, distributed errors) have other reasons.
+    """
+    return type(error) is RuntimeError and bool(_ABOUT_TYPES.search(str(error)))
+
+
+def _explain(arguments: Mapping[str, Any], module: nn.Module, error: RuntimeError) -> None:
     """Name the argument whose dtype or device is not that of the weights of a module.
 
-    Only after an error: before, the weights may be elsewhere, or in pieces, as with FSDP.
+    Only after an error: before, the weights may be elsewhere, or in pieces, as with FSDP. Under
+    autocast other dtypes are usual, so they explain nothing.
 
     Raises:
         TypeError: There is such an argument.
     """
-    weight = None if module is None else next(module.parameters(), None)
+    weight = next(module.parameters(), None)
     for name, value in arguments.items():
         if weight is None or not isinstance(value, Tensor) or not value.is_floating_point():
             continue
-        if (value.dtype, value.device) != (weight.dtype, weight.device):
+        differs = value.dtype != weight.dtype and not uses_autocast(value)
+        if differs or value.device != weight.device:
             raise TypeError(
                 f"{name} is {value.dtype} on {value.device}, but the weights of this "
                 f"{type(module).__name__} are {weight.dtype} on {weight.device}: {error}"

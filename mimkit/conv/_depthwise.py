@@ -15,7 +15,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimkit._arguments import checked
+from mimkit._arguments import checked, uses_autocast
 from mimkit._checks import cell_of
 from mimkit._grids import Grid, per_axis, reach_of
 from mimkit._settings import Settings
@@ -118,8 +118,7 @@ def _radius(of: str, x: Tensor, weight: Tensor, bias: Tensor | None, channels: i
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"bias must be [{channels}] or None; got {tuple(bias.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
-        is_cast = torch.is_autocast_enabled(x.device.type) if x.device.type != "meta" else False
-        if tensor is not None and tensor.dtype != x.dtype and not is_cast:
+        if tensor is not None and tensor.dtype != x.dtype and not uses_autocast(x):
             raise TypeError(f"{name} must be {x.dtype}, as {of} is; got {tensor.dtype}")
     kernel = tuple(weight.shape[2:])
     if any(size % 2 == 0 for size in kernel):
@@ -131,9 +130,7 @@ def _autocast(
     cells: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast the inputs as autocast casts those of a convolution."""
-    device = cells.device.type
-    can_autocast = cells.dtype != torch.float64 and device != "meta"
-    if not can_autocast or not torch.is_autocast_enabled(device):
+    if not uses_autocast(cells):
         return cells, weight, bias
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(cells.device.type)
     return cells.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -30,8 +30,8 @@ def baselines(
     kind: Kind = "l2",
     beta: NotNegative = 1.0,
     order: Order = "p1 p2 c",
-    mean: Sequence[float] | None = None,
-    std: Scales | None = None,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Scales | Tensor | None = None,
 ) -> dict[str, Float32[Tensor, ""]]:
     """Compute the `masked_pixel_loss` of trivial predictors.
 
@@ -107,8 +107,8 @@ def _interpolate(
     mask: Mask,
     patch_size: int | Sequence[int],
     *,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
+    mean: Sequence[float] | Tensor | None,
+    std: Sequence[float] | Tensor | None,
 ) -> Float[Tensor, "batch channels *spatial"]:
     """Fill masked pixels with a Gaussian-weighted mean of the visible ones."""
     grid = grid_of(images, patch_size)

@@ -206,8 +206,8 @@ def masked_pixel_loss(
     kind: Kind = "l2",
     beta: NotNegative = 1.0,
     order: Order = "p1 p2 c",
-    mean: Sequence[float] | None = None,
-    std: Scales | None = None,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Scales | Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Loss:
     """Compute the loss between predicted patches and the masked patches of the images.

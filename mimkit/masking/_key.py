@@ -132,13 +132,3 @@ def fresh_key(
     bounds = torch.iinfo(torch.int64)
     seed = torch.randint(bounds.min, bounds.max, (1,), device=device, generator=generator)
     return Key(torch.arange(batch_size, device=device), torch.cat([seed, torch.zeros_like(seed)]))
-
-
-def check_key(key: object) -> None:
-    """Check that a sampler was given a key.
-
-    Raises:
-        TypeError: If it is anything else, such as the sample ids themselves.
-    """
-    if not isinstance(key, Key):
-        raise TypeError(f"samplers take a Key, such as masking.key(ids, seed=0); got {key!r}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mimkit._arguments import Size, checked
 from mimkit._containers import container
-from mimkit._grids import as_integer, as_sizes, count_tokens
+from mimkit._grids import as_sizes, count_tokens
 from mimkit.masking._counts import check_interval, num_masked
 from mimkit.masking._key import Key
 from mimkit.masking._mask import Mask
@@ -88,9 +88,6 @@ def multiblock(
         raise ValueError(f"grid {grid} has more than {MAX_TOKENS} tokens")
     check_interval("aspect", aspect)
     check_interval("context_scale", context_scale, highest=1)
-    num_targets = as_integer("num_targets", num_targets)
-    if num_targets < 1:
-        raise ValueError(f"num_targets must be at least 1; got {num_targets}")
     depth, plane = (grid[0], grid[1:]) if len(grid) == 3 else (1, (1, *grid)[-2:])
     area = num_masked(count_tokens(plane), target_ratio)
     free = count_tokens(plane) - num_targets * area

@@ -9,7 +9,7 @@ import torch
 from mimkit._arguments import checked
 from mimkit._grids import as_sizes, count_tokens, divide, per_axis
 from mimkit.masking._counts import Rounding, resolve_count
-from mimkit.masking._key import Key, check_key
+from mimkit.masking._key import Key
 from mimkit.masking._mask import Mask
 from mimkit.masking._philox import MAX_TOKENS, SQUARE, UNIFORM, random_words, stream_of
 from mimkit_kernels import uniform_sample
@@ -89,7 +89,6 @@ def gridwise(key: Key, grid: Sequence[int], *, keep_every: int | Sequence[int] =
         >>> gridwise(masking.key([0], seed=0), (2, 4)).visible_ids
         tensor([[0, 2]])
     """
-    check_key(key)
     grid = as_sizes("grid", grid)
     steps = per_axis("keep_every", keep_every, len(grid))
     is_masked = torch.ones(1, *grid, dtype=torch.bool, device=key.device)
@@ -127,7 +126,6 @@ def square(
         >>> square(masking.key([0], seed=0), (4, 4), 2).masked_ids
         tensor([[ 5,  6,  9, 10]])
     """
-    check_key(key)
     grid = as_sizes("grid", grid)
     sides = per_axis("side", side, len(grid))
     room = [size - length for size, length in zip(grid, sides, strict=True)]

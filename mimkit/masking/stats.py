@@ -98,8 +98,6 @@ def marginals(
         >>> marginals(masking.gridwise, (1, 4), num_samples=8)
         tensor([[0., 1., 0., 1.]])
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1; got {num_samples}")
     grid = as_sizes("grid", grid)
     masked = torch.zeros(grid)
     for first in range(0, num_samples, _SAMPLES_AT_ONCE):

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int32, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._arguments import Count, Depth, Positive, Share, Size, checked
+from mimkit._arguments import Count, Depth, DropRate, Positive, Size, checked
 from mimkit._checks import as_floats, check_even, check_mask, check_stacked
 from mimkit._grids import Grid, divide, per_axis, reach_of, sides_of
 from mimkit.conv import packed_depthwise_conv2d
@@ -67,7 +67,7 @@ class CellProjection(nn.Module):
         stride: Stride and kernel size per axis; must divide the cell.
     """
 
-    def __init__(self, *, in_dim: Size, dim: Size, stride: Grid) -> None:
+    def __init__(self, *, in_dim: int, dim: int, stride: Grid) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim, in_dim, *stride))
         self.bias = nn.Parameter(torch.empty(dim))
@@ -95,7 +95,7 @@ class CellProjection(nn.Module):
 class CellEmbed(nn.Module):
     """Downsample cells: strided projection, LayerNorm, GELU."""
 
-    def __init__(self, *, in_dim: Size, dim: Size, stride: Grid) -> None:
+    def __init__(self, *, in_dim: int, dim: int, stride: Grid) -> None:
         super().__init__()
         self.proj = CellProjection(in_dim=in_dim, dim=dim, stride=stride)
         self.norm = nn.LayerNorm(dim, eps=CONV_NORM_EPS)
@@ -110,7 +110,7 @@ class CellEmbed(nn.Module):
 class DepthwiseConv(nn.Module):
     """Depth-wise convolution that reads positions outside the cells as zeros."""
 
-    def __init__(self, *, dim: Size, kernel_size: Size) -> None:
+    def __init__(self, *, dim: int, kernel_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim, 1, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.empty(dim))
@@ -143,7 +143,7 @@ class ConvBlock(nn.Module):
     """
 
     def __init__(
-        self, *, dim: Size, kernel_size: Size, mlp_ratio: Positive, drop_path: Share = 0.0
+        self, *, dim: int, kernel_size: int, mlp_ratio: float, drop_path: float = 0.0
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=CONV_NORM_EPS)
@@ -173,11 +173,11 @@ class ConvStage(nn.Module):
     def __init__(
         self,
         *,
-        in_dim: Size,
-        dim: Size,
+        in_dim: int,
+        dim: int,
         stride: Grid,
-        kernel_size: Size,
-        mlp_ratio: Positive,
+        kernel_size: int,
+        mlp_ratio: float,
         drop_path: Sequence[float],
     ) -> None:
         super().__init__()
@@ -281,7 +281,7 @@ class ConvViT(TimmProtocol):
         heads: Size = 12,
         mlp_ratio: Sequence[Positive] = (4.0, 4.0, 4.0),
         kernel_size: Size = 5,
-        drop_path: Share = 0.0,
+        drop_path: DropRate = 0.0,
         multi_scale: bool = False,
         masked_conv: bool = True,
         pool: Literal["mean", "token"] = "mean",
@@ -291,9 +291,7 @@ class ConvViT(TimmProtocol):
     ) -> None:
         super().__init__()
         self.axis_sizes = {"dim": dim[-1] if dim else 0}
-        if pool not in ("mean", "token"):
-            raise ValueError(f'pool must be "mean" or "token"; got {pool!r}')
-        if kernel_size < 1 or kernel_size % 2 == 0:
+        if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, so that it has a center; got {kernel_size}")
         shape = {"patch_sizes": patch_sizes, "dim": dim, "depth": depth, "mlp_ratio": mlp_ratio}
         check_stages(**shape)

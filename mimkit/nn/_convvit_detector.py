@@ -10,7 +10,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._arguments import Depth, Positive, Share, Size, checked
+from mimkit._arguments import Depth, DropRate, Positive, Size, checked
 from mimkit._grids import Grid, divide, per_axis
 from mimkit.nn._convvit import ConvViT
 from mimkit.nn._relative import RelativePositionBias
@@ -60,7 +60,7 @@ class ConvViTDetector(ConvViT):
         heads: Size = 12,
         mlp_ratio: Sequence[Positive] = (4.0, 4.0, 4.0),
         kernel_size: Size = 5,
-        drop_path: Share = 0.0,
+        drop_path: DropRate = 0.0,
     ) -> None:
         super().__init__(
             image_size=image_size,

@@ -256,7 +256,7 @@ class CrossBlock(nn.Module):
         mlp_ratio: Ratio of MLP hidden width to `dim`.
     """
 
-    def __init__(self, *, dim: Size, heads: Size, mlp_ratio: Positive = 4.0) -> None:
+    def __init__(self, *, dim: int, heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.norm_context = nn.LayerNorm(dim, eps=NORM_EPS)

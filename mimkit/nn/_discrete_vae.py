@@ -46,7 +46,7 @@ class _Block(nn.Module):
     """Residual block of four convolutions, with a constant gain on the residual branch."""
 
     def __init__(
-        self, in_dim: Size, out_dim: Size, kernels: tuple[int, int, int, int], gain: float
+        self, in_dim: int, out_dim: int, kernels: tuple[int, int, int, int], gain: float
     ) -> None:
         super().__init__()
         hidden = out_dim // 4
@@ -64,7 +64,7 @@ class _Block(nn.Module):
         return out
 
 
-def _conv(in_dim: int, out_dim: Size, kernel: int) -> nn.Conv2d:
+def _conv(in_dim: int, out_dim: int, kernel: int) -> nn.Conv2d:
     layer = nn.Conv2d(in_dim, out_dim, kernel, padding=kernel // 2)
     assert layer.bias is not None
     # As in the released code: normal with standard deviation fan_in ** -0.5.
@@ -109,7 +109,7 @@ class DiscreteEncoder(nn.Module):
     """Convolutional encoder from pixels, mapped by `map_pixels`, to logits over codes."""
 
     def __init__(
-        self, *, in_channels: Size, dim: Size, groups: Size, depth: int, vocabulary_size: Size
+        self, *, in_channels: int, dim: int, groups: int, depth: int, vocabulary_size: int
     ) -> None:
         super().__init__()
         self.blocks = _trunk(
@@ -135,12 +135,12 @@ class DiscreteDecoder(nn.Module):
     def __init__(
         self,
         *,
-        in_channels: Size,
-        dim: Size,
-        stem_dim: Size,
-        groups: Size,
-        depth: Depth,
-        vocabulary_size: Size,
+        in_channels: int,
+        dim: int,
+        stem_dim: int,
+        groups: int,
+        depth: int,
+        vocabulary_size: int,
     ) -> None:
         super().__init__()
         self.blocks = _trunk(

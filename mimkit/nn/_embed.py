@@ -14,7 +14,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._arguments import Size, checked
+from mimkit._arguments import Size, checked, uses_autocast
 from mimkit._checks import Order, as_floats, check_stacked
 from mimkit._grids import Grid, count_tokens, sides_of
 from mimkit.masking import Mask, RaggedMask
@@ -28,7 +28,7 @@ Images: TypeAlias = (
 class PatchProjection(nn.Module):
     """Linear projection of patches, with its weight stored in convolution layout."""
 
-    def __init__(self, *, in_channels: Size, patch: Sequence[int], dim: Size) -> None:
+    def __init__(self, *, in_channels: int, patch: Sequence[int], dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim, in_channels, *patch))
         self.bias = nn.Parameter(torch.empty(dim))
@@ -45,9 +45,7 @@ class PatchProjection(nn.Module):
             raise ValueError(
                 f"the images are on {patches.device}, but the weights on {self.weight.device}"
             )
-        if patches.dtype != self.weight.dtype and not torch.is_autocast_enabled(
-            patches.device.type
-        ):
+        if patches.dtype != self.weight.dtype and not uses_autocast(patches):
             raise TypeError(
                 f"the images give patches of {patches.dtype}, but the weights are "
                 f"{self.weight.dtype}: convert one, or use autocast"

@@ -62,7 +62,7 @@ class HybridEmbed(PatchEmbed):
         would otherwise leak masked pixels into visible tokens.
     """
 
-    def __init__(self, *, stem: Any, patch_size: Grid, dim: Size) -> None:
+    def __init__(self, *, stem: Any, patch_size: Grid, dim: int) -> None:
         super().__init__(patch_size=patch_size, in_channels=stem.out_channels, dim=dim)
         self.stem = stem
         self.patch_on_map = self.patch_size

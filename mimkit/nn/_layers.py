@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._arguments import NotNegative, Positive, Share, Size, checked
+from mimkit._arguments import DropRate, NotNegative, Positive, Size, checked
 from mimkit.nn._packing import Packing
 
 NORM_EPS = 1e-6  # epsilon of every LayerNorm in MAE's models (PyTorch's default is 1e-5)
@@ -110,7 +110,7 @@ def _attend_nested(query: Tensor, key: Tensor, value: Tensor, packing: Packing) 
 
 
 def split_heads(
-    tokens: Float[Tensor, "batch tokens dim"], heads: Size
+    tokens: Float[Tensor, "batch tokens dim"], heads: int
 ) -> Float[Tensor, "batch heads tokens head_dim"]:
     """Split the width into heads."""
     return rearrange(tokens, "b n (h d) -> b h n d", h=heads)
@@ -123,7 +123,7 @@ def merge_heads(
     return rearrange(tokens, "b h n d -> b n (h d)")
 
 
-def check_heads(dim: int, heads: Size) -> None:
+def check_heads(dim: int, heads: int) -> None:
     """Check that `dim` is divisible by `heads`.
 
     Raises:
@@ -136,7 +136,7 @@ def check_heads(dim: int, heads: Size) -> None:
 class _QKVProjection(nn.Linear):
     """Fused QKV projection without a bias parameter; `forward` takes one as an argument."""
 
-    def __init__(self, dim: Size) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__(dim, 3 * dim, bias=False)
         nn.init.xavier_uniform_(self.weight)
 
@@ -158,7 +158,7 @@ class Attention(nn.Module):
         ValueError: If `qkv_bias` is something else, or `dim` is not divisible by `heads`.
     """
 
-    def __init__(self, *, dim: Size, heads: Size, qkv_bias: QKVBias = True) -> None:
+    def __init__(self, *, dim: int, heads: int, qkv_bias: QKVBias = True) -> None:
         super().__init__()
         check_heads(dim, heads)
         if qkv_bias not in (True, False, "qv"):
@@ -208,7 +208,7 @@ class Attention(nn.Module):
 class CrossAttention(nn.Module):
     """Cross-attention. Keys have no bias: softmax would cancel it."""
 
-    def __init__(self, *, dim: Size, heads: Size) -> None:
+    def __init__(self, *, dim: int, heads: int) -> None:
         super().__init__()
         check_heads(dim, heads)
         self.heads = heads
@@ -250,7 +250,7 @@ class CrossAttention(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers with a GELU between them: exact, or its approximation by tanh."""
 
-    def __init__(self, *, dim: Size, hidden_dim: int, act: Activation = "gelu") -> None:
+    def __init__(self, *, dim: int, hidden_dim: int, act: Activation = "gelu") -> None:
         super().__init__()
         if act not in get_args(Activation):
             raise ValueError(f"act must be one of {get_args(Activation)}; got {act!r}")
@@ -328,7 +328,7 @@ class TransformerBlock(nn.Module):
         dim: Size,
         heads: Size,
         mlp_ratio: Positive = 4.0,
-        drop_path: Share = 0.0,
+        drop_path: DropRate = 0.0,
         norm_eps: NotNegative = NORM_EPS,
         layer_scale: float | None = None,
         qkv_bias: QKVBias = True,
@@ -373,7 +373,7 @@ class TransformerBlock(nn.Module):
 
 def make_layer_scale(dim: int, value: float | None) -> nn.Parameter | None:
     """Make a layer-scale parameter, one value per channel; `None` for no layer scale."""
-    return None if value is None else nn.Parameter(torch.full((dim,), value))
+    return None if value is None else nn.Parameter(torch.full((dim,), float(value)))
 
 
 def scale(

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mimkit._arguments import Depth, Positive, Share, Size, checked
+from mimkit._arguments import Depth, DropRate, Positive, Size, checked
 from mimkit._checks import check_even
 from mimkit.masking import Mask
 from mimkit.nn._decoders import check_latent
@@ -41,11 +41,11 @@ class RegressorBlock(nn.Module):
     def __init__(
         self,
         *,
-        dim: Size,
-        heads: Size,
-        mlp_ratio: Positive = 4.0,
+        dim: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
         layer_scale: float | None = 0.1,
-        drop_path: Share = 0.0,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm_q = nn.LayerNorm(dim, eps=NORM_EPS)
@@ -152,7 +152,7 @@ class ContextRegressor(nn.Module):
         heads: Size = 12,
         mlp_ratio: Positive = 4.0,
         layer_scale: float | None = 0.1,
-        drop_path: Share = 0.0,
+        drop_path: DropRate = 0.0,
     ) -> None:
         super().__init__()
         self.axis_sizes = {"dim": dim}
@@ -279,7 +279,7 @@ class CAEDecoder(nn.Module):
         heads: Size = 12,
         mlp_ratio: Positive = 4.0,
         layer_scale: float | None = 0.1,
-        drop_path: Share = 0.0,
+        drop_path: DropRate = 0.0,
     ) -> None:
         super().__init__()
         self.axis_sizes = {"dim": dim}

@@ -8,7 +8,7 @@ each with a block of predicted points); dim; out.
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -151,8 +151,6 @@ class SimMIMHead(nn.Module):
     ) -> None:
         super().__init__()
         self.axis_sizes = {"dim": dim}
-        if name not in get_args(HeadName):
-            raise ValueError(f"head must be one of {get_args(HeadName)}; got {name!r}")
         sizes = [as_sizes(*pair) for pair in (("grid", grid), ("token", token), ("patch", patch))]
         if len({len(axes) for axes in sizes}) != 1:
             raise ValueError(
@@ -190,7 +188,7 @@ class SimMIMHead(nn.Module):
 
 
 def _inverse_swin(
-    name: str, grid: Grid, dim: Size, token: Grid, values: Size, window: Size, finest: Size
+    name: str, grid: Grid, dim: int, token: Grid, values: int, window: int, finest: int
 ) -> tuple[InverseSwin, Grid]:
     """Build an inverse Swin with as many splits as tokens allow; also return points per cell."""
     widths, depth, heads = _INVERSE[name]
@@ -216,7 +214,7 @@ def _inverse_swin(
     return head, cell
 
 
-def _splits_evenly(cell: Grid, finest: Size) -> bool:
+def _splits_evenly(cell: Grid, finest: int) -> bool:
     return all(side % 2 == 0 and side // 2 >= finest for side in cell)
 
 

@@ -14,7 +14,7 @@ from einops import rearrange
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
-from mimkit._arguments import Count, Depth, NotNegative, Positive, Share, Size, checked
+from mimkit._arguments import Count, Depth, DropRate, NotNegative, Positive, Size, checked
 from mimkit._checks import check_even
 from mimkit._grids import Grid, as_integer, count_tokens, divide, per_axis, sides_of
 from mimkit.masking import Mask, RaggedMask
@@ -83,7 +83,7 @@ class SwinTransformer(TimmProtocol):
         heads: Sequence[Size] = (3, 6, 12, 24),
         window: Size = 7,
         mlp_ratio: Positive = 4.0,
-        drop_path: Share = 0.0,
+        drop_path: DropRate = 0.0,
         norm_eps: NotNegative = _NORM_EPS,
         act: Activation = "gelu",
         num_classes: Count = 0,
@@ -224,7 +224,7 @@ class SwinTransformer(TimmProtocol):
 class _NormedPatchEmbed(PatchEmbed):
     """Patch embedding followed by a LayerNorm."""
 
-    def __init__(self, *, patch_size: Sequence[int], in_channels: Size, dim: Size) -> None:
+    def __init__(self, *, patch_size: Sequence[int], in_channels: int, dim: int) -> None:
         # The order of summation changes rounding. In the golden vectors one residual of the L1 loss
         # is zero up to rounding; with this order its gradient has the same sign as the authors'.
         super().__init__(patch_size=patch_size, in_channels=in_channels, dim=dim, order="p1 p2 c")
@@ -265,11 +265,11 @@ class SwinStage(nn.Module):
         self,
         *,
         grid: Grid,
-        dim: Size,
-        depth: Depth,
-        heads: Size,
-        window: Size,
-        mlp_ratio: Positive,
+        dim: int,
+        depth: int,
+        heads: int,
+        window: int,
+        mlp_ratio: float,
         drop_path: Sequence[float],
         resample: "type[PatchMerging] | type[PatchSplitting] | None",
         norm_eps: float = _NORM_EPS,
@@ -347,12 +347,12 @@ class SwinBlock(nn.Module):
         self,
         *,
         grid: Grid,
-        dim: Size,
-        heads: Size,
-        window: Size,
+        dim: int,
+        heads: int,
+        window: int,
         shift: int,
-        mlp_ratio: Positive,
-        drop_path: Share,
+        mlp_ratio: float,
+        drop_path: float,
         norm_eps: float,
         act: Activation,
     ) -> None:
@@ -386,7 +386,7 @@ class WindowAttention(nn.Module):
 
     shift_mask: Tensor | None
 
-    def __init__(self, *, grid: Grid, dim: Size, heads: Size, window: Size, shift: int) -> None:
+    def __init__(self, *, grid: Grid, dim: int, heads: int, window: int, shift: int) -> None:
         super().__init__()
         check_heads(dim, heads)
         self.heads = heads
@@ -425,7 +425,7 @@ class PatchMerging(nn.Module):
         Swin, arXiv:2103.14030, section 3.1. The four tokens are concatenated column by column.
     """
 
-    def __init__(self, *, grid: Grid, dim: Size) -> None:
+    def __init__(self, *, grid: Grid, dim: int) -> None:
         super().__init__()
         self.grid = grid
         self.norm = nn.LayerNorm(4 * dim, eps=_NORM_EPS)
@@ -443,7 +443,7 @@ class PatchMerging(nn.Module):
 class PatchSplitting(nn.Module):
     """Patch splitting: one token to 2x2 tokens of half the width, the reverse of `PatchMerging`."""
 
-    def __init__(self, *, grid: Grid, dim: Size) -> None:
+    def __init__(self, *, grid: Grid, dim: int) -> None:
         super().__init__()
         self.grid = grid
         self.norm = nn.LayerNorm(dim, eps=_NORM_EPS)
@@ -457,7 +457,7 @@ class PatchSplitting(nn.Module):
         return rearrange(quads, "b (y x) (i j d) -> b (y i x j) d", y=self.grid[0], i=2, j=2)
 
 
-def fit_window(grid: Grid, window: Size) -> tuple[int, int]:
+def fit_window(grid: Grid, window: int) -> tuple[int, int]:
     """Return window side and shift for a grid; a window that reaches its shorter side is unshifted.
 
     Raises:
@@ -479,14 +479,14 @@ def fit_window(grid: Grid, window: Size) -> tuple[int, int]:
     return side, shift
 
 
-def window_order(grid: Grid, window: Size, shift: int) -> Int64[Tensor, "windows inside"]:
+def window_order(grid: Grid, window: int, shift: int) -> Int64[Tensor, "windows inside"]:
     """Return the row-major positions of each window's tokens."""
     positions = torch.arange(count_tokens(grid)).view(grid).roll((-shift, -shift), (0, 1))
     return _partition(positions, window)
 
 
 def shifted_window_mask(
-    grid: Grid, window: Size, shift: int
+    grid: Grid, window: int, shift: int
 ) -> Float[Tensor, "windows 1 inside inside"]:
     """Shifted-window attention mask: -100 between tokens that only the roll made neighbors."""
     # Label the regions of the rolled map: only tokens of the same region are neighbors.
@@ -499,7 +499,7 @@ def shifted_window_mask(
 
 
 def _partition(
-    values: Int64[Tensor, "height width"], window: Size
+    values: Int64[Tensor, "height width"], window: int
 ) -> Int64[Tensor, "windows inside"]:
     return rearrange(values, "(y i) (x j) -> (y x) (i j)", i=window, j=window)
 

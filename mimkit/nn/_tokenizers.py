@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
-from mimkit._arguments import Count, Size, checked
+from mimkit._arguments import Count, Seed, Size, checked
 from mimkit._checks import check_no_nan, patch_statistics
 from mimkit._grids import as_sizes, count_tokens
 from mimkit.patches import grid_of, patchify, unpatchify
@@ -60,7 +60,7 @@ class PatchTokenizer(nn.Module):
         images: Shaped[Tensor, "batch channels *spatial"],
         *,
         iterations: Count = 20,
-        seed: Count = 0,
+        seed: Seed = 0,
     ) -> "PatchTokenizer":
         """Fit the centers by k-means (Lloyd's iterations, initialised with random patches).
 

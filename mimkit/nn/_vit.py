@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._arguments import Count, Depth, NotNegative, Positive, Share, Size, checked
+from mimkit._arguments import Count, Depth, DropRate, NotNegative, Positive, Size, checked
 from mimkit._checks import check_num_images, check_stacked
 from mimkit._grids import Grid, divide, per_axis, sides_of
 from mimkit.masking import Mask, RaggedMask
@@ -121,7 +121,7 @@ class ViT(TimmProtocol):
         depth: Depth = 12,
         heads: Size = 12,
         mlp_ratio: Positive = 4.0,
-        drop_path: Share = 0.0,
+        drop_path: DropRate = 0.0,
         class_token: bool = True,
         pool: Literal["mean", "token"] = "mean",
         pool_norm: bool = False,
@@ -139,14 +139,8 @@ class ViT(TimmProtocol):
     ) -> None:
         super().__init__()
         self.axis_sizes = {"dim": dim}
-        if pool not in ("mean", "token"):
-            raise ValueError(f'pool must be "mean" or "token"; got {pool!r}')
         if pool == "token" and not class_token:
             raise ValueError('pool="token" needs class_token=True')
-        if relative_positions not in ("shared", "block", None):
-            raise ValueError(
-                f'relative_positions must be "shared", "block" or None; got {relative_positions!r}'
-            )
         if num_registers and relative_positions:
             raise ValueError(
                 f"registers have no relative positions: num_registers={num_registers} needs "

@@ -49,8 +49,6 @@ class ColorClusters:
 
     @checked
     def __init__(self, patch_size: int | Sequence[int], num_clusters: Size = 512) -> None:
-        if num_clusters < 1:
-            raise ValueError(f"num_clusters must be at least 1; got {num_clusters}")
         self.patch_size = patch_size
         self.num_clusters = num_clusters
         self.centers: Float[Tensor, "clusters channels"] | None = None

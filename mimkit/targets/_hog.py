@@ -54,10 +54,6 @@ class HOG:
     num_bins: Size = 9
     uses_ground_truth: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        if self.num_bins < 1:
-            raise ValueError(f"num_bins must be at least 1; got {self.num_bins}")
-
     @checked
     def __call__(
         self, images: Shaped[Tensor, "batch channels height width"], mask: Mask

@@ -47,8 +47,8 @@ class Pixels:
 
     patch_size: int | Sequence[int]
     order: Order = "p1 p2 c"
-    mean: Sequence[float] | None = None
-    std: Scales | None = None
+    mean: Sequence[float] | Tensor | None = None
+    std: Scales | Tensor | None = None
     uses_ground_truth: ClassVar[bool] = False
 
     @checked
@@ -109,8 +109,8 @@ class NormalizedPixels:
 
     patch_size: int | Sequence[int]
     order: Order = "p1 p2 c"
-    mean: Sequence[float] | None = None
-    std: Scales | None = None
+    mean: Sequence[float] | Tensor | None = None
+    std: Scales | Tensor | None = None
     uses_ground_truth: ClassVar[bool] = True
 
     @checked
@@ -198,8 +198,6 @@ class PCATarget:
         *,
         order: Order = "p1 p2 c",
     ) -> None:
-        if num_components < 1:
-            raise ValueError(f"num_components must be at least 1; got {num_components}")
         self.patch_size = patch_size
         self.num_components = num_components
         self.order: Order = order

@@ -1,0 +1,108 @@
+"""`checked` compares the arguments of a call with the annotations, and changes nothing else."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from mimkit import losses, masking, targets
+from mimkit import nn as mim
+from mimkit._arguments import Count, checked
+from mimkit.masking import stats
+from mimkit.nn import PatchTokenizer
+
+
+@checked
+def joined(first: Count, *rest: int, last: Count = 0, **others: int) -> tuple[object, ...]:
+    return first, rest, last, others
+
+
+def test_further_positional_arguments_are_not_taken_for_named_ones():
+    assert joined(1, -2, -3, last=4, other=-5) == (1, (-2, -3), 4, {"other": -5})
+    with pytest.raises(ValueError, match="last must be at least 0"):
+        joined(1, 2, last=-1)
+    uniform = stats.marginals(masking.uniform, (4, 4), 0.75, num_samples=8)
+    assert uniform.sum().item() == pytest.approx(12)
+
+
+class Failing(nn.Module):
+    """Raises what it was given, from a weight of float32."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.error = error
+
+    @checked
+    def forward(self, x: torch.Tensor) -> None:
+        raise self.error
+
+
+MISMATCH = RuntimeError("mat1 and mat2 must have the same dtype, but got Double and Float")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        str(MISMATCH),
+        "expected scalar type Float but found Double",
+        "Input type (double) and bias type (float) should be the same",
+        "Expected all tensors to be on the same device, but found at least two devices",
+    ],
+)
+def test_an_error_about_dtypes_names_the_argument(message):
+    with pytest.raises(TypeError, match="^x is torch.float64 on cpu, but the weights"):
+        Failing(RuntimeError(message))(torch.zeros(1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory: tensor of type Half"),
+        torch.distributed.DistBackendError("NCCL error: tensor of type Half"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+    ],
+)
+def test_an_error_about_something_else_stays_as_it_is(error):
+    with pytest.raises(type(error), match=re.escape(str(error))):
+        Failing(error)(torch.zeros(1, dtype=torch.float64))
+
+
+def test_another_dtype_explains_nothing_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="mat1"):
+        Failing(MISMATCH)(torch.zeros(1, dtype=torch.bfloat16))
+
+
+def test_a_drop_rate_of_one_is_refused_and_an_integer_layer_scale_works():
+    small = {"image_size": 8, "patch_size": 4, "dim": 8, "heads": 2, "depth": 1}
+    with pytest.raises(ValueError, match=r"drop_path must be a finite number in \[0, 1\); got 1"):
+        mim.ViT(**small, drop_path=1.0)
+    assert mim.ViT(**small, layer_scale=1).blocks[0].gamma_1.dtype == torch.float32
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 30, (1 << 64) - 1])
+def test_a_tokenizer_takes_any_seed_of_64_bits(seed):
+    tokenizer = PatchTokenizer(patch_size=(4, 4), in_channels=3, vocabulary_size=2)
+    tokenizer.fit(torch.rand(2, 3, 8, 8), iterations=1, seed=seed)
+    with pytest.raises(ValueError, match="seed must be of at most 64 bits"):
+        tokenizer.fit(torch.rand(2, 3, 8, 8), seed=1 << 64)
+
+
+def test_means_and_deviations_may_be_tensors():
+    images = torch.rand(2, 3, 8, 8)
+    mask = masking.uniform(masking.key([0, 1], seed=0), (2, 2), 0.5)
+    listed = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+    tensors = {name: torch.tensor(values) for name, values in listed.items()}
+    made = targets.Pixels(4, **listed)(images, mask)
+    assert torch.equal(made, targets.Pixels(4, **tensors)(images, mask))
+    assert torch.equal(
+        losses.masked_pixel_loss(torch.zeros_like(made), images, mask, patch_size=4, **listed),
+        losses.masked_pixel_loss(torch.zeros_like(made), images, mask, patch_size=4, **tensors),
+    )
+
+
+def test_a_patch_embedding_on_the_meta_device_names_a_wrong_dtype():
+    embed = mim.PatchEmbed(patch_size=4, in_channels=3, dim=8).to("meta")
+    with pytest.raises(TypeError, match="float64"):
+        embed(torch.zeros(1, 3, 8, 8, dtype=torch.float64, device="meta"))
