@@ -68,8 +68,13 @@ def test_the_plan_by_gpus_is_consistent(pictures, capsys):
     ("preset", "epochs", "says"),
     [
         ("swin_base", "100", "100 epochs end before the rate falls, at epoch 700"),
-        ("swin_base", "5", "5 epochs end within the 10 epochs in which the rate rises"),
-        ("swin_base", "800", None),
+        pytest.param(
+            "swin_base",
+            "5",
+            "5 epochs end within the 10 epochs in which the rate rises",
+            marks=pytest.mark.full,
+        ),
+        pytest.param("swin_base", "800", None, marks=pytest.mark.full),
     ],
 )
 def test_a_run_that_is_too_short_for_its_schedule_gets_a_warning(

@@ -169,6 +169,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_ends_alike(
     assert_equal_runs(out, uninterrupted)
 
 
+@pytest.mark.full
 def test_a_full_disk_gives_one_clear_line_and_loses_nothing(
     pictures: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
