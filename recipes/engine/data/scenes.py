@@ -125,8 +125,8 @@ class _Canvas:
         """Cut a star shape and put it somewhere, unless every attempt hides too much of another."""
         for _ in range(ATTEMPTS):
             inside = _outline(piece.shape[1:], rng)
-            sides = zip(self.owner.shape, inside.shape, strict=True)
-            top, left = (int(rng.integers(whole - side + 1)) for whole, side in sides)
+            spare = np.subtract(self.owner.shape, inside.shape)
+            top, left = rng.integers(spare + 1).tolist()
             place = slice(top, top + inside.shape[0]), slice(left, left + inside.shape[1])
             if self._leaves_enough(place, inside):
                 self.classes.append(label)
