@@ -242,6 +242,14 @@ def test_gradient_accumulation_gives_the_same_losses(
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(uninterrupted), rtol=1e-4)
 
 
+def test_recomputing_gives_the_same_weights(
+    pictures: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    with single_thread():
+        assert run(RECIPE, "", options(pictures, tmp_path / "run", "--recompute")) == 0
+    assert_equal_runs(tmp_path / "run", uninterrupted)
+
+
 def test_a_finished_run_prints_its_summary_again_and_does_not_train(
     pictures: Path, uninterrupted: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
