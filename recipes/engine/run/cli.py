@@ -49,8 +49,8 @@ class Options:
         workers: Processes that load images; 0 loads in the training process.
         compile: Compile the model with torch.compile.
         accumulate: Gradient accumulation: number of parts a batch is split into, to save memory.
-        recompute: Compute the encoder's blocks again in the backward pass instead of keeping what they
-            computed (activation checkpointing): less memory for more time.
+        recompute: Activation checkpointing: compute the encoder's blocks again in the backward pass
+            instead of keeping what they computed.
         shard: Shard the weights over the processes of torchrun (FSDP2) instead of copying them
             (DDP).
         timeout: Seconds to wait for another process of torchrun before giving up and naming it.
