@@ -299,7 +299,7 @@ def recompute_blocks(model: nn.Module) -> None:
     Raises:
         UserError: If there is none that can.
     """
-    encoders = [part for part in model.modules() if hasattr(part, "set_grad_checkpointing")]
+    encoders: list[Any] = [m for m in model.modules() if hasattr(m, "set_grad_checkpointing")]
     if not encoders:
         raise UserError("--recompute: this model has no encoder that can, omit it")
     for encoder in encoders:
