@@ -31,17 +31,8 @@ _ABOUT_TYPES = re.compile(
 )
 _MASK_SIZES = {"batch": "batch_size", "visible": "num_visible", "masked": "num_masked"}
 # Axes that hold the values of one sample, token or row: results would be NaN, or without sense.
-_NEVER_EMPTY = {
-    "channels",
-    "classes",
-    "dim",
-    "height",
-    "width",
-    "columns",
-    "patch",
-    "*spatial",
-    "*grid",
-}
+_NEVER_EMPTY = {"channels", "classes", "columns", "dim", "patch", "height", "width"}
+_NEVER_EMPTY |= {"*grid", "*spatial"}
 _CONTAINERS = ("Mask", "RaggedMask", "Key")
 _SOURCES = {
     "Mask": ", from a sampler or Mask.from_bool",
@@ -336,7 +327,7 @@ class _Rule:
                     f"{name} must be [{', '.join(fitting[0])}] with at least one value per "
                     f"{axis.strip('*')}; got {tuple(value.shape)}"
                 )
-        return tuple(axis if axis.isidentifier() else "" for axis in aligned)
+        return tuple(axis if axis[0].isalpha() else "" for axis in aligned)
 
 
 def _members(annotation: Any) -> "list[Any]":
