@@ -6,7 +6,7 @@ Axes: batch; channels; height, width; windows; tokens (of the grid, or of a wind
 from collections.abc import Sequence
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -89,7 +89,7 @@ class ConvViTDetector(ConvViT):
 
     @checked
     def forward(  # type: ignore[override]
-        self, images: Float[Tensor, "batch channels height width"]
+        self, images: Shaped[Tensor, "batch channels height width"]
     ) -> tuple[Float[Tensor, "batch dim rows columns"], ...]:
         """Return the feature maps E1 to E4, from fine to coarse.
 
