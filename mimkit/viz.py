@@ -136,7 +136,7 @@ def show_attention(
         raise ValueError(f"images must have one or three channels; got {tuple(images.shape)}")
     if len(color) != 3:
         raise ValueError(f"color must be three values; got {color!r}")
-    down, across = divide("image size", images.shape[2:], attention.shape[1:], "the attention")
+    down, across = divide("image size", images.shape[2:], attention.shape[1:], "the attention grid")
     strongest = attention.flatten(1).amax(dim=1).view(-1, 1, 1).clamp(min=1e-12)
     bright = (attention / strongest).repeat_interleave(down, 1).repeat_interleave(across, 2)
     shown = images.expand(-1, 3, -1, -1) * (0.3 + 0.7 * bright.unsqueeze(1))
