@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from recipes.engine.data.decode import MAX_PIXELS, Decoder, formats
 from recipes.engine.data.images import NORMALIZE, Normalize, model_inputs, normalize_by_image
 from recipes.engine.data.listing import Samples, hold_out, list_files, read_regular
-from recipes.engine.data.scenes import CLASSES, Part, load_scenes
+from recipes.engine.data.scenes import CLASSES, Part, Scenes, load_scenes
 from recipes.engine.data.sets import Item, TrainSet
 from recipes.engine.errors import UserError, escaped
 from recipes.engine.reading import UnreadableError
@@ -201,24 +201,28 @@ class Segmented(TrainSet):
         return torch.cat([inputs, images[:, COLORS:].float()], dim=1)
 
 
-class StoredItems(Segmented):
-    """Items in memory.
+class SceneItems(Segmented):
+    """Scenes, each composed when it is first read, and kept.
 
     Args:
-        items: The items.
+        scenes: The scenes.
         rest: As in `Segmented`.
     """
 
-    def __init__(self, items: UInt8[Tensor, "items 4 height width"], *rest: Any) -> None:
+    def __init__(self, scenes: Scenes, *rest: Any) -> None:
         super().__init__(*rest)
-        self.items = items
+        self.scenes = scenes
+        self._items: dict[int, Labelled] = {}
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.scenes)
 
     def read(self, sample_id: int) -> Labelled:
-        """Return an item."""
-        return self.items[sample_id]
+        """Return a scene's image with its labels."""
+        if sample_id not in self._items:
+            scene = self.scenes[sample_id]
+            self._items[sample_id] = torch.cat([scene.image, scene.labels[None]])
+        return self._items[sample_id]
 
 
 class FilesWithLabels(Segmented):
@@ -385,7 +389,7 @@ def load_scene_items(
     seed: int,
     parts: tuple[Part, Part] = ("train", "test"),
 ) -> SegmentedData:
-    """Compose scenes to train on and to test on, the same ones for every seed.
+    """Load scenes to train on and to test on, the same ones for every seed.
 
     Raises:
         UserError: If another number of classes was asked for.
@@ -394,16 +398,14 @@ def load_scene_items(
     if num_classes not in (None, len(names)):
         raise UserError(f"--num-classes {num_classes}: scenes have {len(names)}, leave it out")
 
-    def items(part: Part, number: int) -> Tensor:
-        scenes = load_scenes(number, image_size=image_size, seed=0, part=part)
-        composed = (scenes[index] for index in range(number))
-        return torch.stack([torch.cat([scene.image, scene.labels[None]]) for scene in composed])
-
-    rest = (image_size, normalize_by_image, seed)
+    train, test = (
+        load_scenes(number, image_size=image_size, seed=0, part=part)
+        for number, part in zip((TRAIN_SCENES, TEST_SCENES), parts, strict=True)
+    )
     return SegmentedData(
         name="scenes",
-        train=StoredItems(items(parts[0], TRAIN_SCENES), augmentation, *rest),
-        test=StoredItems(items(parts[1], TEST_SCENES), None, *rest),
+        train=SceneItems(train, augmentation, image_size, normalize_by_image, seed),
+        test=SceneItems(test, None, image_size, normalize_by_image, seed),
         class_names=names,
     )
 
