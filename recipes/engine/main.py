@@ -19,7 +19,7 @@ from recipes.engine.pretrain import Pretraining, build_model, check_memory
 from recipes.engine.pretrained.tokenizers import missing_files_allowed
 from recipes.engine.report import print_summary, write_report
 from recipes.engine.run.checkpoint import find_origin
-from recipes.engine.run.cli import FLAGS, Options, options_of, run_command
+from recipes.engine.run.cli import FLAGS, Options, options_of, parse_options, run_command
 from recipes.engine.run.config import (
     Recipe,
     RunConfig,
@@ -56,6 +56,19 @@ def run(
         description=description,
         arguments=arguments,
     )
+
+
+def pretrain(recipe: Recipe, arguments: Sequence[str]) -> None:
+    """Run a recipe from another script, whose command line says what went wrong.
+
+    Raises:
+        UserError: If something that was asked for does not fit.
+        Stopped: After a signal.
+    """
+    options = parse_options(
+        options_type(recipe), arguments, program=f"recipes/{recipe.name}.py", description=""
+    )
+    _run(recipe, None, options)
 
 
 def options_type(recipe: Recipe) -> type[Options]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from recipes.engine.pretrained.shapes import Encoder, EncoderShape
-from recipes.engine.run.config import RunConfig
+from recipes.engine.run.config import DenseTraining, RunConfig
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, object]]:
@@ -81,9 +81,13 @@ def layer_decay_groups(
 
 
 def scheduled_lr(epoch: float, config: RunConfig) -> float:
-    """Return the learning rate: a step schedule if there are milestones, else a cosine schedule."""
+    """Return the learning rate: of steps if there are milestones, of a power or of a cosine."""
     training = config.training
     rise = {"warmup_epochs": training.warmup_epochs, "warmup_lr": training.warmup_lr}
+    if isinstance(training, DenseTraining):
+        return warmup_power(
+            epoch, lr=config.lr, epochs=training.epochs, power=training.power, **rise
+        )
     if training.milestones:
         return warmup_steps(epoch, lr=config.lr, milestones=training.milestones, **rise)
     return warmup_cosine(
@@ -131,6 +135,37 @@ def warmup_cosine(
     before = 0.0 if from_start else warmup_epochs
     progress = (epoch - before) / max(epochs - before, 1e-12)
     return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def warmup_power(
+    epoch: float,
+    *,
+    lr: float,
+    epochs: float,
+    warmup_epochs: float,
+    power: float = 1.0,
+    warmup_lr: float = 0.0,
+) -> float:
+    """Polynomial schedule, multiplied by a linear warm-up from `warmup_lr`.
+
+    Args:
+        epoch: Epochs done, with fractions.
+        lr: Learning rate from which the polynomial starts.
+        epochs: Length of the run; the learning rate ends at 0.
+        warmup_epochs: Length of the warm-up.
+        power: Power of the share of the run that is left; 1 is linear.
+        warmup_lr: Learning rate at the start.
+
+    Source:
+        mmcv `PolyLrUpdaterHook` with `warmup="linear"`.
+
+    Example:
+        >>> [warmup_power(e, lr=1.0, epochs=10, warmup_epochs=2) for e in (0, 1, 2, 5, 10)]
+        [0.0, 0.45, 0.8, 0.5, 0.0]
+    """
+    rise = min(1.0, epoch / warmup_epochs) if warmup_epochs else 1.0
+    decayed: float = lr * max(0.0, 1 - epoch / epochs) ** power
+    return rise * decayed + (1 - rise) * warmup_lr
 
 
 def warmup_steps(

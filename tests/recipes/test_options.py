@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from recipes import finetune, probe, tokenizer
+from recipes import finetune, probe, segment, tokenizer
 from recipes.cae import RECIPE as CAE
 from recipes.convmae import RECIPE as CONVMAE
 from recipes.engine import Recipe, Training, run
@@ -168,6 +168,8 @@ ZERO_MEANS = {
     "mixup": "no mixup",
     "cutmix": "no cutmix",
     "smoothing": "no smoothing",
+    "aux_weight": "no auxiliary loss",
+    "ignore_label": "class 0 does not count",
     "trained_blocks": "no block is trained",
 }
 
@@ -183,6 +185,7 @@ def kinds_of_options() -> dict[str, type[Any]]:
     kinds: dict[str, type[Any]] = {recipe.name: options_type(recipe) for recipe in RECIPES}
     return kinds | {
         "tokenizer": tokenizer.OPTIONS, "finetune": finetune.OPTIONS, "probe": probe.OPTIONS,
+        "segment": segment.OPTIONS,
     }  # fmt: skip
 
 
@@ -207,7 +210,7 @@ def flags_of_all_scripts() -> list[Any]:
 
 def resolve_line(name: str, *arguments: str) -> None:
     """Parse a command line and resolve its configuration, as a recipe does first."""
-    scripts = {"tokenizer": tokenizer, "finetune": finetune, "probe": probe}
+    scripts = {"tokenizer": tokenizer, "finetune": finetune, "probe": probe, "segment": segment}
     if name in scripts:
         script: Any = scripts[name]
         more = () if name == "tokenizer" else ("--encoder", "none")

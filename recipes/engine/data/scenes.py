@@ -1,10 +1,10 @@
 """`scenes`: composed scenes with a class for every pixel, instances and boxes.
 
 A scene is a surface (brick, grass, gravel or stained tissue) with one to four star-shaped cut-outs
-of ten photographs on it: the bundled photographs of `photos`, at the same scales. They are composed
-because no package ships a real labelled set of this kind. The left 60 % of each photograph is for
-training, and the right 40 % is held out. Surfaces and cut-outs are normalized one by one, so that
-neither color nor brightness alone names the photograph.
+of ten photographs on it, as many as fit: the bundled photographs of `photos`, at the same scales.
+They are composed because no package ships a real labelled set of this kind. The left 60 % of each
+photograph is for training, and the right 40 % is held out. Surfaces and cut-outs are normalized one
+by one, so that neither color nor brightness alone names the photograph.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MAX_CUT_OUTS = 4
 # Share of the training part's height that is for fitting when settings are compared.
 FIT_SHARE = 0.7
 # Mean radius of a cut-out as a fraction of the scene's shorter side.
-RADII = (0.14, 0.26)
+RADII = (0.2, 0.32)
 # Largest height of each harmonic of the outline, relative to the mean radius.
 HARMONICS = (0.0, 0.14, 0.12, 0.08, 0.06)
 LARGEST = 1 + sum(HARMONICS)

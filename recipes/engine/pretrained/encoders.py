@@ -19,6 +19,7 @@ from recipes.engine.run.cli import Options
 # Modules after the last block: pre-training and fine-tuning have different ones.
 _AFTER_BLOCKS = ("norm.", "fusions.")
 _CLASSIFIER = ("fc_norm.", "head.")
+ENCODER = "encoder.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +27,10 @@ class EncoderOptions(Options):
     """Options shared by fine-tuning and probing.
 
     Attributes:
-        encoder: An `encoder.safetensors`, whose shape is in the `config.yaml` in the same folder;
-            or a folder of Hugging Face, with `config.json` and `model.safetensors`; or a checkpoint
-            of the authors' MAE, CAE, SimMIM or ConvMAE, whose shape is the preset's; or "none".
+        encoder: The folder of a finished run, or its `encoder.safetensors`, whose shape is in the
+            `config.yaml` in the same folder; or a folder of Hugging Face, with `config.json` and
+            `model.safetensors`; or a checkpoint of the authors' MAE, CAE, SimMIM or ConvMAE, whose
+            shape is the preset's; or "none".
         resume: "auto" continues from the last checkpoint in the output folder, "never" refuses to
             continue a run.
     """
@@ -71,20 +73,22 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
     """Load an encoder.
 
     Args:
-        path: An `encoder.safetensors`, a folder of Hugging Face, or a checkpoint of the authors'
-            MAE, CAE, SimMIM or ConvMAE.
+        path: The folder of a finished run, its `encoder.safetensors`, a folder of Hugging Face, or
+            a checkpoint of the authors' MAE, CAE, SimMIM or ConvMAE.
         shape: Its shape, if there is no `config.yaml` in the same folder.
 
     Raises:
         UserError: If the file cannot be read, holds no encoder, or holds an encoder of another kind
             than `shape`.
     """
+    if (path / ENCODER).is_file():  # a run
+        path = path / ENCODER
     if path.is_dir():
         return _load_folder(path)
     if not path.is_file():
         raise UserError(
-            f"--encoder {path} is not a file: give an encoder.safetensors, a checkpoint, or a "
-            "folder of Hugging Face"
+            f"--encoder {path} is not a file: give a finished run, its {ENCODER}, a checkpoint, or "
+            "a folder of Hugging Face"
         )
     file = read_weights("--encoder", path)
     tensors = file.tensors
@@ -122,8 +126,8 @@ def _load_folder(folder: Path) -> EncoderFile:
     for file in (path, config_file):
         if not file.is_file():
             raise UserError(
-                f"--encoder {folder} is a folder without {file.name}: give a folder that "
-                "save_pretrained wrote, or the file of an encoder"
+                f"--encoder {folder} is a folder without {file.name}: give the folder of a finished "
+                "run, one that save_pretrained wrote, or the file of an encoder"
             )
     found = read_weights("--encoder", path)
     check_finite("--encoder", path, found.tensors)
@@ -237,6 +241,24 @@ def build_classifier(
     torch.manual_seed(seed)
     try:
         return shape.build_classifier(num_classes=num_classes, drop_path=drop_path)
+    except ValueError as error:
+        raise UserError(f"no encoder of this shape: {error}") from error
+
+
+def build_backbone(shape: EncoderShape, *, seed: int, drop_path: float) -> Encoder:
+    """Build an untrained encoder to be trained for its feature maps.
+
+    Args:
+        shape: Its shape.
+        seed: Seed of the weights.
+        drop_path: Drop-path rate of the last block.
+
+    Raises:
+        UserError: If no encoder can be built with this shape.
+    """
+    torch.manual_seed(seed)
+    try:
+        return shape.build_backbone(drop_path=drop_path)
     except ValueError as error:
         raise UserError(f"no encoder of this shape: {error}") from error
 

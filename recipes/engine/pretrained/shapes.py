@@ -81,6 +81,10 @@ class EncoderShape(ABC):
         """Build an untrained encoder with a `head`, as its authors fine-tune it."""
 
     @abstractmethod
+    def build_backbone(self, *, drop_path: float) -> Encoder:
+        """Build an untrained encoder without a head, to be trained for its feature maps."""
+
+    @abstractmethod
     def resample(self, weights: Mapping[str, Tensor], encoder: Encoder) -> Mapping[str, Tensor]:
         """Resample position tables in weights of this shape to the shape of `encoder`."""
 
@@ -174,6 +178,10 @@ class ViTShape(EncoderShape):
         )
         _init_head(encoder)
         return encoder
+
+    def build_backbone(self, *, drop_path: float) -> ViT:
+        """Build an untrained encoder without a head, with a trained position table."""
+        return ViT(**dataclasses.asdict(self), drop_path=drop_path, learn_positions=True)
 
     def resample(self, weights: Mapping[str, Tensor], encoder: Encoder) -> Mapping[str, Tensor]:
         """Resample absolute and relative position tables to another grid."""
@@ -270,6 +278,10 @@ class SwinShape(EncoderShape):
         return SwinTransformer(
             **dataclasses.asdict(self), drop_path=drop_path, num_classes=num_classes
         )
+
+    def build_backbone(self, *, drop_path: float) -> SwinTransformer:
+        """Build an untrained encoder without a head."""
+        return SwinTransformer(**dataclasses.asdict(self), drop_path=drop_path)
 
     def resample(self, weights: Mapping[str, Tensor], encoder: Encoder) -> Mapping[str, Tensor]:
         """Resample tables of relative positions to other windows; both windows must be square."""
@@ -369,6 +381,14 @@ class ConvViTShape(EncoderShape):
         )
         _init_head(encoder)
         return encoder
+
+    def build_backbone(self, *, drop_path: float) -> ConvViT:
+        """Build an untrained encoder without a head or fused stages."""
+        return ConvViT(
+            **(dataclasses.asdict(self) | {"multi_scale": False}),
+            drop_path=drop_path,
+            learn_positions=True,
+        )
 
     def resample(self, weights: Mapping[str, Tensor], encoder: Encoder) -> Mapping[str, Tensor]:
         """Resample the position table to another grid."""

@@ -23,6 +23,7 @@ from recipes.engine.fields import (
     Beta,
     Epochs,
     FieldError,
+    Fraction,
     NonNegativeFloat,
     PositiveFloat,
     PositiveFraction,
@@ -105,6 +106,22 @@ class Training:
     def scaled_lr(self) -> float:
         """Peak learning rate: `base_lr`, scaled linearly with the batch size."""
         return self.base_lr * self.batch_size / 256
+
+
+@dataclass(frozen=True)
+class DenseTraining(Training):
+    """Hyperparameters of dense transfer: segmentation.
+
+    Attributes:
+        power: Power of the share of the run that is left, in the learning rate; 1 is linear.
+        layer_decay: Factor from each layer's learning rate to that of the layer before it.
+        drop_path: Fraction of samples whose residual branches the last block leaves out.
+    """
+
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    power: PositiveFloat = 1.0
+    layer_decay: Fraction = 0.65
+    drop_path: Fraction = 0.1
 
 
 @dataclass(frozen=True)
