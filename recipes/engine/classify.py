@@ -91,7 +91,7 @@ def score(
     model.eval()
     counts = torch.zeros(2, dtype=torch.int64, device=config.device)  # correct, total
     unreadable: set[int] = set()
-    for batch in held_out_batches(data, world, batch_size=_TEST_BATCH, workers=workers):
+    for batch in held_out_batches(data.test, world, batch_size=_TEST_BATCH, workers=workers):
         unreadable.update(batch.unreadable_ids)
         if len(batch.images):
             with config.autocast():

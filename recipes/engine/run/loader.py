@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from recipes import signals
-from recipes.engine.data.labelled import LabelledData
 from recipes.engine.data.sets import Batch, TrainSet, collate
 from recipes.engine.run.world import World
 from recipes.engine.seeds import sample_rng
@@ -108,13 +107,13 @@ def on_device(batch: Batch, data: TrainSet, device: str) -> Batch:
 
 
 def held_out_batches(
-    data: LabelledData, world: World, *, batch_size: int, workers: int
+    test: TrainSet, world: World, *, batch_size: int, workers: int
 ) -> Iterator[Batch]:
     """Load this process's share of the test images."""
-    indices = [(0, sample_id) for sample_id in range(world.rank, len(data.test), world.size)]
+    indices = [(0, sample_id) for sample_id in range(world.rank, len(test), world.size)]
     return iter(
         DataLoader(
-            data.test,
+            test,
             sampler=indices,
             batch_size=batch_size,
             num_workers=workers,
