@@ -46,7 +46,7 @@ from recipes.engine.data.shards import (
     shards_of,
     write_index,
 )
-from recipes.engine.errors import UserError, escaped, say
+from recipes.engine.errors import UserError, say
 from recipes.engine.reading import UnreadableError, read_json
 from recipes.engine.run.cli import run_command
 from recipes.engine.writing import write_atomically
@@ -126,9 +126,7 @@ def keys_of(files: Files) -> list[tuple[str, str]]:
         for key, name in zip(keys, names, strict=True)
     ]
     if twice := [key for key, number in Counter(keys).items() if number > 1]:
-        raise UserError(
-            f"two images in {files.root} have the key {escaped(twice[0])}: rename one of them"
-        )
+        raise UserError(f"two images in {files.root} have the key {twice[0]}: rename one of them")
     return [(key, ending) for key, (_, ending) in zip(keys, parts, strict=True)]
 
 
@@ -298,7 +296,7 @@ def _packed_before(out: Path, settings: dict[str, Any]) -> list[int]:
             )
         return list(counts)
     if other := sorted(os.listdir(out)):
-        raise UserError(f"{out} holds {escaped(other[0])}: choose a new folder")
+        raise UserError(f"{out} holds {other[0]}: choose a new folder")
     write_atomically(out / UNFINISHED, json.dumps({**settings, "counts": []}))
     return []
 

@@ -12,9 +12,11 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        # `DataLoader` raises a worker's error again with its traceback in the message. The line for
-        # the user is at the end.
-        super().__init__(escaped(message.rsplit("UserError: ", maxsplit=1)[-1].strip()))
+        # `DataLoader` raises a worker's error again with its traceback in the message. Its last
+        # line is the name of this class and the line for the user, which is escaped already.
+        if message.startswith("Caught ") and "\nOriginal Traceback" in message:
+            message = message.rstrip("\n").rsplit("\n", maxsplit=1)[-1].partition(": ")[2]
+        super().__init__(escaped(message.strip()))
 
 
 class ProcessError(UserError):

@@ -85,7 +85,7 @@ def _run(recipe: Recipe, given: DataSet | None, options: Options) -> None:
     with join(config.device, timeout=options.timeout) as world:
         check_shares(config.training.batch_size, world, accumulate=config.accumulate)
         path = output_folder(options.out, config)
-        if not path.exists():
+        if not world.agree(path.exists()):
             find_origin(options.resume, world, plan.num_steps)  # fails before creating the folder
         with RunFolder(path, config, world, lock=options.lock) as folder:
             summary = folder.read_summary()

@@ -34,6 +34,15 @@ def new_file(file: Path) -> Iterator[IO[bytes]]:
         os.fsync(opened.fileno())
 
 
+def put_aside(path: Path) -> str:
+    """Rename a damaged file or folder, and return its new name."""
+    number = 1
+    while os.path.lexists(kept := path.with_name(f"{path.name}.damaged-{number}")):
+        number += 1
+    path.rename(kept)
+    return kept.name
+
+
 def sync_folder(folder: Path) -> None:
     """Write a folder's list of names to the disk, where the file system can."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

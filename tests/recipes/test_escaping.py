@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._utils import ExceptionWrapper
 
 from recipes.engine import errors, run
 from recipes.engine.errors import UserError, escaped, say
@@ -62,6 +63,23 @@ def refuse(name: str) -> int:
         raise UserError(f"{name} does not fit")
 
     return run_command(command, Options, name="mae", description="", arguments=[])
+
+
+def test_a_name_that_looks_like_an_error_does_not_cut_the_message() -> None:
+    assert str(UserError("a UserError: all is well.png")) == "a UserError: all is well.png"
+
+
+def test_the_error_of_a_loading_worker_is_the_line_of_the_worker() -> None:
+    try:
+        try:
+            raise OSError("inner")
+        except OSError as inner:
+            raise UserError("a\nUserError: b.png") from inner
+    except UserError:
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(UserError) as caught:
+        wrapped.reraise()
+    assert str(caught.value) == "a\\nUserError: b.png"
 
 
 DOORS: dict[str, Callable[[str], object]] = {

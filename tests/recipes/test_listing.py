@@ -174,10 +174,13 @@ def test_what_is_not_read_is_counted_and_named(tmp_path):
     assert listed(tmp_path)[1] == notes[:1]
 
 
-def test_names_that_steer_a_terminal_are_escaped(tmp_path):
-    touch(tmp_path, "1.png", "2.\x1b[2Jx")
+def test_names_that_steer_a_terminal_are_printed_escaped(tmp_path, capfd):
+    touch(tmp_path, *(f"{number}.png" for number in range(9)), "2.\x1b[2j")
     os.mkfifo(tmp_path / "a\x1b[2J.png")
-    assert not any("\x1b" in note for note in listed(tmp_path)[1])
+    split_folder(tmp_path)
+    printed = capfd.readouterr().err
+    assert printed.lower().count(r"\x1b[2j") == printed.count("\n") == 2
+    assert "\x1b" not in printed
 
 
 @pytest.mark.parametrize(("has_val", "scored"), [(True, "val/ is"), (False, "the last images")])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from recipes.engine.run.config import RunConfig
 from recipes.engine.run.folder import RunFolder
 from recipes.mae import RECIPE
 from tests.recipes.command import config_for
+from tests.recipes.damage import flip_a_bit
 
 ROWS = [{"step": n, "loss": 1 / n, "images_per_s": 9.0, "baselines": {"mean": 1}} for n in (1, 2)]
 
@@ -33,6 +35,7 @@ def finished(config: RunConfig, tmp_path: Path) -> Path:
         folder.note_unreadable([7])
         folder.write_weights("encoder.safetensors", torch.nn.Linear(2, 2))
         folder.write_summary({"steps": 2, "loss": float("nan"), "pair": (1, 2)})
+    (tmp_path / "run/checkpoints/step-00000002").mkdir(parents=True)
     return tmp_path / "run"
 
 
@@ -100,6 +103,18 @@ def test_a_damaged_summary_is_put_aside_and_the_run_goes_on(
     assert "summary.json is damaged" in warning
     assert warning.count("\n") == 1
     assert (finished / "summary.json.damaged-1").read_text() == text
+
+
+@pytest.mark.parametrize("name", ["summary.json", "encoder.safetensors"])
+def test_a_damaged_result_without_a_checkpoint_to_make_it_from_is_refused_and_kept(
+    name: str, finished: Path, config: RunConfig
+) -> None:
+    (finished / "checkpoints/step-00000002").rmdir()
+    flip_a_bit(finished / name, random.Random(0))
+    before = {file.name: file.read_bytes() for file in finished.iterdir() if file.is_file()}
+    with pytest.raises(UserError, match="no checkpoint to make it again from"):
+        read(finished, config)
+    assert before == {f.name: f.read_bytes() for f in finished.iterdir() if f.is_file()}
 
 
 def test_damaged_weights_of_a_finished_run_are_written_again(

@@ -48,7 +48,7 @@ from recipes.engine.data.sets import (
     read_first,
 )
 from recipes.engine.data.shards import find_shards, list_shards
-from recipes.engine.errors import escaped, say
+from recipes.engine.errors import say
 from recipes.engine.reading import UnreadableError
 from recipes.engine.seeds import sample_rng
 
@@ -177,7 +177,7 @@ def _unused(folder: Path, *, has_val: bool) -> Iterator[str]:
         if name not in ("train", "val") and not name.startswith(".")
     )
     if others:
-        names = ", ".join(map(escaped, others[:5])) + (", ..." if len(others) > 5 else "")
+        names = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
         scored = "val/ is" if has_val else "the last images of train/ are"
         yield f"{folder} holds {names}, which is not used: {scored} scored on"
 

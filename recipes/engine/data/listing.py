@@ -19,7 +19,7 @@ from typing import Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from recipes.engine.errors import UserError, escaped
+from recipes.engine.errors import UserError
 from recipes.engine.reading import UnreadableError
 
 HELD_OUT_SHARE = 0.1
@@ -225,7 +225,7 @@ class _Walk:
             try:
                 names, below = self._scan(parts, links)
             except OSError as error:
-                path = escaped(os.fsdecode(self._path(parts)))
+                path = os.fsdecode(self._path(parts))
                 raise UserError(f"cannot list the folder {path}: {error.strerror}") from error
             folders += [(*parts, name) for name in below]
             self._add(parts, names, below)
@@ -309,7 +309,7 @@ class _Walk:
 
 
 def _shown(parts: Parts) -> str:
-    return escaped(os.fsdecode(b"/".join(parts)))
+    return os.fsdecode(b"/".join(parts))
 
 
 def _suffix(name: bytes) -> str:
@@ -360,7 +360,7 @@ def list_files(
     if has_classes and len(folders) < len(runs):
         stray = next(run.key[0] for run in runs if len(run.key) == 1)
         raise UserError(
-            f"{escaped(os.fsdecode(os.path.join(walk.root, stray)))} has no class while other "
+            f"{os.fsdecode(os.path.join(walk.root, stray))} has no class while other "
             "images do: move it into the folder of its class, or all images into one folder"
         )
     files = _joined(root, runs)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from recipes.engine.data.images import Normalize, as_they_are, model_inputs, to_unit
-from recipes.engine.errors import UserError, escaped
+from recipes.engine.errors import UserError
 from recipes.engine.seeds import sample_rng
 
 # Photos and digits are drawn at random. An epoch is this many images.
@@ -73,7 +73,7 @@ def check_readable(samples: TrainSet, unreadable: Collection[int]) -> None:
     """
     limit = max(MAX_UNREADABLE, MAX_UNREADABLE_SHARE * len(samples))
     if len(unreadable) > limit or 0 < len(samples) == len(unreadable):
-        examples = ", ".join(escaped(samples.describe(id)) for id in sorted(unreadable)[:3])
+        examples = ", ".join(samples.describe(id) for id in sorted(unreadable)[:3])
         count = f"{len(unreadable)} of {len(samples)} images cannot"
         if len(unreadable) == len(samples):
             count = f"none of the {len(samples)} images can"

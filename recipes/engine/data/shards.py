@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recipes.engine.data.listing import MAX_FILE_BYTES, Names, Samples
-from recipes.engine.errors import UserError, escaped
+from recipes.engine.errors import UserError
 from recipes.engine.reading import UnreadableError
 
 INDEX = "index.npz"
@@ -192,8 +192,8 @@ def make_index(root: Path, shard_names: Iterable[str], suffixes: Iterable[str]) 
             if f".{ending}".lower().endswith(endings):
                 if key in images:
                     raise UserError(
-                        f"{root / shard} holds two images with the key {escaped(key)}: "
-                        f"{escaped(images[key].name)} and {escaped(member.name)}"
+                        f"{root / shard} holds two images with the key {key}: "
+                        f"{images[key].name} and {member.name}"
                     )
                 images[key] = member
             elif ending in ("cls", "json"):
@@ -248,7 +248,7 @@ def _members(shard: Path) -> Iterable[tarfile.TarInfo]:
             for member in tar:
                 end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
                 if end > length or not 0 <= member.size <= MAX_FILE_BYTES:
-                    raise UserError(f"{damaged}: it ends in {escaped(member.name)}")
+                    raise UserError(f"{damaged}: it ends in {member.name}")
                 if member.isreg() and not member.issparse():
                     yield member
         with shard.open("rb") as content:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mimkit._state_dicts import unwrap
 from mimkit.interop import load_checkpoint
-from recipes.engine.errors import UserError, escaped, say
+from recipes.engine.errors import UserError, say
 from recipes.engine.reading import UnreadableError, sha256_of
 from recipes.engine.run.state import digest_beside
 
@@ -41,7 +41,7 @@ def read_weights(flag: str, path: Path) -> Weights:
     Raises:
         UserError: If the file cannot be read, is damaged, or holds no dictionary.
     """
-    shown = f"{flag} {escaped(str(path))}"
+    shown = f"{flag} {path}"
     try:
         contents = load_checkpoint(path)
         digest = sha256_of(path)  # after a look at the content: a file may claim any size
@@ -50,7 +50,7 @@ def read_weights(flag: str, path: Path) -> Weights:
     except (OSError, ValueError, TypeError, pickle.UnpicklingError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         reason = f"{reason}".removeprefix(f"{path} cannot be read: ")
-        raise UserError(f"{shown} cannot be read: {escaped(reason)}") from error
+        raise UserError(f"{shown} cannot be read: {reason}") from error
     try:
         tensors = unwrap(contents)
     except (TypeError, ValueError) as error:
@@ -72,7 +72,7 @@ def _check_digest(shown: str, path: Path, digest: str) -> None:
     except UnreadableError as error:
         say(
             f"warning: {shown} cannot be compared with its digest: summary.json beside it is "
-            f"damaged or of an earlier version of mimkit ({escaped(str(error))})",
+            f"damaged or of an earlier version of mimkit ({error})",
             file=sys.stderr,
         )
         return
@@ -96,4 +96,4 @@ def check_finite(flag: str, path: Path, tensors: Mapping[str, Tensor]) -> None:
         elif tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
             problem = "has values that are not finite (NaN or infinity)"
         if problem:
-            raise UserError(f"{flag} {escaped(str(path))}: {escaped(name)} {problem}")
+            raise UserError(f"{flag} {path}: {name} {problem}")

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 from torch.optim import Optimizer
 
-from recipes.engine.errors import UserError, escaped, say
+from recipes.engine.errors import UserError, say
 from recipes.engine.reading import UnreadableError, read_sealed, seal, sha256_of
 from recipes.engine.run.config import FORMAT
 from recipes.engine.run.storage import (
@@ -42,7 +42,7 @@ from recipes.engine.run.storage import (
     Writer,
 )
 from recipes.engine.run.world import World
-from recipes.engine.writing import PARTIAL, new_file, sync_folder, write_json
+from recipes.engine.writing import PARTIAL, new_file, put_aside, sync_folder, write_json
 
 _MARKER = "COMPLETE"
 _OURS = ".mimkit"
@@ -74,8 +74,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the steps of the checkpoints, ascending. Some may be damaged."""
-        found = ((_NAME.fullmatch(path.name), path) for path in _entries(self.folder))
-        return sorted(int(name[1]) for name, path in found if name and _is_ours(path))
+        return steps_in(self.folder)
 
     def path(self, step: int) -> Path:
         """Return the folder of a step's checkpoint."""
@@ -103,14 +102,10 @@ class Checkpoints:
     def _put_aside(self, damaged: list[tuple[int, str]], what_next: str) -> None:
         """Rename damaged checkpoints, so that their steps can be saved again."""
         for step, damage in damaged:
-            path = self.path(step)
-            number = 1
-            while (kept := path.with_name(f"{path.name}.damaged-{number}")).exists():
-                number += 1
-            path.rename(kept)
+            kept = put_aside(self.path(step))
             say(
-                f"warning: the checkpoint of step {step} is damaged ({escaped(damage)}) and now "
-                f"called {kept.name}; {what_next}",
+                f"warning: the checkpoint of step {step} is damaged ({damage}) and now called "
+                f"{kept}; {what_next}",
                 file=sys.stderr,
             )
 
@@ -206,7 +201,7 @@ class Checkpoints:
             CheckpointException, UnreadableError, KeyError, RuntimeError, TypeError, ValueError,
         ) as error:  # fmt: skip
             raise UserError(
-                f"the checkpoint {path} is not of this model: {escaped(_reason(error))}"
+                f"the checkpoint {path} is not of this model: {_reason(error)}"
             ) from error
 
     def clean(self) -> None:
@@ -220,6 +215,12 @@ class Checkpoints:
         for step in self.steps()[:-_KEPT]:
             if not (self.keep_every and step % self.keep_every == 0):
                 _remove(self.path(step))
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Return the steps of the checkpoints in a folder, ascending. Some may be damaged."""
+    found = ((_NAME.fullmatch(path.name), path) for path in _entries(folder))
+    return sorted(int(name[1]) for name, path in found if name and _is_ours(path))
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -328,8 +329,10 @@ def find_origin(resume: str, world: World, num_steps: int) -> tuple[Checkpoints,
         return None
     path = Path(resume)
     others = Checkpoints(path.parent, world)
-    found = next((step for step in others.steps() if others.path(step) == path), None)
-    if found is None and (path / _MARKER).is_file():
+    # The main process looks: the others may see a folder that is being changed.
+    steps, is_old = world.agree((others.steps(), (path / _MARKER).is_file()))
+    found = next((step for step in steps if others.path(step) == path), None)
+    if found is None and is_old:
         raise UserError(
             f"--resume {resume} is of an earlier version of mimkit, whose checkpoints have no "
             "digests and could run code: start without it"
@@ -341,9 +344,7 @@ def find_origin(resume: str, world: World, num_steps: int) -> tuple[Checkpoints,
         )
     damage = world.agree(find_damage(path) if world.is_main else None)
     if damage is not None:
-        raise UserError(
-            f"--resume {resume} is damaged ({escaped(damage)}): give another checkpoint"
-        )
+        raise UserError(f"--resume {resume} is damaged ({damage}): give another checkpoint")
     if found >= num_steps:
         raise UserError(
             f"--resume {resume} is of step {found}, and this run ends at step {num_steps}: nothing "

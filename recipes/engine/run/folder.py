@@ -5,6 +5,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -17,13 +18,13 @@ import torch
 import yaml
 from torch import nn
 
-from recipes.engine.errors import UserError, escaped, say
+from recipes.engine.errors import UserError, say
 from recipes.engine.reading import UnreadableError, read_yaml, seal
 from recipes.engine.run import state
-from recipes.engine.run.checkpoint import check_checkpoints
+from recipes.engine.run.checkpoint import check_checkpoints, steps_in
 from recipes.engine.run.config import RunConfig
 from recipes.engine.run.world import World
-from recipes.engine.writing import PARTIAL, write_atomically, write_json
+from recipes.engine.writing import PARTIAL, put_aside, write_atomically, write_json
 
 CHECKPOINTS = "checkpoints"
 _CONFIG = "config.yaml"
@@ -157,7 +158,7 @@ class RunFolder:
         if different:
             raise UserError(
                 f"the output folder {self.path} holds a run with other values of "
-                f"{', '.join(map(escaped, different))}: choose another --out"
+                f"{', '.join(map(str, different))}: choose another --out"
             )
 
     def _write_config(self) -> None:
@@ -170,15 +171,21 @@ class RunFolder:
         try:
             return state.read_summary(self.path)
         except UnreadableError as error:
-            kept = state.put_aside(self.path / state.SUMMARY)
+            file = self.path / state.SUMMARY
+            has_trained = os.path.lexists(self.path / state.METRICS)
+            if has_trained and not steps_in(self.path / CHECKPOINTS):
+                raise UserError(
+                    f"{file} is damaged: {error}; the run has no checkpoint to make it again from: "
+                    "choose another --out, or remove the file to train again from step 0"
+                ) from error
             self._warn(
-                f"{self.path / state.SUMMARY} is damaged: {error}; the run goes on from its last "
-                f"checkpoint and writes it again, the damaged file is {kept}"
+                f"{file} is damaged: {error}; the rest of the run is done again and writes it "
+                f"again, the damaged file is {put_aside(file)}"
             )
             return None
 
     def _warn(self, sentence: str) -> None:
-        say(f"warning: {escaped(sentence)}", file=sys.stderr)
+        say(f"warning: {sentence}", file=sys.stderr)
 
     def repair(self, *, num_samples: int, num_steps: int) -> None:
         """Check the state files before training, repair them, and say what was repaired."""

@@ -25,7 +25,7 @@ from recipes.engine.reading import (
     read_sealed,
     sha256_of,
 )
-from recipes.engine.writing import write_atomically, write_json
+from recipes.engine.writing import put_aside, write_atomically, write_json
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
@@ -175,15 +175,6 @@ def repair(
         ),
         *_repair_environment(folder / ENVIRONMENT, environment),
     ]
-
-
-def put_aside(file: Path) -> str:
-    """Rename a damaged file, and return its new name."""
-    number = 1
-    while os.path.lexists(kept := file.with_name(f"{file.name}.damaged-{number}")):
-        number += 1
-    file.rename(kept)
-    return kept.name
 
 
 def _repair_metrics(folder: Path) -> Iterator[str]:

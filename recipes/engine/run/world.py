@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mimkit.nn import PixelHead, TransformerBlock
-from recipes.engine.errors import LostProcessError, ProcessError, UserError, escaped
+from recipes.engine.errors import LostProcessError, ProcessError, UserError
 
 T = TypeVar("T")
 
@@ -98,7 +98,7 @@ def _number(name: str, low: int, high: int) -> int:
     text = _text(name)
     if not (text.isascii() and text.isdigit() and low <= int(text[:20]) <= high):
         raise ProcessError(
-            f"environment variable {name}={escaped(text[:40])} must be {low} to {high}: start with "
+            f"environment variable {name}={text[:40]} must be {low} to {high}: start with "
             "torchrun, which sets it, or unset RANK and WORLD_SIZE for a single process"
         )
     return int(text)
@@ -165,7 +165,7 @@ def _meet(world: World, backend: str, timeout: float) -> None:
         else:
             fault = f"process {world.rank} cannot join: {' '.join(str(error).split())[:200]}"
         raise ProcessError(
-            f"the {world.size} processes of the job do not meet at {escaped(at)}: {fault}; check "
+            f"the {world.size} processes of the job do not meet at {at}: {fault}; check "
             "WORLD_SIZE, MASTER_ADDR and MASTER_PORT of every process"
         ) from error
 
@@ -181,7 +181,7 @@ def _check_address(world: World, timeout: float) -> None:
         socket.getaddrinfo(host, port)
     except (OSError, UnicodeError) as error:
         raise ProcessError(
-            f"environment variable MASTER_ADDR={escaped(host)} names no host that can be found: "
+            f"environment variable MASTER_ADDR={host} names no host that can be found: "
             "give the name or address of the first node"
         ) from error
     # torchrun itself listens there, or else process 0.
@@ -208,7 +208,7 @@ def _wait_for_listener(host: str, port: int, timeout: float) -> None:
         except OSError as error:
             if time.monotonic() > end:
                 raise ProcessError(
-                    f"nothing listens at {escaped(host)}:{port} within --timeout {timeout:g}: "
+                    f"nothing listens at {host}:{port} within --timeout {timeout:g}: "
                     "start process 0, and check MASTER_ADDR and MASTER_PORT of every process"
                 ) from error
             time.sleep(0.2)
