@@ -6,8 +6,10 @@ bottom are those of the last pixel + 1.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recipes.engine.data.images import NormalizeByConstants, model_inputs
+from recipes.engine.data.scenes import Scene, Scenes
 from recipes.engine.data.sets import Batch, Item, TrainSet
 from recipes.engine.errors import UserError
 from recipes.engine.reading import UnreadableError
@@ -119,6 +122,35 @@ class InstanceSource(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
+class SceneInstances:
+    """Composed scenes, which are composed once and kept.
+
+    Attributes:
+        scenes: The scenes.
+    """
+
+    scenes: Scenes
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    @cached_property
+    def composed(self) -> list[Scene]:
+        """All scenes."""
+        return [self.scenes[number] for number in range(len(self.scenes))]
+
+    def load(self, number: int) -> tuple[UInt8[Tensor, "3 height width"], Instances]:
+        """Return a scene and its cut-outs."""
+        scene = self.composed[number]
+        no_crowd = torch.zeros(len(scene.classes), dtype=torch.bool)
+        return scene.image, Instances(scene.boxes, scene.classes, scene.masks, no_crowd)
+
+    def describe(self, number: int) -> str:
+        """Return the number of a scene."""
+        return f"scene {number}"
+
+
+@dataclass(frozen=True, eq=False)
 class InstanceImages(TrainSet):
     """Square images, padded at the right and at the bottom with the mean color, and their objects.
 
@@ -167,6 +199,10 @@ class InstanceImages(TrainSet):
         images = torch.stack([image for image, _ in loaded]) if loaded else torch.empty(0, 0, 0, 0)
         targets = tuple(instances for _, instances in loaded)
         return Batch(images, torch.tensor(sample_ids, dtype=torch.int64), unreadable_ids, targets)
+
+    def seeded(self, seed: int) -> InstanceImages:
+        """Return the same images with another seed of the augmentation."""
+        return dataclasses.replace(self, seed=seed)
 
     def to_inputs(self, images: Shaped[Tensor, batch * shape]) -> Float[Tensor, batch * shape]:
         """Normalize images."""
