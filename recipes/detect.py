@@ -46,7 +46,7 @@ from recipes.engine.loop import Plan, make_plan, run_steps
 from recipes.engine.pretrained.encoders import EncoderFile, EncoderOptions, open_encoder
 from recipes.engine.pretrained.shapes import ConvViTShape, EncoderShape, ViTShape
 from recipes.engine.report import print_unreadable
-from recipes.engine.run.cli import FLAGS, options_of, override, run_command
+from recipes.engine.run.cli import FLAGS, options_of, override, parse_options, run_command
 from recipes.engine.run.config import (
     Preset,
     RunConfig,
@@ -369,8 +369,8 @@ PRESETS = {
         ),
         DetectionTraining(
             epochs=1,
-            batch_size=6,
-            base_lr=1e-3 * 256 / 6,
+            batch_size=4,
+            base_lr=2e-3 * 256 / 4,
             warmup_epochs=0.1,
             weight_decay=0.05,
             layer_decay=1.0,
@@ -386,8 +386,9 @@ PRESETS = {
             convs=1,
             anchors=(8, 16, 24, 32, 48),
             proposals=100,
-            samples=64,
+            samples=32,
             detections=20,
+            least_score=0.01,
         ),
     ),
     "vitdet_base": DetectionPreset(ViTShape(image_size=1024), VITDET),
@@ -463,6 +464,12 @@ OPTIONS = options_of(
     (*FLAGS, "layer_decay", "drop_path", "jitter", "cascade", "proposals", "detections"),
     DetectOptions,
 )
+
+
+def parse(arguments: Sequence[str]) -> DetectOptions:
+    """Parse a command line."""
+    options: DetectOptions = parse_options(OPTIONS, arguments, program="detect", description="")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -32,7 +32,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops import boxes as box_ops
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from mimkit.nn import FeaturePyramid
+from mimkit.nn import ConvViTDetector, FeaturePyramid, ViT
 from recipes.engine.detection.shape import DetectorShape
 
 # LayerNorm over the channels of a map, as in ViTDet.
@@ -84,18 +84,16 @@ class Backbone(nn.Module):
 
 def feature_maps(encoder: Any, images: Tensor) -> list[Tensor]:
     """Return an encoder's maps for detection, from fine to coarse."""
-    # Called, a ConvViTDetector adds its max-pooled fourth map.
-    return list(encoder(images) if hasattr(encoder, "global_layers") else encoder.features(images))
+    is_detector = isinstance(encoder, ConvViTDetector)  # called, it adds a max-pooled fourth map
+    return list(encoder(images) if is_detector else encoder.features(images))
 
 
 def map_channels(encoder: Any) -> list[int]:
     """Return the channels of the maps that `feature_maps` returns."""
-    was_training = encoder.training
-    blank = torch.zeros(1, encoder.in_channels, *encoder.image_size)
-    with torch.no_grad():
-        widths = [one.shape[1] for one in feature_maps(encoder.eval(), blank)]
-    encoder.train(was_training)
-    return widths
+    widths: tuple[int, ...] = encoder.feature_channels
+    if isinstance(encoder, ConvViTDetector):
+        return [*widths[:2], widths[-1], widths[-1]]
+    return [widths[-1]] if isinstance(encoder, ViT) else [*widths]
 
 
 class Detector(nn.Module):
@@ -179,7 +177,7 @@ def _heads(shape: DetectorShape, num_classes: int) -> dict[str, Any]:
         "batch_size_per_image": shape.samples,
         "positive_fraction": 0.25,
         "bbox_reg_weights": _WEIGHTS[0],
-        "score_thresh": 0.05,
+        "score_thresh": shape.least_score,
         "nms_thresh": 0.5,
         "detections_per_img": shape.detections,
         "mask_roi_pool": pool(output_size=_MASK),

@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -49,8 +50,14 @@ class AveragePrecision:
     def __init__(self) -> None:
         from torchmetrics.detection import MeanAveragePrecision
 
+        # torchmetrics' own thresholds are rounded to float32, so that an overlap of exactly .6 or a
+        # recall of exactly .3 counts differently from COCO's tools.
         self._metric = MeanAveragePrecision(
-            iou_type=("bbox", "segm"), backend="faster_coco_eval", sync_on_compute=False
+            iou_type=("bbox", "segm"),
+            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+            rec_thresholds=np.linspace(0.0, 1.0, 101).tolist(),
+            backend="faster_coco_eval",
+            sync_on_compute=False,
         )
 
     def add(self, found: dict[str, Tensor], instances: Instances) -> None:

@@ -22,6 +22,7 @@ class DetectorShape:
         proposals: Proposals an image after suppression; twice as many a level before.
         samples: Boxes an image on which the box head is trained.
         detections: Largest number of objects found in an image.
+        least_score: Score from which an object counts as found.
         cascade: Whether there is a cascade of three box heads (Cascade R-CNN).
     """
 
@@ -34,6 +35,7 @@ class DetectorShape:
     proposals: fields.PositiveInt = 1000
     samples: fields.PositiveInt = 512
     detections: fields.PositiveInt = 100
+    least_score: fields.Fraction = 0.05
     cascade: bool = False
 
     def __post_init__(self) -> None:
