@@ -183,7 +183,7 @@ def make_task(
         groups = detector_groups(
             model, config, weight_decay=training.weight_decay, layer_decay=training.layer_decay
         )
-        return torch.optim.AdamW(groups, lr=config.lr, betas=training.betas)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=training.betas, fused=True)
 
     return Detection(build_model(config, file, num_classes), make_optimizer, config, world)
 
