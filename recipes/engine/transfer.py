@@ -31,7 +31,9 @@ def find_encoder(given: str, recipes: Sequence[str], root: Path = Path("runs")) 
     if given != "auto":
         path = Path(given)
         if path.is_dir() and not (path / _ENCODER).is_file():
-            raise UserError(f"--encoder {given} is a folder without {_ENCODER}: is its run finished?")
+            raise UserError(
+                f"--encoder {given} is a folder without {_ENCODER}: is its run finished?"
+            )
         return str(path / _ENCODER) if path.is_dir() else given
     files = [file for file in root.glob(f"*/{_ENCODER}") if _recipe_of(file) in recipes]
     newest = max(files, key=lambda file: (file.stat().st_mtime, str(file)), default=None)

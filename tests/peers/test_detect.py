@@ -43,7 +43,9 @@ CONVVIT = ConvViTShape(
     image_size=32, patch_sizes=(2, 2, 2), dim=(8, 8, 16), depth=(1, 1, 2), heads=2
 )
 VIT = ViTShape(image_size=32, patch_size=8, dim=16, depth=2, heads=2)
-SWIN = SwinShape(image_size=32, patch_size=2, dim=8, depth=(1, 1, 1, 1), heads=(1, 1, 1, 1), window=2)
+SWIN = SwinShape(
+    image_size=32, patch_size=2, dim=8, depth=(1, 1, 1, 1), heads=(1, 1, 1, 1), window=2
+)
 SHAPES = {"ConvViT": CONVVIT, "ViT": VIT, "Swin": SWIN}
 
 
@@ -206,9 +208,7 @@ def test_polygons_and_compressed_runs_are_drawn_as_pycocotools_draws_them(seed: 
         packed = {"size": [height, width], "counts": runs["counts"].decode()}
         assert np.array_equal(draw_mask(packed, (height, width), name=""), mask)
         polygons = [rng.uniform(-3, 43, 2 * int(rng.integers(3, 9))).tolist() for _ in range(2)]
-        drawn = coco_mask.decode(
-            coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
-        )
+        drawn = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
         assert np.array_equal(draw_mask(polygons, (height, width), name=""), drawn)
 
 
@@ -239,9 +239,7 @@ def test_a_detector_trains_all_its_weights_and_finds_objects(name: str, cascade:
     losses = model(torch.randn(2, 3, 32, 32), targets())
     assert len(losses) == (9 if cascade else 5)
     torch.stack([*losses.values()]).sum().backward()
-    missing = [
-        name for name, p in model.named_parameters() if p.requires_grad and p.grad is None
-    ]
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert missing == []  # DDP would wait for them
     assert all(torch.isfinite(loss) for loss in losses.values())
     model.eval().roi_heads.score_thresh = 0.0

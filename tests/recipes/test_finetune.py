@@ -440,7 +440,10 @@ def test_images_of_a_folder_are_a_function_of_seed_epoch_and_id(images):
     assert torch.equal(drawn[0], load(0).images.train[0, 3][0])
     assert not any(torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
     scored = torch.cat(
-        [batch.sample_ids for batch in held_out_batches(data.test, World(), batch_size=5, workers=0)]
+        [
+            batch.sample_ids
+            for batch in held_out_batches(data.test, World(), batch_size=5, workers=0)
+        ]
     )
     assert scored.tolist() == list(range(4 * CLASSES))
     shares = [

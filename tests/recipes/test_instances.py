@@ -305,5 +305,3 @@ def test_every_preset_of_detection_resolves(preset: str) -> None:
     config, _ = detect.resolve_detection(detect.parse(["--encoder", "none", "--preset", preset]))
     assert config.preset == preset
     assert config.detector == detect.PRESETS[preset].detector
-
-

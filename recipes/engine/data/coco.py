@@ -245,8 +245,8 @@ def draw_mask(
         array([[0, 1, 0],
                [1, 1, 0]])
         >>> packed = {"size": [2, 3], "counts": "132"}
-        >>> bool((draw_mask(packed, (2, 3), name="object") == draw_mask(runs, (2, 3), name="")).all())
-        True
+        >>> draw_mask(packed, (2, 3), name="object").sum()
+        np.int64(3)
     """
     if isinstance(segmentation, list):
         return _draw_polygons(segmentation, size, name)
@@ -258,9 +258,9 @@ def draw_mask(
             f"{size[1]}]"
         )
     counts = segmentation["counts"]
-    runs = _unpacked(counts) if isinstance(counts, str) else counts
-    is_list = isinstance(runs, list) and all(type(run) is int and run >= 0 for run in runs)
-    if not is_list or sum(runs) != size[0] * size[1]:
+    given = _unpacked(counts) if isinstance(counts, str) else counts
+    runs: list[int] = given if isinstance(given, list) else [-1]
+    if any(type(run) is not int or run < 0 for run in runs) or sum(runs) != size[0] * size[1]:
         raise UserError(
             f"{name} has run lengths that do not decode: they must add up to its image's "
             f"{size[0] * size[1]} pixels"
@@ -314,9 +314,7 @@ def _draw_polygons(
     try:
         from faster_coco_eval.core import mask
     except ImportError as error:
-        raise UserError(
-            'polygons need faster-coco-eval: pip install "mimkit[detect]"'
-        ) from error
+        raise UserError('polygons need faster-coco-eval: pip install "mimkit[detect]"') from error
     inside: Bool[np.ndarray, "height width"] = mask.decode(
         mask.merge(mask.frPyObjects(drawn, *size))
     ).astype(bool)

@@ -51,8 +51,13 @@ def _build(shape: EncoderShape, detector: DetectorShape, drop_path: float) -> nn
             **arguments, window=detector.window or whole, global_layers=detector.global_blocks
         )
     if isinstance(shape, ViTShape) and detector.window:
-        windows = {"window": detector.window, "global_blocks": detector.global_blocks}
-        return ViT(**arguments, **windows, class_token=False, learn_positions=True)
+        return ViT(
+            **arguments,
+            window=detector.window,
+            global_blocks=detector.global_blocks,
+            class_token=False,
+            learn_positions=True,
+        )
     if isinstance(shape, ViTShape):
         return ViT(**arguments, learn_positions=True)
     assert isinstance(shape, SwinShape)

@@ -127,9 +127,7 @@ class Detector(nn.Module):
             post_nms_top_n={"training": shape.proposals, "testing": shape.proposals},
             nms_thresh=0.7,
         )
-        self.roi_heads = (CascadeHeads if shape.cascade else RoIHeads)(
-            **_heads(shape, num_classes)
-        )
+        self.roi_heads = (CascadeHeads if shape.cascade else RoIHeads)(**_heads(shape, num_classes))
 
     @property
     def encoder(self) -> nn.Module:
@@ -214,16 +212,14 @@ class CascadeHeads(RoIHeads):  # type: ignore[misc]
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        width, classes = (
-            self.box_predictor.cls_score.in_features,
-            self.box_predictor.cls_score.out_features,
-        )
-        convs = [layer for layer in self.box_head if hasattr(layer, "out_channels")]
+        first_head, predictor = arguments["box_head"], arguments["box_predictor"].cls_score
+        width, classes = predictor.in_features, predictor.out_features
+        convs = [layer for layer in first_head if hasattr(layer, "out_channels")]
         dim = convs[0].out_channels
         make = partial(
             FastRCNNConvFCHead, (dim, _BOX, _BOX), [dim] * len(convs), [width], norm_layer=NORM
         )
-        self.box_head = nn.ModuleList([self.box_head, *(make() for _ in _OVERLAPS[1:])])
+        self.box_head = nn.ModuleList([first_head, *(make() for _ in _OVERLAPS[1:])])
         self.box_predictor = nn.ModuleList(CascadePredictor(width, classes) for _ in _OVERLAPS)
 
     def forward(
@@ -277,9 +273,7 @@ class CascadeHeads(RoIHeads):  # type: ignore[misc]
         matches, labels = self.assign_targets_to_proposals(
             boxes, true, [target["labels"] for target in targets]
         )
-        self.proposal_matcher = Matcher(
-            _OVERLAPS[0], _OVERLAPS[0], allow_low_quality_matches=False
-        )
+        self.proposal_matcher = Matcher(_OVERLAPS[0], _OVERLAPS[0], allow_low_quality_matches=False)
         padded = [one if len(one) else one.new_zeros(1, 4) for one in true]
         matched = [one[match] for one, match in zip(padded, matches, strict=True)]
         return labels, list(self.box_coder.encode(matched, boxes))
@@ -336,7 +330,7 @@ class _ScaledGradient(torch.autograd.Function):
 
 def _scale_gradient(x: Tensor, factor: float) -> Tensor:
     """Return `x`, whose gradient will be multiplied by a factor."""
-    scaled: Tensor = _ScaledGradient.apply(x, factor)  # type: ignore[no-untyped-call]
+    scaled: Tensor = _ScaledGradient.apply(x, factor)
     return scaled
 
 

@@ -70,7 +70,9 @@ def draw_objects(
     draw = ImageDraw.Draw(picture)
     for number, label in enumerate(labels):
         left, top, right, bottom = (objects["boxes"][number] * scale).tolist()
-        draw.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), outline=_color(label))
+        draw.rectangle(
+            (left, top, max(right - 1, left), max(bottom - 1, top)), outline=_color(label)
+        )
         text = names[label - 1]
         if "scores" in objects:
             text += f" {objects['scores'][number]:.2f}"
