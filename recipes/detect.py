@@ -5,10 +5,10 @@ r"""Detection and instance segmentation: Mask R-CNN on a pre-trained encoder, as
     python recipes/detect.py --preset vitdet_base --encoder mae_pretrain_vit_base.pth \
         --data /path/to/coco --precision bf16 --workers 8
 
-torchvision's Mask R-CNN with the heads of ViTDet (arXiv:2203.16527): on a ViT with the simple feature
-pyramid, on ConvMAE's detector and on Swin with a feature pyramid network; `--cascade` for Cascade
-Mask R-CNN. It needs `pip install "mimkit[detect]"`. On the bundled scenes, the same training from
-an untrained encoder is shown beside it, with three seeds each.
+torchvision's Mask R-CNN with the heads of ViTDet (arXiv:2203.16527): on a ViT with the simple
+feature pyramid, on ConvMAE's detector and on Swin with a feature pyramid network; `--cascade` for
+Cascade Mask R-CNN. It needs `pip install "mimkit[detect]"`. On the bundled scenes, the same
+training from an untrained encoder is shown beside it, with three seeds each.
 
 Published box / mask AP on COCO val2017: ViTDet on MAE ViT-B 51.6 / 45.9, ViT-L 55.5 / 49.2, ViT-H
 56.7 / 50.2; with the cascade 54.0 / 46.7, 57.6 / 50.0, 58.7 / 51.0; ConvMAE-B 53.2 / 47.1; CAE-B
@@ -398,7 +398,7 @@ PRESETS = {
         dataclasses.replace(VITDET, layer_decay=0.8, drop_path=0.4),
         detector=DetectorShape(global_blocks=(5, 11, 17, 23)),
     ),
-    # 56.7 / 50.2; cascade 58.7 / 51.0. Patches of 16 pixels, resampled from 14.
+    # 56.7 / 50.2; cascade 58.7 / 51.0. MAE's patches of 14 pixels do not divide 1024.
     "vitdet_huge": DetectionPreset(
         ViTShape(image_size=1024, dim=1280, depth=32, heads=16),
         dataclasses.replace(
