@@ -324,13 +324,13 @@ class _ScaledGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient * context.factor, None
 
 
 def _scale_gradient(x: Tensor, factor: float) -> Tensor:
     """Return `x`, whose gradient will be multiplied by a factor."""
-    scaled: Tensor = _ScaledGradient.apply(x, factor)
+    scaled: Tensor = _ScaledGradient.apply(x, factor)  # type: ignore[no-untyped-call]
     return scaled
 
 
