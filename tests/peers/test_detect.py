@@ -12,7 +12,7 @@ import torch
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from mimkit.nn import ConvViTDetector, SwinTransformer, ViT
@@ -291,8 +291,6 @@ def test_a_cascade_of_equal_heads_that_correct_nothing_scores_like_one_head() ->
 @pytest.mark.parametrize("window", [0, 2])
 def test_an_encoder_goes_in_and_out_again(tmp_path: Path, window: int) -> None:
     """Also one whose class token windows leave out."""
-    from safetensors.torch import save_file
-
     pretrained = build_encoder(VIT, seed=3)
     save_file(dict(pretrained.state_dict()), tmp_path / "encoder.safetensors")
     file = load_encoder(tmp_path / "encoder.safetensors", VIT)
@@ -334,6 +332,35 @@ def test_a_run_leaves_numbers_pictures_and_weights(folders: tuple[Path, Path]) -
     file = load_encoder(out / "encoder.safetensors", ConvViTShape())
     assert file.shape.kind == "ConvViT"
     assert "global_bias.table" in file.weights
+
+
+def test_all_seeds_are_trained_with_and_without_the_encoder(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The encoder is of images of 64 pixels, the detector's have 32."""
+    encoder = build_encoder(detect.PRESETS["tiny"].model, seed=7)
+    (tmp_path / "given").mkdir()
+    save_file(dict(encoder.state_dict()), tmp_path / "given" / "encoder.safetensors")
+    out = tmp_path / "run"
+    line = ["--data", str(folders[0]), "--epochs", "1", "--out", str(out), "--scratch", "always"]
+    given = ["--encoder", str(tmp_path / "given"), "--seeds", "2"]
+    assert run(*line, *given) == 0
+    printed = capsys.readouterr().out
+    summary = json.loads((out / "summary.json").read_text())
+    for kind in ("box_ap", "mask_ap"):
+        assert {name: len(values) for name, values in summary[kind].items()} == {
+            "pretrained": 2,
+            "scratch": 2,
+        }
+    assert sorted(folder.name for folder in out.iterdir() if folder.is_dir()) == [
+        "checkpoints",
+        "pretrained-1",
+        "scratch-0",
+        "scratch-1",
+    ]
+    assert "range" in printed
+    assert run(*line, *given) == 0  # prints it again
+    assert "range" in capsys.readouterr().out
 
 
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(
