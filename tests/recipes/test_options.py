@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from recipes import finetune, probe, segment, tokenizer
+from recipes import detect, finetune, probe, segment, tokenizer
 from recipes.cae import RECIPE as CAE
 from recipes.convmae import RECIPE as CONVMAE
 from recipes.engine import Recipe, Training, run
@@ -185,7 +185,7 @@ def kinds_of_options() -> dict[str, type[Any]]:
     kinds: dict[str, type[Any]] = {recipe.name: options_type(recipe) for recipe in RECIPES}
     return kinds | {
         "tokenizer": tokenizer.OPTIONS, "finetune": finetune.OPTIONS, "probe": probe.OPTIONS,
-        "segment": segment.OPTIONS,
+        "segment": segment.OPTIONS, "detect": detect.OPTIONS,
     }  # fmt: skip
 
 
@@ -210,7 +210,13 @@ def flags_of_all_scripts() -> list[Any]:
 
 def resolve_line(name: str, *arguments: str) -> None:
     """Parse a command line and resolve its configuration, as a recipe does first."""
-    scripts = {"tokenizer": tokenizer, "finetune": finetune, "probe": probe, "segment": segment}
+    scripts = {
+        "tokenizer": tokenizer,
+        "finetune": finetune,
+        "probe": probe,
+        "segment": segment,
+        "detect": detect,
+    }
     if name in scripts:
         script: Any = scripts[name]
         more = () if name == "tokenizer" else ("--encoder", "none")

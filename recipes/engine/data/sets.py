@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -175,6 +175,7 @@ class Batch(NamedTuple):
         images: Model inputs, or bytes until they are on the device; none if no image could be read.
         sample_ids: Sample id of each image.
         unreadable_ids: Sample ids of the images that could not be read.
+        targets: What is in each image, where the data set loads it with the image.
     """
 
     images: (
@@ -182,6 +183,7 @@ class Batch(NamedTuple):
     )
     sample_ids: Int64[Tensor, " batch"]
     unreadable_ids: list[int]
+    targets: tuple[Any, ...] = ()
 
 
 def collate(items: Batch | Iterable[Item]) -> Batch:

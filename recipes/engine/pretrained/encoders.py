@@ -126,8 +126,8 @@ def _load_folder(folder: Path) -> EncoderFile:
     for file in (path, config_file):
         if not file.is_file():
             raise UserError(
-                f"--encoder {folder} is a folder without {file.name}: give the folder of a finished "
-                "run, one that save_pretrained wrote, or the file of an encoder"
+                f"--encoder {folder} is a folder without {file.name}: give the folder of a "
+                "finished run, one that save_pretrained wrote, or the file of an encoder"
             )
     found = read_weights("--encoder", path)
     check_finite("--encoder", path, found.tensors)

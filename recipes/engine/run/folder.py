@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,7 @@ from typing import IO, Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from recipes.engine.errors import UserError, say
 from recipes.engine.reading import UnreadableError, read_yaml, seal
@@ -266,11 +267,14 @@ class RunFolder:
 
     def write_weights(self, name: str, module: nn.Module) -> None:
         """Write all weights and buffers of a module to a safetensors file."""
+        self.write_tensors(name, module.state_dict())
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors to a safetensors file."""
         from safetensors.torch import save
 
         if self.world.is_main:
-            state_dict = module.state_dict().items()
-            content = save({name: tensor.cpu().contiguous() for name, tensor in state_dict})
+            content = save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
             write_atomically(self.path / name, content)
             self._digests[name] = hashlib.sha256(content).hexdigest()
 
