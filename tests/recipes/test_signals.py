@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -119,10 +120,29 @@ AT = {
 }
 
 
+@pytest.fixture(scope="module")
+def table(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], str]]:
+    """What each signal did in each phase; printed when more than one cell was tried."""
+    cells: dict[tuple[str, str], str] = {}
+    yield cells
+    if len(cells) > 1:
+        lines = [f"{'':10}" + "".join(f"{phase:>18}" for phase in PHASES)]
+        for number in EXIT_CODES:
+            found = (cells.get((number.name, phase), "not tried") for phase in PHASES)
+            lines.append(f"{number.name:10}" + "".join(f"{cell:>18}" for cell in found))
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print("", *lines, sep="\n")
+
+
 @pytest.mark.parametrize(("phase", "number"), CELLS)
 def test_a_run_that_was_stopped_by_a_signal_ends_like_an_undisturbed_one(
-    phase: str, number: signal.Signals, request: pytest.FixtureRequest, tmp_path: Path
+    phase: str,
+    number: signal.Signals,
+    table: dict[tuple[str, str], str],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
 ) -> None:
+    table[number.name, phase] = "failed"
     out = tmp_path / "run"
     probed = phase == "evaluation"  # only labelled images are
     data = request.getfixturevalue("labelled" if probed else "pictures")
@@ -134,6 +154,8 @@ def test_a_run_that_was_stopped_by_a_signal_ends_like_an_undisturbed_one(
         assert_equal_runs(out, tmp_path / "undisturbed")
     else:
         assert_equal_runs(out, request.getfixturevalue("undisturbed"))
+    saved = line.partition("after step ")[2].split() or ["-"]
+    table[number.name, phase] = f"{EXIT_CODES[number]}, step {saved[0]}, same"
 
 
 @pytest.mark.full
