@@ -6,7 +6,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -63,6 +63,26 @@ class World:
             return value
         box = [value]
         dist.broadcast_object_list(box)
+        return box[0]
+
+    def share(self, make: Callable[[], T]) -> T:
+        """Make a value in the main process, and give it to all.
+
+        Raises:
+            UserError: If the main process has, in every process.
+        """
+        if self.size == 1:
+            return make()
+        box: list[T] = []
+        message = None
+        if self.is_main:
+            try:
+                box.append(make())
+            except UserError as error:
+                message = str(error)
+        box, message = self.agree((box, message))
+        if message is not None:
+            raise UserError(message)
         return box[0]
 
     def gather(self, value: T) -> list[T]:
