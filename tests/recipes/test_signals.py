@@ -11,16 +11,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from recipes.engine import run
 from recipes.engine.errors import ProcessError
 from recipes.engine.run.folder import RunFolder
-from recipes.engine.run.world import join
+from recipes.engine.run.world import World, join, name_of_start
 from recipes.mae import RECIPE
 from recipes.signals import EXIT_CODES
 from tests.recipes.command import config_for
@@ -343,6 +345,19 @@ def test_a_process_whose_job_is_incomplete_gives_up_in_one_line(rank, says, monk
         monkeypatch.setenv(name, value)
     with pytest.raises(ProcessError, match=says), join("cpu", timeout=1):
         pass
+
+
+def test_each_start_of_a_job_has_its_own_name_in_the_store_that_torchrun_keeps():
+    store = dist.HashStore()
+    store.set("mimkit/here/1", "of a process that has ended")
+    names = []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            worlds = [World(rank, 3) for rank in range(3)]
+            found = [pool.submit(name_of_start, store, world, 60) for world in worlds]
+            names.append({one.result() for one in found})
+    assert [len(each) for each in names] == [1, 1, 1]
+    assert len(set.union(*names)) == 3
 
 
 def test_a_port_that_is_taken_is_named(monkeypatch):
