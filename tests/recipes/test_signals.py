@@ -105,6 +105,13 @@ def undisturbed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
+@pytest.fixture(scope="module")
+def undisturbed_and_probed(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed-and-probed") / "run"
+    finish(labelled, out)
+    return out
+
+
 CELLS = [
     pytest.param(
         phase,
@@ -153,11 +160,8 @@ def test_a_run_that_was_stopped_by_a_signal_ends_like_an_undisturbed_one(
     line = stop_in(phase, number, "mae", data, out)
     assert AT[phase] in line
     finish(data, out)
-    if probed:
-        finish(data, tmp_path / "undisturbed")
-        assert_equal_runs(out, tmp_path / "undisturbed")
-    else:
-        assert_equal_runs(out, request.getfixturevalue("undisturbed"))
+    whole = "undisturbed_and_probed" if probed else "undisturbed"
+    assert_equal_runs(out, request.getfixturevalue(whole))
     saved = line.partition("after step ")[2].split() or ["-"]
     table[number.name, phase] = f"{EXIT_CODES[number]}, step {saved[0]}, same"
 
