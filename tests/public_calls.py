@@ -295,6 +295,7 @@ def public_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any] | list[
             {"images": IMAGES, "mask": MASK, "mask_token": torch.rand(8)},
         ),
         "nn.ViT.forward: ragged": (vit, {"images": list(IMAGES), "mask": RAGGED}),
+        "nn.ViT.features": (vit.features, [IMAGES]),
         "nn.ViT.pool": (vit.pool, [whole]),
         "nn.SwinTransformer": (nn.SwinTransformer, SWIN),
         "nn.SwinTransformer.forward": (
@@ -309,9 +310,25 @@ def public_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any] | list[
         "nn.SwinTransformer.pool": (swin.pool, [torch.rand(2, 4, 16)]),
         "nn.ConvViT": (nn.ConvViT, CONVVIT),
         "nn.ConvViT.forward": (convvit, {"images": IMAGES, "mask": MASK}),
+        "nn.ConvViT.features": (convvit.features, [IMAGES]),
         "nn.ConvViT.pool": (convvit.pool, [whole]),
         "nn.ConvViTDetector": (nn.ConvViTDetector, detector),
         "nn.ConvViTDetector.forward": (_built(nn.ConvViTDetector(**detector)), [IMAGES]),
+        "nn.FeaturePyramid": (nn.FeaturePyramid, {"dim": 8, "out_dim": 4, "scales": (2, 1)}),
+        "nn.FeaturePyramid.forward": (
+            _built(nn.FeaturePyramid(dim=8, out_dim=4, scales=(2, 1))),
+            [torch.rand(2, 8, 2, 3)],
+        ),
+        "nn.UPerHead": (nn.UPerHead, {"in_dims": (4, 8), "num_classes": 3, "dim": 4}),
+        "nn.UPerHead.forward": (
+            _built(nn.UPerHead(in_dims=(4, 8), num_classes=3, dim=4)),
+            [[torch.rand(2, 4, 4, 6), torch.rand(2, 8, 2, 3)]],
+        ),
+        "nn.FCNHead": (nn.FCNHead, {"in_dim": 8, "num_classes": 3, "dim": 4}),
+        "nn.FCNHead.forward": (
+            _built(nn.FCNHead(in_dim=8, num_classes=3, dim=4)),
+            [torch.rand(2, 8, 2, 3)],
+        ),
         "nn.MAEDecoder": (nn.MAEDecoder, DECODER),
         "nn.MAEDecoder.forward": (_built(nn.MAEDecoder(**DECODER)), [LATENT, MASK]),
         "nn.CrossDecoder": (nn.CrossDecoder, DECODER),

@@ -3,6 +3,7 @@
 from mimkit.nn._convvit import ConvViT
 from mimkit.nn._convvit_detector import ConvViTDetector
 from mimkit.nn._decoders import CrossDecoder, MAEDecoder, PixelHead
+from mimkit.nn._dense import FCNHead, FeaturePyramid, UPerHead
 from mimkit.nn._discrete_vae import DiscreteVAE
 from mimkit.nn._embed import PatchEmbed
 from mimkit.nn._heads import TokenHead
@@ -25,6 +26,8 @@ __all__ = [
     "ConvViTDetector",
     "CrossDecoder",
     "DiscreteVAE",
+    "FCNHead",
+    "FeaturePyramid",
     "InverseSwin",
     "MAEDecoder",
     "PatchEmbed",
@@ -35,5 +38,6 @@ __all__ = [
     "SwinTransformer",
     "TokenHead",
     "TransformerBlock",
+    "UPerHead",
     "ViT",
 ]

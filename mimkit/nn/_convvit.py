@@ -9,9 +9,9 @@ mask, all of the grid without); dim.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from einops import rearrange
@@ -33,8 +33,15 @@ from mimkit.nn._layers import (
     mean_of_tokens,
     xavier_linear,
 )
+from mimkit.nn._relative import RelativePositionBias
 from mimkit.nn._timm_protocol import TimmProtocol
-from mimkit.patches import gather_visible, neighbors, pack_cells, sincos_positions
+from mimkit.patches import (
+    gather_visible,
+    interpolate_positions,
+    neighbors,
+    pack_cells,
+    sincos_positions,
+)
 
 STAGES = 3
 CONV_NORM_EPS = 1e-5  # in convolution stages and embeddings, where the authors left the default
@@ -244,6 +251,10 @@ class ConvViT(TimmProtocol):
             (`norm`).
         learn_positions: Whether the position table, initialised as sine-cosine, is trained.
         num_classes: Width of `head`, a linear classifier for pooled tokens; 0 for none.
+        relative_positions: "block" for a relative position bias in each block of the last stage,
+            as in the authors' segmentation; `None` for none.
+        layer_scale: Initial value of layer scale in the last stage (1 in the authors'
+            segmentation); `None` for no layer scale.
 
     Attributes:
         grid: Tokens per axis of the last stage: the grid of masks.
@@ -266,7 +277,7 @@ class ConvViT(TimmProtocol):
     """
 
     num_prefix_tokens = 0
-    _undecayed = r"^pos_embed$"
+    _undecayed = r"^pos_embed$|^rel_pos_bias\.\d+\.table$"
     _first_layer = r"^pos_embed|^stages|^embed|^fusions"
 
     @checked
@@ -288,6 +299,8 @@ class ConvViT(TimmProtocol):
         pool_norm: bool = False,
         learn_positions: bool = False,
         num_classes: Count = 0,
+        relative_positions: Literal["block"] | None = None,
+        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.axis_sizes = {"dim": dim[-1] if dim else 0}
@@ -303,7 +316,7 @@ class ConvViT(TimmProtocol):
         self.grid = divide("image size", self.image_size, self.patch_size, "strides of all stages")
         self.fine_grid = divide("image size", self.image_size, strides[0], "first stride")
         self.in_channels, self.dim, self.masked_conv = in_channels, dim[-1], masked_conv
-        self._pool = pool
+        self._pool, self._stage_dims = pool, tuple(dim[:-1])
 
         rates = drop_path_rates(drop_path, sum(depth))
         widths = (in_channels, *dim)
@@ -325,8 +338,18 @@ class ConvViT(TimmProtocol):
             sincos_positions(dim[-1], self.grid)[None], requires_grad=learn_positions
         )
         self.blocks = nn.ModuleList(
-            TransformerBlock(dim=dim[-1], heads=heads, mlp_ratio=mlp_ratio[-1], drop_path=rate)
+            TransformerBlock(
+                dim=dim[-1],
+                heads=heads,
+                mlp_ratio=mlp_ratio[-1],
+                drop_path=rate,
+                layer_scale=layer_scale,
+            )
             for rate in rates[sum(depth[:-1]) :]
+        )
+        self.rel_pos_bias = nn.ModuleList(
+            RelativePositionBias(grid=self.grid, heads=heads)
+            for _ in range(depth[-1] if relative_positions else 0)
         )
         self.fusions = nn.ModuleList(
             CellProjection(in_dim=dim[stage], dim=dim[-1], stride=product(strides[stage + 1 :]))
@@ -365,8 +388,8 @@ class ConvViT(TimmProtocol):
             tokens, *fused = (gather_visible(part, mask) for part in (tokens, *fused))
         positions = self.pos_embed[0]
         tokens = tokens + (positions if mask is None else F.embedding(mask.visible_ids, positions))
-        for block in self.blocks:
-            tokens = self._run(block, tokens)
+        for block, options in self._attention(mask, self.grid):
+            tokens = self._run(block, tokens, **options)
         for part in fused:
             tokens = tokens + part
         encoded: Tensor = self.norm(tokens)
@@ -379,6 +402,37 @@ class ConvViT(TimmProtocol):
         summary: Tensor = self.fc_norm(pooled)
         return summary
 
+    @property
+    def feature_channels(self) -> tuple[int, ...]:
+        """Channels of the maps of `features`: of two stages, then of the last stage's blocks."""
+        return (*self._stage_dims, *(self.dim for _ in self.blocks))
+
+    def _default_layers(self) -> Sequence[int]:
+        return (*range(STAGES - 1), -1)
+
+    def _layer_outputs(self, images: Tensor) -> Iterator[tuple[Tensor, Grid]]:
+        self._check_channels(images)
+        grid = self._grid_for(images, self.patch_size)
+        cells, cell = whole_map(images), tuple(images.shape[2:])
+        for stage in self.stages:
+            cells, cell = stage(cells, cell, None)
+            yield cells.flatten(1, 2), cell
+        tokens = self.embed_proj(self.embed(cells, cell).flatten(1, 2)) + self._positions(grid)
+        for block, options in self._attention(None, grid):
+            tokens = self._run(block, tokens, **options)
+            yield tokens, grid
+
+    def _positions(self, grid: Grid) -> Float[Tensor, "tokens dim"]:
+        table = self.pos_embed[0]
+        return table if grid == self.grid else interpolate_positions(table, self.grid, grid)
+
+    def _attention(self, mask: Mask | None, grid: Grid) -> list[tuple[nn.Module, dict[str, Any]]]:
+        """Return every block with what its attention needs on a grid: windows and bias."""
+        if not self.rel_pos_bias:
+            return [(block, {}) for block in self.blocks]
+        pairs = zip(self.blocks, self.rel_pos_bias, strict=True)
+        return [(block, {"attn_bias": bias(mask, grid=grid)}) for block, bias in pairs]
+
     def _embed(
         self, images: Tensor, mask: Mask | None, partial: Mask | None = None
     ) -> tuple[Float[Tensor, "batch tokens dim"], list[Float[Tensor, "batch tokens dim"]]]:
@@ -389,8 +443,7 @@ class ConvViT(TimmProtocol):
             stages (none without `multi_scale`).
         """
         if mask is None:
-            cells = rearrange(as_floats(images), "b c h w -> b 1 (h w) c")
-            cell = self.image_size
+            cells, cell = whole_map(images), self.image_size
         else:
             cells, cell = pack_cells(images, mask), self.patch_size
         fused = []
@@ -407,13 +460,20 @@ class ConvViT(TimmProtocol):
         pattern = "b (y p) (x q) -> b 1 (y x) 1 (p q)"
         return rearrange(partial.is_masked, pattern, p=height, q=width).all(dim=-1)
 
+    def _check_channels(self, images: Tensor) -> None:
+        if images.shape[1] != self.in_channels:
+            raise ValueError(
+                f"images must have {self.in_channels} channels; got shape {tuple(images.shape)}"
+            )
+
     def _check(self, images: Tensor, mask: Mask | None, partial: Mask | None = None) -> None:
         check_stacked(images)
         if tuple(images.shape[2:]) != self.image_size or images.shape[1] != self.in_channels:
             raise ValueError(
                 f"this encoder takes images of {self.in_channels} channels and size "
                 f"{self.image_size}; got {tuple(images.shape)}. Build one for the new size and "
-                "load its position table with patches.interpolate_positions"
+                "load its position table with patches.interpolate_positions, or take features, "
+                "which fit any size"
             )
         if mask is not None:
             check_mask(mask, self.grid, images)
@@ -440,6 +500,13 @@ def hide(
 ) -> Float[Tensor, "batch cells cell dim"]:
     """Set hidden positions to zero; `hidden=None` leaves the cells as they are."""
     return cells if hidden is None else cells.masked_fill(hidden, 0)
+
+
+def whole_map(
+    images: Shaped[Tensor, "batch channels height width"],
+) -> Float[Tensor, "batch 1 pixels channels"]:
+    """Return whole images as one cell each."""
+    return rearrange(as_floats(images), "b c h w -> b 1 (h w) c")
 
 
 def product(strides: Sequence[Grid]) -> Grid:

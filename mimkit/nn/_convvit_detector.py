@@ -4,16 +4,18 @@ Axes: batch; channels; height, width; windows; tokens (of the grid, or of a wind
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-from einops import rearrange
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mimkit._arguments import Depth, DropRate, Positive, Size, checked
-from mimkit._grids import Grid, divide, per_axis
+from mimkit._grids import Grid, per_axis
+from mimkit.masking import Mask
 from mimkit.nn._convvit import ConvViT
 from mimkit.nn._relative import RelativePositionBias
+from mimkit.nn._windows import Windows
 
 
 class ConvViTDetector(ConvViT):
@@ -21,7 +23,8 @@ class ConvViTDetector(ConvViT):
 
     Args:
         image_size: Pixels per axis: an integer means a square image, a tuple height and width.
-        window: Tokens per axis of an attention window; must divide the grid.
+        window: Tokens per axis of an attention window. A grid that it does not divide is padded
+            with zeros, which the tokens of a window attend to, as in detectron2.
         global_layers: Indices of the last stage's blocks with global instead of window attention.
         patch_sizes: Stride of each of the three stages, as in `ConvViT`.
         in_channels: Channels of the images.
@@ -80,7 +83,6 @@ class ConvViTDetector(ConvViT):
             )
         self.norm = nn.Identity()
         self.window = per_axis("window", window, 2)
-        self.windows = divide("grid", self.grid, self.window, "window")
         self.global_layers = frozenset(global_layers)
         self.window_bias = RelativePositionBias(grid=self.window, heads=heads)
         self.global_bias = RelativePositionBias(grid=self.grid, heads=heads)
@@ -92,38 +94,16 @@ class ConvViTDetector(ConvViT):
         """Return the feature maps E1 to E4, from fine to coarse.
 
         Raises:
-            ValueError: If the images have another size or number of channels.
+            ValueError: If the images are not divisible into patches, or have another number of
+                channels.
         """
-        self._check(images, None)
-        cells, cell = rearrange(images, "b c h w -> b 1 (h w) c"), self.image_size
-        levels = []
-        for stage in self.stages:
-            cells, cell = stage(cells, cell, None)
-            levels.append(_as_map(cells.flatten(1, 2), cell))
-        tokens = self.embed_proj(self.embed(cells, cell).flatten(1, 2)) + self.pos_embed[0]
-        biases = {False: self.window_bias(), True: self.global_bias()}
-        for layer, block in enumerate(self.blocks):
-            is_global = layer in self.global_layers
-            tokens = self._attend(block, tokens, biases[is_global], is_global)
-        coarsest = _as_map(tokens, self.grid)
+        *levels, coarsest = self.features(images)
         return (*levels, coarsest, F.max_pool2d(coarsest, 2))
 
-    def _attend(
-        self, block: nn.Module, tokens: Tensor, bias: Tensor, is_global: bool
-    ) -> Float[Tensor, "batch tokens dim"]:
-        """Apply a block with global or window attention."""
-        if is_global:
-            whole: Tensor = block(tokens, attn_bias=bias)
-            return whole
-        (rows, columns), (height, width) = self.windows, self.window
-        sizes = {"y": rows, "x": columns, "h": height, "w": width}
-        in_grid, in_window = "b (y h x w) d", "(b y x) (h w) d"
-        windows = rearrange(tokens, f"{in_grid} -> {in_window}", **sizes)
-        mixed: Tensor = block(windows, attn_bias=bias)
-        return rearrange(mixed, f"{in_window} -> {in_grid}", **sizes)
-
-
-def _as_map(
-    tokens: Float[Tensor, "batch tokens dim"], grid: Grid
-) -> Float[Tensor, "batch dim height width"]:
-    return rearrange(tokens, "b (h w) d -> b d h w", h=grid[0])
+    def _attention(self, mask: Mask | None, grid: Grid) -> list[tuple[nn.Module, dict[str, Any]]]:
+        inside = {"attn_bias": self.window_bias(), "windows": Windows(grid, self.window)}
+        everywhere = {"attn_bias": self.global_bias(grid=grid)} if self.global_layers else {}
+        return [
+            (block, everywhere if index in self.global_layers else inside)
+            for index, block in enumerate(self.blocks)
+        ]

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mimkit._arguments import DropRate, NotNegative, Positive, Size, checked
 from mimkit.nn._packing import Packing
+from mimkit.nn._windows import Windows
 
 NORM_EPS = 1e-6  # epsilon of every LayerNorm in MAE's models (PyTorch's default is 1e-5)
 
@@ -349,8 +350,9 @@ class TransformerBlock(nn.Module):
         self,
         tokens: Float[Tensor, "batch tokens dim"],
         num_queries: int | None = None,
-        attn_bias: Float[Tensor, "#batch heads tokens tokens"] | None = None,
+        attn_bias: Float[Tensor, "#batch heads keys keys"] | None = None,
         packing: Packing | None = None,
+        windows: Windows | None = None,
     ) -> Float[Tensor, "batch queries dim"]:
         """Apply the block: self-attention, then an MLP.
 
@@ -360,11 +362,16 @@ class TransformerBlock(nn.Module):
             attn_bias: Added to the attention logits, such as a relative position bias.
             packing: Sample boundaries if `tokens` is a packed sequence, and how many tokens of each
                 sample to return.
+            windows: Windows to attend in, of all the patch tokens of a grid.
         """
         kept = tokens if num_queries is None else tokens[:, tokens.shape[1] - num_queries :]
         if packing is not None:
             kept = packing.last(tokens)
-        attended = self.attn(self.norm1(tokens), num_queries, attn_bias, packing)
+        normed = self.norm1(tokens)
+        if windows is None:
+            attended = self.attn(normed, num_queries, attn_bias, packing)
+        else:
+            attended = windows.merge(self.attn(windows.split(normed), attn_bias=attn_bias))
         kept = kept + self.drop_path(scale(attended, self.gamma_1), packing)
         transformed = scale(self.mlp(self.norm2(kept)), self.gamma_2)
         out: Tensor = kept + self.drop_path(transformed, packing)

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from mimkit._arguments import Size, checked
 from mimkit._checks import check_mask
-from mimkit._grids import NUM_CLASS_ROWS, as_sizes, count_tokens
+from mimkit._grids import NUM_CLASS_ROWS, Grid, as_sizes, count_tokens
 from mimkit.masking import Mask
+from mimkit.patches import interpolate_relative_positions
 
 
 class RelativePositionBias(nn.Module):
@@ -44,26 +45,45 @@ class RelativePositionBias(nn.Module):
     def __init__(self, *, grid: Sequence[int], heads: Size, class_token: bool = False) -> None:
         super().__init__()
         self.grid = as_sizes("grid", grid)
-        index = relative_index(self.grid)
+        self.num_prefix = int(class_token)
         offsets = count_tokens([2 * size - 1 for size in self.grid])
-        if class_token:
+        self.table = nn.Parameter(torch.zeros(offsets + NUM_CLASS_ROWS * self.num_prefix, heads))
+        self.register_buffer("index", self._index_on(self.grid), persistent=False)
+
+    @checked
+    def forward(
+        self, mask: Mask | None = None, *, grid: Sequence[int] | None = None
+    ) -> Float[Tensor, "#batch heads tokens tokens"]:
+        """Return the bias between all tokens, or with a mask between the visible ones.
+
+        Args:
+            mask: Which patches are visible.
+            grid: Tokens per axis of images of another size; the table is resampled to them.
+        """
+        grid = self.grid if grid is None else as_sizes("grid", grid)
+        if grid != self.grid:
+            return self._gather(self._resampled(grid), self._index_on(grid))
+        return self._gather(self.table, self.index if mask is None else self._visible_index(mask))
+
+    def _index_on(self, grid: Grid) -> Int64[Tensor, "tokens tokens"]:
+        index = relative_index(grid)
+        if self.num_prefix:
+            offsets = count_tokens([2 * size - 1 for size in grid])
             index = F.pad(index, (1, 0, 1, 0), value=offsets)
             index[1:, 0] = offsets + 1
             index[0, 0] = offsets + 2
-            offsets += NUM_CLASS_ROWS
-        self.num_prefix = int(class_token)
-        self.table = nn.Parameter(torch.zeros(offsets, heads))
-        self.register_buffer("index", index, persistent=False)
+        return index.to(self.table.device)
 
-    @checked
-    def forward(self, mask: Mask | None = None) -> Float[Tensor, "#batch heads tokens tokens"]:
-        """Return the bias between all tokens, or with a mask between the visible ones."""
-        index = self.index if mask is None else self._visible_index(mask)
+    def _gather(self, table: Tensor, index: Tensor) -> Tensor:
         # Heads first, so that the matrix of each head is contiguous.
-        bias = self.table.T.contiguous().index_select(1, index.flatten())
-        if mask is None:
+        bias = table.T.contiguous().index_select(1, index.flatten())
+        if index.ndim == 2:
             return bias.view(1, len(bias), *index.shape)
         return bias.view(len(bias), *index.shape).movedim(0, 1)
+
+    def _resampled(self, grid: Grid) -> Tensor:
+        extra = NUM_CLASS_ROWS * self.num_prefix
+        return interpolate_relative_positions(self.table, self.grid, grid, num_extra=extra)
 
     def _visible_index(self, mask: Mask) -> Int64[Tensor, "batch visible visible"]:
         check_mask(mask, self.grid, mask.visible_ids, "this bias")

@@ -6,7 +6,7 @@ of a window); dim.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -156,18 +156,19 @@ class SwinTransformer(TimmProtocol):
         encoded: Tensor = self.norm(tokens)
         return encoded
 
-    @checked
-    def features(
-        self, images: Shaped[Tensor, "batch channels height width"]
-    ) -> list[Float[Tensor, "batch dim grid_height grid_width"]]:
-        """Return the feature map of every stage, before patch merging, for dense prediction."""
+    @property
+    def feature_channels(self) -> tuple[int, ...]:
+        """Channels of the maps of `features`, one number for each stage."""
+        return tuple(self.dim // 2**stage for stage in reversed(range(len(self.layers))))
+
+    def _default_layers(self) -> Sequence[int]:
+        return range(len(self.layers))
+
+    def _layer_outputs(self, images: Tensor) -> Iterator[tuple[Tensor, Grid]]:
         tokens = self._embed(images, None, None)
-        maps = []
         for index, stage in enumerate(self.layers):
             mixed, tokens = self._run(stage, tokens)
-            height = self.grid[0] // 2**index
-            maps.append(rearrange(mixed, "b (h w) d -> b d h w", h=height))
-        return maps
+            yield mixed, self._grid_of(index)
 
     def group_matcher(self, coarse: bool = False) -> Matcher:
         """Return what assigns parameters to layers; merging belongs to the next stage, as in timm.

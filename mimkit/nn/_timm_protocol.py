@@ -1,17 +1,20 @@
 """timm's protocol of a model, which its optimizers, checkpointing and feature extraction use."""
 
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mimkit._grids import Grid
-from mimkit.masking import Mask
+from mimkit._arguments import checked
+from mimkit._grids import Grid, as_sizes, divide
+from mimkit.masking import Mask, RaggedMask
+from mimkit.nn._layers import xavier_linear
 
 Matcher = dict[str, Any] | Callable[[str], tuple[float, ...]]
 
@@ -30,6 +33,7 @@ class TimmProtocol(nn.Module):
     """
 
     grad_checkpointing = False
+    _num_class_tokens = 0
     _undecayed: ClassVar[str]  # matches the names of parameters that have no weight decay
     _first_layer: ClassVar[str]  # matches the names of parameters before the blocks
 
@@ -37,6 +41,11 @@ class TimmProtocol(nn.Module):
     num_prefix_tokens: int
     head: nn.Module
     pool: Callable[..., Tensor]
+
+    @property
+    @abstractmethod
+    def feature_channels(self) -> tuple[int, ...]:
+        """Channels of every layer that `features` can return."""
 
     @property
     def num_features(self) -> int:
@@ -66,17 +75,27 @@ class TimmProtocol(nn.Module):
         self.grad_checkpointing = enable
 
     def forward_features(
-        self, images: Float[Tensor, "batch channels *spatial"], mask: Mask | None = None
-    ) -> Float[Tensor, "batch prefix_and_tokens dim"]:
+        self, images: Any, mask: Mask | RaggedMask | None = None
+    ) -> Float[Tensor, "batch prefix_and_tokens dim"] | Float[Tensor, "rows dim"]:
         """Encode, as a call does."""
         encoded: Tensor = self(images, mask)
         return encoded
 
     def forward_head(
-        self, tokens: Float[Tensor, "batch prefix_and_tokens dim"], pre_logits: bool = False
+        self,
+        tokens: Float[Tensor, "batch prefix_and_tokens dim"] | Float[Tensor, "rows dim"],
+        pre_logits: bool = False,
+        *,
+        mask: RaggedMask | None = None,
     ) -> Float[Tensor, "batch _"]:
-        """Pool encoded tokens, and classify them unless `pre_logits`."""
-        pooled = self.pool(tokens)
+        """Pool encoded tokens, and classify them unless `pre_logits`.
+
+        Args:
+            tokens: Encoded tokens.
+            pre_logits: Whether to return the pooled tokens.
+            mask: The mask, if it was a `RaggedMask`.
+        """
+        pooled = self.pool(tokens) if mask is None else self.pool(tokens, mask)
         logits: Tensor = pooled if pre_logits else self.head(pooled)
         return logits
 
@@ -105,9 +124,12 @@ class TimmProtocol(nn.Module):
             mask: Which patches are visible.
 
         Raises:
+            TypeError: If the mask is a `RaggedMask`.
             ValueError: If `output_fmt` is unknown, or "NCHW" with a mask, or an index is out of
                 range.
         """
+        if mask is not None and not isinstance(mask, Mask):
+            raise TypeError(f"forward_intermediates needs a Mask; got a {type(mask).__name__}")
         if output_fmt not in ("NCHW", "NLC") or (mask is not None and output_fmt == "NCHW"):
             raise ValueError(
                 f'output_fmt must be "NCHW" or "NLC", with a mask "NLC"; got {output_fmt!r}'
@@ -131,6 +153,71 @@ class TimmProtocol(nn.Module):
             split.append((patches, prefix) if with_prefix else patches)
         return split if intermediates_only else (encoded, split)
 
+    @checked
+    def features(
+        self,
+        images: Shaped[Tensor, "batch channels *spatial"],
+        layers: Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+    ) -> list[Float[Tensor, "batch dim *grid"]]:
+        """Return feature maps of chosen layers, for dense prediction.
+
+        Layers are numbered from 0, or from the last one backwards with negative numbers.
+        `feature_channels` has the channels of each layer. In `ViT`, the layers are the blocks. In
+        `ConvViT`, they are the first stage, the second stage, then the blocks of the last stage. In
+        `SwinTransformer`, they are the stages, before patch merging.
+
+        Args:
+            images: Images of any size that is divisible into patches. Position embeddings are
+                resampled to their grid with bicubic interpolation, relative position tables with
+                `patches.interpolate_relative_positions`.
+            layers: Layers to return, in this order. `None` for the last block of `ViT`, for the
+                last layer of each stage of the others.
+            norm: Whether to apply the encoder's last norm to maps that have its width.
+
+        Raises:
+            ValueError: If the images have a size that does not fit or other channels, or if a layer
+                does not exist.
+        """
+        chosen = self._choose_layers(layers)
+        maps: dict[int, Tensor] = {}
+        for layer, (tokens, grid) in enumerate(self._layer_outputs(images)):
+            if layer in chosen:
+                if norm and self.feature_channels[layer] == self.dim:
+                    tokens = self.get_submodule("norm")(tokens)
+                maps[layer] = tokens.mT.unflatten(2, grid).contiguous()
+            if layer == max(chosen):
+                break
+        return [maps[layer] for layer in chosen]
+
+    def _choose_layers(self, layers: Sequence[int] | None) -> list[int]:
+        count = len(self.feature_channels)
+        chosen = self._default_layers() if layers is None else layers
+        if not chosen or any(not -count <= layer < count for layer in chosen):
+            raise ValueError(
+                f"layers must be among the {count} layers of this encoder, from {-count} to "
+                f"{count - 1}; got {layers}"
+            )
+        return [layer % count for layer in chosen]
+
+    def _grid_for(self, images: Tensor, patch_size: Sequence[int]) -> Grid:
+        """Return the grid of images of any size."""
+        if images.ndim != 2 + len(patch_size):
+            raise ValueError(
+                f"images must have {len(patch_size)} axes after batch and channels; got shape "
+                f"{tuple(images.shape)}"
+            )
+        sizes = as_sizes("image size", tuple(images.shape[2:]))
+        return divide("image size", sizes, tuple(patch_size), "patch size")
+
+    def _default_layers(self) -> Sequence[int]:
+        return (-1,)
+
+    @abstractmethod
+    def _layer_outputs(self, images: Tensor) -> Iterator[tuple[Tensor, Grid]]:
+        """Give the patch tokens of one layer after the other, with their grid."""
+
     def get_classifier(self) -> nn.Module:
         """Return the classifier."""
         return self.head
@@ -148,9 +235,7 @@ class TimmProtocol(nn.Module):
         if global_pool is not None:
             self._set_pool(global_pool)
         like = next(self.parameters())
-        self.head = nn.Identity()
-        if num_classes:
-            self.head = nn.Linear(self.dim, num_classes, device=like.device, dtype=like.dtype)
+        self.head = xavier_linear(self.dim, num_classes).to(like) if num_classes else nn.Identity()
 
     def _run(self, block: nn.Module, *args: Any, **options: Any) -> Any:
         """Call a block, checkpointed if that is switched on."""
@@ -172,7 +257,7 @@ class TimmProtocol(nn.Module):
 
     def _set_pool(self, name: str) -> None:
         known = {"avg": "mean", "token": "token"}
-        if name not in known or (name == "token" and not self.num_prefix_tokens):
+        if name not in known or (name == "token" and not self._num_class_tokens):
             raise ValueError(
                 f'global_pool must be "avg", or with a class token "token"; got {name!r}'
             )

@@ -5,8 +5,8 @@ without); prefix (the class token, if any); dim. With a `RaggedMask`: rows (toke
 concatenated).
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -38,6 +38,7 @@ from mimkit.nn._packing import (
 )
 from mimkit.nn._relative import RelativePositionBias
 from mimkit.nn._timm_protocol import Matcher, TimmProtocol
+from mimkit.nn._windows import Windows
 from mimkit.patches import interpolate_positions, restore, sincos_positions
 
 
@@ -75,6 +76,9 @@ class ViT(TimmProtocol):
         stem: A CNN whose feature map is patchified instead of the image (`nn.ConvStem`, or any
             module with `out_channels` and `stride`). `patch_size` then counts feature-map
             positions.
+        window: Tokens per axis of an attention window; `None` for global attention in all blocks.
+            Grids that it does not divide are padded. Needs `class_token=False`, and no mask.
+        global_blocks: Indices of the blocks with global attention in spite of `window`.
 
     Attributes:
         grid: Tokens per axis.
@@ -85,7 +89,9 @@ class ViT(TimmProtocol):
         facebookresearch/mae `models_mae.py`, `models_vit.py`. The authors embed all patches, then
         drop the masked ones; here masked patches are never read. Relative positions, layer scale
         and "qv" as in BEiT, arXiv:2106.08254, and microsoft/SimMIM `vision_transformer.py`;
-        registers as in Darcet et al., arXiv:2309.16588, and facebookresearch/dinov2.
+        registers as in Darcet et al., arXiv:2309.16588, and facebookresearch/dinov2; windows as in
+        ViTDet, arXiv:2203.16527 (`window=14, global_blocks=(2, 5, 8, 11)`), whose decomposed
+        relative positions are left out.
 
     Example:
         >>> from mimkit import masking
@@ -136,6 +142,8 @@ class ViT(TimmProtocol):
         num_registers: Count = 0,
         num_classes: Count = 0,
         stem: nn.Module | None = None,
+        window: int | Sequence[int] | None = None,
+        global_blocks: Sequence[Count] = (),
     ) -> None:
         super().__init__()
         self.axis_sizes = {"dim": dim}
@@ -145,6 +153,18 @@ class ViT(TimmProtocol):
             raise ValueError(
                 f"registers have no relative positions: num_registers={num_registers} needs "
                 f"relative_positions=None; got {relative_positions!r}"
+            )
+        if window is None and global_blocks:
+            raise ValueError(f"global_blocks={tuple(global_blocks)} needs a window; got None")
+        if window is not None and (class_token or num_registers or relative_positions == "shared"):
+            raise ValueError(
+                f"window={window} needs class_token=False, num_registers=0 and "
+                f'relative_positions="block" or None, as prefix tokens are in no window; got '
+                f"{class_token}, {num_registers} and {relative_positions!r}"
+            )
+        if any(block >= depth for block in global_blocks):
+            raise ValueError(
+                f"global_blocks must be below depth={depth}; got {tuple(global_blocks)}"
             )
         self.image_size = sides_of("image_size", image_size)
         patch = per_axis("patch_size", patch_size, len(self.image_size))
@@ -179,9 +199,17 @@ class ViT(TimmProtocol):
             else None
         )
         num_tables = {None: 0, "shared": 1, "block": depth}[relative_positions]
+        self.window = None if window is None else per_axis("window", window, len(self.grid))
+        self.global_blocks = frozenset(global_blocks)
         self.rel_pos_bias = nn.ModuleList(
-            RelativePositionBias(grid=self.grid, heads=heads, class_token=class_token)
-            for _ in range(num_tables)
+            RelativePositionBias(
+                grid=self.grid
+                if self.window is None or index in self.global_blocks
+                else self.window,
+                heads=heads,
+                class_token=class_token,
+            )
+            for index in range(num_tables)
         )
         self.blocks = nn.ModuleList(
             TransformerBlock(
@@ -228,31 +256,63 @@ class ViT(TimmProtocol):
         Raises:
             TypeError: If the images are a list and the mask is not a `RaggedMask`.
             ValueError: If the images have another size or number of channels, if the mask does not
-                fit, if `mask_token` is given without a mask, or if a `RaggedMask` is used with a
-                `mask_token` or relative positions.
+                fit, if `mask_token` is given without a mask, if a `RaggedMask` is used with a
+                `mask_token`, relative positions or windows, or a `Mask` alone with windows.
         """
         if isinstance(mask, RaggedMask):
-            if mask_token is not None or len(self.rel_pos_bias):
-                raise ValueError("mask_token and relative_positions need a Mask; got a RaggedMask")
+            if mask_token is not None or len(self.rel_pos_bias) or self.window:
+                raise ValueError(
+                    "mask_token, relative_positions and window need a Mask; got a RaggedMask"
+                )
             return self._encode_packed(images, mask)
         images = check_stacked(images)
         if tuple(images.shape[2:]) != self.image_size:
             raise ValueError(
                 f"this encoder takes images of size {self.image_size}; got {tuple(images.shape)}. "
                 "Build one for the new size and load its position table with "
-                "patches.interpolate_positions"
+                "patches.interpolate_positions, or take features, which fit any size"
             )
         tokens = self.patch_embed(images, mask)
         if mask_token is not None:
             tokens, mask = insert_mask_tokens(tokens, mask, mask_token), None
-        tokens = self._with_prefix_and_positions(tokens, mask)
-        biases: list[Tensor | None] = [bias(mask) for bias in self.rel_pos_bias]
-        if len(biases) != len(self.blocks):  # no bias, or one shared by all blocks
-            biases = (biases or [None]) * len(self.blocks)
-        for block, bias in zip(self.blocks, biases, strict=True):
-            tokens = self._run(block, tokens, attn_bias=bias)
+        if mask is not None and self.window is not None:
+            raise ValueError(
+                f"window={self.window} needs all tokens: pass no mask, or a mask_token"
+            )
+        tokens = self._with_prefix_and_positions(tokens, mask, self.grid)
+        for block, options in self._attention(mask, self.grid):
+            tokens = self._run(block, tokens, **options)
         encoded: Tensor = self.norm(tokens)
         return encoded
+
+    @property
+    def feature_channels(self) -> tuple[int, ...]:
+        """Channels of the maps of `features`, one number for each block."""
+        return (self.dim,) * len(self.blocks)
+
+    def _layer_outputs(self, images: Tensor) -> Iterator[tuple[Tensor, Grid]]:
+        grid = self._grid_for(images, self.patch_embed.patch_size)
+        tokens = self._with_prefix_and_positions(self.patch_embed(images), None, grid)
+        for block, options in self._attention(None, grid):
+            tokens = self._run(block, tokens, **options)
+            yield tokens[:, self.num_prefix_tokens :], grid
+
+    def _attention(self, mask: Mask | None, grid: Grid) -> list[tuple[nn.Module, dict[str, Any]]]:
+        """Return every block with what its attention needs on a grid: windows and bias."""
+        windows = None if self.window is None else Windows(grid, self.window)
+        is_global = [
+            windows is None or index in self.global_blocks for index in range(len(self.blocks))
+        ]
+        biases: list[Tensor | None] = [
+            bias(mask, grid=grid if reaches_all else None)
+            for bias, reaches_all in zip(self.rel_pos_bias, is_global, strict=False)
+        ]
+        if len(biases) != len(self.blocks):  # no bias, or one shared by all blocks
+            biases = (biases or [None]) * len(self.blocks)
+        return [
+            (block, {"attn_bias": bias, "windows": None if reaches_all else windows})
+            for block, bias, reaches_all in zip(self.blocks, biases, is_global, strict=True)
+        ]
 
     def _encode_packed(self, images: Images, mask: RaggedMask) -> Tensor:
         check_num_images(images, mask)
@@ -281,10 +341,12 @@ class ViT(TimmProtocol):
             return interpolate_positions(table, self.grid, grid)
         return sincos_positions(self.dim, grid, first_axis=self._first_axis).to(table)
 
-    def _with_prefix_and_positions(self, tokens: Tensor, mask: Mask | None) -> Tensor:
+    def _with_prefix_and_positions(self, tokens: Tensor, mask: Mask | None, grid: Grid) -> Tensor:
         prefix = self._prefix()
         if self.pos_embed is not None:
             positions = self.pos_embed[0, self._num_class_tokens :]
+            if grid != self.grid:
+                positions = interpolate_positions(positions, self.grid, grid)
             if mask is not None:
                 positions = F.embedding(mask.visible_ids, positions)
             tokens = tokens + positions
@@ -317,7 +379,16 @@ class ViT(TimmProtocol):
         Args:
             tokens: Encoded tokens, with their prefix tokens.
             mask: The mask, if it was a `RaggedMask`.
+
+        Raises:
+            ValueError: If the tokens are packed and there is no mask, or the mask does not fit.
         """
+        if (tokens.ndim == 2) != (mask is not None):
+            raise ValueError(
+                "packed tokens of a RaggedMask [rows, dim] are pooled with their mask, others "
+                f"[batch, tokens, dim] without one; got tokens {list(tokens.shape)} and "
+                + ("no mask" if mask is None else "a RaggedMask")
+            )
         if mask is not None:
             samples = mask.split_visible(tokens, num_prefix=self.num_prefix_tokens)
             return torch.cat([self.pool(sample.unsqueeze(0)) for sample in samples])

@@ -341,10 +341,6 @@ NARROW = {"dim": (4, 6, 8), "heads": 2}
         (lambda: ConvViT(heads=7), "dim=768.*heads=7"),
         (lambda: ConvViT(pool="max"), "'max'"),
         (
-            lambda: ConvViTDetector(**NARROW, image_size=256, window=5, depth=(0, 0, 11)),
-            r"\(16, 16\).*window \(5, 5\)",
-        ),
-        (
             lambda: ConvViTDetector(**NARROW, image_size=64, depth=(1, 1, 2)),
             r"\[0, 2\).*\(0, 3, 6, 10\)",
         ),
