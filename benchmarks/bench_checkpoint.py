@@ -59,7 +59,7 @@ def best(ways: dict[str, Callable[[], object]], turns: int) -> None:
             spent = time.perf_counter() - wall, time.process_time() - cpu
             least[name] = tuple(map(min, zip(least[name], spent, strict=True)))  # type: ignore[assignment]
     for name, (wall, cpu) in least.items():
-        print(f"{name:<42}{wall:8.3f} s wall {cpu:8.3f} s CPU")
+        print(f"{name:<42}{wall * 1e3:10.2f} ms wall {cpu * 1e3:10.2f} ms CPU")
 
 
 def main(options: Options) -> None:

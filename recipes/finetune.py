@@ -273,7 +273,7 @@ def resolve_fine_tuning(options: FineTuneOptions) -> tuple[FineTuneConfig, Encod
     return config, file
 
 
-def load_images(config: FineTuneConfig) -> LabelledData:
+def load_images(config: FineTuneConfig, world: World) -> LabelledData:
     """Load the labelled images, augmented as the configuration says."""
     image_size = config.model.image_axes()
     augmentation = Augmentation()
@@ -285,6 +285,7 @@ def load_images(config: FineTuneConfig) -> LabelledData:
         augmentation=augmentation,
         seed=config.seed,
         decode=config.training.decoder,
+        share=world.share,
     )
 
 
@@ -394,18 +395,20 @@ def run(options: FineTuneOptions) -> None:
         UserError: Something that was asked for does not fit.
     """
     config, file = resolve_fine_tuning(options)
-    data = load_images(config)
-    config = fit_channels(config, file, data)
-    plan = plan_classifier(config, options, data)
-    check_shard(options.shard)
-    warn_of_slow_precision(config)
-    model = build_model(config, file, data.num_classes)  # what does not fit is found here
-    if options.dry_run:
-        say(*describe(config, data, plan, model))
-        return
-    path = output_folder(options.out, config)
     with join(config.device, timeout=options.timeout) as world:
+        data = load_images(config, world)
+        config = fit_channels(config, file, data)
+        plan = plan_classifier(config, options, data)
+        check_shard(options.shard)
         check_shares(config.training.batch_size, world, accumulate=config.accumulate)
+        if world.is_main:
+            warn_of_slow_precision(config)
+        model = build_model(config, file, data.num_classes)  # what does not fit is found here
+        if options.dry_run:
+            if world.is_main:
+                say(*describe(config, data, plan, model))
+            return
+        path = output_folder(options.out, config)
         summary = fine_tune(config, plan, file, data, options, path, world)
         if world.is_main:
             print_summary(summary, path)

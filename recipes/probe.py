@@ -125,7 +125,7 @@ def probe_as_papers(
     world: World,
 ) -> dict[str, dict[str, float]]:
     """Train the papers' probes on all images, k-NN on few: accuracy by probe and features."""
-    data = load_all(config)
+    data = load_all(config, world)
     found: dict[str, dict[str, float]] = {
         "knn": {name: nearest(f, probe) for name, f in features.items()}
     }
@@ -152,7 +152,7 @@ def probe_as_papers(
     return found
 
 
-def load_all(config: ProbeConfig) -> LabelledData:
+def load_all(config: ProbeConfig, world: World) -> LabelledData:
     """Load all labelled images, cropped as MAE's linear probe does: one draw, cut to fit."""
     return load_labelled(
         config.data,
@@ -160,6 +160,7 @@ def load_all(config: ProbeConfig) -> LabelledData:
         augmentation=Augmentation(attempts=1),
         seed=config.seed,
         decode=config.training.decoder,
+        share=world.share,
     )
 
 
@@ -291,24 +292,27 @@ def run(options: ProbeOptions) -> None:
     """
     config, file = resolve_probing(options)
     _, preset = choose_preset(options, PRESETS)
-    data = load_data(
-        config.data,
-        image_size=config.model.image_axes(),
-        seed=config.seed,
-        decode=config.training.decoder,
-    )
-    check_data(config, file, data)
-    config = config.with_data(data.content)
-    warn_of_slow_precision(config)
-    load_features(config, file)  # what does not fit is found before the folder is made
-    if config.protocol == "paper":
-        plan_classifier(config, options, load_all(config))  # a batch that is too large
-    if options.dry_run:
-        say(*config.as_lines())
-        return
-    path = output_folder(options.out, config)
     with join(config.device, timeout=options.timeout) as world:
+        data = load_data(
+            config.data,
+            image_size=config.model.image_axes(),
+            seed=config.seed,
+            decode=config.training.decoder,
+            share=world.share,
+        )
+        check_data(config, file, data)
+        config = config.with_data(data.content)
         check_shares(config.training.batch_size, world)
+        if world.is_main:
+            warn_of_slow_precision(config)
+        load_features(config, file)  # what does not fit is found before the folder is made
+        if config.protocol == "paper":
+            plan_classifier(config, options, load_all(config, world))  # a batch that is too large
+        if options.dry_run:
+            if world.is_main:
+                say(*config.as_lines())
+            return
+        path = output_folder(options.out, config)
         summary = probe_encoder(config, preset, file, data, options, path, world)
         if world.is_main:
             print_summary(summary, path)

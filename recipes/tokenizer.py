@@ -37,7 +37,7 @@ from recipes.engine.report import print_unreadable
 from recipes.engine.run.cli import FLAGS, Options, options_of, run_command
 from recipes.engine.run.config import Preset, RunConfig, Training, resolve
 from recipes.engine.run.folder import RunFolder, output_folder
-from recipes.engine.run.world import World, check_shard, check_shares, join, whole_weights
+from recipes.engine.run.world import check_shard, check_shares, join, whole_weights
 
 
 @dataclass(frozen=True)
@@ -207,26 +207,27 @@ def run(options: Options) -> None:
         UserError: If an option does not fit.
     """
     config = resolve_tokenizer(options)
-    data = load_data(
-        config.data,
-        image_size=config.image_size,
-        seed=config.seed,
-        decode=config.training.decoder,
-    )
-    shape = dataclasses.replace(config.model, in_channels=data.in_channels)
-    config = dataclasses.replace(config, model=shape).with_data(data.content)
-    plan = make_plan(config, options, data.train)
-    if options.recompute:
-        raise UserError("--recompute: a tokenizer has no blocks to compute again, omit it")
-    check_shard(options.shard)
-    check_shares(config.training.batch_size, World(), accumulate=config.accumulate)
-    if options.dry_run:
-        with torch.device("meta"):
-            num_parameters = count_parameters(config.model.build())
-        say(*config.as_lines(), "---", f"parameters    {num_parameters:,}")
-        return
     with join(config.device, timeout=options.timeout) as world:
+        data = load_data(
+            config.data,
+            image_size=config.image_size,
+            seed=config.seed,
+            decode=config.training.decoder,
+            share=world.share,
+        )
+        shape = dataclasses.replace(config.model, in_channels=data.in_channels)
+        config = dataclasses.replace(config, model=shape).with_data(data.content)
+        plan = make_plan(config, options, data.train)
+        if options.recompute:
+            raise UserError("--recompute: a tokenizer has no blocks to compute again, omit it")
+        check_shard(options.shard)
         check_shares(config.training.batch_size, world, accumulate=config.accumulate)
+        if options.dry_run:
+            with torch.device("meta"):
+                num_parameters = count_parameters(config.model.build())
+            if world.is_main:
+                say(*config.as_lines(), "---", f"parameters    {num_parameters:,}")
+            return
         path = output_folder(options.out, config)
         with RunFolder(path, config, world, lock=options.lock) as folder:
             summary = folder.read_summary()

@@ -81,22 +81,23 @@ def _run(recipe: Recipe, given: DataSet | None, options: Options) -> None:
     if given is not None:
         options = dataclasses.replace(options, data=given.name)
     config = resolve(options, recipe.name, recipe.presets, config_type=RunConfig)
-    data = _load(config) if given is None else given
-    config = _with_channels(config, data)
-    plan = make_plan(config, options, data.train)
-    with missing_files_allowed() if options.dry_run else contextlib.nullcontext():
-        model = check_fit(recipe, config)  # before a folder is made
-        check_shard(options.shard)
-        check_shares(config.training.batch_size, World(), accumulate=config.accumulate)
-        warn_of_slow_precision(config)
-        warn_of_short_schedule(config)
-        if options.dry_run:
-            say(*describe(recipe, config, data, plan, recompute=options.recompute))
-            return
-    if not options.shard:
-        check_memory(model, config)
     with join(config.device, timeout=options.timeout) as world:
-        check_shares(config.training.batch_size, world, accumulate=config.accumulate)
+        data = _load(config, world) if given is None else given
+        config = _with_channels(config, data)
+        plan = make_plan(config, options, data.train)
+        with missing_files_allowed() if options.dry_run else contextlib.nullcontext():
+            model = check_fit(recipe, config)  # before a folder is made
+            check_shard(options.shard)
+            check_shares(config.training.batch_size, world, accumulate=config.accumulate)
+            if world.is_main:
+                warn_of_slow_precision(config)
+                warn_of_short_schedule(config)
+            if options.dry_run:
+                if world.is_main:
+                    say(*describe(recipe, config, data, plan, recompute=options.recompute))
+                return
+        if not options.shard:
+            check_memory(model, config)
         path = output_folder(options.out, config)
         if not world.agree(path.exists()):
             find_origin(options.resume, world, plan.num_steps)  # fails before creating the folder
@@ -108,7 +109,7 @@ def _run(recipe: Recipe, given: DataSet | None, options: Options) -> None:
                 print_summary(summary, folder)
 
 
-def _load(config: RunConfig) -> DataSet:
+def _load(config: RunConfig, world: World) -> DataSet:
     return load_data(
         config.data,
         image_size=config.image_size,
@@ -116,6 +117,7 @@ def _load(config: RunConfig) -> DataSet:
         crop_area=config.training.crop_area,
         interpolation=config.training.interpolation,
         decode=config.training.decoder,
+        share=world.share,
     )
 
 

@@ -112,6 +112,51 @@ def test_a_tokenizer_trains_in_two_processes(tmp_path: Path) -> None:
     assert (tmp_path / "run/tokenizer.safetensors").exists()
 
 
+LISTING = """
+import sys
+from recipes.engine.data import folder
+from recipes.engine.data.load import load_data
+from recipes.engine.errors import UserError
+from recipes.engine.run.world import join
+
+with join("cpu", timeout=60) as world:
+    if world.rank:
+        folder._list_samples = None  # a call would fail
+    for name in sys.argv[1:]:
+        try:
+            data = load_data(name, image_size=(32, 32), seed=0, share=world.share)
+            found = data.content, [data.train.describe(id) for id in range(len(data.train))]
+            print(found, data.train[0, 1][0].sum())
+        except UserError as error:
+            print(error)
+"""
+
+
+@pytest.mark.full
+def test_the_main_process_alone_lists_a_folder_and_all_have_its_images(tmp_path: Path) -> None:
+    write_noise(tmp_path / "pictures", 9)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list.py").write_text(LISTING)
+    start = [*command(tmp_path / "run", 2)[:6], "--tee", "1", "--redirects", "3"]
+    result = subprocess.run(
+        [*start, f"--log-dir={tmp_path / 'logs'}", str(tmp_path / "list.py"),
+         str(tmp_path / "pictures"), str(tmp_path / "empty")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT)])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    printed = [file.read_text() for file in sorted(tmp_path.glob("logs/**/stdout.log"))]
+    assert len(printed) == 2
+    assert printed[0] == printed[1]
+    assert "5 + 4 images" in printed[0]
+    assert "holds no images" in printed[0]
+    notes = [file.read_text() for file in sorted(tmp_path.glob("logs/**/stderr.log"))]
+    assert not notes[1]
+
+
 @pytest.mark.full
 def test_rows_and_unreadable_images_do_not_depend_on_the_number_of_processes(
     tmp_path: Path,

@@ -10,21 +10,25 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from recipes.engine import run
 from recipes.engine.errors import ProcessError
 from recipes.engine.run.folder import RunFolder
-from recipes.engine.run.world import join
+from recipes.engine.run.world import World, join, name_of_start
 from recipes.mae import RECIPE
 from recipes.signals import EXIT_CODES
 from tests.recipes.command import config_for
 from tests.recipes.pictures import write_noise
 from tests.recipes.slow_phase import PHASES
+from tests.recipes.threads import single_thread
 from tests.waiting import end_of, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,9 +81,10 @@ def stop_in(phase: str, number: signal.Signals, recipe: str, pictures: Path, out
     return lines[0]
 
 
-def finish(recipe: str, pictures: Path, out: Path) -> None:
-    code, printed = end_of(start("none", recipe, pictures, out))
-    assert code == 0, printed
+def finish(pictures: Path, out: Path) -> None:
+    """Let a run of MAE finish, in this process: importing takes most of the time of a new one."""
+    with single_thread():
+        assert run(RECIPE, "", options(pictures, out)) == 0
 
 
 def assert_equal_runs(one: Path, other: Path, weights: str = "encoder.safetensors") -> None:
@@ -96,7 +101,14 @@ def losses(out: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def undisturbed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    finish("mae", pictures, out)
+    finish(pictures, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def undisturbed_and_probed(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed-and-probed") / "run"
+    finish(labelled, out)
     return out
 
 
@@ -119,21 +131,39 @@ AT = {
 }
 
 
+@pytest.fixture(scope="module")
+def table(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], str]]:
+    """What each signal did in each phase; printed when more than one cell was tried."""
+    cells: dict[tuple[str, str], str] = {}
+    yield cells
+    if len(cells) > 1:
+        lines = [f"{'':10}" + "".join(f"{phase:>18}" for phase in PHASES)]
+        for number in EXIT_CODES:
+            found = (cells.get((number.name, phase), "not tried") for phase in PHASES)
+            lines.append(f"{number.name:10}" + "".join(f"{cell:>18}" for cell in found))
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print("", *lines, sep="\n")
+
+
 @pytest.mark.parametrize(("phase", "number"), CELLS)
 def test_a_run_that_was_stopped_by_a_signal_ends_like_an_undisturbed_one(
-    phase: str, number: signal.Signals, request: pytest.FixtureRequest, tmp_path: Path
+    phase: str,
+    number: signal.Signals,
+    table: dict[tuple[str, str], str],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
 ) -> None:
+    table[number.name, phase] = "failed"
     out = tmp_path / "run"
     probed = phase == "evaluation"  # only labelled images are
     data = request.getfixturevalue("labelled" if probed else "pictures")
     line = stop_in(phase, number, "mae", data, out)
     assert AT[phase] in line
-    finish("mae", data, out)
-    if probed:
-        finish("mae", data, tmp_path / "undisturbed")
-        assert_equal_runs(out, tmp_path / "undisturbed")
-    else:
-        assert_equal_runs(out, request.getfixturevalue("undisturbed"))
+    finish(data, out)
+    whole = "undisturbed_and_probed" if probed else "undisturbed"
+    assert_equal_runs(out, request.getfixturevalue(whole))
+    saved = line.partition("after step ")[2].split() or ["-"]
+    table[number.name, phase] = f"{EXIT_CODES[number]}, step {saved[0]}, same"
 
 
 @pytest.mark.full
@@ -149,13 +179,20 @@ def test_a_second_ctrl_c_leaves_at_once(pictures: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "run/checkpoints").glob("*5"))
 
 
+OTHERS = {"finetune": "model", "tokenizer": "tokenizer", "vit_mpp": "encoder", "probe": None}
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("recipe", ["finetune", "tokenizer", "vit_mpp"])
+@pytest.mark.parametrize("recipe", OTHERS)
 @pytest.mark.parametrize("phase", ["start-up", "step", "checkpoint"])
 def test_other_recipes_stop_and_continue_in_the_same_way(
-    recipe: str, phase: str, labelled: Path, tmp_path: Path
+    recipe: str, phase: str, labelled: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    more = ["--encoder", "none"] if recipe == "finetune" else []
+    encoder = str(undisturbed / "encoder.safetensors")
+    more = {
+        "finetune": ["--encoder", "none"],
+        "probe": ["--encoder", encoder, "--protocol", "paper"],
+    }.get(recipe, [])
     runs = {name: tmp_path / name for name in ("stopped", "undisturbed")}
     process = start(phase, recipe, labelled, runs["stopped"], *more)
     wait_until(runs["stopped"].with_suffix(".reached").exists, phase, process)
@@ -167,8 +204,15 @@ def test_other_recipes_stop_and_continue_in_the_same_way(
     for out in runs.values():
         code, printed = end_of(start("none", recipe, labelled, out, *more))
         assert code == 0, printed
-    names = {"finetune": "model", "tokenizer": "tokenizer", "vit_mpp": "encoder"}
-    assert_equal_runs(*runs.values(), weights=f"{names[recipe]}.safetensors")
+    if OTHERS[recipe] is not None:
+        assert_equal_runs(*runs.values(), weights=f"{OTHERS[recipe]}.safetensors")
+    else:  # six classifiers, each with a folder in it
+        one, other = (json.loads((out / "summary.json").read_text()) for out in runs.values())
+        assert one["probes"] == other["probes"]
+        folders = sorted(out.name for out in runs["stopped"].glob("*-*/"))
+        assert len(folders) == 6
+        for name in folders:
+            assert losses(runs["stopped"] / name) == losses(runs["undisturbed"] / name)
 
 
 @pytest.mark.full
@@ -186,7 +230,7 @@ def test_a_signal_for_every_process_of_a_job_leaves_the_loading_workers_alone(
     assert code == 143
     assert "after step 5 of 12, which is saved" in printed
     assert "worker" not in printed
-    finish("mae", pictures, out)
+    finish(pictures, out)
     assert_equal_runs(out, undisturbed)
 
 
@@ -321,6 +365,19 @@ def test_a_process_whose_job_is_incomplete_gives_up_in_one_line(rank, says, monk
         monkeypatch.setenv(name, value)
     with pytest.raises(ProcessError, match=says), join("cpu", timeout=1):
         pass
+
+
+def test_each_start_of_a_job_has_its_own_name_in_the_store_that_torchrun_keeps():
+    store = dist.HashStore()
+    store.set("mimkit/here/1", "of a process that has ended")
+    names = []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            worlds = [World(rank, 3) for rank in range(3)]
+            found = [pool.submit(name_of_start, store, world, 60) for world in worlds]
+            names.append({one.result() for one in found})
+    assert [len(each) for each in names] == [1, 1, 1]
+    assert len(set.union(*names)) == 3
 
 
 def test_a_port_that_is_taken_is_named(monkeypatch):

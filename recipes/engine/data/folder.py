@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -133,14 +133,31 @@ class Split:
         return f"{len(self.train)} + {len(self.held_out)} images, {digest}"
 
 
-def split_folder(folder: Path) -> Split:
+# Lets one of several processes list a folder, and gives the list to all.
+Share = Callable[[Callable[[], Split]], Split]
+
+
+def alone(make: Callable[[], Split]) -> Split:
+    """List in this process, the only one."""
+    return make()
+
+
+def split_folder(folder: Path, share: Share = alone) -> Split:
     """List a folder, and print what in it is not used.
 
     Without `val/`, the last tenth of each class is held out; without labels, the last 4 images.
 
+    Args:
+        folder: The folder.
+        share: In a job of several processes, `World.share`.
+
     Raises:
         UserError: If it holds too few images, or only some of them have classes.
     """
+    return share(partial(_split, folder))
+
+
+def _split(folder: Path) -> Split:
     has_train, has_val = ((folder / name).is_dir() for name in ("train", "val"))
     seen: set[FolderId] = set()
     root = folder / "train" if has_train else folder
@@ -153,8 +170,7 @@ def split_folder(folder: Path) -> Split:
         train, held_out = hold_out(train, labelled=bool(class_names))
     if has_train:
         notes += _unused(folder, has_val=has_val)
-    if os.environ.get("RANK", "0") == "0":
-        say(*(f"note: {note}" for note in notes), file=sys.stderr)
+    say(*(f"note: {note}" for note in notes), file=sys.stderr)
     return Split(train, held_out, class_names)
 
 
@@ -183,7 +199,13 @@ def _unused(folder: Path, *, has_val: bool) -> Iterator[str]:
 
 
 def load_folder(
-    name: str, *, image_size: tuple[int, int], seed: int, crop: Cropping, decode: Decoder
+    name: str,
+    *,
+    image_size: tuple[int, int],
+    seed: int,
+    crop: Cropping,
+    decode: Decoder,
+    share: Share = alone,
 ) -> DataSet:
     """Load a folder of images.
 
@@ -196,6 +218,7 @@ def load_folder(
         seed: Seed of the run.
         crop: How training images are cropped.
         decode: How images are decoded.
+        share: As in `split_folder`.
 
     Returns:
         The data set.
@@ -203,7 +226,7 @@ def load_folder(
     Raises:
         UserError: If the folder holds too few readable images, or only some of them have classes.
     """
-    split = split_folder(Path(name))
+    split = split_folder(Path(name), share)
     train = Crops(split.train, decode, crop, image_size, seed)
     shown = Crops(split.held_out, decode, CenterCrops(), picture_size(image_size), seed)
     pictures = read_first(shown, spread(len(shown)), NUM_PICTURES, set())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recipes.engine.data.augment import Augmentation
 from recipes.engine.data.decode import DECODE, Decoder
-from recipes.engine.data.folder import Crops, split_folder
+from recipes.engine.data.folder import Crops, Share, alone, split_folder
 from recipes.engine.data.images import NORMALIZE, CenterCrops
 from recipes.engine.data.load import load_data
 from recipes.engine.data.sets import DataSet, Item, ProbeData, TrainSet
@@ -71,6 +71,7 @@ def load_labelled(
     augmentation: Augmentation,
     seed: int,
     decode: Decoder = DECODE,
+    share: Share = alone,
 ) -> LabelledData:
     """Load a labelled data set.
 
@@ -83,12 +84,13 @@ def load_labelled(
             are not augmented.
         seed: Seed of the run.
         decode: How the images in a folder are decoded.
+        share: How several processes list a folder: `World.share`.
 
     Raises:
         UserError: If there is no such data set, or it has no labels.
     """
     if name not in ("photos", "digits") and Path(name).is_dir():
-        return _load_folder(name, image_size, augmentation, seed, decode)
+        return _load_folder(name, image_size, augmentation, seed, decode, share)
     data = load_data(name, image_size=image_size, seed=seed)
     probe: ProbeData | None = data.probe
     assert probe is not None  # bundled sets have labels
@@ -100,12 +102,17 @@ def load_labelled(
 
 
 def _load_folder(
-    name: str, image_size: tuple[int, int], augmentation: Augmentation, seed: int, decode: Decoder
+    name: str,
+    image_size: tuple[int, int],
+    augmentation: Augmentation,
+    seed: int,
+    decode: Decoder,
+    share: Share,
 ) -> LabelledData:
     no_labels = UserError(f"--data {name} has no labels: expected train/<class>/<image> in it")
     if not (Path(name) / "train").is_dir():
         raise no_labels
-    split = split_folder(Path(name))
+    split = split_folder(Path(name), share)
     if not split.class_names:
         raise no_labels
     train, test = (

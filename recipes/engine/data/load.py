@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from recipes.engine.data.decode import DECODE, Decoder
+from recipes.engine.data.folder import Share, alone, load_folder
 from recipes.engine.data.images import Interpolation
 from recipes.engine.data.sets import DataSet
 from recipes.engine.errors import UserError
@@ -16,6 +17,7 @@ def load_data(
     crop_area: tuple[float, float] = (0.2, 1.0),
     interpolation: Interpolation = "bicubic",
     decode: Decoder = DECODE,
+    share: Share = alone,
 ) -> DataSet:
     """Load a data set by its name.
 
@@ -27,6 +29,7 @@ def load_data(
         crop_area: Least and largest share of the image in a random crop; for folders only.
         interpolation: How random crops are resized; for folders only.
         decode: How images are decoded; for folders only.
+        share: How several processes list a folder: `World.share`.
 
     Returns:
         The data set.
@@ -53,9 +56,8 @@ def load_data(
 
         return load_digits(image_size=size, seed=seed)
     if Path(name).is_dir():
-        from recipes.engine.data.folder import load_folder
         from recipes.engine.data.images import RandomCrops
 
         crops = RandomCrops(crop_area, interpolation)
-        return load_folder(name, image_size=size, seed=seed, crop=crops, decode=decode)
+        return load_folder(name, image_size=size, seed=seed, crop=crops, decode=decode, share=share)
     raise UserError(f"no data set {name!r}: choose photos, digits or an existing folder of images")

@@ -31,6 +31,7 @@ from recipes.engine.fields import (
     check_fields,
     shown,
 )
+from recipes.engine.reading import UnreadableError, sha256_of
 from recipes.engine.run import defaults
 from recipes.engine.run.cli import Options, override
 
@@ -331,16 +332,10 @@ def _contents(model: Any) -> dict[str, str]:
     digests = {}
     for name in ("tokenizer", "teacher"):
         file = Path(getattr(model, name, None) or "")
-        with contextlib.suppress(OSError):  # the function that reads the file reports the error
-            if file.is_file():
-                digests[name] = digest_of(file)
+        # The function that reads the file reports the error.
+        with contextlib.suppress(UnreadableError):
+            digests[name] = sha256_of(file)[:8]
     return digests
-
-
-def digest_of(file: Path) -> str:
-    """Return a hash of a file's content, of eight characters."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()[:8]
 
 
 def warn_of_slow_precision(config: RunConfig) -> None:

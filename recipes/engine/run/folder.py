@@ -73,15 +73,7 @@ class RunFolder:
         self._num_samples = self._num_steps = 0
 
     def __enter__(self) -> "RunFolder":
-        message = None
-        if self.world.is_main:
-            try:
-                self._open()
-            except UserError as error:
-                message = str(error)
-        message = self.world.agree(message)
-        if message is not None:
-            raise UserError(message)
+        self.world.share(self._open)
         return self
 
     def _open(self) -> None:

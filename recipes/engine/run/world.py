@@ -6,16 +6,19 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -63,6 +66,26 @@ class World:
             return value
         box = [value]
         dist.broadcast_object_list(box)
+        return box[0]
+
+    def share(self, make: Callable[[], T]) -> T:
+        """Make a value in the main process, and give it to all.
+
+        Raises:
+            UserError: If the main process has, in every process.
+        """
+        if self.size == 1:
+            return make()
+        box: list[T] = []
+        message = None
+        if self.is_main:
+            try:
+                box.append(make())
+            except UserError as error:
+                message = str(error)
+        box, message = self.agree((box, message))
+        if message is not None:
+            raise UserError(message)
         return box[0]
 
     def gather(self, value: T) -> list[T]:
@@ -155,9 +178,12 @@ def _meet(world: World, backend: str, timeout: float) -> None:
     """
     at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     _check_address(world, timeout)
-    later = timeout + 2 * _GRACE  # a watchdog, which can name the process, comes first
+    # A watchdog, which can name the process, comes first.
+    later = timedelta(seconds=timeout + 2 * _GRACE)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=later))
+        store, rank, size = next(rendezvous("env://", timeout=later))
+        store = PrefixStore(name_of_start(store, world, timeout), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=later)
     except RuntimeError as error:
         joined = re.search(r"\d+/\d+ clients joined", str(error))
         if joined:
@@ -168,6 +194,34 @@ def _meet(world: World, backend: str, timeout: float) -> None:
             f"the {world.size} processes of the job do not meet at {at}: {fault}; check "
             "WORLD_SIZE, MASTER_ADDR and MASTER_PORT of every process"
         ) from error
+
+
+def name_of_start(store: Store, world: World, timeout: float) -> str:
+    """Agree on a name for this start of the job, which no earlier start has used.
+
+    `torchrun --max-restarts` keeps one store for all starts. Without names, processes of the second
+    start find the addresses of the first one in it, and wait for what has ended.
+
+    Raises:
+        RuntimeError: If not all processes come within the timeout.
+    """
+    own = uuid4().hex
+    if not world.is_main:
+        store.set(f"mimkit/here/{world.rank}", own)
+        name: str = store.get(f"mimkit/start/{own}").decode()
+        store.set(f"mimkit/joined/{name}/{world.rank}", "")
+        return name
+    missing, end = set(range(1, world.size)), time.monotonic() + timeout
+    while missing:
+        for rank in sorted(missing):
+            if store.check([f"mimkit/joined/{own}/{rank}"]):
+                missing.remove(rank)
+            elif store.check([f"mimkit/here/{rank}"]):  # it may be of an earlier start
+                store.set(f"mimkit/start/{store.get(f'mimkit/here/{rank}').decode()}", own)
+        if missing and time.monotonic() > end:
+            raise RuntimeError(f"{world.size - len(missing)}/{world.size} clients joined")
+        time.sleep(0.02)
+    return own
 
 
 def _check_address(world: World, timeout: float) -> None:
