@@ -94,9 +94,17 @@ class ConvViTDetector(ConvViT):
         """Return the feature maps E1 to E4, from fine to coarse.
 
         Raises:
-            ValueError: If the images are not divisible into patches, or have another number of
-                channels.
+            ValueError: If the images are not divisible into patches, are smaller than two patches,
+                or have another number of channels.
         """
+        if any(
+            side < 2 * stride
+            for side, stride in zip(images.shape[2:], self.patch_size, strict=True)
+        ):
+            raise ValueError(
+                f"images must have at least {tuple(2 * stride for stride in self.patch_size)} "
+                f"pixels, for the fourth map; got {tuple(images.shape)}"
+            )
         *levels, coarsest = self.features(images)
         return (*levels, coarsest, F.max_pool2d(coarsest, 2))
 

@@ -79,12 +79,19 @@ class FeaturePyramid(nn.Module):
             maps: One map for all levels, or one for each.
 
         Raises:
-            ValueError: If there is another number of maps, or a map has other channels.
+            ValueError: If there is another number of maps, or a map has other channels or is too
+                small for its scale.
         """
         maps = [maps] * len(self.levels) if isinstance(maps, Tensor) else maps
         if len(maps) == 1:
             maps = [*maps] * len(self.levels)
         _check_maps(maps, [self.dim] * len(self.levels))
+        for given, scale in zip(maps, self.scales, strict=True):
+            if min(given.shape[2:]) * scale < 1:
+                raise ValueError(
+                    f"maps must have at least {round(1 / scale)} rows and columns for a scale of "
+                    f"{scale}; got {tuple(given.shape)}"
+                )
         return [level(given) for level, given in zip(self.levels, maps, strict=True)]
 
 

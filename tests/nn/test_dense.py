@@ -106,6 +106,10 @@ MAPS = [torch.randn(1, 4, 2, 2)] * 2
         (lambda: FeaturePyramid(dim=8, scales=()), r"powers of two.*got \(\)"),
         (lambda: FeaturePyramid(dim=8)(MAPS[0]), r"\[batch, 8, height, width\].*\(1, 4, 2, 2\)"),
         (lambda: FeaturePyramid(dim=4)(MAPS), r"4, height.*\(1, 4, 2, 2\)"),
+        (
+            lambda: FeaturePyramid(dim=4)(torch.randn(1, 4, 1, 8)),
+            r"at least 2 rows and columns for a scale of 0\.5; got \(1, 4, 1, 8\)",
+        ),
         (lambda: UPerHead(in_dims=(), num_classes=2), "at least one map"),
         (lambda: UPerHead(in_dims=(4,), num_classes=2)(MAPS), r"\[batch, 4, height, width\]; got"),
         (lambda: FCNHead(in_dim=3, num_classes=2)(MAPS[0]), r"\[batch, 3, height, width\]; got"),
