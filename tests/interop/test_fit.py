@@ -8,6 +8,7 @@ from mimkit.interop import fit_encoder, from_official
 from mimkit.nn import ConvViT, ConvViTDetector, SwinTransformer, ViT
 from mimkit.patches import interpolate_positions, interpolate_relative_positions
 from recipes.convmae import ConvMAE, ConvMAEConfig
+from recipes.engine.pretrained.shapes import ConvViTShape, ViTShape
 from tests.golden_files import golden
 from tests.nn import plain
 
@@ -95,6 +96,22 @@ def test_grids_are_compared_and_not_counts_of_tokens():
     assert not torch.equal(with_grid.pos_embed, encoder.pos_embed)
     same = filled(ViT(image_size=(16, 64), **VIT), encoder.state_dict(), grid=(4, 16))
     assert torch.equal(same.pos_embed, encoder.pos_embed)
+
+
+@torch.no_grad()
+def test_the_recipes_compare_grids_too():
+    options = {**VIT, "relative_positions": "block"}
+    wide = randomized(ViT(image_size=(8, 32), **options))
+    shape = ViTShape(image_size=(8, 32), **options)
+    fitted = shape.resample(wide.state_dict(), ViT(image_size=16, **options))
+    expected = interpolate_positions(wide.pos_embed[0], (2, 8), (4, 4), num_prefix=1)
+    assert torch.equal(fitted["pos_embed"][0], expected)
+    hybrid = randomized(ConvViT(image_size=(32, 128), **HYBRID))
+    fitted = ConvViTShape(image_size=(32, 128), **HYBRID).resample(
+        hybrid.state_dict(), ConvViT(image_size=64, **HYBRID)
+    )
+    expected = interpolate_positions(hybrid.pos_embed[0], (2, 8), (4, 4))
+    assert torch.equal(fitted["pos_embed"][0], expected)
 
 
 @torch.no_grad()

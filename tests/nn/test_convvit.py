@@ -396,18 +396,34 @@ def test_the_detector_at_any_size_equals_its_plain_definition(built, window, siz
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-5)
 
 
-def test_drop_path_of_the_detector_drops_images_and_not_windows():
-    sizes = {"dim": (4, 6, 8), "depth": (0, 0, 2), "heads": 2, "drop_path": 0.5}
-    detector = ConvViTDetector(image_size=64, window=1, global_layers=(), **sizes).train()
-    seen = []
+def test_drop_path_of_the_detector_draws_for_each_window_as_in_the_authors_code():
+    sizes = {"dim": (4, 6, 8), "depth": (0, 0, 1), "heads": 2}
+    detector = ConvViTDetector(image_size=64, window=2, global_layers=(), **sizes)
+    plain.randomize(detector)
+    images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    detector.blocks[0].drop_path.rate = 0.5
+    detector.train()
+    torch.manual_seed(0)
+    ours = detector(images)[2]
+    torch.manual_seed(0)
+    expected = detector_by_windows(detector, images)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    detector.eval()
+    assert not torch.allclose(ours, detector(images)[2])
+
+
+def detector_by_windows(detector: ConvViTDetector, images: Tensor) -> Tensor:
+    """The authors' order: to windows, the whole block on each window, back."""
+    x = images
+    for stage in detector.stages:
+        x = convolve_dense(x, stage, None)
+    x = detector.embed_proj(embed(x, detector.embed).movedim(1, -1))
+    x = x + detector.pos_embed.view(1, 4, 4, -1)
+    x = x.view(8, 2, 2, 2, 2, 8).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, 8)
     for block in detector.blocks:
-        block.drop_path.register_forward_hook(lambda _m, args, out: seen.append((args[0], out)))
-    detector(torch.randn(4, 3, 64, 64))
-    assert len(seen) == 4
-    for branch, kept in seen:
-        assert branch.shape[0] == 4
-        dropped = (kept == 0).flatten(1)
-        assert (dropped.all(1) | ~dropped.any(1)).all()
+        x = block(x, attn_bias=detector.window_bias())
+    x = x.view(8, 2, 2, 2, 2, 8).permute(0, 1, 3, 2, 4, 5).reshape(8, 4, 4, 8)
+    return x.movedim(-1, 1)
 
 
 ENCODER = make_encoder()
