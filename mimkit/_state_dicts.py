@@ -1,5 +1,6 @@
 """State dicts as training code saves them: nested in checkpoints, under wrappers' prefixes."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 _MODEL = ("model", "state_dict", "model_state_dict", "module")
 # Parts of names that DistributedDataParallel, torch.compile, FSDP and checkpointing add.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_NOT_MODELS = ("optimizer", "scheduler", "scaler", "lr_scheduler")
+_NOT_MODELS = re.compile(r"optim(?!al)|sched|scaler|^opt(_|$)", re.IGNORECASE)
 
 
 def unwrap(state_dict: Any) -> Mapping[str, Any]:
@@ -48,16 +49,24 @@ def _models(
     if any(outer is other for other in above):
         raise ValueError(f"the dictionary under {key!r} contains itself")
     above = (*above, outer)
-    model = next((name for name in _MODEL if isinstance(outer.get(name), Mapping)), None)
-    if model is not None:
-        if outer[model]:
-            yield from _models(outer[model], above, model)
-    elif any(isinstance(value, Tensor) for value in outer.values()):
+    sizes = [value.numel() for value in outer.values() if isinstance(value, Tensor)]
+    mappings = {str(name): value for name, value in outer.items() if isinstance(value, Mapping)}
+    for name in _MODEL:
+        found = list(_models(mappings[name], above, name)) if name in mappings else []
+        if found:
+            yield from found
+            return
+    if max(sizes, default=0) > 1:
         yield key, outer
-    else:
-        for name, inner in outer.items():
-            if isinstance(inner, Mapping) and not str(name).startswith(_NOT_MODELS):
-                yield from _models(inner, above, str(name))
+        return
+    found = [
+        model
+        for name, inner in mappings.items()
+        if not _NOT_MODELS.search(name)
+        for model in _models(inner, above, name)
+    ]
+    # Single numbers beside a model, such as the epoch, are not weights.
+    yield from found or ([(key, outer)] if sizes else [])
 
 
 def _without_wrappers(tensors: Mapping[Any, Any]) -> Mapping[str, Any]:

@@ -83,23 +83,35 @@ class _Family:
         prefix: Prefix of the base model in models with a head.
         names: Names inside a block, of transformers 5 and 4.
         has_key_bias: Whether keys have a bias; else queries and values alone have one.
+        parts: Which parts, beside those of every ViT, its models have: "scales", "tables",
+            "registers", "pool_norm".
         head: Name of the classifier; `None` if it does not take one pooled token.
     """
 
     prefix: str
     names: Mapping[Version, _Names]
     has_key_bias: bool = True
+    parts: frozenset[str] = frozenset()
     head: str | None = "classifier"
 
 
+_BEIT_PARTS = frozenset({"scales", "tables", "pool_norm"})
+_DINO_PARTS = frozenset({"scales"})
 _FAMILIES = {
     "vit": _Family("vit.", {5: _Names(), 4: _OLD}),
     "vit_mae": _Family("vit.", {5: _Names(), 4: _OLD}),
     "swin": _Family("swin.", {5: _SWIN, 4: _OLD_SWIN}),
-    "beit": _Family("beit.", {5: _Names(), 4: _OLD}, has_key_bias=False),
-    "data2vec-vision": _Family("data2vec_vision.", {5: _OLD, 4: _OLD}, has_key_bias=False),
-    "dinov2": _Family("dinov2.", {5: _DINO, 4: _OLD_DINO}, head=None),
-    "dinov2_with_registers": _Family("dinov2_with_registers.", {5: _DINO, 4: _OLD_DINO}, head=None),
+    "beit": _Family("beit.", {5: _Names(), 4: _OLD}, has_key_bias=False, parts=_BEIT_PARTS),
+    "data2vec-vision": _Family(
+        "data2vec_vision.", {5: _OLD, 4: _OLD}, has_key_bias=False, parts=_BEIT_PARTS
+    ),
+    "dinov2": _Family("dinov2.", {5: _DINO, 4: _OLD_DINO}, parts=_DINO_PARTS, head=None),
+    "dinov2_with_registers": _Family(
+        "dinov2_with_registers.",
+        {5: _DINO, 4: _OLD_DINO},
+        parts=_DINO_PARTS | {"registers"},
+        head=None,
+    ),
 }
 _CLASSES = {
     "vit": "ViT",
@@ -210,14 +222,17 @@ def to_hf(
         version: Major version of transformers whose names the result has.
 
     Returns:
-        The converted tensors. `.dropped` lists the names that have no counterpart; `.filled` those
-        that theirs has and ours has not, which are zero: key biases, which have no effect, and
-        DINOv2's mask token.
+        The converted tensors. `.dropped` lists the names that have no counterpart, such as the head
+        of an encoder without one; `.filled` those that theirs has and ours has not: key biases,
+        which have no effect, and DINOv2's mask token, which are zero, and DINOv2's layer scale,
+        which is one. `ViTModel` has another pooler of its own: build it with
+        `add_pooling_layer=False` to load strictly.
 
     Raises:
         TypeError: If it is neither a model nor a dictionary.
-        ValueError: If the architecture is unknown, or less than nine tenths of the tensors are
-            known.
+        ValueError: If the architecture is unknown, if the model has parts that theirs lacks (layer
+            scale, relative positions, registers, a norm after pooling, ...), or if less than nine
+            tenths of the tensors are known.
 
     Example:
         >>> list(to_hf({"blocks.0.attn.qkv.weight": torch.ones(24, 8)}, "ViTModel"))[0]
@@ -228,6 +243,10 @@ def to_hf(
         raise ValueError(f"version must be 4 or 5; got {version!r}")
     state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state
     translation = _translation(family, task, (version,))
+    if family == "data2vec-vision" and task == "bare":  # built without its pooler by default
+        rules = tuple(rule for rule in translation.rules if rule.ours != "fc_norm.{rest}")
+        left_out = (*translation.ours_left_out, "fc_norm.{rest}")
+        translation = replace(translation, rules=rules, ours_left_out=left_out)
     unknown = partial(translation.unknown, ours=True)
     tensors = select_known(unwrap(state), f'to_hf(..., "{architecture}")', unknown)
     has_own_tables = any(re.search(r"rel_pos_bias\.[1-9]", name) for name in tensors)
@@ -235,20 +254,27 @@ def to_hf(
         rules = tuple(rule for rule in translation.rules if "bias.0.table" not in str(rule.ours))
         translation = replace(translation, rules=rules)
     converted = translation.to_theirs(tensors)
-    zeros = _zeros(converted, _FAMILIES[family], version)
-    return Converted({**converted, **zeros}, converted.dropped, filled=tuple(zeros))
+    neutral = _neutral(converted, _FAMILIES[family], version)
+    return Converted({**converted, **neutral}, converted.dropped, filled=tuple(neutral))
 
 
-def _zeros(converted: Mapping[str, Tensor], family: _Family, version: Version) -> dict[str, Tensor]:
-    """Return what theirs has and ours may lack, as zeros."""
-    query, key, _ = family.names[version].queries
-    zeros = {}
+def _neutral(
+    converted: Mapping[str, Tensor], family: _Family, version: Version
+) -> dict[str, Tensor]:
+    """Return what theirs has and ours may lack, with the values that have no effect."""
+    names = family.names[version]
+    query, key, _ = names.queries
+    is_dino = family.head is None
+    neutral = {}
     for name, tensor in converted.items():
         if family.has_key_bias and name.endswith(f"{query}.bias"):
-            zeros[name.replace(query, key)] = torch.zeros_like(tensor)
-        if family.head is None and name.endswith("embeddings.cls_token"):
-            zeros[name.replace("cls", "mask")] = torch.zeros_like(tensor[0])
-    return {name: tensor for name, tensor in zeros.items() if name not in converted}
+            neutral[name.replace(query, key)] = torch.zeros_like(tensor)
+        if is_dino and name.endswith("embeddings.cls_token"):
+            neutral[name.replace("cls", "mask")] = torch.zeros_like(tensor[0])
+        for norm, scale in zip(names.norms, names.scales, strict=True):
+            if is_dino and name.endswith(f".{norm}.weight"):
+                neutral[name.replace(f"{norm}.weight", scale)] = torch.ones_like(tensor)
+    return {name: tensor for name, tensor in neutral.items() if name not in converted}
 
 
 def _check_architecture(architecture: Any) -> tuple[str, _Task]:
@@ -304,7 +330,7 @@ def _family_of(text: str) -> str:
     has_query_bias = "q_proj.bias" in text or "query.bias" in text
     has_key_bias = "k_proj.bias" in text or "key.bias" in text
     only_values = has_query_bias and not has_key_bias and "vit." not in text
-    return next(found, "beit" if only_values and "v" in text else "vit")
+    return next(found, "beit" if only_values else "vit")
 
 
 @cache
@@ -315,7 +341,7 @@ def _translation(family: str, task: _Task, versions: tuple[Version, ...]) -> Tra
     rules: list[Rule] = []
     for version in versions:
         names = kind.names[version]
-        encoder = _swin_rules(names) if family == "swin" else _vit_rules(names, kind)
+        encoder = _swin_rules(names) if family == "swin" else _vit_rules(names, kind, task)
         rules += within(encoder, theirs=theirs, ours=ours)
         if task == "mae":
             blocks = _block_rules(names, kind, "decoder_layers.{i}.", "blocks.{i}.")
@@ -340,7 +366,7 @@ def _translation(family: str, task: _Task, versions: tuple[Version, ...]) -> Tra
                 ("lm_head.{rest}", "head.predict.{rest}"),
             )
             rules = [*head, *(rule for rule in rules if not rule.theirs.startswith("decoder.0"))]
-    elif kind.head is not None:
+    elif kind.head is not None and task == "encoder":
         rules += renames((f"{kind.head}.{{rest}}", "head.{rest}"))
     constants = f"{{rest}}.{_TABLE.replace('bias_table', 'index')}"
     left_out = [constants, f"{theirs}pooler.dense.{{rest}}", "classifier.{rest}"]
@@ -350,18 +376,22 @@ def _translation(family: str, task: _Task, versions: tuple[Version, ...]) -> Tra
     )
 
 
-def _vit_rules(names: _Names, family: _Family) -> tuple[Rule, ...]:
+def _vit_rules(names: _Names, family: _Family, task: _Task) -> tuple[Rule, ...]:
     shared, block = names.tables
+    tables = (
+        (f"{shared}.{_TABLE}", "rel_pos_bias.0.table"),
+        (f"{names.block}{block}.{_TABLE}", "rel_pos_bias.{i}.table"),
+    )
+    has_pool_norm = "pool_norm" in family.parts and task in ("bare", "encoder")
     return (
         *renames(
             ("embeddings.cls_token", "cls_token"),
             ("embeddings.position_embeddings", "pos_embed"),
-            ("embeddings.register_tokens", "reg_token"),
             ("embeddings.patch_embeddings.projection.{rest}", "patch_embed.proj.{rest}"),
-            (f"{shared}.{_TABLE}", "rel_pos_bias.0.table"),
-            (f"{names.block}{block}.{_TABLE}", "rel_pos_bias.{i}.table"),
             ("layernorm.{rest}", "norm.{rest}"),
-            ("pooler.layernorm.{rest}", "fc_norm.{rest}"),
+            *(tables if "tables" in family.parts else ()),
+            *([("pooler.layernorm.{rest}", "fc_norm.{rest}")] if has_pool_norm else ()),
+            *([("embeddings.register_tokens", "reg_token")] if "registers" in family.parts else ()),
         ),
         *_block_rules(names, family, names.block, "blocks.{i}."),
     )
@@ -390,6 +420,7 @@ def _block_rules(names: _Names, family: _Family, theirs: str, ours: str) -> tupl
     fused = joined(biases, "attn.qkv.bias")
     apart = renames((f"{query}.bias", "attn.q_bias"), (f"{value}.bias", "attn.v_bias"))
     without_key = tuple(rule for rule in fused if rule.theirs != f"{key}.bias")
+    has_scales = "scales" in family.parts
     rules = (
         *joined([f"{part}.weight" for part in names.queries], "attn.qkv.weight"),
         *((*fused, *apart) if family.has_key_bias else (*apart, *without_key)),
@@ -399,8 +430,7 @@ def _block_rules(names: _Names, family: _Family, theirs: str, ours: str) -> tupl
             (f"{names.mlp[1]}.{{rest}}", "mlp.fc2.{rest}"),
             (f"{names.norms[0]}.{{rest}}", "norm1.{rest}"),
             (f"{names.norms[1]}.{{rest}}", "norm2.{rest}"),
-            (names.scales[0], "gamma_1"),
-            (names.scales[1], "gamma_2"),
+            *(zip(names.scales, ("gamma_1", "gamma_2"), strict=True) if has_scales else ()),
         ),
     )
     return within(rules, theirs=theirs, ours=ours)

@@ -60,7 +60,8 @@ _LOOKS: tuple[tuple[tuple[str, ...], str], ...] = (
 
 # Parts that change what a model computes: a single one that is not known is too much.
 _CHANGES_THE_FUNCTION = re.compile(
-    r"dist(illation)?_token|reg(ister)?_tokens?\b|norm_pre|rope|rel_pos_bias\."
+    r"dist(illation)?_token|reg(ister)?_tokens?\b|norm_pre|fc_norm|rope|rel_pos_bias\."
+    r"|patch_embed\."
     r"|\b(blocks|layers?)\.\d+\."
 )
 

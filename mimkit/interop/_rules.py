@@ -19,8 +19,8 @@ class Converted(dict[str, Tensor]):
 
     Attributes:
         dropped: Names of the input that have no counterpart.
-        filled: Names whose tensors the input had only in part, or not at all. What was missing is
-            zero (the weight of a norm: one).
+        filled: Names of the result that the input had not. They are zero (the weight of a norm and
+            layer scale: one).
         config: What to build the model with that these weights are for, where it is known: the
             keyword arguments of its class.
     """
@@ -76,9 +76,13 @@ class Translation:
     ours_left_out: tuple[str, ...] = ()
 
     def to_ours(self, tensors: Mapping[str, Any]) -> Converted:
-        """Convert the authors' tensors to mimkit's."""
+        """Convert the authors' tensors to mimkit's.
+
+        Raises:
+            ValueError: If a tensor of ours has only some of its parts, or parts of unequal shapes.
+        """
         converted: dict[str, Tensor] = {}
-        parts: dict[str, list[Tensor | None]] = {}
+        parts: dict[str, list[str | None]] = {}
         used = set()
         entries = [(rule, rule.theirs, rule.ours) for rule in self.rules]
         for name, source in self.encoder_of(tensors).items():
@@ -92,13 +96,10 @@ class Translation:
             else:
                 converted[new] = tensor  # keeps its place in the order
                 index, count = rule.part
-                parts.setdefault(new, [None] * count)[index] = tensor
-        for name, tensors_of in parts.items():
-            zeros = torch.zeros_like(converted[name])
-            converted[name] = torch.cat([zeros if t is None else t for t in tensors_of])
-        dropped = tuple(name for name in tensors if name not in used)
-        filled = tuple(name for name, found in parts.items() if None in found)
-        return Converted(converted, dropped, filled=filled)
+                parts.setdefault(new, [None] * count)[index] = source
+        for name, sources in parts.items():
+            converted[name] = _join(name, sources, tensors)
+        return Converted(converted, tuple(name for name in tensors if name not in used))
 
     def to_theirs(self, tensors: Mapping[str, Any]) -> Converted:
         """Convert mimkit's tensors to the authors': the inverse of `to_ours`."""
@@ -113,6 +114,11 @@ class Translation:
             elif found[0][0].part is None:
                 rule, new = found[0]
                 converted[new] = tensor[..., None, None] if rule.is_pointwise else tensor
+            elif tensor.ndim == 0 or tensor.shape[0] % found[0][0].part[1]:
+                raise ValueError(
+                    f"{name!r} is {found[0][0].part[1]} tensors of one shape, joined; got "
+                    f"{list(tensor.shape)}"
+                )
             else:
                 for rule, new in found:
                     if rule.part is not None and new not in converted:
@@ -134,6 +140,18 @@ class Translation:
             for name, tensor in tensors.items()
             if isinstance(tensor, Tensor) and name not in known and not is_known(name)
         ]
+
+
+def _join(name: str, sources: Sequence[str | None], tensors: Mapping[str, Tensor]) -> Tensor:
+    """Concatenate the tensors that are one of ours; a missing one has no value to stand for it."""
+    found = {source: tuple(tensors[source].shape) for source in sources if source is not None}
+    shapes = set(found.values())
+    if len(found) < len(sources) or len(shapes) > 1 or () in shapes:
+        raise ValueError(
+            f"{name!r} is {len(sources)} tensors of one shape, joined; got "
+            + " and ".join(f"{source!r} {list(shape)}" for source, shape in found.items())
+        )
+    return torch.cat([tensors[source] for source in found])
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, cast, get_args
@@ -10,7 +10,6 @@ from typing import Any, Literal, cast, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mimkit._checks import check_mask
@@ -39,16 +38,18 @@ _BEIT = replace(_VIT, rules=_VIT.rules[2:])
 _MERGING = re.compile(r"layers\.(\d+)\.downsample\.")
 
 
-def to_timm(state_dict: Mapping[str, Any], *, model: Model | None = None) -> Converted:
+def to_timm(state_dict: nn.Module | Mapping[str, Any], *, model: Model | None = None) -> Converted:
     """Convert the weights of `nn.ViT` or `nn.SwinTransformer` to timm's names.
 
     Args:
-        state_dict: Name -> tensor, with mimkit's names.
+        state_dict: A model, or name -> tensor with mimkit's names.
         model: "vit" (timm's `VisionTransformer`) or "swin" (timm's `SwinTransformer` of 0.9 or
             later, which merges patches at the start of a stage); inferred from the names if `None`.
 
     Returns:
-        The converted tensors; `.dropped` lists the names that have no counterpart.
+        The converted tensors; `.dropped` lists the names that have no counterpart. With registers
+        they load into a model with `no_embed_class=True`; if the class token has a position that is
+        not zero, into one with `no_embed_class=False`, where the registers' positions are zero.
 
     Example:
         >>> import torch
@@ -57,74 +58,125 @@ def to_timm(state_dict: Mapping[str, Any], *, model: Model | None = None) -> Con
         >>> list(to_timm({"layers.0.downsample.norm.weight": torch.ones(8)}))
         ['layers.1.downsample.norm.weight']
     """
-    tensors = unwrap(state_dict)
+    tensors = unwrap(_state_of(state_dict))
     if _model_of(tensors, model) == "vit":
         unknown = partial(_VIT.unknown, ours=True)
         is_beit = any(name.endswith((".q_bias", ".table")) for name in tensors)
         known = select_known(tensors, "to_timm", unknown)
-        return _without_class_position((_BEIT if is_beit else _VIT).to_theirs(known))
+        return _to_their_positions((_BEIT if is_beit else _VIT).to_theirs(known))
     official = to_official("simmim_swin_finetune", tensors)
     renamed = {_shift_merging(name, 1): tensor for name, tensor in official.items()}
     swin = {re.sub(r"^head\.", "head.fc.", name): tensor for name, tensor in renamed.items()}
     return Converted(swin, official.dropped)
 
 
-def from_timm(state_dict: Mapping[str, Any], *, model: Model | None = None) -> Converted:
+def from_timm(
+    state_dict: nn.Module | Mapping[str, Any],
+    *,
+    model: Model | None = None,
+    grid: Sequence[int] | None = None,
+) -> Converted:
     """Convert the weights of a timm `VisionTransformer` or `SwinTransformer` to mimkit's names.
 
     Args:
-        state_dict: Name -> tensor, with timm's names.
+        state_dict: A model, or name -> tensor with timm's names.
         model: As in `to_timm`.
+        grid: Patches per axis, which tell whether the class token has a position. A model carries
+            its own; a square of the table's size if `None`. Give it for a state dict of another
+            grid.
 
     Returns:
         The converted tensors; `.dropped` lists the names that have no counterpart.
 
     Raises:
         ValueError: If the model has parts that `nn.ViT` lacks (query-key norms, a norm before the
-            blocks, a distillation token, a gated MLP), so that the result would compute something
-            else; or if less than nine tenths of the tensors are known. A state dict does not tell
-            its activation: build `nn.ViT(act="gelu_tanh")` for a model with tanh-GELU.
+            blocks, a distillation token, a gated MLP, registers with positions), so that the result
+            would compute something else; if the grid does not fit the positions; or if less than
+            nine tenths of the tensors are known. A state dict does not tell its activation: build
+            `nn.ViT(act="gelu_tanh")` for a model with tanh-GELU.
 
     Example:
         >>> import torch
         >>> list(from_timm({"blocks.0.attn.qkv.weight": torch.ones(24, 8)}))
         ['blocks.0.attn.qkv.weight']
     """
-    tensors = unwrap(state_dict)
+    tensors = unwrap(_state_of(state_dict))
     if _model_of(tensors, model) == "swin":
         renamed = {_shift_merging(name, -1): tensor for name, tensor in tensors.items()}
         bare = {re.sub(r"^head\.fc\.", "head.", name): t for name, t in renamed.items()}
         return from_official("simmim_swin_finetune", bare)
-    return _with_class_position(_VIT.to_ours(select_known(tensors, "from_timm", _VIT.unknown)))
+    if grid is None and isinstance(state_dict, nn.Module):
+        grid = getattr(getattr(state_dict, "patch_embed", None), "grid_size", None)
+    converted = _VIT.to_ours(select_known(tensors, "from_timm", _VIT.unknown))
+    return _to_our_positions(converted, grid)
 
 
-def _with_class_position(converted: Converted) -> Converted:
-    """Give the class token a position of zero, where timm has none (`no_embed_class`).
+def _to_our_positions(converted: Converted, grid: Sequence[int] | None) -> Converted:
+    """Give the class token a position, zero where timm has none, and the registers none.
 
     Raises:
-        ValueError: If registers have positions.
+        ValueError: If registers have positions, or the grid does not fit.
     """
-    positions = converted.get("pos_embed")
-    if positions is None or positions.ndim != 3 or "cls_token" not in converted:
+    positions, num_class = converted.get("pos_embed"), int("cls_token" in converted)
+    registers = converted.get("reg_token")
+    if positions is None or positions.ndim != 3:
         return converted
-    rows = positions.shape[1]
-    if math.isqrt(rows) ** 2 == rows:  # those of a square grid alone
-        converted["pos_embed"] = F.pad(positions, (0, 0, 1, 0))
-    elif "reg_token" in converted:
+    num_registers = 0 if registers is None else len(registers.flatten(0, -2))
+    num_prefix = _num_prefix(positions.shape[1], num_class, num_registers, grid)
+    prefix, patches = positions.tensor_split([num_prefix], dim=1)
+    of_class, of_registers = prefix.tensor_split([num_class], dim=1)
+    if of_registers.any():
         raise ValueError(
-            f"nn.ViT has no positions for the registers in 'reg_token' (timm's "
-            f"no_embed_class=False), or the grid is not square: pos_embed has {rows} rows"
+            "nn.ViT has no positions for registers, and those of 'reg_token' in 'pos_embed' "
+            "(timm's no_embed_class=False) are not zero"
         )
+    if num_class and not num_prefix:
+        of_class = torch.zeros_like(patches[:, :1])
+    converted["pos_embed"] = torch.cat([of_class, patches], dim=1)
     return converted
 
 
-def _without_class_position(converted: Converted) -> Converted:
-    """Leave the class token's position out beside registers, as timm's models with them have it."""
-    if "reg_token" not in converted or "pos_embed" not in converted:
+def _num_prefix(rows: int, num_class: int, num_registers: int, grid: Sequence[int] | None) -> int:
+    """Tell how many rows of a position table stand before those of the patches.
+
+    None (timm's `no_embed_class`), or one for each prefix token: as fits the grid, or a square.
+
+    Raises:
+        ValueError: If the grid does not fit, or is needed.
+    """
+    choices = sorted({0, num_class + num_registers})
+    fits = [n for n in choices if rows > n and math.isqrt(rows - n) ** 2 == rows - n]
+    if grid is not None:
+        fits = [n for n in choices if rows - n == math.prod(grid)]
+    elif not fits and not num_registers:  # timm's default
+        fits = [num_class]
+    if not fits:
+        shape = f"the grid {tuple(grid)}" if grid is not None else "a square grid (give grid=)"
+        raise ValueError(
+            f"pos_embed has {rows} rows, which are not those of {shape} with or without one for "
+            f"each prefix token ({num_class} of cls_token, {num_registers} of reg_token)"
+        )
+    return fits[0]
+
+
+def _to_their_positions(converted: Converted) -> Converted:
+    """Leave out the class token's position beside registers, as timm's models with them do.
+
+    If it is not zero, the registers get positions of zero instead.
+    """
+    positions, registers = converted.get("pos_embed"), converted.get("reg_token")
+    if positions is None or registers is None or "cls_token" not in converted:
         return converted
-    row, positions = converted["pos_embed"].tensor_split([1], dim=1)
-    dropped = ("pos_embed[:, :1]",) if row.any() else ()
-    return Converted({**converted, "pos_embed": positions}, (*converted.dropped, *dropped))
+    of_class, patches = positions.tensor_split([1], dim=1)
+    if of_class.any():
+        zeros = torch.zeros_like(of_class).expand(-1, len(registers.flatten(0, -2)), -1)
+        patches = torch.cat([of_class, zeros, patches], dim=1)
+    converted["pos_embed"] = patches
+    return converted
+
+
+def _state_of(model_or_state: nn.Module | Mapping[str, Any]) -> Mapping[str, Any]:
+    return model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state
 
 
 def _model_of(tensors: Mapping[str, Tensor], model: Model | None) -> Model:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mimkit._grids import Grid
-from mimkit.masking import Mask
+from mimkit.masking import Mask, RaggedMask
 from mimkit.nn._features import FeatureMaps
+from mimkit.nn._layers import xavier_linear
 
 Matcher = dict[str, Any] | Callable[[str], tuple[float, ...]]
 
@@ -31,6 +32,7 @@ class TimmProtocol(FeatureMaps):
     """
 
     grad_checkpointing = False
+    _num_class_tokens = 0
     _undecayed: ClassVar[str]  # matches the names of parameters that have no weight decay
     _first_layer: ClassVar[str]  # matches the names of parameters before the blocks
 
@@ -66,17 +68,27 @@ class TimmProtocol(FeatureMaps):
         self.grad_checkpointing = enable
 
     def forward_features(
-        self, images: Float[Tensor, "batch channels *spatial"], mask: Mask | None = None
-    ) -> Float[Tensor, "batch prefix_and_tokens dim"]:
+        self, images: Any, mask: Mask | RaggedMask | None = None
+    ) -> Float[Tensor, "batch prefix_and_tokens dim"] | Float[Tensor, "rows dim"]:
         """Encode, as a call does."""
         encoded: Tensor = self(images, mask)
         return encoded
 
     def forward_head(
-        self, tokens: Float[Tensor, "batch prefix_and_tokens dim"], pre_logits: bool = False
+        self,
+        tokens: Float[Tensor, "batch prefix_and_tokens dim"] | Float[Tensor, "rows dim"],
+        pre_logits: bool = False,
+        *,
+        mask: RaggedMask | None = None,
     ) -> Float[Tensor, "batch _"]:
-        """Pool encoded tokens, and classify them unless `pre_logits`."""
-        pooled = self.pool(tokens)
+        """Pool encoded tokens, and classify them unless `pre_logits`.
+
+        Args:
+            tokens: Encoded tokens.
+            pre_logits: Whether to return the pooled tokens.
+            mask: The mask, if it was a `RaggedMask`.
+        """
+        pooled = self.pool(tokens) if mask is None else self.pool(tokens, mask)
         logits: Tensor = pooled if pre_logits else self.head(pooled)
         return logits
 
@@ -105,9 +117,12 @@ class TimmProtocol(FeatureMaps):
             mask: Which patches are visible.
 
         Raises:
+            TypeError: If the mask is a `RaggedMask`.
             ValueError: If `output_fmt` is unknown, or "NCHW" with a mask, or an index is out of
                 range.
         """
+        if mask is not None and not isinstance(mask, Mask):
+            raise TypeError(f"forward_intermediates needs a Mask; got a {type(mask).__name__}")
         if output_fmt not in ("NCHW", "NLC") or (mask is not None and output_fmt == "NCHW"):
             raise ValueError(
                 f'output_fmt must be "NCHW" or "NLC", with a mask "NLC"; got {output_fmt!r}'
@@ -148,9 +163,7 @@ class TimmProtocol(FeatureMaps):
         if global_pool is not None:
             self._set_pool(global_pool)
         like = next(self.parameters())
-        self.head = nn.Identity()
-        if num_classes:
-            self.head = nn.Linear(self.dim, num_classes, device=like.device, dtype=like.dtype)
+        self.head = xavier_linear(self.dim, num_classes).to(like) if num_classes else nn.Identity()
 
     def _run(self, block: nn.Module, *args: Any, **options: Any) -> Any:
         """Call a block, checkpointed if that is switched on."""
@@ -172,7 +185,7 @@ class TimmProtocol(FeatureMaps):
 
     def _set_pool(self, name: str) -> None:
         known = {"avg": "mean", "token": "token"}
-        if name not in known or (name == "token" and not self.num_prefix_tokens):
+        if name not in known or (name == "token" and not self._num_class_tokens):
             raise ValueError(
                 f'global_pool must be "avg", or with a class token "token"; got {name!r}'
             )

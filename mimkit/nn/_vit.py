@@ -379,7 +379,16 @@ class ViT(TimmProtocol):
         Args:
             tokens: Encoded tokens, with their prefix tokens.
             mask: The mask, if it was a `RaggedMask`.
+
+        Raises:
+            ValueError: If the tokens are packed and there is no mask, or the mask does not fit.
         """
+        if (tokens.ndim == 2) != (mask is not None):
+            raise ValueError(
+                "packed tokens of a RaggedMask [rows, dim] are pooled with their mask, others "
+                f"[batch, tokens, dim] without one; got tokens {list(tokens.shape)} and "
+                + ("no mask" if mask is None else "a RaggedMask")
+            )
         if mask is not None:
             samples = mask.split_visible(tokens, num_prefix=self.num_prefix_tokens)
             return torch.cat([self.pool(sample.unsqueeze(0)) for sample in samples])

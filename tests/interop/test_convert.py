@@ -169,6 +169,9 @@ def test_the_state_dict_is_found_inside_a_checkpoint(method):
         {f"module.{name}": value for name, value in weights.items()},
         {f"_orig_mod.module.{name}": value for name, value in weights.items()},
         {"state_dict": {f"model._orig_mod.{name}": value for name, value in weights.items()}},
+        {"epoch": torch.tensor(3), "net": weights, "optim": {"exp_avg": torch.ones(2)}},
+        {"step": torch.ones(1), "G_Optimizer": {"m": torch.ones(2)}, "weights": dict(weights)},
+        {"model": {"arch": "vit"}, "state_dict": weights, "lr_sched": {"base": torch.ones(2)}},
         {f"backbone.net.{name}": value for name, value in weights.items()},
         {name.replace(".", "._orig_mod.", 1): value for name, value in weights.items()},
     ):
@@ -227,7 +230,7 @@ def test_the_error_for_an_unknown_method_lists_the_known_ones(convert):
 )
 def test_timm_models_that_compute_something_else_are_refused(name):
     with pytest.raises(ValueError, match=name):
-        from_timm(OFFICIAL["timm"] | {name: torch.zeros(1)})
+        from_timm(OFFICIAL["timm"] | {name: torch.zeros(1, 1)})
 
 
 def test_a_convmae_checkpoint_loads_into_the_fine_tuning_encoder():

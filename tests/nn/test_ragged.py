@@ -337,6 +337,17 @@ def test_pooling_works_sample_by_sample(pool):
     rows = mask.split_visible(tokens, num_prefix=1)
     torch.testing.assert_close(pooled, torch.cat([encoder.pool(row[None]) for row in rows]))
     assert pooled.shape == (4, DIM)
+    assert torch.equal(encoder.forward_head(tokens, mask=mask), pooled)
+    assert torch.equal(
+        encoder.forward_features(make_images(mask, torch.Generator().manual_seed(0)), mask), tokens
+    )
+    for wrong in (lambda: encoder.pool(tokens), lambda: encoder.forward_head(tokens)):
+        with pytest.raises(ValueError, match=r"are pooled with their mask.*and no mask"):
+            wrong()
+    with pytest.raises(ValueError, match="and a RaggedMask"):
+        encoder.pool(tokens.new_zeros(4, 3, DIM), mask)
+    with pytest.raises(TypeError, match="forward_intermediates needs a Mask; got a RaggedMask"):
+        encoder.forward_intermediates(tokens, mask=mask, output_fmt="NLC")
 
 
 @pytest.mark.parametrize("axes", [1, 3])

@@ -346,3 +346,23 @@ def test_an_empty_batch_gives_empty_tokens_and_zero_gradients():
     assert tokens.shape == (0, 5, 16)
     tokens.sum().backward()
     assert all((p.grad == 0).all() for p in encoder.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_registers": 2}])
+def test_a_class_token_is_needed_to_pool_by_it(options):
+    encoder = make_encoder(class_token=False, **options)
+    with pytest.raises(ValueError, match="global_pool must be \"avg\", .*; got 'token'"):
+        encoder.reset_classifier(3, "token")
+    encoder = make_encoder(**options)
+    encoder.reset_classifier(3, "token")
+    assert torch.equal(encoder.pool(tokens := encoder(make_images(encoder))), tokens[:, 0])
+
+
+def test_a_new_head_is_initialised_as_the_first_one():
+    encoder = make_encoder().double()
+    torch.manual_seed(0)
+    encoder.reset_classifier(5)
+    assert encoder.head.weight.dtype == torch.float64
+    assert not encoder.head.bias.any()
+    assert encoder.head.weight.abs().max() <= (6 / (12 + 5)) ** 0.5
+    assert encoder.head.weight.abs().max() > 12**-0.5  # the bound of PyTorch's default

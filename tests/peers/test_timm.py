@@ -102,6 +102,64 @@ def test_mimkits_weights_give_the_same_output_in_timm(images):
     torch.testing.assert_close(ours.head(ours.pool(ours(images))), model(images), **close)
 
 
+# Image sizes: a square grid, and grids with a square number of patches and one more.
+SHAPES = [(16, 16), (12, 20), (8, 16), (16, 24)]
+PREFIXES: list[dict[str, Any]] = [
+    {},
+    {"reg_tokens": 2},
+    {"class_token": False, "global_pool": "avg"},
+    {"class_token": False, "global_pool": "avg", "reg_tokens": 3},
+]
+
+
+@pytest.mark.parametrize("no_embed_class", [False, True])
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_positions_and_prefix_tokens_convert_on_any_grid(shape, prefix, no_embed_class):
+    model = timm_vit(**prefix, img_size=shape, num_classes=5, no_embed_class=no_embed_class)
+    num_registers = prefix.get("reg_tokens", 0)
+    first = model.num_prefix_tokens - num_registers
+    if not no_embed_class:  # registers with positions are refused
+        model.pos_embed[:, first : model.num_prefix_tokens] = 0
+    ours = ViT(
+        image_size=shape,
+        patch_size=4,
+        dim=12,
+        depth=2,
+        heads=3,
+        class_token=prefix.get("class_token", True),
+        num_registers=num_registers,
+        num_classes=5,
+        pool_norm="global_pool" in prefix,
+        pool="mean" if "global_pool" in prefix else "token",
+    ).eval()
+    ours.load_state_dict(from_timm(model), strict=True)
+    named = from_timm(model.state_dict(), grid=model.patch_embed.grid_size)
+    assert all(torch.equal(named[n], t) for n, t in ours.state_dict().items())
+    images = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(0))
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(ours.forward_head(ours(images)), model(images), **close)
+    # Back: beside registers, the position of a class token decides about `no_embed_class`.
+    without = no_embed_class if num_registers else not first
+    back = to_timm(ours)
+    assert back.dropped == ()
+    again = timm_vit(**prefix, img_size=shape, num_classes=5, no_embed_class=without or not first)
+    again.load_state_dict(back, strict=True)
+    torch.testing.assert_close(again(images), model(images), **close)
+
+
+def test_positions_that_do_not_fit_are_refused():
+    model = timm_vit(reg_tokens=2)
+    with pytest.raises(ValueError, match=r"'reg_token' in 'pos_embed' .* are not zero"):
+        from_timm(model)
+    with pytest.raises(ValueError, match=r"18 rows, .* grid \(4, 5\).*2 of reg_token"):
+        from_timm(
+            {"pos_embed": torch.zeros(1, 18, 8), "cls_token": torch.zeros(1, 1, 8),
+             "reg_token": torch.zeros(1, 2, 8)}, grid=(4, 5)
+        )  # fmt: skip
+
+
 @torch.no_grad()
 def test_timms_weights_give_the_same_output_in_mimkit(images):
     model = timm_vit(num_classes=5, global_pool="avg")
