@@ -36,6 +36,8 @@ class ConvStem(nn.Sequential):
 
     @checked
     def __init__(self, *, in_channels: Size, channels: Sequence[Size]) -> None:
+        if not len(channels):
+            raise ValueError("channels must have at least one entry, one per convolution; got none")
         layers: list[nn.Module] = []
         for before, after in zip((in_channels, *channels), channels, strict=False):
             convolution = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)

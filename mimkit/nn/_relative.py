@@ -66,7 +66,7 @@ class RelativePositionBias(nn.Module):
         """
         grid = self.grid if grid is None else as_sizes("grid", grid)
         if mask is not None:
-            check_mask(mask, self.grid, mask.visible_ids, "this bias")
+            check_mask(mask, self.grid, self.table.expand(mask.batch_size, -1, -1), "this bias")
             return self._gather(self.table, self.grid, self.codes[mask.visible_ids]).movedim(0, 1)
         table: Tensor = self.table
         codes = self.codes
