@@ -2,6 +2,7 @@
 
 from mimkit.interop._convert import from_official, to_official
 from mimkit.interop._files import load_checkpoint
+from mimkit.interop._fit import fit_encoder
 from mimkit.interop._hf import from_hf, to_hf
 from mimkit.interop._hf_folder import save_hf
 from mimkit.interop._rules import Converted
@@ -9,6 +10,7 @@ from mimkit.interop._timm import from_timm, to_timm, wrap_timm
 
 __all__ = [
     "Converted",
+    "fit_encoder",
     "from_hf",
     "from_official",
     "from_timm",

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, cast, get_args
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mimkit._checks import check_mask
-from mimkit._grids import as_sizes
+from mimkit._grids import Grid, as_sizes
 from mimkit._state_dicts import unwrap
 from mimkit.interop._convert import from_official, to_official
 from mimkit.interop._recognize import register_taker, select_known
 from mimkit.interop._rules import VIT, Converted, Translation, renames, same
 from mimkit.masking import Mask
-from mimkit.patches import gather_visible, grid_of, restore
+from mimkit.nn._features import FeatureMaps
+from mimkit.patches import gather_visible, grid_of, interpolate_positions, restore
 
 _VIT = Translation(
     (
@@ -189,11 +190,14 @@ def _shift_merging(name: str, stages: int) -> str:
     return _MERGING.sub(lambda match: f"layers.{int(match[1]) + stages}.downsample.", name)
 
 
-class _MaskedTimmViT(nn.Module):
+class _MaskedTimmViT(FeatureMaps):
+    _last_norm = "model.norm"
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.num_prefix_tokens = int(model.num_prefix_tokens)  # type: ignore[arg-type]
+        self.dim = int(model.embed_dim)  # type: ignore[arg-type]
 
     def forward(
         self,
@@ -210,20 +214,63 @@ class _MaskedTimmViT(nn.Module):
             check_mask(mask, grid_of(images, model.patch_embed.patch_size), images)
         if mask is not None and mask_token is not None:
             tokens, mask = _with_mask_token(tokens, mask, mask_token), None
-        tokens = model._pos_embed(tokens)
-        if isinstance(tokens, tuple):  # Eva: tokens, rotary table
-            tokens = tokens[0]
+        tokens = self._first(model._pos_embed(tokens))
         if mask is not None:
             tokens = gather_visible(tokens, mask, num_prefix=self.num_prefix_tokens)
         if hasattr(model, "norm_pre"):
             tokens = model.norm_pre(tokens)
         for block in model.blocks:
-            if getattr(model, "grad_checkpointing", False) and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, use_reentrant=False)
-            else:
-                tokens = block(tokens)
+            tokens = self._run(block, tokens)
         encoded: Tensor = model.norm(tokens)
         return encoded
+
+    @property
+    def feature_channels(self) -> tuple[int, ...]:
+        """Channels of the maps of `features`, one number for each block."""
+        blocks: Any = self.model.blocks
+        return tuple(self.dim for _ in blocks)
+
+    def _layer_outputs(self, images: Tensor) -> Iterator[tuple[Tensor, Grid]]:
+        model: Any = self.model
+        grid = self._grid_for(images, model.patch_embed.patch_size)
+        tokens = self._embed(images, grid)
+        if hasattr(model, "norm_pre"):
+            tokens = model.norm_pre(tokens)
+        for block in model.blocks:
+            tokens = self._run(block, tokens)
+            yield tokens[:, self.num_prefix_tokens :], grid
+
+    def _embed(self, images: Tensor, grid: Grid) -> Tensor:
+        """Embed images of any size; timm does so if it was built with `dynamic_img_size`."""
+        model: Any = self.model
+        built = tuple(model.patch_embed.grid_size)
+        if grid == built or model.dynamic_img_size:
+            return self._first(model._pos_embed(model.patch_embed(images)))
+        tokens: Tensor = model.patch_embed.norm(model.patch_embed.proj(images).flatten(2).mT)
+        prefix = [p for p in (model.cls_token, model.reg_token) if p is not None]
+        prefix = [token.expand(len(tokens), -1, -1) for token in prefix]
+        if model.pos_embed is None:
+            return torch.cat([*prefix, tokens], dim=1)
+        num_prefix = 0 if model.no_embed_class else self.num_prefix_tokens
+        positions = interpolate_positions(model.pos_embed[0], built, grid, num_prefix=num_prefix)
+        if model.no_embed_class:
+            tokens = torch.cat([*prefix, tokens + positions], dim=1)
+        else:
+            tokens = torch.cat([*prefix, tokens], dim=1) + positions
+        dropped: Tensor = model.pos_drop(tokens)
+        return dropped
+
+    @staticmethod
+    def _first(embedded: Tensor | tuple[Tensor, object]) -> Tensor:
+        return embedded[0] if isinstance(embedded, tuple) else embedded  # Eva: with a rotary table
+
+    def _run(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        is_kept = not getattr(self.model, "grad_checkpointing", False)
+        if is_kept or not torch.is_grad_enabled():
+            encoded: Tensor = block(tokens)
+            return encoded
+        again: Tensor = checkpoint(block, tokens, use_reentrant=False)
+        return again
 
     def pool(
         self, tokens: Float[Tensor, "batch prefix_and_tokens dim"]
@@ -257,8 +304,8 @@ def wrap_timm(model: nn.Module) -> nn.Module:
             same parts, without patch dropout.
 
     Returns:
-        `encoder(images, mask=None, *, mask_token=None)`, with `.model`, `.num_prefix_tokens` and
-        `.pool(tokens)`.
+        `encoder(images, mask=None, *, mask_token=None)`, with `.model`, `.num_prefix_tokens`,
+        `.pool(tokens)`, and `.features(images, layers)` as in `nn.ViT`, for images of any size.
 
     Raises:
         TypeError: If the model lacks a part of a `VisionTransformer`, has rotary or relative

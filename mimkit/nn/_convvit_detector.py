@@ -39,7 +39,7 @@ class ConvViTDetector(ConvViT):
         ConvMAE, arXiv:2205.03892, section 3.4 "object detection"; Alpha-VL/ConvMAE `ConvViTDet`.
         All window layers share one relative position table, all global layers another. There is no
         last norm; the fourth feature map is the third one, max-pooled. The position table is
-        frozen.
+        frozen. Drop path draws for each window, as there.
 
     Example:
         >>> import torch
@@ -94,14 +94,23 @@ class ConvViTDetector(ConvViT):
         """Return the feature maps E1 to E4, from fine to coarse.
 
         Raises:
-            ValueError: If the images are not divisible into patches, or have another number of
-                channels.
+            ValueError: If the images are not divisible into patches, are smaller than two patches,
+                or have another number of channels.
         """
+        if any(
+            side < 2 * stride
+            for side, stride in zip(images.shape[2:], self.patch_size, strict=True)
+        ):
+            raise ValueError(
+                f"images must have at least {tuple(2 * stride for stride in self.patch_size)} "
+                f"pixels, for the fourth map; got {tuple(images.shape)}"
+            )
         *levels, coarsest = self.features(images)
         return (*levels, coarsest, F.max_pool2d(coarsest, 2))
 
     def _attention(self, mask: Mask | None, grid: Grid) -> list[tuple[nn.Module, dict[str, Any]]]:
-        inside = {"attn_bias": self.window_bias(), "windows": Windows(grid, self.window)}
+        windows = Windows(grid, self.window, drop_alone=True)
+        inside = {"attn_bias": self.window_bias(), "windows": windows}
         everywhere = {"attn_bias": self.global_bias(grid=grid)} if self.global_layers else {}
         return [
             (block, everywhere if index in self.global_layers else inside)

@@ -79,12 +79,19 @@ class FeaturePyramid(nn.Module):
             maps: One map for all levels, or one for each.
 
         Raises:
-            ValueError: If there is another number of maps, or a map has other channels.
+            ValueError: If there is another number of maps, or a map has other channels or is too
+                small for its scale.
         """
         maps = [maps] * len(self.levels) if isinstance(maps, Tensor) else maps
         if len(maps) == 1:
             maps = [*maps] * len(self.levels)
-        _check_maps(maps, [self.dim] * len(self.levels))
+        _check_maps(maps, [self.dim] * len(self.levels), self)
+        for given, scale in zip(maps, self.scales, strict=True):
+            if min(given.shape[2:]) * scale < 1:
+                raise ValueError(
+                    f"maps must have at least {round(1 / scale)} rows and columns for a scale of "
+                    f"{scale}; got {tuple(given.shape)}"
+                )
         return [level(given) for level, given in zip(self.levels, maps, strict=True)]
 
 
@@ -180,7 +187,7 @@ class UPerHead(nn.Module):
         Raises:
             ValueError: If there is another number of maps, or a map has other channels.
         """
-        _check_maps(maps, self.in_dims)
+        _check_maps(maps, self.in_dims, self)
         *fine, coarsest = maps
         pooled = [_resize(pool(coarsest), coarsest) for pool in self.psp_modules]
         merged = [self.bottleneck(torch.cat([coarsest, *pooled], dim=1))]
@@ -246,7 +253,7 @@ class FCNHead(nn.Module):
         Raises:
             ValueError: If the map has other channels.
         """
-        _check_maps([maps], [self.in_dim])
+        _check_maps([maps], [self.in_dim], self)
         hidden = self.convs(maps)
         if self.conv_cat is not None:
             hidden = self.conv_cat(torch.cat([maps, hidden], dim=1))
@@ -266,16 +273,18 @@ def _resize(maps: Map, like: Map) -> Map:
     return F.interpolate(maps, size=like.shape[2:], mode="bilinear", align_corners=False)
 
 
-def _check_maps(maps: Sequence[Tensor], channels: Sequence[int]) -> None:
-    """Check the number of feature maps, their channels, batch size and dtype."""
+def _check_maps(maps: Sequence[Tensor], channels: Sequence[int], module: nn.Module) -> None:
+    """Check the number of feature maps, and their channels, batch size, dtype and device."""
     shapes = [tuple(given.shape) for given in maps]
-    if [len(shape) for shape in shapes] != [4] * len(channels) or [
-        shape[1] for shape in shapes
-    ] != list(channels):
+    fits = [len(shape) == 4 and min(shape[2:]) > 0 for shape in shapes] == [True] * len(channels)
+    if not fits or [shape[1] for shape in shapes] != list(channels):
         wanted = ", ".join(f"[batch, {width}, height, width]" for width in channels)
         raise ValueError(f"maps must be {wanted}; got {shapes}")
-    if len({shape[0] for shape in shapes}) > 1 or any(0 in shape[1:] for shape in shapes):
-        raise ValueError(f"maps must have one batch size, and at least one value; got {shapes}")
-    dtypes = {given.dtype for given in maps if not uses_autocast(given)}
-    if len(dtypes) > 1 or not all(given.is_floating_point() for given in maps):
-        raise TypeError(f"maps must be floats of one dtype; got {[m.dtype for m in maps]}")
+    if len({shape[0] for shape in shapes}) > 1:
+        raise ValueError(f"maps must have one batch size; got {shapes}")
+    weight = next(module.parameters(), maps[0])
+    for given in maps:
+        if given.dtype != weight.dtype and not (given.is_floating_point() and uses_autocast(given)):
+            raise TypeError(f"maps must be {weight.dtype}, as the weights; got {given.dtype}")
+        if given.device != weight.device:
+            raise ValueError(f"maps must be on {weight.device}, as the weights; got {given.device}")

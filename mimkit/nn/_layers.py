@@ -280,11 +280,16 @@ class DropPath(nn.Module):
             raise ValueError(f"drop_path must be in [0, 1); got {rate}")
         self.rate = rate
 
+    @property
+    def is_active(self) -> bool:
+        """Whether samples may be dropped now."""
+        return self.rate > 0 and self.training
+
     def forward(
         self, branch: Float[Tensor, "batch ..."], packing: Packing | None = None
     ) -> Float[Tensor, "batch ..."]:
         """Drop whole samples of `branch`; with `packing`, the samples of a packed sequence."""
-        if self.rate == 0 or not self.training:
+        if not self.is_active:
             return branch
         if packing is not None:
             keep = branch.new_empty(len(packing.lengths)).bernoulli_(1 - self.rate)
@@ -372,10 +377,15 @@ class TransformerBlock(nn.Module):
             attended = self.attn(normed, num_queries, attn_bias, packing)
         else:
             attended = windows.merge(self.attn(windows.split(normed), attn_bias=attn_bias))
-        kept = kept + self.drop_path(scale(attended, self.gamma_1), packing)
+        kept = kept + self._drop(scale(attended, self.gamma_1), packing, windows)
         transformed = scale(self.mlp(self.norm2(kept)), self.gamma_2)
-        out: Tensor = kept + self.drop_path(transformed, packing)
-        return out
+        return kept + self._drop(transformed, packing, windows)
+
+    def _drop(self, branch: Tensor, packing: Packing | None, windows: Windows | None) -> Tensor:
+        if windows is not None and windows.drop_alone and self.drop_path.is_active:
+            return windows.merge(self.drop_path(windows.split(branch)))
+        dropped: Tensor = self.drop_path(branch, packing)
+        return dropped
 
 
 def make_layer_scale(dim: int, value: float | None) -> nn.Parameter | None:

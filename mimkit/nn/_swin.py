@@ -7,12 +7,14 @@ of a window); dim.
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mimkit._arguments import Count, Depth, DropRate, NotNegative, Positive, Size, checked
 from mimkit._checks import check_even
@@ -39,7 +41,8 @@ class SwinTransformer(TimmProtocol):
         depth: Blocks of each stage.
         heads: Attention heads of each stage.
         window: Tokens per axis of a window. If the shorter side of a stage's grid is not larger
-            than the window, the windows have that side and are not shifted.
+            than the window, the windows have that side and are not shifted. A grid that windows do
+            not divide is padded with zeros after the norm, as in the authors' segmentation.
         mlp_ratio: Ratio of MLP hidden width to width.
         drop_path: Stochastic depth rate of the last block, in [0, 1). Rates rise linearly from 0.
         norm_eps: Epsilon of the blocks' LayerNorms and the last one.
@@ -57,6 +60,9 @@ class SwinTransformer(TimmProtocol):
         Swin, arXiv:2103.14030; microsoft/SimMIM `swin_transformer.py`, with its initialization.
         The authors roll the feature map and partition it into windows in every shifted block, and
         undo both. Here tokens stay in window order and are reordered once between two blocks.
+        `features` of another size are those of the authors' segmentation (Swin-Transformer-
+        Semantic-Segmentation `swin_transformer.py`): windows as built, shifted in every second
+        block, and a row or column of zeros where patch merging meets an odd side.
 
     Example:
         >>> encoder = SwinTransformer(image_size=(32, 64), dim=16, depth=(2, 2), heads=(2, 4),
@@ -165,10 +171,12 @@ class SwinTransformer(TimmProtocol):
         return range(len(self.layers))
 
     def _layer_outputs(self, images: Tensor) -> Iterator[tuple[Tensor, Grid]]:
-        tokens = self._embed(images, None, None)
-        for index, stage in enumerate(self.layers):
-            mixed, tokens = self._run(stage, tokens)
-            yield mixed, self._grid_of(index)
+        grid = self._grid_for(images, self.patch_embed.patch_size)
+        tokens = self.patch_embed(images)
+        for stage in self.layers:
+            mixed, tokens = self._run(stage, tokens, grid)
+            yield mixed, grid
+            grid = tuple(-(-side // 2) for side in grid)
 
     def group_matcher(self, coarse: bool = False) -> Matcher:
         """Return what assigns parameters to layers; merging belongs to the next stage, as in timm.
@@ -254,13 +262,12 @@ class SwinStage(nn.Module):
         resample: Layer to the next stage's grid: `PatchMerging`, `PatchSplitting` or none.
         norm_eps: Epsilon of the blocks' LayerNorms.
         act: Activation of the MLPs.
-
-    Raises:
-        ValueError: If the grid is not divisible into windows.
     """
 
     permutations: Tensor
     inverse_permutations: Tensor
+    shift_mask: Tensor | None
+    is_padding: Tensor | None
 
     def __init__(
         self,
@@ -278,53 +285,123 @@ class SwinStage(nn.Module):
     ) -> None:
         super().__init__()
         self.grid = grid
-        window, shift = fit_window(grid, window)
+        self.window, shift = fit_window(grid, window)
         self.blocks = nn.ModuleList(
             SwinBlock(
-                grid=grid,
                 dim=dim,
                 heads=heads,
-                window=window,
-                shift=shift if index % 2 else 0,
+                window=self.window,
                 mlp_ratio=mlp_ratio,
                 drop_path=rate,
                 norm_eps=norm_eps,
                 act=act,
             )
-            for index, rate in enumerate(drop_path)
+            for rate in drop_path
         )
-        rows = torch.arange(count_tokens(grid))
-        orders = [
-            rows,
-            *(window_order(grid, window, shift if i % 2 else 0).flatten() for i in range(depth)),
-            rows,
-        ]
-        # For each position in the new order, the position of the same token in the old order.
-        permutations = torch.stack(
-            [old.argsort()[new] for old, new in zip(orders, orders[1:], strict=False)]
-        )
-        self.register_buffer("permutations", permutations, persistent=False)
-        self.register_buffer("inverse_permutations", permutations.argsort(dim=1), persistent=False)
-        self.downsample = resample(grid=grid, dim=dim) if resample else None
+        for name, tensor in vars(lay_out(grid, self.window, shift, depth)).items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.downsample = resample(dim=dim) if resample else None
 
     def forward(
-        self, tokens: Float[Tensor, "batch tokens dim"]
+        self, tokens: Float[Tensor, "batch tokens dim"], grid: Grid | None = None
     ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch next next_dim"]]:
         """Apply the blocks to row-major tokens.
+
+        Args:
+            tokens: The tokens.
+            grid: Their grid; `None` for the one that the stage was built for.
 
         Returns:
             The tokens of this stage and those of the next stage, both row-major.
         """
+        grid, layout = grid or self.grid, self._layout(grid)
+        padded = padded_grid(grid, self.window)
+        tokens = pad_grid(tokens, grid, padded)
         for index, block in enumerate(self.blocks):
-            tokens = block(self._permute(tokens, index))
-        tokens = self._permute(tokens, -1)
-        return tokens, tokens if self.downsample is None else self.downsample(tokens)
+            tokens = permute(tokens, layout, index)
+            is_padding = None if layout.is_padding is None else layout.is_padding[index % 2]
+            tokens = block(tokens, layout.shift_mask if index % 2 else None, is_padding)
+        tokens = crop_grid(permute(tokens, layout, -1), padded, grid)
+        return tokens, tokens if self.downsample is None else self.downsample(tokens, grid)
 
-    def _permute(self, tokens: Tensor, index: int) -> Tensor:
-        permuted: Tensor = _Permute.apply(  # type: ignore[no-untyped-call]
-            tokens, self.permutations[index], self.inverse_permutations[index]
-        )
-        return permuted
+    def _layout(self, grid: Grid | None) -> "Layout":
+        if grid in (None, self.grid):
+            return Layout(
+                self.permutations, self.inverse_permutations, self.shift_mask, self.is_padding
+            )
+        assert grid is not None
+        with self.permutations.device:
+            return lay_out(grid, self.window, self.window // 2, len(self.blocks))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Order of a stage's tokens, on the grid padded to whole windows.
+
+    Attributes:
+        permutations: For each position in the order of a block (and last, in row-major order), the
+            position of the same token in the order before.
+        inverse_permutations: The inverse of each.
+        shift_mask: Attention mask of shifted windows; `None` if there are none.
+        is_padding: Which positions are padding, in unshifted and in shifted order; `None` without
+            padding.
+    """
+
+    permutations: Int64[Tensor, "orders tokens"]
+    inverse_permutations: Int64[Tensor, "orders tokens"]
+    shift_mask: Float[Tensor, "windows 1 inside inside"] | None
+    is_padding: Bool[Tensor, "2 tokens 1"] | None
+
+
+def lay_out(grid: Grid, window: int, shift: int, depth: int) -> Layout:
+    """Lay out the tokens of `depth` blocks, every second one with shifted windows."""
+    padded = padded_grid(grid, window)
+    rows = torch.arange(count_tokens(padded))
+    in_windows = [window_order(padded, window, by).flatten() for by in (0, shift)]
+    orders = [rows, *(in_windows[index % 2] for index in range(depth)), rows]
+    permutations = torch.stack(
+        [old.argsort()[new] for old, new in zip(orders, orders[1:], strict=False)]
+    )
+    is_padding = None
+    if padded != grid:
+        real = torch.ones(1, count_tokens(grid), 1, dtype=torch.bool)
+        outside = ~pad_grid(real, grid, padded)[0]
+        is_padding = torch.stack([outside[order] for order in in_windows])
+    mask = shifted_window_mask(padded, window, shift) if shift else None
+    return Layout(permutations, permutations.argsort(dim=1), mask, is_padding)
+
+
+def padded_grid(grid: Grid, window: int) -> Grid:
+    """Return the grid of whole windows that covers a grid."""
+    return tuple(-(-side // window) * window for side in grid)
+
+
+def pad_grid(
+    tokens: Shaped[Tensor, "batch tokens dim"], grid: Grid, padded: Grid
+) -> Shaped[Tensor, "batch padded dim"]:
+    """Put zeros after the last row and column of row-major tokens."""
+    if grid == padded:
+        return tokens
+    below, right = (new - old for old, new in zip(grid, padded, strict=True))
+    return F.pad(tokens.unflatten(1, grid), (0, 0, 0, right, 0, below)).flatten(1, 2)
+
+
+def crop_grid(
+    tokens: Float[Tensor, "batch padded dim"], padded: Grid, grid: Grid
+) -> Float[Tensor, "batch tokens dim"]:
+    """Undo `pad_grid`."""
+    if grid == padded:
+        return tokens
+    cropped: Tensor = tokens.unflatten(1, padded)[:, : grid[0], : grid[1]].flatten(1, 2)
+    return cropped
+
+
+def permute(tokens: Tensor, layout: Layout, index: int) -> Tensor:
+    """Bring tokens into the order of a block; -1 for row-major order after the last one."""
+    permuted: Tensor = _Permute.apply(  # type: ignore[no-untyped-call]
+        tokens, layout.permutations[index], layout.inverse_permutations[index]
+    )
+    return permuted
 
 
 class _Permute(torch.autograd.Function):
@@ -347,11 +424,9 @@ class SwinBlock(nn.Module):
     def __init__(
         self,
         *,
-        grid: Grid,
         dim: int,
         heads: int,
         window: int,
-        shift: int,
         mlp_ratio: float,
         drop_path: float,
         norm_eps: float,
@@ -359,16 +434,28 @@ class SwinBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attn = WindowAttention(grid=grid, dim=dim, heads=heads, window=window, shift=shift)
+        self.attn = WindowAttention(dim=dim, heads=heads, window=window)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim=dim, hidden_dim=int(dim * mlp_ratio), act=act)
         self.drop_path = DropPath(drop_path)
 
     def forward(
-        self, tokens: Float[Tensor, "batch tokens dim"]
+        self,
+        tokens: Float[Tensor, "batch tokens dim"],
+        shift_mask: Float[Tensor, "windows 1 inside inside"] | None = None,
+        is_padding: Bool[Tensor, "tokens 1"] | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
-        """Apply the block: window attention, then an MLP."""
-        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))
+        """Apply the block: window attention, then an MLP.
+
+        Args:
+            tokens: The tokens.
+            shift_mask: Attention mask of each window, if windows are shifted.
+            is_padding: Positions that attention reads as zeros.
+        """
+        normed = self.norm1(tokens)
+        if is_padding is not None:
+            normed = normed.masked_fill(is_padding, 0)
+        tokens = tokens + self.drop_path(self.attn(normed, shift_mask))
         out: Tensor = tokens + self.drop_path(self.mlp(self.norm2(tokens)))
         return out
 
@@ -377,17 +464,12 @@ class WindowAttention(nn.Module):
     """Self-attention inside windows, with a relative position bias.
 
     Args:
-        grid: Tokens per axis.
         dim: Width of a token.
         heads: Attention heads.
         window: Tokens per axis of a window.
-        shift: Shift of the windows in tokens. Windows at the edge then contain tokens from opposite
-            sides of the image, which do not attend to each other.
     """
 
-    shift_mask: Tensor | None
-
-    def __init__(self, *, grid: Grid, dim: int, heads: int, window: int, shift: int) -> None:
+    def __init__(self, *, dim: int, heads: int, window: int) -> None:
         super().__init__()
         check_heads(dim, heads)
         self.heads = heads
@@ -395,18 +477,22 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.tokens_inside = window**2
         self.rel_pos_bias = RelativePositionBias(grid=(window, window), heads=heads)
-        mask = shifted_window_mask(grid, window, shift) if shift else None
-        self.register_buffer("shift_mask", mask, persistent=False)
 
     def forward(
-        self, tokens: Float[Tensor, "batch tokens dim"]
+        self,
+        tokens: Float[Tensor, "batch tokens dim"],
+        shift_mask: Float[Tensor, "windows 1 inside inside"] | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
-        """Attend inside each window; the tokens of a window are consecutive."""
+        """Attend inside each window; the tokens of a window are consecutive.
+
+        Shifted windows at the edge contain tokens from opposite sides of the image. `shift_mask`
+        keeps them from attending to each other.
+        """
         bias = self.rel_pos_bias()
-        if self.shift_mask is None:  # all windows have the same bias
+        if shift_mask is None:  # all windows have the same bias
             pattern = "b (w n) (three h d) -> three (b w) h n d"
         else:
-            bias = (bias + self.shift_mask).flatten(0, 1).unsqueeze(0)
+            bias = (bias + shift_mask).flatten(0, 1).unsqueeze(0)
             pattern = "b (w n) (three h d) -> three b (w h) n d"
         query, key, value = rearrange(
             self.qkv(tokens), pattern, three=3, h=self.heads, n=self.tokens_inside
@@ -423,20 +509,22 @@ class PatchMerging(nn.Module):
     """Patch merging: 2x2 tokens to one token of twice the width.
 
     Source:
-        Swin, arXiv:2103.14030, section 3.1. The four tokens are concatenated column by column.
+        Swin, arXiv:2103.14030, section 3.1. The four tokens are concatenated column by column. Odd
+        sides are padded, as in the authors' segmentation.
     """
 
-    def __init__(self, *, grid: Grid, dim: int) -> None:
+    def __init__(self, *, dim: int) -> None:
         super().__init__()
-        self.grid = grid
         self.norm = nn.LayerNorm(4 * dim, eps=_NORM_EPS)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(
-        self, tokens: Float[Tensor, "batch tokens dim"]
+        self, tokens: Float[Tensor, "batch tokens dim"], grid: Grid
     ) -> Float[Tensor, "batch merged merged_dim"]:
         """Merge row-major tokens; the result is row-major."""
-        quads = rearrange(tokens, "b (y i x j) d -> b (y x) (j i d)", y=self.grid[0] // 2, i=2, j=2)
+        even = padded_grid(grid, 2)
+        tokens = pad_grid(tokens, grid, even)
+        quads = rearrange(tokens, "b (y i x j) d -> b (y x) (j i d)", y=even[0] // 2, i=2, j=2)
         merged: Tensor = self.reduction(self.norm(quads))
         return merged
 
@@ -444,25 +532,24 @@ class PatchMerging(nn.Module):
 class PatchSplitting(nn.Module):
     """Patch splitting: one token to 2x2 tokens of half the width, the reverse of `PatchMerging`."""
 
-    def __init__(self, *, grid: Grid, dim: int) -> None:
+    def __init__(self, *, dim: int) -> None:
         super().__init__()
-        self.grid = grid
         self.norm = nn.LayerNorm(dim, eps=_NORM_EPS)
         self.expansion = nn.Linear(dim, 2 * dim, bias=False)
 
     def forward(
-        self, tokens: Float[Tensor, "batch tokens dim"]
+        self, tokens: Float[Tensor, "batch tokens dim"], grid: Grid
     ) -> Float[Tensor, "batch split split_dim"]:
         """Split row-major tokens; the result is row-major."""
         quads: Tensor = self.expansion(self.norm(tokens))
-        return rearrange(quads, "b (y x) (i j d) -> b (y i x j) d", y=self.grid[0], i=2, j=2)
+        return rearrange(quads, "b (y x) (i j d) -> b (y i x j) d", y=grid[0], i=2, j=2)
 
 
 def fit_window(grid: Grid, window: int) -> tuple[int, int]:
     """Return window side and shift for a grid; a window that reaches its shorter side is unshifted.
 
     Raises:
-        ValueError: If the grid is not divisible into windows.
+        ValueError: If the window is below 1.
 
     Example:
         >>> fit_window((12, 12), 6), fit_window((6, 6), 7), fit_window((4, 8), 7)
@@ -470,14 +557,7 @@ def fit_window(grid: Grid, window: int) -> tuple[int, int]:
     """
     if window < 1:
         raise ValueError(f"window must be at least 1; got {window}")
-    side, shift = (min(grid), 0) if min(grid) <= window else (window, window // 2)
-    if any(tokens % side for tokens in grid):
-        fitting = [n for n in range(1, min(grid) + 1) if not any(tokens % n for tokens in grid)]
-        raise ValueError(
-            f"windows of {side}x{side} do not fill the {'x'.join(map(str, grid))} tokens of a "
-            f"stage; windows of {fitting} would fit"
-        )
-    return side, shift
+    return (min(grid), 0) if min(grid) <= window else (window, window // 2)
 
 
 def window_order(grid: Grid, window: int, shift: int) -> Int64[Tensor, "windows inside"]:

@@ -21,6 +21,8 @@ class Windows:
     Attributes:
         grid: Tokens per axis.
         side: Tokens per axis of a window.
+        drop_alone: Whether drop path draws for each window, as in ConvMAE's detector, whose whole
+            blocks run on windows; otherwise for each image, as in ViTDet.
 
     Source:
         ViTDet, arXiv:2203.16527; detectron2 `window_partition`, `window_unpartition`.
@@ -36,6 +38,7 @@ class Windows:
 
     grid: Grid
     side: Grid
+    drop_alone: bool = False
 
     def split(
         self, tokens: Float[Tensor, "batch tokens dim"]

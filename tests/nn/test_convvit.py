@@ -10,7 +10,11 @@ from mimkit import masking
 from mimkit.interop import from_official, to_official
 from mimkit.masking import Mask
 from mimkit.nn import ConvViT, ConvViTDetector
-from mimkit.patches import gather_visible
+from mimkit.patches import (
+    gather_visible,
+    interpolate_positions,
+    interpolate_relative_positions,
+)
 from mimkit.testing import assert_no_leak, assert_samples_isolated
 from tests.golden_files import golden
 from tests.nn import plain
@@ -57,24 +61,29 @@ def embed(x: Tensor, module: nn.Module) -> Tensor:
     return F.gelu(map_norm(F.conv2d(x, weight, module.proj.bias, weight.shape[2:]), module.norm))
 
 
+def convolve_dense(x: Tensor, stage: nn.Module, mask: Mask | None) -> Tensor:
+    x = embed(x, stage.embed)
+    visible = 1.0
+    if mask is not None:
+        fine = mask.refine([n // g for n, g in zip(x.shape[2:], mask.grid, strict=True)])
+        visible = (~fine.is_masked).unsqueeze(1).to(x.dtype)
+    for block in stage.blocks:
+        y = pointwise(map_norm(x, block.norm1), block.conv1) * visible
+        weight = block.depthwise.weight
+        y = F.conv2d(
+            y, weight, block.depthwise.bias, padding=weight.shape[-1] // 2, groups=len(weight)
+        )
+        x = x + pointwise(y, block.conv2)
+        y = F.gelu(pointwise(map_norm(x, block.norm2), block.mlp.fc1))
+        x = x + pointwise(y, block.mlp.fc2)
+    return x
+
+
 def encode_dense(encoder: ConvViT, images: Tensor, mask: Mask | None) -> Tensor:
     """The authors' way: full feature maps, masked before every depth-wise convolution."""
     x, fused = images, []
     for index, stage in enumerate(encoder.stages):
-        x = embed(x, stage.embed)
-        visible = 1.0
-        if mask is not None:
-            fine = mask.refine([n // g for n, g in zip(x.shape[2:], mask.grid, strict=True)])
-            visible = (~fine.is_masked).unsqueeze(1).to(x.dtype)
-        for block in stage.blocks:
-            y = pointwise(map_norm(x, block.norm1), block.conv1) * visible
-            weight = block.depthwise.weight
-            y = F.conv2d(
-                y, weight, block.depthwise.bias, padding=weight.shape[-1] // 2, groups=len(weight)
-            )
-            x = x + pointwise(y, block.conv2)
-            y = F.gelu(pointwise(map_norm(x, block.norm2), block.mlp.fc1))
-            x = x + pointwise(y, block.mlp.fc2)
+        x = convolve_dense(x, stage, mask)
         if encoder.fusions:
             weight = encoder.fusions[index].weight
             fused.append(F.conv2d(x, weight, encoder.fusions[index].bias, weight.shape[2:]))
@@ -314,6 +323,109 @@ def test_windows_are_isolated_and_global_layers_reach_all_windows():
         assert columns == affected
 
 
+def plain_detector(detector: ConvViTDetector, images: Tensor) -> list[Tensor]:
+    """The authors' detector with detectron2's padded windows, and tables resampled to the grid."""
+    weights, x, levels = dict(detector.named_parameters()), images, []
+    for stage in detector.stages:
+        x = convolve_dense(x, stage, None)
+        levels.append(x)
+    x = detector.embed_proj(embed(x, detector.embed).movedim(1, -1))
+    grid, side = tuple(x.shape[1:3]), detector.window[0]
+    positions = interpolate_positions(detector.pos_embed[0], detector.grid, grid)
+    x = x + positions.view(*grid, -1)
+    table = detector.global_bias.table
+    biases = {
+        True: plain_bias(interpolate_relative_positions(table, detector.grid, grid), grid),
+        False: plain_bias(detector.window_bias.table, detector.window),
+    }
+    for index in range(len(detector.blocks)):
+        name, is_global = f"blocks.{index}", index in detector.global_layers
+        y = plain.norm(x, weights, f"{name}.norm1")
+        if is_global:
+            y = biased_attention(y, weights, name, biases[True])
+        else:
+            y = F.pad(y, (0, 0, 0, -grid[1] % side, 0, -grid[0] % side))
+            for top in range(0, y.shape[1], side):
+                for left in range(0, y.shape[2], side):
+                    here = slice(None), slice(top, top + side), slice(left, left + side)
+                    y[here] = biased_attention(y[here], weights, name, biases[False])
+        x = x + y[:, : grid[0], : grid[1]]
+        hidden = plain.linear(plain.norm(x, weights, f"{name}.norm2"), weights, f"{name}.mlp.fc1")
+        x = x + plain.linear(F.gelu(hidden), weights, f"{name}.mlp.fc2")
+    coarsest = x.movedim(-1, 1)
+    return [*levels, coarsest, F.max_pool2d(coarsest, 2)]
+
+
+def plain_bias(table: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """[heads, tokens, tokens]: the table's entry for every offset, found by coordinates."""
+    (height, width), by_offset = grid, table.view(2 * grid[0] - 1, 2 * grid[1] - 1, -1)
+    y, x = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
+    rows, columns = y[:, None] - y + height - 1, x[:, None] - x + width - 1
+    return by_offset[rows, columns].movedim(-1, 0)
+
+
+def biased_attention(x: Tensor, weights: dict[str, Tensor], name: str, bias: Tensor) -> Tensor:
+    """Attention of [batch, height, width, dim], head by head."""
+    tokens = x.flatten(1, 2)
+    parts = plain.linear(tokens, weights, f"{name}.attn.qkv").chunk(3, dim=-1)
+    attended = []
+    for head, (q, k, v) in enumerate(zip(*(p.chunk(HEADS, dim=-1) for p in parts), strict=True)):
+        attended.append((q @ k.mT / q.shape[-1] ** 0.5 + bias[head]).softmax(dim=-1) @ v)
+    return plain.linear(torch.cat(attended, dim=-1), weights, f"{name}.attn.proj").view(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("built", "window", "size"),
+    [
+        (64, 2, (64, 64)),
+        (64, 3, (64, 64)),
+        (64, 3, (80, 112)),
+        (64, 3, (32, 256)),
+        pytest.param(1024, 16, (800, 1088), marks=pytest.mark.full),
+        pytest.param(1024, 16, (832, 1344), marks=pytest.mark.full),
+    ],
+)
+@torch.no_grad()
+def test_the_detector_at_any_size_equals_its_plain_definition(built, window, size):
+    sizes = {"dim": (4, 6, 8), "depth": (1, 1, 3), "heads": HEADS, "mlp_ratio": (2, 2, 2)}
+    detector = ConvViTDetector(image_size=built, window=window, global_layers=(1,), **sizes)
+    plain.randomize(detector)
+    images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    levels = detector(images)
+    for ours, expected in zip(levels, plain_detector(detector, images), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_drop_path_of_the_detector_draws_for_each_window_as_in_the_authors_code():
+    sizes = {"dim": (4, 6, 8), "depth": (0, 0, 1), "heads": 2}
+    detector = ConvViTDetector(image_size=64, window=2, global_layers=(), **sizes)
+    plain.randomize(detector)
+    images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    detector.blocks[0].drop_path.rate = 0.5
+    detector.train()
+    torch.manual_seed(0)
+    ours = detector(images)[2]
+    torch.manual_seed(0)
+    expected = detector_by_windows(detector, images)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    detector.eval()
+    assert not torch.allclose(ours, detector(images)[2])
+
+
+def detector_by_windows(detector: ConvViTDetector, images: Tensor) -> Tensor:
+    """The authors' order: to windows, the whole block on each window, back."""
+    x = images
+    for stage in detector.stages:
+        x = convolve_dense(x, stage, None)
+    x = detector.embed_proj(embed(x, detector.embed).movedim(1, -1))
+    x = x + detector.pos_embed.view(1, 4, 4, -1)
+    x = x.view(8, 2, 2, 2, 2, 8).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, 8)
+    for block in detector.blocks:
+        x = block(x, attn_bias=detector.window_bias())
+    x = x.view(8, 2, 2, 2, 2, 8).permute(0, 1, 3, 2, 4, 5).reshape(8, 4, 4, 8)
+    return x.movedim(-1, 1)
+
+
 ENCODER = make_encoder()
 IMAGES = make_images(ENCODER)
 
@@ -340,6 +452,18 @@ NARROW = {"dim": (4, 6, 8), "heads": 2}
         (lambda: ConvViT(kernel_size=4), "odd.*got 4"),
         (lambda: ConvViT(heads=7), "dim=768.*heads=7"),
         (lambda: ConvViT(pool="max"), "'max'"),
+        (
+            lambda: ConvViTDetector(**NARROW, image_size=64, global_layers=())(
+                torch.rand(1, 3, 16, 64)
+            ),
+            r"at least \(32, 32\) pixels.*\(1, 3, 16, 64\)",
+        ),
+        (
+            lambda: ConvViTDetector(**NARROW, image_size=64, global_layers=())(
+                torch.rand(1, 3, 40, 64)
+            ),
+            r"image size \(40, 64\) is not divisible by patch size \(16, 16\)",
+        ),
         (
             lambda: ConvViTDetector(**NARROW, image_size=64, depth=(1, 1, 2)),
             r"\[0, 2\).*\(0, 3, 6, 10\)",

@@ -106,6 +106,18 @@ MAPS = [torch.randn(1, 4, 2, 2)] * 2
         (lambda: FeaturePyramid(dim=8, scales=()), r"powers of two.*got \(\)"),
         (lambda: FeaturePyramid(dim=8)(MAPS[0]), r"\[batch, 8, height, width\].*\(1, 4, 2, 2\)"),
         (lambda: FeaturePyramid(dim=4)(MAPS), r"4, height.*\(1, 4, 2, 2\)"),
+        (
+            lambda: FeaturePyramid(dim=4)(torch.randn(1, 4, 1, 8)),
+            r"at least 2 rows and columns for a scale of 0\.5; got \(1, 4, 1, 8\)",
+        ),
+        (
+            lambda: UPerHead(in_dims=(4, 4), num_classes=2)([MAPS[0], MAPS[1].repeat(3, 1, 1, 1)]),
+            r"one batch size; got \[\(1, 4, 2, 2\), \(3, 4, 2, 2\)\]",
+        ),
+        (
+            lambda: UPerHead(in_dims=(4, 4), num_classes=2)([MAPS[0], MAPS[1][..., :0]]),
+            r"\[batch, 4, height, width\]; got .*\(1, 4, 2, 0\)",
+        ),
         (lambda: UPerHead(in_dims=(), num_classes=2), "at least one map"),
         (lambda: UPerHead(in_dims=(4,), num_classes=2)(MAPS), r"\[batch, 4, height, width\]; got"),
         (lambda: FCNHead(in_dim=3, num_classes=2)(MAPS[0]), r"\[batch, 3, height, width\]; got"),
@@ -116,3 +128,13 @@ def test_what_does_not_fit_is_repeated_in_the_error(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool])
+def test_maps_of_another_dtype_are_refused_unless_autocast_converts_them(dtype):
+    head = UPerHead(in_dims=(4, 4), num_classes=2, dim=4)
+    with pytest.raises(TypeError, match=f"torch.float32, as the weights; got {dtype}"):
+        head([MAPS[0], MAPS[1].to(dtype)])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head.eval()([one.bfloat16() for one in MAPS]).dtype == torch.bfloat16

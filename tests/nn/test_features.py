@@ -190,6 +190,17 @@ def test_a_window_with_relative_positions_has_a_table_of_its_size():
     assert all(bias.table.grad.any() for bias in encoder.rel_pos_bias)
 
 
+def test_drop_path_draws_for_each_image_and_not_for_each_window():
+    encoder = vit(class_token=False, window=2, drop_path=0.5).train()
+    seen = []
+    encoder.blocks[2].drop_path.register_forward_hook(lambda _m, _args, out: seen.append(out))
+    encoder.features(images_of(32, 32).repeat(8, 1, 1, 1))
+    assert [len(out) for out in seen] == [16, 16]
+    gone = torch.stack([(out == 0).flatten(1).all(1) for out in seen])
+    assert gone.any()
+    assert not gone.all()
+
+
 def test_gradients_reach_images_and_every_weight_that_a_map_depends_on():
     for encoder in (vit(learn_positions=True), hybrid(learn_positions=True)):
         images = images_of(48, 16).requires_grad_()

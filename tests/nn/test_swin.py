@@ -60,20 +60,6 @@ def test_a_window_that_reaches_the_shorter_side_is_unshifted(grid, window, fitte
     assert fit_window(grid, window) == fitted
 
 
-@pytest.mark.parametrize(
-    ("grid", "window", "complaint"),
-    [((8, 8), 3, r"windows of \[1, 2, 4, 8\] would fit"), ((4, 6), 7, "do not fill the 4x6")],
-)
-def test_windows_that_do_not_fit_are_refused(grid, window, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        fit_window(grid, window)
-
-
-def test_a_window_that_does_not_fit_a_later_stage_is_refused():
-    with pytest.raises(ValueError, match="do not fill the 6x6"):
-        SwinTransformer(image_size=48, depth=(1, 1), heads=(1, 1), dim=8, window=4)
-
-
 # The encoder.
 
 
@@ -298,13 +284,13 @@ def test_an_empty_batch_gives_no_tokens():
 
 
 def test_patch_merging_uses_the_authors_order():
-    merging = PatchMerging(grid=(2, 2), dim=1)
+    merging = PatchMerging(dim=1)
     merging.norm = torch.nn.Identity()
     with torch.no_grad():
         merging.reduction.weight.copy_(torch.tensor([[1.0, 10, 100, 1000], [0, 0, 0, 0]]))
     # (0, 0), (1, 0), (0, 1), (1, 1), as (row, column).
     tokens = torch.tensor([[[1.0], [3.0], [2.0], [4.0]]])
-    assert merging(tokens)[0, 0, 0] == 4321
+    assert merging(tokens, (2, 2))[0, 0, 0] == 4321
 
 
 def test_a_mask_rebuilt_from_booleans_gives_the_same_tokens():
@@ -315,3 +301,121 @@ def test_a_mask_rebuilt_from_booleans_gives_the_same_tokens():
     assert torch.equal(
         model(images, mask, mask_token=token), model(images, again, mask_token=token)
     )
+
+
+# Other sizes.
+
+
+def plain_window_attention(x, weights, name, heads, mask):
+    """Attention inside windows [batch * windows, inside, dim] with the bias of two loops."""
+    side = math.isqrt(x.shape[1])
+    table = weights[f"{name}.rel_pos_bias.table"]
+    places = [(i // side, i % side) for i in range(side**2)]
+    rows = torch.tensor(
+        [
+            [(a - c + side - 1) * (2 * side - 1) + b - d + side - 1 for c, d in places]
+            for a, b in places
+        ]
+    )
+    query, key, value = plain.linear(x, weights, f"{name}.qkv").chunk(3, dim=-1)
+    heads_out = []
+    parts = [part.chunk(heads, dim=-1) for part in (query, key, value)]
+    for head, (q, k, v) in enumerate(zip(*parts, strict=True)):
+        logits = q @ k.mT / q.shape[-1] ** 0.5 + table[rows][..., head]
+        if mask is not None:
+            logits = logits + mask.repeat(len(x) // len(mask), 1, 1)
+        heads_out.append(logits.softmax(-1) @ v)
+    return plain.linear(torch.cat(heads_out, -1), weights, f"{name}.proj")
+
+
+def partition(x, side):
+    """[batch, height, width, dim] to windows, row-major."""
+    b, h, w, d = x.shape
+    x = x.view(b, h // side, side, w // side, side, d).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(-1, side * side, d)
+
+
+def plain_swin_features(model, images, heads):
+    """The authors' segmentation: pad after the norm, roll, attend, undo both, crop."""
+    weights = dict(model.named_parameters())
+    patch = weights["patch_embed.proj.weight"]
+    x = F.conv2d(images, patch, weights["patch_embed.proj.bias"], stride=patch.shape[2:])
+    x = plain.norm(x.movedim(1, -1), weights, "patch_embed.norm", eps=1e-5)
+    maps = []
+    for index, stage in enumerate(model.layers):
+        side = stage.window
+        for number in range(len(stage.blocks)):
+            name = f"layers.{index}.blocks.{number}"
+            shift = side // 2 if number % 2 else 0
+            _, height, width, _ = x.shape
+            y = plain.norm(x, weights, f"{name}.norm1", eps=1e-5)
+            y = F.pad(y, (0, 0, 0, -width % side, 0, -height % side))
+            padded = y.shape[1:3]
+            mask = None
+            if shift:
+                y = y.roll((-shift, -shift), (1, 2))
+                regions = torch.zeros(1, *padded, 1)
+                for count, (top, left) in enumerate(
+                    (top, left)
+                    for top in (slice(0, -side), slice(-side, -shift), slice(-shift, None))
+                    for left in (slice(0, -side), slice(-side, -shift), slice(-shift, None))
+                ):
+                    regions[:, top, left] = count
+                labels = partition(regions, side).squeeze(-1)
+                mask = (labels[:, None] != labels[:, :, None]) * -100.0
+            y = plain_window_attention(
+                partition(y, side), weights, f"{name}.attn", heads[index], mask
+            )
+            y = y.view(len(x), padded[0] // side, padded[1] // side, side, side, -1)
+            y = y.permute(0, 1, 3, 2, 4, 5).reshape(len(x), *padded, -1)
+            x = x + y.roll((shift, shift), (1, 2))[:, :height, :width]
+            hidden = plain.linear(
+                plain.norm(x, weights, f"{name}.norm2", eps=1e-5), weights, f"{name}.mlp.fc1"
+            )
+            x = x + plain.linear(F.gelu(hidden), weights, f"{name}.mlp.fc2")
+        maps.append(x.movedim(-1, 1))
+        if stage.downsample is not None:
+            x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+            quads = [x[:, i::2, j::2] for i, j in ((0, 0), (1, 0), (0, 1), (1, 1))]
+            name = f"layers.{index}.downsample"
+            normal = plain.norm(torch.cat(quads, -1), weights, f"{name}.norm", eps=1e-5)
+            x = normal @ weights[f"{name}.reduction.weight"].T
+    return maps
+
+
+@pytest.mark.parametrize("size", [(16, 32), (18, 30), (40, 22), (6, 4), (2, 2)])
+@torch.no_grad()
+def test_features_of_any_size_are_those_of_the_authors_segmentation(size):
+    model = swin(image_size=64)
+    images = torch.randn(2, 2, *size, generator=torch.Generator().manual_seed(0))
+    maps = model.features(images)
+    for ours, expected in zip(maps, plain_swin_features(model, images, (2, 4)), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_swin_whose_windows_do_not_divide_its_grids_is_padded():
+    model = swin(image_size=(20, 36), window=3)
+    images = torch.randn(2, 2, 20, 36, generator=torch.Generator().manual_seed(0))
+    maps = model.features(images)
+    for ours, expected in zip(maps, plain_swin_features(model, images, (2, 4)), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    normed = model.norm(maps[-1].flatten(2).mT)
+    torch.testing.assert_close(model(images), normed)
+
+
+def test_padding_has_no_gradient_and_real_pixels_all_have_one():
+    model = swin(image_size=64)
+    images = torch.randn(1, 2, 18, 22, requires_grad=True)
+    sum(one.square().sum() for one in model.features(images)).backward()
+    assert images.grad.abs().sum(1).all()
+    assert all(weight.grad.isfinite().all() for weight in model.layers.parameters())
+
+
+@torch.no_grad()
+def test_a_built_size_costs_no_padding_and_other_sizes_leave_it_as_it_was():
+    model, images = swin(), torch.randn(2, 2, 16, 32)
+    before = model(images)
+    model.features(torch.randn(1, 2, 18, 30))
+    assert torch.equal(model(images), before)
+    assert model.layers[0].is_padding is None

@@ -14,7 +14,7 @@ from mimkit import masking
 from mimkit.interop import from_timm, to_timm, wrap_timm
 from mimkit.masking import Mask
 from mimkit.nn import ViT
-from mimkit.patches import gather_visible
+from mimkit.patches import gather_visible, interpolate_positions
 from tests.nn import plain
 from tests.strategies import masks
 
@@ -250,3 +250,52 @@ def test_a_mask_of_another_grid_is_refused(images):
     mask = masking.uniform(masking.key([0, 1], seed=0), (2, 8), 0.5)
     with pytest.raises(ValueError, match=r"\(2, 8\).*\(4, 4\)"):
         encoder(images, mask)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_features_of_a_wrapped_model_are_timms_intermediates(name, images):
+    model = MODELS[name]()
+    encoder = wrap_timm(model)
+    for norm in (False, True):
+        ours = encoder.features(images, [0, -1], norm=norm)
+        theirs = model.forward_intermediates(images, [0, 1], norm=norm, intermediates_only=True)
+        assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+    (last,) = encoder.features(images, norm=True)
+    assert torch.equal(last.flatten(2).mT, encoder(images)[:, encoder.num_prefix_tokens :])
+
+
+@pytest.mark.parametrize("size", [(8, 32), (24, 20)])
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_features_of_another_size_are_those_of_timms_resized_model(name, size):
+    model = MODELS[name]()
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    ours = wrap_timm(model).features(images, [0, 1])
+    grid = tuple(side // 4 for side in size)
+    skip = 0 if model.no_embed_class else model.num_prefix_tokens
+    table = interpolate_positions(model.pos_embed[0], GRID, grid, num_prefix=skip)
+    model.set_input_size(img_size=size)
+    model.pos_embed.data = table[None]
+    theirs = model.forward_intermediates(images, [0, 1], intermediates_only=True)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@torch.no_grad()
+def test_a_model_with_dynamic_sizes_resamples_its_positions_itself(images):
+    model = timm_vit(dynamic_img_size=True)
+    tall = torch.cat([images, images], dim=2)
+    theirs = model.forward_intermediates(tall, [1], intermediates_only=True)
+    assert torch.equal(wrap_timm(model).features(tall)[0], theirs[0])
+
+
+def test_features_honour_the_switch_for_checkpointing_and_reach_every_weight(images):
+    model = timm_vit()
+    calls = []
+    model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    model.set_grad_checkpointing()
+    wrap_timm(model).features(images)[0].sum().backward()
+    assert len(calls) == 2, "computed again in backward"
+    without = {name for name, weight in model.named_parameters() if weight.grad is None}
+    assert without == {"norm.weight", "norm.bias", "head.weight", "head.bias"}

@@ -156,10 +156,11 @@ def test_the_relative_bias_is_the_authors():
 def test_the_windows_are_the_authors():
     file = golden("simmim_swin_A")
     model = load("simmim_swin", file.tensors("param/"))
-    attn = model.encoder.layers[0].blocks[1].attn
+    stage = model.encoder.layers[0]
     theirs = file.tensors("buffer/encoder.layers.0.blocks.1.attn")
-    assert torch.equal(attn.rel_pos_bias.index, theirs[".relative_position_index"])
-    assert torch.equal(attn.shift_mask.squeeze(1), theirs["_mask"])
+    bias = stage.blocks[1].attn.rel_pos_bias
+    assert torch.equal(bias.index, theirs[".relative_position_index"])
+    assert torch.equal(stage.shift_mask.squeeze(1), theirs["_mask"])
 
 
 def test_the_stages_are_the_authors(case):

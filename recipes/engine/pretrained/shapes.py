@@ -188,10 +188,10 @@ class ViTShape(EncoderShape):
         fitted, own = dict(weights), encoder.state_dict()
         patch = per_axis("patch_size", self.patch_size, 2)
         grid = tuple(size // side for size, side in zip(self.image_axes(), patch, strict=True))
-        if "pos_embed" in own and weights["pos_embed"].shape[1:] != own["pos_embed"].shape[1:]:
+        if "pos_embed" in own:
             fitted["pos_embed"] = _resampled(weights["pos_embed"], grid, encoder)
         for name, table in weights.items():
-            if name.startswith("rel_pos_bias.") and table.shape != own[name].shape:
+            if name.startswith("rel_pos_bias.") and grid != encoder.grid:
                 fitted[name] = interpolate_relative_positions(
                     table, grid, encoder.grid, num_extra=NUM_CLASS_ROWS
                 )
@@ -392,12 +392,9 @@ class ConvViTShape(EncoderShape):
 
     def resample(self, weights: Mapping[str, Tensor], encoder: Encoder) -> Mapping[str, Tensor]:
         """Resample the position table to another grid."""
-        table, own = weights["pos_embed"], encoder.state_dict()["pos_embed"]
-        if table.shape[1:] == own.shape[1:]:
-            return weights
         token = math.prod(self.patch_sizes)
         grid = tuple(size // token for size in self.image_axes())
-        return {**weights, "pos_embed": _resampled(table, grid, encoder)}
+        return {**weights, "pos_embed": _resampled(weights["pos_embed"], grid, encoder)}
 
     @property
     def num_blocks(self) -> int:
