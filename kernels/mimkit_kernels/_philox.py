@@ -32,6 +32,10 @@ def philox4x32(
     Returns:
         Four words, int64 arrays with values in [0, 2**32).
 
+    Source:
+        Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Random123, whose
+        known answers it gives.
+
     Example:
         >>> zero = torch.zeros(1, dtype=torch.int64)
         >>> [f"{int(word):08x}" for word in philox4x32((zero, zero), (zero, zero, zero, zero))]

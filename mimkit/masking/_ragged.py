@@ -39,6 +39,9 @@ class RaggedMask:
         grids: Tokens per axis of each sample.
         num_visible: Number of visible tokens of each sample.
 
+    Source:
+        mimkit's own.
+
     Example:
         >>> wide, tall = torch.tensor([[False, True]]), torch.tensor([[True], [True], [False]])
         >>> mask = RaggedMask.from_bool([wide, tall])
@@ -353,6 +356,9 @@ def ragged(
         TypeError: If the sampler does not return a `Mask`.
         ValueError: If the number of grids, ratios or counts is not the number of samples; also what
             the sampler raises.
+
+    Source:
+        mimkit's own.
 
     Example:
         >>> from mimkit import masking
