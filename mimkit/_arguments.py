@@ -79,6 +79,8 @@ def checked(function: F) -> F:
 
     Tensors of one call must be on one device, and the axis "batch" must have one size, which is
     also the number of samples of a mask. A module tells the sizes that it takes in `axis_sizes`.
+    Docstrings of checked functions do not repeat these errors: their "Raises" says what is refused
+    beyond them (docs/api/mimkit.md).
 
     Raises:
         TypeError: In a call: an argument has a wrong type or dtype.

@@ -279,6 +279,7 @@ def wrap_timm(model: nn.Module) -> nn.Module:
 
     Example:
         >>> import timm  # doctest: +SKIP
+        >>> from mimkit import masking  # doctest: +SKIP
         >>> encoder = wrap_timm(timm.create_model("vit_tiny_patch16_224"))  # doctest: +SKIP
         >>> mask = masking.uniform(masking.key([0], seed=0), (14, 14), 0.75)  # doctest: +SKIP
         >>> encoder(torch.rand(1, 3, 224, 224), mask).shape  # doctest: +SKIP
