@@ -30,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command-line arguments; `sys.argv[1:]` if `None`.
 
     Returns:
-        The exit code: 0, 2 after a user's mistake, or 141 if what reads the output has ended. A command
-        ends the process itself.
+        The exit code: 0, 2 after a user's mistake, or 141 if what reads the output has ended. A
+        command ends the process itself.
     """
     command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     root = next((root for root in _ROOTS if (root / "recipes" / "mae.py").is_file()), None)
