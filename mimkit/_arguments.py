@@ -29,6 +29,11 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 _ABOUT_TYPES = re.compile(
     "dtype|scalar type|Input type|same device|different device|expected device"
 )
+_MASK_SIZES = {"batch": "batch_size", "visible": "num_visible", "masked": "num_masked"}
+# Axes that hold the values of one sample, token or row: results would be NaN, or without sense.
+_NEVER_EMPTY = {"channels", "classes", "columns", "dim", "patch", "height", "width"}
+_NEVER_EMPTY |= {"*grid", "*spatial"}
+_CONTAINERS = ("Mask", "RaggedMask", "Key")
 _SOURCES = {
     "Mask": ", from a sampler or Mask.from_bool",
     "Key": ", such as masking.key(ids, seed=0)",
@@ -77,8 +82,9 @@ def uses_autocast(x: Tensor) -> bool:
 def checked(function: F) -> F:
     """Check every call of a function, or of the constructor of a class, before it is made.
 
-    Tensors of one call must be on one device, and the axis "batch" must have one size, which is
-    also the number of samples of a mask. A module tells the sizes that it takes in `axis_sizes`.
+    Tensors of one call must be on one device, and an axis must have one size wherever its name
+    stands. "batch", "visible" and "masked" are also sizes of a mask. A module tells the sizes that
+    it takes in `axis_sizes`. Only axes that count samples, tokens or rows may be empty.
     Docstrings of checked functions do not repeat these errors: their "Raises" says what is refused
     beyond them (docs/api/mimkit.md).
 
@@ -111,7 +117,7 @@ def checked(function: F) -> F:
         _check(_rules_of(function), given, module)
         try:
             return function(*args, **kwargs)
-        except RuntimeError as error:
+        except (RuntimeError, _WeightsError) as error:
             if module is not None and _is_about_types(error):
                 _explain(given, module, error)
             raise
@@ -122,51 +128,76 @@ def checked(function: F) -> F:
 def _check(
     rules: "Mapping[str, _Rule]", arguments: Mapping[str, Any], module: nn.Module | None
 ) -> None:
-    known: Mapping[str, int] = getattr(module, "axis_sizes", {})
-    batch: tuple[int, str] | None = None
-    place: tuple[torch.device, str] | None = None
+    sizes: dict[str, int] = {} if module is None else dict(getattr(module, "axis_sizes", ()))
+    place: torch.device | None = None
+    first = ""
     for name, rule in rules.items():
         if name not in arguments:
             continue
         value = arguments[name]
         axes = rule.check(name, value)
-        if rule.has_device and hasattr(value, "device"):
-            place = place or (value.device, name)
-            if value.device != place[0]:
+        if rule.has_device:
+            device = getattr(value, "device", None) or _device_of_parts(name, value)
+            if place is None:
+                place, first = device, name
+            elif device is not None and device != place:
                 raise ValueError(
-                    f"{name} is on {value.device}, but {place[1]} is on {place[0]}; they must be "
-                    f"on one device; got {sorted((str(place[0]), str(value.device)))}"
+                    f"{name} is on {device}, but {first} is on {place}; they must be on one "
+                    f"device; got {sorted((str(place), str(device)))}"
                 )
         for axis, size in axes:
-            if axis == "batch":
-                batch = batch or (size, name)
-                expected, other = batch
-                if size != expected:
-                    pair = f"{_with_shape(name, value)} and {_with_shape(other, arguments[other])}"
-                    raise ValueError(
-                        f"{pair} must have one batch size: the {other} has {expected} samples, "
-                        f"but {name} has {size}"
-                    )
-            elif size != known.get(axis, size):
-                raise ValueError(
-                    f"{name} must have {axis} = {known[axis]}, as this {type(module).__name__}; "
-                    f"got {tuple(value.shape)}"
-                )
+            if size != sizes.setdefault(axis, size) and axis:
+                raise _other_size(rules, arguments, module, name, axis)
+
+
+def _device_of_parts(name: str, value: Any) -> torch.device | None:
+    parts = value if isinstance(value, list | tuple) else ()
+    devices = {part.device: str(part.device) for part in parts if hasattr(part, "device")}
+    if len(devices) > 1:
+        raise ValueError(f"{name} must be on one device; got {sorted(devices.values())}")
+    return next(iter(devices), None)
+
+
+def _other_size(
+    rules: "Mapping[str, _Rule]",
+    arguments: Mapping[str, Any],
+    module: nn.Module | None,
+    name: str,
+    axis: str,
+) -> ValueError:
+    """Return the error for an axis that has another size in the module or in an argument before."""
+    given = {n: rules[n].check(n, arguments[n]) for n in rules if n in arguments}
+    sizes = {"module": getattr(module, "axis_sizes", {})} | {n: dict(given[n]) for n in given}
+    other = next(n for n in sizes if axis in sizes[n])
+    expected, size = sizes[other][axis], sizes[name][axis]
+    value, owner = arguments[name], arguments.get(other)
+    if axis == "batch":
+        return ValueError(
+            f"{_with_shape(name, value)} and {_with_shape(other, owner)} must have one batch size: "
+            f"the {other} has {expected} samples, but {name} has {size}"
+        )
+    like = f"this {type(module).__name__}" if other == "module" else _with_shape(other, owner)
+    got = tuple(value.shape) if isinstance(value, Tensor) else size
+    return ValueError(f"{name} must have {axis} = {expected}, as {like}; got {got}")
 
 
 def _with_shape(name: str, value: Any) -> str:
     return f"{name} {tuple(value.shape)}" if isinstance(value, Tensor) else name
 
 
-def _is_about_types(error: RuntimeError) -> bool:
+class _WeightsError(TypeError):
+    """An inner module has explained an error: an outer one may find its own argument."""
+
+
+def _is_about_types(error: Exception) -> bool:
     """Whether PyTorch complains of tensors of two dtypes or devices: not of memory, not of others.
 
     Subclasses of `RuntimeError` (out of memory, distributed errors) have other reasons.
     """
-    return type(error) is RuntimeError and bool(_ABOUT_TYPES.search(str(error)))
+    return type(error) in (RuntimeError, _WeightsError) and bool(_ABOUT_TYPES.search(str(error)))
 
 
-def _explain(arguments: Mapping[str, Any], module: nn.Module, error: RuntimeError) -> None:
+def _explain(arguments: Mapping[str, Any], module: nn.Module, error: Exception) -> None:
     """Name the argument whose dtype or device is not that of the weights of a module.
 
     Only after an error: before, the weights may be elsewhere, or in pieces, as with FSDP. Under
@@ -181,10 +212,11 @@ def _explain(arguments: Mapping[str, Any], module: nn.Module, error: RuntimeErro
             continue
         differs = value.dtype != weight.dtype and not uses_autocast(value)
         if differs or value.device != weight.device:
-            raise TypeError(
+            cause = error.__cause__ or error
+            raise _WeightsError(
                 f"{name} is {value.dtype} on {value.device}, but the weights of this "
-                f"{type(module).__name__} are {weight.dtype} on {weight.device}: {error}"
-            ) from error
+                f"{type(module).__name__} are {weight.dtype} on {weight.device}: {cause}"
+            ) from cause
 
 
 @cache
@@ -201,6 +233,10 @@ def _rules_of(function: Callable[..., Any]) -> "dict[str, _Rule]":
     scope = inspect.unwrap(function).__globals__
     hints = get_type_hints(parameters, globalns=scope, include_extras=True)
     rules = {name: rule for name, hint in hints.items() if not (rule := _Rule(hint)).fits_all}
+    named = {"batch", *(axis for rule in rules.values() for _, axes in rule.forms for axis in axes)}
+    for rule in rules.values():
+        if any(member.__name__ == "Mask" for member in rule.plain):
+            rule.sizes = [(axis, size) for axis, size in _MASK_SIZES.items() if axis in named]
     return dict(sorted(rules.items(), key=lambda item: not item[1].takes_container))
 
 
@@ -215,8 +251,12 @@ class _Rule:
         if torch.device in self.others:
             self.others.remove(str)  # any text is not a device
         classes = [m for m in self.others if inspect.isclass(m)]
-        self.takes_container = any(m.__name__ in ("Mask", "RaggedMask", "Key") for m in classes)
-        self.has_device = self.takes_container or bool(self.arrays)
+        self.takes_container = any(m.__name__ in _CONTAINERS for m in classes)
+        elements = [element for member in members for element in _elements(member)]
+        self.has_device = self.takes_container or any(
+            _is_array(m) or getattr(m, "__name__", "") in _CONTAINERS for m in members + elements
+        )
+        self.sizes = [("batch", "batch_size")]
         # What needs no further look: axes by dtype and number of axes, and types.
         self.axes: dict[tuple[torch.dtype, int], tuple[str, ...]] = {}
         self.plain = {m for m in classes if m is not float and get_origin(m) is None}
@@ -226,12 +266,13 @@ class _Rule:
     def check(self, name: str, value: Any) -> Iterable[tuple[str, int]]:
         """Check one argument; return the sizes of its named axes."""
         if isinstance(value, Tensor) and self.forms:
-            kind = value.dtype, value.ndim
-            if kind not in self.axes:
+            shape = value.shape
+            kind = value.dtype, len(shape)
+            if kind not in self.axes or 0 in shape:
                 self.axes[kind] = self._find_axes(name, value)
-            return zip(self.axes[kind], value.shape, strict=False)
+            return zip(self.axes[kind], shape, strict=False)
         if type(value) in self.plain and not (Settings.check and self.takes_container):
-            return _batch_of(value) if self.takes_container else ()
+            return self._sizes_of(value) if self.takes_container else ()
         if not any(test(value) for test in self.tests):
             wrong = any(_test_of(member, loosely=True)(value) for member in self.others)
             wrong = wrong or (isinstance(value, str) and any(map(_is_literal, self.others)))
@@ -250,14 +291,20 @@ class _Rule:
             raise error_type(
                 f"{name} must be {' or '.join(dict.fromkeys(kinds))}{source}; got {shown}"
             )
-        if not self.takes_container or value is None:
-            return []
+        if not self.takes_container:
+            return ()
         if Settings.check and hasattr(value, "validate"):
             try:
                 value.validate()
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-        return _batch_of(value)
+        return self._sizes_of(value)
+
+    def _sizes_of(self, container: Any) -> Iterable[tuple[str, int]]:
+        batch_size = getattr(container, "batch_size", None)
+        if batch_size is None or len(self.sizes) == 1:  # the usual cases, without a loop
+            return () if batch_size is None else (("batch", batch_size),)
+        return [(axis, getattr(container, size)) for axis, size in self.sizes]
 
     def _find_axes(self, name: str, value: Tensor) -> tuple[str, ...]:
         """Check dtype and number of axes; return the names of the axes, if they are certain."""
@@ -273,14 +320,16 @@ class _Rule:
         if not fitting:
             wanted = " or ".join(dict.fromkeys(f"[{', '.join(axes)}]" for axes in forms))
             raise ValueError(f"{name} must be {wanted}; got {tuple(value.shape)}")
-        if len(fitting) > 1 or any(axis.startswith(("*", "...")) for axis in fitting[0][:-1]):
+        if len(fitting) > 1:
             return ()
-        return tuple(axis if axis.isidentifier() else "" for axis in fitting[0])
-
-
-def _batch_of(value: Any) -> tuple[tuple[str, int], ...]:
-    size = getattr(value, "batch_size", None)
-    return () if size is None else (("batch", size),)
+        aligned = _aligned(fitting[0], value.ndim)
+        for axis, size in zip(aligned, value.shape, strict=True):
+            if not size and axis in _NEVER_EMPTY:
+                raise ValueError(
+                    f"{name} must be [{', '.join(fitting[0])}] with at least one value per "
+                    f"{axis.strip('*')}; got {tuple(value.shape)}"
+                )
+        return tuple(axis if axis[0].isalpha() else "" for axis in aligned)
 
 
 def _members(annotation: Any) -> "list[Any]":
@@ -288,6 +337,13 @@ def _members(annotation: Any) -> "list[Any]":
     if get_origin(annotation) in (Union, UnionType):
         return [m for part in get_args(annotation) for m in _members(part)]
     return [NoneType if annotation is None else annotation]
+
+
+def _elements(annotation: Any) -> "list[Any]":
+    """Return the alternatives of the elements of a sequence."""
+    origin = get_origin(annotation)
+    is_sequence = inspect.isclass(origin) and issubclass(origin, Sequence)
+    return _members(get_args(annotation)[0]) if is_sequence else []
 
 
 def _is_array(annotation: Any) -> bool:
@@ -310,6 +366,15 @@ def _is_known(annotation: Any) -> bool:
 def _has_axes(ndim: int, axes: tuple[str, ...]) -> bool:
     fixed = sum(not axis.startswith(("*", "...")) for axis in axes)
     return ndim == fixed if fixed == len(axes) else ndim >= fixed
+
+
+def _aligned(axes: tuple[str, ...], ndim: int) -> tuple[str, ...]:
+    """Repeat the axis that stands for any number of axes, to one name per axis."""
+    return tuple(
+        axis
+        for name in axes
+        for axis in [name] * (ndim - len(axes) + 1 if name.startswith(("*", "...")) else 1)
+    )
 
 
 @cache

@@ -99,7 +99,7 @@ def check_rows(
     if rows.ndim < 2 or len(rows) != expected or dim not in (None, rows.shape[1]):
         width = "..." if dim is None else dim
         raise ValueError(
-            f"{name} must be [{expected}, {width}] for {mask}; got {tuple(rows.shape)}"
+            f"{name} must be [{expected}, {width}] for mask {mask}; got {tuple(rows.shape)}"
         )
     check_device(mask, rows, name)
 
@@ -117,6 +117,27 @@ def check_stacked(
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a tensor; got {describe(images)}")
     return images
+
+
+def check_axes(
+    images: Shaped[Tensor, "..."], patch_size: int | Sequence[int], name: str = "images"
+) -> None:
+    """Check that images have one to three spatial axes: one for each size of a patch.
+
+    Raises:
+        ValueError: If they have another number of axes.
+    """
+    if not 3 <= images.ndim <= 5:
+        raise ValueError(
+            f"{name} must be [batch, channels] and one to three spatial axes; "
+            f"got shape {tuple(images.shape)}"
+        )
+    if isinstance(patch_size, Sequence) and len(patch_size) != images.ndim - 2:
+        hint = ": a single image needs a batch axis, images.unsqueeze(0)"
+        raise ValueError(
+            f"{name} must be [batch, channels, ...] for patch_size={patch_size!r}; got "
+            f"{tuple(images.shape)}{hint if len(patch_size) == images.ndim - 1 else ''}"
+        )
 
 
 def check_pixels(images: Shaped[Tensor, "..."]) -> None:
@@ -156,16 +177,18 @@ def check_values(
     values: Float[Tensor, "batch masked patch"],
     images: Shaped[Tensor, "batch channels *spatial"],
     points: int | Sequence[int],
+    name: str = "values",
 ) -> None:
     """Check that there is one value per channel and point of a patch.
 
     Raises:
         ValueError: If there is another number of values.
     """
+    check_axes(images, points)
     expected = images.shape[1] * count_tokens(per_axis("patch_size", points, images.ndim - 2))
     if values.shape[2] != expected:
         raise ValueError(
-            f"values must be [batch, masked, {expected}] for images {tuple(images.shape)}; got "
+            f"{name} must be [batch, masked, {expected}] for images {tuple(images.shape)}; got "
             f"{tuple(values.shape)}"
         )
 
@@ -191,9 +214,14 @@ def each_sample(
     """Yield each image with its mask, as batches of one.
 
     Raises:
-        ValueError: If the numbers of images and samples differ.
+        ValueError: If the numbers of images and samples differ, or the images' numbers of channels.
     """
     check_num_images(images, mask)
+    channels = {image.shape[:1] for image in images}
+    if len(channels) > 1:
+        raise ValueError(
+            f"images must have one number of channels; got {sorted(n for (n,) in channels)}"
+        )
     for image, sample_mask in zip(images, mask.unbind(), strict=True):
         yield image.unsqueeze(0), sample_mask
 
@@ -209,7 +237,7 @@ def channel_statistic(
     shape = () if values is None else torch.as_tensor(values).shape
     if values is not None and shape != (images.shape[1],):
         raise ValueError(
-            f"{name} must hold one value for each of {images.shape[1]} channels; "
+            f"{name} must hold one value for each of {images.shape[1]} channels of the images; "
             f"got shape {tuple(shape)}"
         )
     return values if values is None or isinstance(values, Tensor) else list(values)
@@ -248,11 +276,13 @@ def is_channels_last(order: str) -> bool:
     return order == "p1 p2 c"
 
 
-def cell_of(feature_map: Shaped[Tensor, "batch channels *spatial"], mask: Mask) -> Grid:
+def cell_of(
+    feature_map: Shaped[Tensor, "batch channels *spatial"], mask: Mask, name: str = "feature_map"
+) -> Grid:
     """Return how many positions of a feature map, per axis, belong to one token of the mask.
 
     Raises:
         ValueError: If the mask has another number of axes, or does not fit the feature map.
     """
-    check_batch(mask, feature_map, "feature_map")
-    return divide("feature map", feature_map.shape[2:], mask.grid, "the grid of the mask")
+    check_batch(mask, feature_map, name)
+    return divide(name, feature_map.shape[2:], mask.grid, "the grid of the mask")

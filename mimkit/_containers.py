@@ -27,6 +27,9 @@ def container(cls: type[T]) -> type[T]:
     Returns:
         The class itself, as a frozen dataclass.
 
+    Raises:
+        TypeError: If `cls` is not a class.
+
     Source:
         mimkit's own, on PyTorch's pytrees.
 
@@ -39,6 +42,8 @@ def container(cls: type[T]) -> type[T]:
         >>> pytree.tree_map(lambda leaf: leaf * 2, Output(torch.ones(()), torch.ones(3))).prediction
         tensor([2., 2., 2.])
     """
+    if not isinstance(cls, type):
+        raise TypeError(f"cls must be a class; got {cls!r}")
     # Calling `dataclass` on the class keeps its docstring.
     frozen = dataclasses.dataclass(frozen=True, eq=False)(cls)
     fields = dataclasses.fields(frozen)  # type: ignore[arg-type]

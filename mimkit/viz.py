@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mimkit._arguments import Count, Share, checked
-from mimkit._checks import check_no_nan
+from mimkit._checks import check_no_nan, check_values
 from mimkit._grids import divide
 from mimkit.masking import Mask
 from mimkit.patches import gather_visible, patchify, restore, unpatchify
@@ -91,6 +91,7 @@ def fill_masked(
         >>> fill_masked(torch.ones(1, 1, 1, 2), mask, torch.full((1, 1, 1), 3.0), 1)
         tensor([[[[3., 1.]]]])
     """
+    check_values(patches, images, patch_size, "patches")
     visible = gather_visible(patchify(images, patch_size), mask)
     return unpatchify(restore(visible, mask, patches), mask.grid, patch_size)
 
@@ -161,7 +162,11 @@ def show_attention(
         >>> show_attention(images, attention).shape
         torch.Size([2, 3, 32, 32])
     """
-    down, across = divide("image size", images.shape[2:], attention.shape[1:], "the grid")
+    if images.shape[1] not in (1, 3):
+        raise ValueError(f"images must have one or three channels; got {tuple(images.shape)}")
+    if len(color) != 3:
+        raise ValueError(f"color must be three values; got {color!r}")
+    down, across = divide("image size", images.shape[2:], attention.shape[1:], "the attention grid")
     strongest = attention.flatten(1).amax(dim=1).view(-1, 1, 1).clamp(min=1e-12)
     bright = (attention / strongest).repeat_interleave(down, 1).repeat_interleave(across, 2)
     shown = images.expand(-1, 3, -1, -1) * (0.3 + 0.7 * bright.unsqueeze(1))
@@ -243,6 +248,9 @@ def curves(steps: Sequence[float], series: Mapping[str, Sequence[float]], *, tit
     Returns:
         A picture of pillow.
 
+    Raises:
+        ValueError: If a series does not have one value per step.
+
     Source:
         mimkit's own.
 
@@ -257,6 +265,12 @@ def curves(steps: Sequence[float], series: Mapping[str, Sequence[float]], *, tit
     from matplotlib.figure import Figure
     from PIL import Image
 
+    for name, values in series.items():
+        if len(values) != len(steps):
+            raise ValueError(
+                f"series must have one value for each of {len(steps)} steps; got {len(values)} "
+                f"for {name!r}"
+            )
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for index, (name, values) in enumerate(series.items()):
@@ -294,7 +308,9 @@ def _to_picture(image: Float[Tensor, "channels height width"]) -> "Image":
 
     if image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ValueError(
-            f"an image must be [1 or 3 channels, height, width]; got {tuple(image.shape)}"
+            f"rows must hold images [1 or 3 channels, height, width]; got {tuple(image.shape)}"
         )
+    if image.is_meta:
+        raise ValueError("rows must hold values; got an image on the meta device")
     pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
     return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())

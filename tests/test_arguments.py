@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from mimkit import losses, masking, targets
+from mimkit import losses, masking, targets, viz
 from mimkit import nn as mim
 from mimkit._arguments import Count, checked
-from mimkit.masking import stats
+from mimkit.masking import Mask, stats
 from mimkit.nn import PatchTokenizer
+from mimkit.patches import gather_visible
 
 
 @checked
@@ -106,3 +107,54 @@ def test_a_patch_embedding_on_the_meta_device_names_a_wrong_dtype():
     embed = mim.PatchEmbed(patch_size=4, in_channels=3, dim=8).to("meta")
     with pytest.raises(TypeError, match="float64"):
         embed(torch.zeros(1, 3, 8, 8, dtype=torch.float64, device="meta"))
+
+
+MASK = masking.uniform(masking.key([0, 1], seed=0), (2, 3), num_masked=2)
+
+
+@pytest.mark.untyped
+def test_an_axis_has_one_size_in_one_call():
+    tokens = torch.zeros(2, 3, 8)
+    with pytest.raises(
+        ValueError, match=r"^positions must have queries = 3, as latent \(2, 3, 8\)"
+    ):
+        mim.CAEDecoder(dim=8, depth=1, heads=2)(tokens, tokens[:, :1])
+    bias = torch.zeros(5)
+    with pytest.raises(
+        ValueError, match=r"^bias must have words = 7, as weight \(7, 8\); got \(5,"
+    ):
+        losses.linear_cross_entropy(tokens, torch.zeros(7, 8), bias, torch.zeros(2, 3).long())
+
+
+@pytest.mark.untyped
+def test_axes_named_as_those_of_a_mask_have_its_sizes():
+    images, patches = torch.zeros(2, 1, 4, 6), torch.zeros(2, 3, 4)
+    with pytest.raises(
+        ValueError, match=r"^patches must have masked = 2, as mask; got \(2, 3, 4\)"
+    ):
+        viz.fill_masked(images, MASK, patches, 2)
+
+
+def test_values_may_not_be_missing_but_tokens_and_samples_may():
+    with pytest.raises(ValueError, match=r"^images must be .* at least one value per spatial"):
+        mim.PatchEmbed(patch_size=2, in_channels=1, dim=4)(torch.zeros(2, 1, 4, 0))
+    nothing = masking.uniform(masking.key([0, 1], seed=0), (2, 3), num_masked=6)
+    assert gather_visible(torch.zeros(2, 6, 8), nothing).shape == (2, 0, 8)
+    assert gather_visible(torch.zeros(0, 6, 8), MASK[:0]).shape == (0, 4, 8)
+
+
+def test_tensors_in_a_list_are_on_one_device():
+    with pytest.raises(ValueError, match=r"^masks must be on one device; got \['cpu', 'meta'\]"):
+        Mask.cat([MASK, MASK.to("meta")])
+    with pytest.raises(ValueError, match=r"^targets is on meta, but context is on cpu"):
+        masking.MultiBlock(MASK, [MASK.to("meta")])
+
+
+def test_an_error_about_dtypes_names_the_argument_of_the_outer_module():
+    decoder = mim.CAEDecoder(dim=8, depth=1, heads=2)
+    tokens = torch.zeros(2, 3, 8)
+    with pytest.raises(
+        TypeError, match=r"^latent is torch.float64 .* this CAEDecoder are"
+    ) as caught:
+        decoder(tokens.double(), tokens)
+    assert str(caught.value).count("weights of this") == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -32,6 +34,10 @@ def philox4x32(
     Returns:
         Four words, int64 arrays with values in [0, 2**32).
 
+    Raises:
+        TypeError: If a word is not an int64 array, or some are tensors and others of NumPy.
+        ValueError: If the number of words, their devices or their shapes do not fit.
+
     Source:
         Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Random123, whose
         known answers it gives.
@@ -41,6 +47,28 @@ def philox4x32(
         >>> [f"{int(word):08x}" for word in philox4x32((zero, zero), (zero, zero, zero, zero))]
         ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
     """
+    for name, words, number in (("key", key, 2), ("counter", counter, 4)):
+        if not isinstance(words, Sequence) or len(words) != number:
+            raise ValueError(f"{name} must be {number} words; got {words!r:.80}")
+        for word in words:
+            if str(getattr(word, "dtype", "")) not in ("int64", "torch.int64"):
+                raise TypeError(
+                    f"{name} must be of int64 tensors or NumPy arrays; got {word!r:.80}"
+                )
+    every = (*key, *counter)
+    kinds = {str(word.device) if isinstance(word, Tensor) else "NumPy" for word in every}
+    if len(kinds) > 1:
+        raise ValueError(f"key and counter must be in one place; got {sorted(kinds)}")
+    shapes = [tuple(word.shape) for word in every]
+    axes = zip_longest(*(shape[::-1] for shape in shapes), fillvalue=1)
+    if any(len(set(axis) - {1}) > 1 for axis in axes):
+        raise ValueError(f"key and counter must broadcast against each other; got {shapes}")
+    return _philox4x32(key, counter)
+
+
+def _philox4x32(
+    key: tuple[Words, Words], counter: tuple[Words, Words, Words, Words]
+) -> tuple[Words, Words, Words, Words]:
     k0, k1 = key
     c0, c1, c2, c3 = counter
     for _ in range(10):
@@ -63,7 +91,7 @@ def sample_words(
     last_block = first_block + (num_words + 3) // 4
     blocks = torch.arange(first_block, last_block, device=sample_ids.device) | (stream << 16)
     sample = sample_ids.unsqueeze(1)
-    words = philox4x32(
+    words = _philox4x32(
         (seed & _M32, (seed >> 32) & _M32),
         (blocks, epoch & _M32, sample & _M32, (sample >> 32) & _M32),
     )

@@ -55,7 +55,7 @@ def masked_depthwise_conv2d(
         tensor([[[[7., 7.]]]])
     """
     radius = _radius("x", x, weight, bias, x.shape[1])
-    is_masked = mask.refine(cell_of(x, mask)).is_masked.unsqueeze(1)
+    is_masked = mask.refine(cell_of(x, mask, "x")).is_masked.unsqueeze(1)
     return F.conv2d(x.masked_fill(is_masked, 0), weight, bias, padding=radius, groups=x.shape[1])
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mimkit._checks import check_mask
+from mimkit._grids import as_sizes
 from mimkit._state_dicts import unwrap
 from mimkit.interop._convert import from_official, to_official
 from mimkit.interop._recognize import register_taker, select_known
@@ -115,7 +116,7 @@ def from_timm(
     if grid is None and isinstance(state_dict, nn.Module):
         grid = getattr(getattr(state_dict, "patch_embed", None), "grid_size", None)
     converted = _VIT.to_ours(select_known(tensors, "from_timm", _VIT.unknown))
-    return _to_our_positions(converted, grid)
+    return _to_our_positions(converted, None if grid is None else as_sizes("grid", grid))
 
 
 def _to_our_positions(converted: Converted, grid: Sequence[int] | None) -> Converted:

@@ -236,7 +236,7 @@ def masked_cross_entropy(
             "prediction must have the shape of target and a last axis of classes; got "
             f"{tuple(prediction.shape)} and {tuple(target.shape)}"
         )
-    check_classes("classes", target, prediction.shape[-1])
+    check_classes("target classes", target, prediction.shape[-1])
     logits, classes = prediction.float().flatten(0, -2), target.long().flatten()
     errors = F.cross_entropy(logits, classes, reduction="none", ignore_index=_NO_CLASS)
     errors = errors.view(target.shape)
@@ -245,7 +245,7 @@ def masked_cross_entropy(
 
 @checked
 def masked_pixel_loss(
-    prediction: Float[Tensor, "batch masked patch"] | Float[Tensor, "rows patch"],
+    prediction: Float[Tensor, "batch _ patch"] | Float[Tensor, "rows patch"],
     images: Shaped[Tensor, "batch channels *spatial"] | Sequence[Shaped[Tensor, "channels ..."]],
     mask: Mask | RaggedMask,
     patch_size: int | Sequence[int],
@@ -314,7 +314,10 @@ def masked_pixel_loss(
     if prediction.shape == (mask.batch_size, mask.num_tokens, shape[2]):
         prediction = gather_masked(prediction, mask)
     if prediction.shape != shape:
-        raise ValueError(f"prediction {tuple(prediction.shape)} and target {shape} differ in shape")
+        raise ValueError(
+            f"prediction {tuple(prediction.shape)} and target {shape}, the masked patches of "
+            f"images {tuple(images.shape)}, differ in shape"
+        )
     if normalize == "patch":
         check_can_normalize(prediction)
     errors = kernels.masked_pixel_loss(
@@ -357,6 +360,8 @@ def _masked_loss(
 
 
 def _take_masked(name: str, values: Tensor, mask: Mask | RaggedMask) -> Tensor:
+    if 0 in values.shape[1 if isinstance(mask, RaggedMask) else 2 :]:
+        raise ValueError(f"{name} must have at least one value each; got {tuple(values.shape)}")
     if isinstance(mask, RaggedMask):  # one sample that holds the tokens of all
         return _take_masked_rows(name, values, mask).unsqueeze(0)
     check_batch(mask, values, name)

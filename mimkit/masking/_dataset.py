@@ -4,6 +4,8 @@ from typing import Generic, TypeVar
 
 from torch.utils.data import Dataset, IterableDataset
 
+from mimkit._arguments import describe
+
 Item = TypeVar("Item")
 
 
@@ -44,6 +46,6 @@ def with_ids(dataset: Dataset[Item]) -> Dataset[tuple[Item, int]]:
         >>> [sample_ids.tolist() for _, sample_ids in loader]
         [[0, 1], [2, 3]]
     """
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
-        raise TypeError(f"with_ids needs a map-style data set; got {type(dataset).__name__}")
+    if isinstance(dataset, IterableDataset | str) or not hasattr(dataset, "__getitem__"):
+        raise TypeError(f"dataset must be a map-style data set; got {describe(dataset)}")
     return _WithIds(dataset)

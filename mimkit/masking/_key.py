@@ -73,9 +73,9 @@ class Key:
             >>> one.equal(other)
             False
         """
-        n = as_integer("view", n)
+        n = as_integer("n of view", n)
         if not 0 <= n < _MAX_VIEWS:
-            raise ValueError(f"view {n} is outside [0, {_MAX_VIEWS})")
+            raise ValueError(f"n of view must be in [0, {_MAX_VIEWS}); got {n}")
         return Key(self.sample_ids, self.seed_and_epoch, n)
 
 

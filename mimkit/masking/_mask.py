@@ -4,6 +4,7 @@ Axes: batch; tokens (of the whole grid, row-major, prefix tokens excluded); visi
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -67,18 +68,18 @@ class Mask:
         _check_tensor("is_masked", is_masked)
         if is_masked.dtype != torch.bool:
             raise TypeError(f"is_masked must be boolean (True = masked); got {is_masked.dtype}")
-        grid = as_sizes("grid", tuple(is_masked.shape[1:]))
+        grid = as_sizes("the grid of is_masked", tuple(is_masked.shape[1:]))
         flat = is_masked.flatten(1)
         if num_masked is None and flat.is_meta:
-            raise ValueError("is_masked is on the meta device, which holds no values to count")
+            raise ValueError("is_masked must hold values to count; got a tensor on the meta device")
         if num_masked is None or _can_read_values(flat):
             counts = flat.sum(dim=1).tolist()
             expected = num_masked if num_masked is not None else counts[0] if counts else 0
             other = next((row for row, count in enumerate(counts) if count != expected), None)
             if other is not None:
                 raise ValueError(
-                    f"every sample must mask the same number of tokens, {expected} of "
-                    f"{flat.shape[1]}, but sample {other} masks {counts[other]}"
+                    "every sample of is_masked must mask the same number of tokens, "
+                    f"{expected} of {flat.shape[1]}, but sample {other} masks {counts[other]}"
                 )
             num_masked = expected
         return cls._from_flat(flat, grid, num_masked)
@@ -193,6 +194,8 @@ class Mask:
                 f"boxes must be [batch, boxes, {2 * axes}] for grid {grid}; "
                 f"got {tuple(boxes.shape)}"
             )
+        if num_masked is None and boxes.is_meta:
+            raise ValueError("boxes must hold values to count; got a tensor on the meta device")
         start, stop = boxes[..., :axes], boxes[..., axes:]
         if _can_read_values(boxes):
             limit = torch.tensor(grid, device=boxes.device)
@@ -354,6 +357,7 @@ class Mask:
     @checked
     def equal(self, other: "Mask") -> bool:
         """Whether both mask the same positions of the same grid in every sample."""
+        check_same_device(self, other)
         return self.grid == other.grid and torch.equal(self.visible_ids, other.visible_ids)
 
     @checked
@@ -397,6 +401,16 @@ class Mask:
             f"Mask(batch_size={self.batch_size}, grid={self.grid}, num_visible={self.num_visible}, "
             f"num_masked={self.num_masked}, device='{self.device}')"
         )
+
+
+def check_same_device(mask: Any, other: Any) -> None:
+    """Check that two masks are on one device.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    if mask.device != other.device:
+        raise ValueError(f"other is on {other.device}, but this mask is on {mask.device}")
 
 
 def _check_tensor(name: str, value: object) -> None:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from mimkit._arguments import Size, checked
+from mimkit._arguments import Share, Size, checked
 from mimkit._containers import container
 from mimkit._grids import as_sizes, count_tokens
 from mimkit.masking._counts import check_interval, num_masked
@@ -22,6 +22,7 @@ _TARGETS, _CONTEXT, _ORDER = 7, 8, 9  # stream numbers in the public format
 _BINS = 256  # values of the aspect ratio and of the context area
 
 
+@checked
 @container
 class MultiBlock:
     """The context and the targets of I-JEPA.
@@ -29,6 +30,9 @@ class MultiBlock:
     Attributes:
         context: Its visible tokens are the input of the encoder; none of them is in a target.
         targets: One mask per block; its masked tokens are the block. Blocks may overlap.
+
+    Raises:
+        ValueError: If a target has another grid or batch size than the context.
 
     Source:
         I-JEPA, arXiv:2301.08243, section 3; see `multiblock`.
@@ -43,6 +47,14 @@ class MultiBlock:
     context: Mask
     targets: list[Mask]
 
+    def __post_init__(self) -> None:
+        for target in self.targets:
+            if (target.grid, target.batch_size) != (self.context.grid, self.context.batch_size):
+                raise ValueError(
+                    f"targets must have the grid and the batch size of the context; got {target} "
+                    f"for {self.context}"
+                )
+
 
 @checked
 def multiblock(
@@ -50,7 +62,7 @@ def multiblock(
     grid: Sequence[int],
     *,
     num_targets: Size = 4,
-    target_ratio: float = 0.175,
+    target_ratio: Share = 0.175,
     aspect: tuple[float, float] = (0.75, 1.5),
     context_scale: tuple[float, float] = (0.85, 1.0),
     num_context: int | None = None,

@@ -10,14 +10,14 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int, Int64
+from jaxtyping import Bool, Int, Int64, Shaped
 from torch import Tensor
 
-from mimkit._arguments import checked
+from mimkit._arguments import Count, checked
 from mimkit._containers import container, static
 from mimkit._grids import Grid, as_sizes, count_tokens
 from mimkit.masking._key import Key
-from mimkit.masking._mask import Mask
+from mimkit.masking._mask import Mask, check_same_device
 
 
 @checked
@@ -29,7 +29,7 @@ class RaggedMask:
     padding. So a batch may contain images of different sizes, each with its own grid. Like `Mask`,
     it is a pytree of tensors. Counts and grids are its context: they are known on the host, and a
     compiled graph is specialised to them. Make one with `ragged`, `RaggedMask.cat` or
-    `RaggedMask.from_*`; the constructor checks dtypes and devices only.
+    `RaggedMask.from_*`; the constructor checks dtypes, devices and the number of samples only.
 
     Attributes:
         visible_ids: Row-major positions in each sample's grid that the encoder sees, ascending.
@@ -38,6 +38,9 @@ class RaggedMask:
         cu_masked: The same for the masked ids.
         grids: Tokens per axis of each sample.
         num_visible: Number of visible tokens of each sample.
+
+    Raises:
+        ValueError: If the numbers of entries of grids, counts and cumulative counts do not fit.
 
     Source:
         mimkit's own.
@@ -58,6 +61,14 @@ class RaggedMask:
     grids: tuple[Grid, ...] = static()
     num_visible: tuple[int, ...] = static()
 
+    def __post_init__(self) -> None:
+        numbers = len(self.grids), len(self.num_visible), len(self.cu_visible) - 1
+        if len(set(numbers)) > 1:
+            raise ValueError(
+                "grids and num_visible must have one entry per sample, and cu_visible and "
+                f"cu_masked one more; got {numbers[0]}, {numbers[1]} and {numbers[2] + 1} entries"
+            )
+
     @classmethod
     @checked
     def from_bool(
@@ -76,8 +87,8 @@ class RaggedMask:
         wrong = next((sample for sample in samples if sample.dtype != torch.bool), None)
         if wrong is not None:
             raise TypeError(f"is_masked must be boolean (True = masked); got {wrong.dtype}")
-        grids = tuple(as_sizes("grid", tuple(sample.shape)) for sample in samples)
-        _check_not_empty(samples)
+        _check_not_empty("is_masked", samples)
+        grids = tuple(as_sizes("the grid of is_masked", tuple(s.shape)) for s in samples)
         flat = torch.cat([sample.flatten() for sample in samples])
         starts = _cumulate([count_tokens(grid) for grid in grids], flat.device)
         visible, masked = ((flat == hidden).nonzero().squeeze(1) for hidden in (False, True))
@@ -111,7 +122,7 @@ class RaggedMask:
             tensor([0, 3, 1])
         """
         if len(ids) != len(grids):
-            raise ValueError(f"{len(ids)} samples need {len(ids)} grids; got {len(grids)}")
+            raise ValueError(f"{len(ids)} samples of ids need {len(ids)} grids; got {len(grids)}")
         pairs = zip(ids, grids, strict=True)
         return cls.cat([Mask.from_visible_ids(one.unsqueeze(0), grid) for one, grid in pairs])
 
@@ -130,7 +141,7 @@ class RaggedMask:
             >>> RaggedMask.cat(masks).num_visible
             (4, 4, 4, 4, 6, 6)
         """
-        _check_not_empty(masks)
+        _check_not_empty("masks", masks)
         visible_ids = torch.cat([mask.visible_ids.flatten() for mask in masks])
         masked_ids = torch.cat([mask.masked_ids.flatten() for mask in masks])
         grids: list[Grid] = []
@@ -201,7 +212,9 @@ class RaggedMask:
         return _repeat_per_token(starts, cumulative.diff(), len(ids))
 
     @checked
-    def split_visible(self, packed: Tensor, *, num_prefix: int = 0) -> tuple[Tensor, ...]:
+    def split_visible(
+        self, packed: Shaped[Tensor, "rows ..."], *, num_prefix: Count = 0
+    ) -> tuple[Tensor, ...]:
         """Split packed rows into samples: `num_prefix` rows and the visible tokens of each.
 
         Raises:
@@ -215,7 +228,7 @@ class RaggedMask:
         return _split(packed, [num_prefix + count for count in self.num_visible])
 
     @checked
-    def split_masked(self, packed: Tensor) -> tuple[Tensor, ...]:
+    def split_masked(self, packed: Shaped[Tensor, "rows ..."]) -> tuple[Tensor, ...]:
         """Split rows of masked tokens into samples.
 
         Raises:
@@ -263,7 +276,7 @@ class RaggedMask:
             rows = [index] if isinstance(index, int) else list(index)
         visible = self.split_visible(self.visible_ids)
         masked = self.split_masked(self.masked_ids)
-        _check_not_empty(rows)
+        _check_not_empty("rows", rows)
         return RaggedMask._pack(
             torch.cat([visible[row] for row in rows]),
             torch.cat([masked[row] for row in rows]),
@@ -294,6 +307,7 @@ class RaggedMask:
     @checked
     def equal(self, other: "RaggedMask") -> bool:
         """Whether both mask the same positions of the same grids in every sample."""
+        check_same_device(self, other)
         return (
             (self.grids, self.num_visible) == (other.grids, other.num_visible)
             and torch.equal(self.visible_ids, other.visible_ids)
@@ -404,7 +418,8 @@ def _per_sample(name: str, value: Any, key: Key, *, one: bool) -> Sequence[Any]:
 def _split(packed: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
     if len(packed) != sum(counts):
         raise ValueError(
-            f"samples of {tuple(counts)} rows need {sum(counts)} rows; got {len(packed)}"
+            f"packed must have {sum(counts)} rows, {tuple(counts)} for the samples with their "
+            f"prefix (num_prefix); got {len(packed)}"
         )
     parts: tuple[Tensor, ...] = packed.split(list(counts))
     return parts
@@ -419,6 +434,6 @@ def _repeat_per_token(values: Tensor, counts: Tensor, total: int) -> Tensor:
     return values.repeat_interleave(counts, output_size=total)
 
 
-def _check_not_empty(samples: Sequence[Any]) -> None:
+def _check_not_empty(name: str, samples: Sequence[Any]) -> None:
     if not len(samples):
-        raise ValueError("a ragged mask needs at least one sample")
+        raise ValueError(f"{name} is empty, but a ragged mask needs at least one sample")

@@ -278,6 +278,7 @@ def _draw_ijepa(
         check_interval(name, scale, highest=1)
     if min(height, width) < 2:
         raise ValueError(f"ijepa needs a grid of at least two rows and columns; got {grid}")
+    _check_has_values(key)
     state = (*key.seed_and_epoch.tolist(), key.view_index)
     of_batch = random.Random(repr((*state, key.sample_ids.tolist())))
     target_size = _block_size(of_batch, (height, width), target_scale, aspect)
@@ -398,8 +399,7 @@ def _per_sample(
     key: Key, grid: Sequence[int], draw: Callable[[random.Random, tuple[int, int]], np.ndarray]
 ) -> Bool[Tensor, "batch *grid"]:
     """Draw a mask for every sample, from a generator seeded by its part of the key."""
-    if key.device.type == "meta":
-        raise ValueError("key must hold values; got one on the meta device")
+    _check_has_values(key)
     height, width = _two_axes(grid)
     seed_and_epoch = key.seed_and_epoch.tolist()
     masks = [
@@ -408,6 +408,11 @@ def _per_sample(
     ]
     stacked = np.stack(masks) if masks else np.zeros((0, height, width), dtype=bool)
     return torch.from_numpy(stacked).to(key.device)
+
+
+def _check_has_values(key: Key) -> None:
+    if key.device.type == "meta":
+        raise ValueError("key must hold values; got one on the meta device")
 
 
 def _two_axes(grid: Sequence[int]) -> tuple[int, int]:

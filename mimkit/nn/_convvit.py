@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int32, Shaped
+from jaxtyping import Bool, Float, Int32, Shaped, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -365,7 +365,10 @@ class ConvViT(TimmProtocol):
 
     @checked
     def forward(
-        self, images: Shaped[Tensor, "batch channels height width"], mask: Mask | None = None
+        self,
+        images: Float[Tensor, "batch channels height width"]
+        | UInt8[Tensor, "batch channels height width"],
+        mask: Mask | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
         """Encode the visible patches, or all patches without a mask.
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._arguments import Count, DropRate, Positive, Size, checked
+from mimkit._arguments import Count, DropRate, Positive, Size, checked, uses_autocast
 from mimkit.nn._layers import NORM_EPS
 
 Map = Float[Tensor, "batch _ _ _"]
@@ -276,10 +276,15 @@ def _resize(maps: Map, like: Map) -> Map:
 
 
 def _check_maps(maps: Sequence[Tensor], channels: Sequence[int]) -> None:
-    """Check the number of feature maps and their channels."""
+    """Check the number of feature maps, their channels, batch size and dtype."""
     shapes = [tuple(given.shape) for given in maps]
     if [len(shape) for shape in shapes] != [4] * len(channels) or [
         shape[1] for shape in shapes
     ] != list(channels):
         wanted = ", ".join(f"[batch, {width}, height, width]" for width in channels)
         raise ValueError(f"maps must be {wanted}; got {shapes}")
+    if len({shape[0] for shape in shapes}) > 1 or any(0 in shape[1:] for shape in shapes):
+        raise ValueError(f"maps must have one batch size, and at least one value; got {shapes}")
+    dtypes = {given.dtype for given in maps if not uses_autocast(given)}
+    if len(dtypes) > 1 or not all(given.is_floating_point() for given in maps):
+        raise TypeError(f"maps must be floats of one dtype; got {[m.dtype for m in maps]}")

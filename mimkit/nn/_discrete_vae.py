@@ -11,8 +11,8 @@ from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._arguments import Depth, NotNegative, Positive, Size, checked
-from mimkit._checks import as_floats
+from mimkit._arguments import NotNegative, Positive, Size, checked
+from mimkit._checks import as_floats, check_no_nan
 from mimkit._containers import container
 from mimkit._grids import divide
 
@@ -91,7 +91,7 @@ def _trunk(
         resize: Name and constructor of the layer between groups.
         out_dim: Output width of the last layer.
     """
-    gain = ((len(widths) - 1) * depth) ** -2
+    gain = float((len(widths) - 1) * depth) ** -2
     layers: list[tuple[str, nn.Module]] = [("input", stem)]
     for number, (before, width) in enumerate(zip(widths[:-1], widths[1:], strict=True), 1):
         group: list[tuple[str, nn.Module]] = [
@@ -216,7 +216,7 @@ class DiscreteVAE(nn.Module):
         in_channels: Size = 3,
         dim: Size = 256,
         groups: Size = 4,
-        depth: Depth = 2,
+        depth: Size = 2,
         vocabulary_size: Size = 8192,
         stem_dim: Size = 128,
         has_decoder: bool = True,
@@ -259,8 +259,9 @@ class DiscreteVAE(nn.Module):
 
         Raises:
             ValueError: If the images have another number of channels, or a size that is not
-                divisible by the stride.
+                divisible by the stride, or (on a CPU) contain NaN.
         """
+        check_no_nan("images", images)
         return self._logits(images).argmax(dim=1)
 
     @torch.no_grad()
@@ -298,6 +299,8 @@ class DiscreteVAE(nn.Module):
             DALL-E, arXiv:2102.12092, section 2.1 and appendix A.3: Gumbel-softmax relaxation, and
             the logit-Laplace distribution of pixels.
         """
+        if not len(images):
+            raise ValueError("images must have at least one sample, for a mean loss; got none")
         logits = self._logits(images)
         codes = F.gumbel_softmax(logits, tau=temperature, hard=hard, dim=1)
         mean, log_scale = self._statistics(codes)

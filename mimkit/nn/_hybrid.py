@@ -28,6 +28,9 @@ class ConvStem(nn.Sequential):
         out_channels: Channels of the feature map.
         stride: Total stride: pixels per axis of one feature-map position.
 
+    Raises:
+        ValueError: If `channels` is empty.
+
     Source:
         mimkit's own, a small stem for the "Hybrid Architecture" of Dosovitskiy et al.,
         arXiv:2010.11929, section 3.1, which has a ResNet there.
@@ -40,6 +43,8 @@ class ConvStem(nn.Sequential):
 
     @checked
     def __init__(self, *, in_channels: Size, channels: Sequence[Size]) -> None:
+        if not len(channels):
+            raise ValueError("channels must have at least one entry, one per convolution; got none")
         layers: list[nn.Module] = []
         for before, after in zip((in_channels, *channels), channels, strict=False):
             convolution = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)

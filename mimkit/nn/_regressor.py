@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from mimkit._arguments import Depth, DropRate, Positive, Size, checked
 from mimkit._checks import check_even
 from mimkit.masking import Mask
-from mimkit.nn._decoders import check_latent
 from mimkit.nn._layers import (
     NORM_EPS,
     CrossAttention,
@@ -189,15 +188,6 @@ class ContextRegressor(nn.Module):
         Raises:
             ValueError: If position embeddings and their tokens differ in shape.
         """
-        for name, tokens, table in (
-            ("query", queries, query_positions),
-            ("visible", visible, visible_positions),
-        ):
-            if tokens.shape != table.shape:
-                raise ValueError(
-                    f"{name} positions must have the shape of the {name} tokens, "
-                    f"{tuple(tokens.shape)}; got {tuple(table.shape)}"
-                )
         for block in self.blocks:
             queries = block(queries, visible, query_positions, visible_positions)
         predicted: Tensor = self.norm(queries)
@@ -240,7 +230,11 @@ class ContextRegressor(nn.Module):
             torch.Size([2, 6, 32])
         """
         check_even(mask)
-        check_latent(visible, mask, mask.grid, num_prefix=0)
+        if len(positions) != mask.num_tokens:
+            raise ValueError(
+                f"positions must be [{mask.num_tokens}, dim] for grid {mask.grid}; got "
+                f"{tuple(positions.shape)}"
+            )
         table = positions.expand(len(visible), -1, -1)
         query_positions, visible_positions = gather_masked(table, mask), gather_visible(table, mask)
         queries = mask_token.expand_as(query_positions)

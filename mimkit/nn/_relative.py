@@ -86,7 +86,7 @@ class RelativePositionBias(nn.Module):
         return interpolate_relative_positions(self.table, self.grid, grid, num_extra=extra)
 
     def _visible_index(self, mask: Mask) -> Int64[Tensor, "batch visible visible"]:
-        check_mask(mask, self.grid, mask.visible_ids, "this bias")
+        check_mask(mask, self.grid, self.table.expand(mask.batch_size, -1, -1), "this bias")
         ids = F.pad(mask.visible_ids + self.num_prefix, (self.num_prefix, 0))
         return self.index[ids.unsqueeze(2), ids.unsqueeze(1)]
 

@@ -127,7 +127,7 @@ class SwinTransformer(TimmProtocol):
             )
             for stage, blocks in enumerate(depth)
         )
-        self.axis_sizes = {"dim": self.dim}
+        self.axis_sizes = {"dim": self.dim, "embed_dim": dim}
         self.norm = nn.LayerNorm(self.dim, eps=norm_eps)
         self.head = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
         self.apply(initialize_swin)
@@ -138,7 +138,7 @@ class SwinTransformer(TimmProtocol):
         images: Shaped[Tensor, "batch channels height width"],
         mask: Mask | None = None,
         *,
-        mask_token: Float[Tensor, "*masked dim"] | None = None,
+        mask_token: Float[Tensor, "*masked embed_dim"] | None = None,
     ) -> Float[Tensor, "batch tokens out_dim"]:
         """Encode images, with masked patches replaced by the mask token.
 

@@ -10,8 +10,8 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from mimkit._arguments import Count, Seed, Size, checked
-from mimkit._checks import check_no_nan, patch_statistics
-from mimkit._grids import as_sizes, count_tokens
+from mimkit._checks import check_axes, check_no_nan, patch_statistics
+from mimkit._grids import as_sizes, count_tokens, divide
 from mimkit.patches import grid_of, patchify, unpatchify
 
 _CHUNK = 1 << 14  # patches per distance matrix, to bound memory
@@ -82,8 +82,11 @@ class PatchTokenizer(nn.Module):
         patches = self._normalized(images).flatten(0, -2)
         count = len(self.centers)
         if len(patches) < count:
-            raise ValueError(f"{count} codes need at least {count} patches; got {len(patches)}")
-        order = torch.randperm(len(patches), generator=torch.Generator().manual_seed(seed))
+            raise ValueError(
+                f"{count} codes need at least {count} patches; got {len(patches)} from images "
+                f"{tuple(images.shape)}"
+            )
+        order = torch.randperm(len(patches), generator=torch.Generator().manual_seed(int(seed)))
         self.centers.copy_(patches[order[:count].to(patches.device)])
         for _ in range(iterations):
             ids = self._nearest(patches)
@@ -98,7 +101,12 @@ class PatchTokenizer(nn.Module):
     def encode(
         self, images: Shaped[Tensor, "batch channels *spatial"]
     ) -> Int64[Tensor, "batch *grid"]:
-        """Return the code of each patch."""
+        """Return the code of each patch.
+
+        Raises:
+            ValueError: If images are on another device than the centers, or (on a CPU) contain NaN.
+        """
+        check_no_nan("images", images)
         patches = self._normalized(images)
         ids = self._nearest(patches.flatten(0, -2))
         return ids.view(len(images), *grid_of(images, self.patch_size))
@@ -117,16 +125,22 @@ class PatchTokenizer(nn.Module):
             like: Images that give each patch its mean and standard deviation, since codes stand for
                 normalised patches.
         """
-        if tuple(ids.shape[1:]) != grid_of(like, self.patch_size):
+        check_axes(like, self.patch_size, "like")
+        grid = divide("like", like.shape[2:], self.patch_size, "patch size")
+        if tuple(ids.shape[1:]) != grid:
             raise ValueError(
-                f"ids must have the grid of `like`, {grid_of(like, self.patch_size)}; got "
-                f"{tuple(ids.shape)} for like {tuple(like.shape)}"
+                f"ids must have the grid of `like`, {grid}; got {tuple(ids.shape)} for like "
+                f"{tuple(like.shape)}"
             )
         mean, std = patch_statistics(patchify(like, self.patch_size))
         patches = self.centers[ids.flatten(1)] * std + mean
         return unpatchify(patches, ids.shape[1:], self.patch_size, order="c p1 p2")
 
     def _normalized(self, images: Tensor) -> Float[Tensor, "batch tokens patch"]:
+        if images.device != self.centers.device:
+            raise ValueError(
+                f"images are on {images.device}, but the centers on {self.centers.device}"
+            )
         patches = patchify(images.float(), self.patch_size, order="c p1 p2")
         mean, std = patch_statistics(patches)
         return (patches - mean) / std

@@ -17,6 +17,7 @@ from mimkit._arguments import Scales, checked
 from mimkit._checks import (
     Order,
     channel_statistic,
+    check_axes,
     check_mask,
     check_pixels,
     check_stacked,
@@ -52,16 +53,7 @@ def grid_of(
         >>> grid_of(torch.zeros(1, 3, 224, 192), 16)
         (14, 12)
     """
-    if not 3 <= images.ndim <= 5:
-        raise ValueError(
-            "images must be [batch, channels] and one to three spatial axes; "
-            f"got shape {tuple(images.shape)}"
-        )
-    if isinstance(patch_size, Sequence) and len(patch_size) == images.ndim - 1:
-        raise ValueError(
-            f"images must be [batch, channels, ...] for patch_size={patch_size!r}; got "
-            f"{tuple(images.shape)}: a single image needs a batch axis, images.unsqueeze(0)"
-        )
+    check_axes(images, patch_size)
     return divide("image size", images.shape[2:], patch_size, "patch size")
 
 

@@ -106,11 +106,13 @@ def interpolate_positions(
     """
     old_grid, new_grid = as_sizes("old_grid", old_grid), as_sizes("new_grid", new_grid)
     if len(old_grid) != len(new_grid):
-        raise ValueError(f"grids {old_grid} and {new_grid} have different numbers of axes")
+        raise ValueError(
+            f"old_grid and new_grid, {old_grid} and {new_grid}, have different numbers of axes"
+        )
     if table.ndim != 2 or table.shape[0] != num_prefix + count_tokens(old_grid):
         raise ValueError(
             f"table must be [{num_prefix + count_tokens(old_grid)}, dim] for grid {old_grid} "
-            f"after {num_prefix} prefix rows; got {tuple(table.shape)}"
+            f"after {num_prefix} prefix rows (num_prefix); got {tuple(table.shape)}"
         )
     prefix, tokens = table[:num_prefix], table[num_prefix:]
     if old_grid == new_grid:

@@ -54,7 +54,9 @@ def interpolate_relative_positions(
     old_grid, new_grid = as_sizes("old_grid", old_grid), as_sizes("new_grid", new_grid)
     old_sizes, new_sizes = ([2 * n - 1 for n in grid] for grid in (old_grid, new_grid))
     if len(old_grid) != len(new_grid):
-        raise ValueError(f"grids {old_grid} and {new_grid} have different numbers of axes")
+        raise ValueError(
+            f"old_grid and new_grid, {old_grid} and {new_grid}, have different numbers of axes"
+        )
     if table.ndim != 2 or table.shape[0] != count_tokens(old_sizes) + num_extra:
         raise ValueError(
             f"table must be [{count_tokens(old_sizes) + num_extra}, heads] for grid {old_grid} "

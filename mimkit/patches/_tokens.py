@@ -10,7 +10,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 import mimkit_kernels as kernels
-from mimkit._arguments import checked
+from mimkit._arguments import Count, checked
 from mimkit._checks import check_batch, check_rows
 from mimkit.masking import Mask, RaggedMask
 
@@ -20,7 +20,7 @@ def gather_visible(
     tokens: Shaped[Tensor, "batch prefix_and_tokens dim"] | Shaped[Tensor, "rows dim"],
     mask: Mask | RaggedMask,
     *,
-    num_prefix: int = 0,
+    num_prefix: Count = 0,
 ) -> Shaped[Tensor, "batch prefix_and_visible dim"] | Shaped[Tensor, "rows_of_visible dim"]:
     """Gather the prefix tokens and the visible tokens, in ascending order of position.
 
@@ -57,7 +57,7 @@ def gather_masked(
     tokens: Shaped[Tensor, "batch prefix_and_tokens dim"] | Shaped[Tensor, "rows dim"],
     mask: Mask | RaggedMask,
     *,
-    num_prefix: int = 0,
+    num_prefix: Count = 0,
 ) -> Shaped[Tensor, "batch prefix_and_masked dim"] | Shaped[Tensor, "rows_of_masked dim"]:
     """Gather the prefix tokens and the masked tokens, in ascending order of position.
 
@@ -98,7 +98,7 @@ def restore(
     | Float[Tensor, "rows_of_masked dim"],
     *,
     positions: Float[Tensor, "prefix_and_tokens dim"] | None = None,
-    num_prefix: int = 0,
+    num_prefix: Count = 0,
 ) -> Float[Tensor, "batch prefix_and_tokens dim"] | Float[Tensor, "rows dim"]:
     """Put visible tokens back in grid order and fill the masked positions.
 
@@ -129,7 +129,6 @@ def restore(
     if isinstance(mask, RaggedMask):
         return _restore_rows(visible, mask, fill, positions, num_prefix)
     check_batch(mask, visible, "visible")
-    _check_prefix(num_prefix)
     length = num_prefix + mask.num_visible
     if visible.ndim != 3 or visible.shape[1] != length:
         raise ValueError(
@@ -155,7 +154,6 @@ def restore(
 
 
 def _gather(tokens: Tensor, mask: Mask, ids: Tensor, num_prefix: int) -> Tensor:
-    _check_prefix(num_prefix)
     if tokens.ndim != 3 or tokens.shape[1] != num_prefix + mask.num_tokens:
         raise ValueError(
             f"tokens must be [batch, {num_prefix + mask.num_tokens}, dim] for grid {mask.grid} "
@@ -166,11 +164,6 @@ def _gather(tokens: Tensor, mask: Mask, ids: Tensor, num_prefix: int) -> Tensor:
     return kernels.gather_tokens(tokens, ids, num_prefix)
 
 
-def _check_prefix(num_prefix: int) -> None:
-    if num_prefix < 0:
-        raise ValueError(f"num_prefix must not be negative; got {num_prefix}")
-
-
 def _gather_rows(tokens: Tensor, mask: RaggedMask, num_prefix: int) -> Tensor:
     whole = _with_prefix(mask, num_prefix)
     check_rows("tokens", tokens, whole, sum(whole.num_tokens))
@@ -179,7 +172,6 @@ def _gather_rows(tokens: Tensor, mask: RaggedMask, num_prefix: int) -> Tensor:
 
 def _with_prefix(mask: RaggedMask, num_prefix: int) -> RaggedMask:
     """Add `num_prefix` visible tokens in front of each sample's tokens, on grids of one axis."""
-    _check_prefix(num_prefix)
     if num_prefix == 0:
         return mask
     prefix = torch.arange(num_prefix, device=mask.device)

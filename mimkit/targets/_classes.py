@@ -79,7 +79,8 @@ class ColorClusters:
         points = as_floats(images).float().movedim(1, -1).flatten(0, -2)
         if len(points) < self.num_clusters:
             raise ValueError(
-                f"{self.num_clusters} clusters need at least as many pixels; got {len(points)}"
+                f"{self.num_clusters} clusters need at least as many pixels; got {len(points)} "
+                f"from images {tuple(images.shape)}"
             )
         if initial is None:
             initial = _plus_plus(points, self.num_clusters, generator)

@@ -163,7 +163,7 @@ class NormalizedPixels:
         pixels = self._pixels(images, mask)
         if values.shape != pixels.shape:
             raise ValueError(
-                f"values must be {tuple(pixels.shape)}, one patch per masked token; "
+                f"values must be {tuple(pixels.shape)}, one patch per masked token of the images; "
                 f"got {tuple(values.shape)}"
             )
         mean, std = patch_statistics(pixels)
@@ -228,7 +228,10 @@ class PCATarget:
         patches = patchify(as_floats(images), self.patch_size, order=self.order)
         patches = patches.flatten(0, 1).double()
         if len(patches) < 2:
-            raise ValueError(f"fit needs at least 2 patches; got {len(patches)}")
+            raise ValueError(
+                f"fit needs at least 2 patches; got {len(patches)} from images "
+                f"{tuple(images.shape)}"
+            )
         if self.num_components > patches.shape[1]:
             raise ValueError(
                 f"{self.num_components} components do not fit patches of {patches.shape[1]} values"

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mimkit._arguments import Count, checked
-from mimkit._checks import check_even
+from mimkit._checks import check_even, check_no_nan
 from mimkit.masking import Mask
 from mimkit.patches import gather_masked, patchify
 
@@ -77,13 +77,14 @@ class TokenTarget:
 
     def _codes(self, images: Tensor, mask: Mask) -> Tensor:
         check_even(mask)
+        check_no_nan("images", images)
         with torch.no_grad():
             codes = self.encode(images)
         is_other_grid = codes.ndim > 2 and tuple(codes.shape[1:]) != mask.grid
         if is_other_grid or codes.flatten(1).shape != (mask.batch_size, mask.num_tokens):
             raise ValueError(
-                f"encode must return one code per token for {mask.batch_size} samples of grid "
-                f"{mask.grid}; got {tuple(codes.shape)}"
+                f"encode must return one code per token for images {tuple(images.shape)} and a "
+                f"mask of grid {mask.grid}; got {tuple(codes.shape)}"
             )
         return codes.flatten(1)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -23,8 +23,11 @@ from mimkit.masking import Key, Mask, RaggedMask
 
 # "refusal": the call must raise. "same": it must give the result of the valid call (or of the call
 # with a stand-in). "same or refusal": either. "finite": it may raise or work, without NaN. "nan
-# or refusal": it may raise, or show the NaN in a result of floats.
-Wanted = Literal["refusal", "same", "same or refusal", "finite", "nan or refusal"]
+# or refusal": it may raise, or show the NaN in a result of floats. "meta or refusal": it may raise,
+# or give a result on the meta device.
+Wanted = Literal[
+    "refusal", "same", "same or refusal", "finite", "nan or refusal", "meta or refusal"
+]
 
 _DTYPES = (torch.int64, torch.int32, torch.bool, torch.complex64, torch.float64, torch.float16)
 _ROUNDING = 1e-4  # relative to the largest value; another layout may sum in another order
@@ -75,8 +78,9 @@ def assert_rejects_wrong_inputs(
 
     The valid call must work. Then one argument at a time gets another value, also those that have
     a default: tensors of another dtype, number of axes, size, device ("meta") or memory layout,
-    empty or with a NaN; numbers that are NaN, infinite, negative, zero or huge; unknown words;
-    masks of another grid or batch; values of another type. Each call must either
+    empty or with a NaN; numbers that are NaN, infinite, negative, zero or huge; unknown words,
+    unless the annotation is `str` or a sequence of `str`, so that any text fits; masks of another
+    grid or batch; values of another type. Each call must either
 
     - raise a `ValueError` or `TypeError` by a `raise` statement of the function's own package, with
       a message that contains the name of the argument, or
@@ -148,13 +152,16 @@ def find_faults(
         raise AssertionError(f"the valid call of {_name_of(function)} fails: {error}") from error
     findings = Findings()
     for name, value in arguments.items():
-        kind = signature.parameters[name].kind
-        if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+        parameter = signature.parameters[name]
+        if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
             continue
         others = [other for key, other in arguments.items() if key != name]
         owner = getattr(target, "__self__", None)
         others += list(owner.parameters()) if isinstance(owner, nn.Module) else []
+        any_text = str in (parameter.annotation, *get_args(parameter.annotation))
         for mutation in mutations(value, others):
+            if any_text and mutation.label.endswith("another text"):
+                continue
             skipped = {name, f"{name}: {mutation.label}"} & set(reasons)
             findings.skipped |= skipped
             if not skipped:
@@ -223,6 +230,10 @@ class _Runner:
     ) -> Any:
         if mutation.wanted == "refusal":
             return "silent", "worked, but must be refused"
+        if mutation.wanted == "meta or refusal":
+            tensors = [value for value in result if isinstance(value, Tensor)]
+            is_meta = bool(tensors) and all(value.is_meta for value in tensors)
+            return None if is_meta else ("silent", "gave values from an input without values")
         if mutation.wanted == "nan or refusal":
             shows = any(isinstance(v, Tensor) and v.dtype.is_floating_point for v in result)
             shows = shows or not any(isinstance(v, Tensor) for v in result)
@@ -303,8 +314,7 @@ def _of_sequence(value: Any) -> Iterator[Mutation]:
 def _of_tensor(value: Tensor, others: Sequence[Any]) -> Iterator[Mutation]:
     yield from _other_dtypes(value)
     yield from _other_shapes(value, others)
-    is_alone = not any(_holds_tensors(other) for other in others)
-    yield Mutation("meta", lambda: value.to("meta"), "finite" if is_alone else "refusal")
+    yield Mutation("meta", lambda: value.to("meta"), _wanted_of_meta(others))
     if value.ndim:
         axes = tuple(reversed(range(value.ndim)))
         turned = value.permute(axes).contiguous().permute(axes)
@@ -360,10 +370,8 @@ def _other_shapes(value: Tensor, others: Sequence[Any]) -> Iterator[Mutation]:
 
 def _of_container(value: Mask | RaggedMask | Key, others: Sequence[Any]) -> Iterator[Mutation]:
     shared = any(_batch_of(other) == value.batch_size for other in others)
-    is_alone = not any(_holds_tensors(other) for other in others)
-    wanted: Wanted = "finite" if is_alone else "refusal"
-    leaves, structure = pytree.tree_flatten(value)
-    yield Mutation("meta", lambda: _mapped(value, lambda leaf: leaf.to("meta")), wanted)
+    meta = partial(_mapped, value, lambda leaf: leaf.to("meta"))
+    yield Mutation("meta", meta, _wanted_of_meta(others))
     for dtype in (torch.int32, torch.float32, torch.bool, torch.complex64):
         yield Mutation(
             f"{str(dtype)[6:]} ids",
@@ -419,6 +427,18 @@ def _batch_of(value: Any) -> int | None:
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         return len(value) if value.ndim else None
     return value.batch_size if isinstance(value, Mask | RaggedMask | Key) else None
+
+
+def _wanted_of_meta(others: Sequence[Any]) -> Wanted:
+    """Return what is wanted of an input without values, beside other arguments and parameters.
+
+    A method that does not use the parameters of its module may work, or one of PyTorch's operators
+    that take both.
+    """
+    if not any(map(_holds_tensors, others)):
+        return "finite"
+    is_refused = any(_holds_tensors(o) and not isinstance(o, nn.Parameter) for o in others)
+    return "refusal" if is_refused else "meta or refusal"
 
 
 def _holds_tensors(value: Any) -> bool:

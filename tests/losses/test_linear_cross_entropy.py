@@ -173,8 +173,8 @@ X, WEIGHT, BIAS, TARGET = torch.randn(3, 2), torch.randn(5, 2), torch.randn(5), 
     ("arguments", "error", "message"),
     [
         ((X, WEIGHT, BIAS, TARGET.int()), TypeError, "int64; got torch.int32"),
-        ((X[:, :1], WEIGHT, BIAS, TARGET), ValueError, r"\(3, 1\) and \(5, 2\)"),
-        ((X, WEIGHT, BIAS[:1], TARGET), ValueError, r"bias must be \[5\]; got \(1,\)"),
+        ((X[:, :1], WEIGHT, BIAS, TARGET), ValueError, r"x \(3, 1\); got \(5, 2\)"),
+        ((X, WEIGHT, BIAS[:1], TARGET), ValueError, r"bias must have words = 5.*got \(1,\)"),
         (
             (X, WEIGHT, BIAS, TARGET[:1]),
             ValueError,

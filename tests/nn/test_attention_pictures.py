@@ -40,5 +40,7 @@ def test_the_line_is_drawn_only_inside_the_selected_positions():
 
 @pytest.mark.untyped
 def test_images_not_divisible_by_the_grid_are_refused():
-    with pytest.raises(ValueError, match=r"\(10, 12\) is not divisible by the grid \(3, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"\(10, 12\) is not divisible by the attention grid \(3, 3\)"
+    ):
         viz.show_attention(torch.zeros(1, 3, 10, 12), torch.zeros(1, 3, 3))

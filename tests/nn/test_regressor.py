@@ -165,7 +165,7 @@ def test_a_ragged_mask_is_refused():
             lambda: ContextRegressor(dim=WIDTH, depth=1, heads=3)(
                 *(torch.zeros(1, n, WIDTH) for n in (2, 3, 3, 3))
             ),
-            r"query positions .*\(1, 2, 12\); got \(1, 3, 12\)",
+            r"query_positions .*\(1, 2, 12\); got \(1, 3, 12\)",
         ),
         (
             lambda: ContextRegressor(dim=WIDTH, depth=1, heads=3).from_mask_token(
@@ -174,7 +174,7 @@ def test_a_ragged_mask_is_refused():
                 torch.zeros(4, WIDTH),
                 masking.uniform(masking.key([0], seed=0), (2, 2), 0.5),
             ),
-            r"0 prefix and 2 visible tokens; got \(1, 3, 12\)",
+            r"visible = 2, as mask; got \(1, 3, 12\)",
         ),
         (
             lambda: TokenHead(dim=4, vocabulary_size=7)(
@@ -192,7 +192,7 @@ def test_a_ragged_mask_is_refused():
             lambda: TokenHead(dim=4, vocabulary_size=7)(
                 torch.zeros(1, 2, 4), torch.tensor([[1, 2, 3]])
             ),
-            r"\(1, 2\), one word for each row of x; got \(1, 3\)",
+            r"tokens = 2, as x \(1, 2, 4\); got \(1, 3\)",
         ),
         (
             lambda: PatchTokenizer(patch_size=(2, 2), in_channels=1, vocabulary_size=9).fit(

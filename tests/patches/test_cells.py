@@ -80,7 +80,7 @@ LINE = Mask.from_visible_ids(torch.tensor([[0]]), (4,))
         (lambda: pack_cells(torch.zeros(1, 1, 4, 4), MASK), "2 samples.* has 1"),
         (lambda: pack_cells(torch.zeros(1, 1, 4, 4), LINE), r"\(4, 4\)|\(4,\)"),
         (lambda: unpack_cells(torch.zeros(2, 2, 6, 1), MASK), r"4 positions.*\(2, 2\).*got 6"),
-        (lambda: unpack_cells(torch.zeros(2, 3, 4, 1), MASK), r"2 visible tokens.*got \(2, 3, 4\)"),
+        (lambda: unpack_cells(torch.zeros(2, 3, 4, 1), MASK), r"visible = 2.*got \(2, 3, 4, 1\)"),
         (
             lambda: unpack_cells(torch.zeros(2, 2, 4, 1), MASK, cell=(1, 2)),
             r"2 positions.*\(1, 2\).*got 4",
