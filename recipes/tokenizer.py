@@ -216,6 +216,8 @@ def run(options: Options) -> None:
     shape = dataclasses.replace(config.model, in_channels=data.in_channels)
     config = dataclasses.replace(config, model=shape).with_data(data.content)
     plan = make_plan(config, options, data.train)
+    if options.recompute:
+        raise UserError("--recompute: a tokenizer has no blocks to compute again, omit it")
     check_shard(options.shard)
     check_shares(config.training.batch_size, World(), accumulate=config.accumulate)
     if options.dry_run:

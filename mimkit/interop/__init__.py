@@ -3,6 +3,7 @@
 from mimkit.interop._convert import from_official, to_official
 from mimkit.interop._files import load_checkpoint
 from mimkit.interop._hf import from_hf, to_hf
+from mimkit.interop._hf_folder import save_hf
 from mimkit.interop._rules import Converted
 from mimkit.interop._timm import from_timm, to_timm, wrap_timm
 
@@ -12,6 +13,7 @@ __all__ = [
     "from_official",
     "from_timm",
     "load_checkpoint",
+    "save_hf",
     "to_hf",
     "to_official",
     "to_timm",

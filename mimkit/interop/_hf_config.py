@@ -1,8 +1,12 @@
-"""What Hugging Face's configurations say, as arguments of mimkit's classes."""
+"""What Hugging Face's configurations say, as arguments of mimkit's classes, and back."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import nn
+
+from mimkit.nn import SwinTransformer, ViT
 
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -11,6 +15,7 @@ _ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+_THEIR_ACTIVATIONS = {"none": "gelu", "tanh": "gelu_pytorch_tanh"}
 _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
@@ -23,8 +28,16 @@ def ours_from_config(config: Mapping[str, Any], family: str, task: str) -> dict[
         task: What the model becomes: "simmim", "mae", or an encoder.
 
     Raises:
-        ValueError: If the configuration has something that mimkit's class cannot compute.
+        ValueError: If the configuration lacks something, or has something that mimkit's class
+            cannot compute.
     """
+    try:
+        return _ours(config, family, task)
+    except KeyError as error:
+        raise ValueError(f"the configuration of a {family} lacks {error}") from error
+
+
+def _ours(config: Mapping[str, Any], family: str, task: str) -> dict[str, Any]:
     act = config.get("hidden_act", "gelu")
     if act not in _ACTIVATIONS:
         raise _refusal("hidden_act", act, f"one of {sorted(_ACTIVATIONS)}")
@@ -153,3 +166,131 @@ def _ratio(dim: int, hidden: float) -> float:
 
 def _refusal(name: str, value: Any, wanted: str) -> ValueError:
     return ValueError(f"{name} of the configuration must be {wanted}; got {value!r}")
+
+
+def theirs_from_encoder(encoder: nn.Module) -> dict[str, Any]:
+    """Return the configuration of the model of theirs that computes what an encoder does.
+
+    Raises:
+        TypeError: If it is neither a `nn.ViT` nor a `nn.SwinTransformer`.
+        ValueError: If no model of theirs does.
+    """
+    if isinstance(encoder, SwinTransformer):
+        family, config = "Swin", _theirs_from_swin(encoder)
+    elif isinstance(encoder, ViT):
+        family, config = _theirs_from_vit(encoder)
+    else:
+        kind = type(encoder).__name__
+        raise TypeError(f"Hugging Face has classes for ViT and SwinTransformer; got a {kind}")
+    task = "ForImageClassification" if encoder.num_classes else "Model"
+    labels = [f"LABEL_{index}" for index in range(encoder.num_classes)]
+    return config | {
+        "architectures": [f"{family}{task}"],
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+        "image_size": _sides(encoder.image_size),
+        "patch_size": _sides(encoder.patch_embed.patch_size),
+        "num_channels": encoder.patch_embed.proj.weight.shape[1],
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "drop_path_rate": 0.0,
+    }
+
+
+def _theirs_from_vit(encoder: ViT) -> tuple[str, dict[str, Any]]:
+    """Choose the class for a ViT: BEiT has most options, DINOv2 has registers, ViT has neither."""
+    block: Any = encoder.blocks[0]
+    has_qv_bias = block.attn.q_bias is not None
+    has_pool_norm = not isinstance(encoder.fc_norm, nn.Identity)
+    num_tables, has_scale = len(encoder.rel_pos_bias), block.gamma_1 is not None
+    needs_beit = has_qv_bias or has_pool_norm or has_scale or num_tables
+    family = "Beit" if needs_beit or encoder.pos_embed is None else "ViT"
+    family = "Dinov2WithRegisters" if encoder.reg_token is not None else family
+    _check_vit(encoder, family)
+    config = {
+        "hidden_size": encoder.dim,
+        "num_hidden_layers": len(encoder.blocks),
+        "num_attention_heads": block.attn.heads,
+        "intermediate_size": block.mlp.fc1.out_features,
+        "layer_norm_eps": block.norm1.eps,
+        "hidden_act": _THEIR_ACTIVATIONS[block.mlp.approximate],
+        "qkv_bias": block.attn.qkv.bias is not None,
+    }
+    if family == "Beit":
+        config |= {
+            "model_type": "beit",
+            "use_mask_token": False,
+            "use_absolute_position_embeddings": encoder.pos_embed is not None,
+            "use_relative_position_bias": num_tables > 1,
+            "use_shared_relative_position_bias": num_tables == 1,
+            "use_mean_pooling": has_pool_norm,
+            "layer_scale_init_value": 0.1 if has_scale else 0.0,
+        }
+    elif family == "ViT":
+        config |= {"model_type": "vit"}
+    else:
+        config |= {
+            "model_type": "dinov2_with_registers",
+            "mlp_ratio": block.mlp.fc1.out_features // encoder.dim,
+            "num_register_tokens": encoder.num_prefix_tokens - 1,
+            "use_swiglu_ffn": False,
+            "layerscale_value": 1.0,
+        }
+    return family, config
+
+
+def _check_vit(encoder: ViT, family: str) -> None:
+    """Check that the class of theirs that comes closest computes the same."""
+    block: Any = encoder.blocks[0]
+    attention, pool = block.attn, encoder._pool
+    has_pool_norm = not isinstance(encoder.fc_norm, nn.Identity)
+    is_beit, is_dino = family == "Beit", family.startswith("Dino")
+    problems = {
+        "images that have not two axes": len(encoder.image_size) != 2,
+        "attention windows": encoder.window is not None,
+        "no class token": encoder.cls_token is None,
+        "a stem": hasattr(encoder.patch_embed, "stem"),
+        "layer scale, tables or no positions, and qkv_bias=False": is_beit
+        and attention.q_bias is None
+        and attention.qkv.bias is None,
+        "registers and qkv_bias other than True, or pool_norm=True": is_dino
+        and (attention.qkv.bias is None or has_pool_norm),
+        "registers and a head": is_dino and encoder.num_classes > 0,
+        "registers and an mlp_ratio that is no integer": is_dino
+        and block.mlp.fc1.out_features % encoder.dim != 0,
+        f"positions and images that are not square, as a {family}": family != "ViT"
+        and (encoder.pos_embed is not None or len(encoder.rel_pos_bias) > 0)
+        and len({*encoder.image_size}) > 1,
+        f'pool="{pool}" and pool_norm={has_pool_norm}': (has_pool_norm or encoder.num_classes > 0)
+        and has_pool_norm != (pool == "mean"),
+    }
+    for problem, is_there in problems.items():
+        if is_there:
+            raise ValueError(f"no model of Hugging Face computes what a ViT does with {problem}")
+
+
+def _theirs_from_swin(encoder: SwinTransformer) -> dict[str, Any]:
+    stages: Any = encoder.layers
+    block = stages[0].blocks[0]
+    windows = [math.isqrt(stage.blocks[0].attn.tokens_inside) for stage in stages]
+    if len({*windows}) > 1:
+        raise ValueError(
+            f"no model of Hugging Face computes what a SwinTransformer does whose stages have "
+            f"windows of several sizes; got {windows}"
+        )
+    return {
+        "model_type": "swin",
+        "embed_dim": block.norm1.normalized_shape[0],
+        "depths": [len(stage.blocks) for stage in stages],
+        "num_heads": [stage.blocks[0].attn.heads for stage in stages],
+        "window_size": windows[0],
+        "mlp_ratio": block.mlp.fc1.out_features / block.mlp.fc1.in_features,
+        "layer_norm_eps": block.norm1.eps,
+        "hidden_act": _THEIR_ACTIVATIONS[block.mlp.approximate],
+        "qkv_bias": True,
+        "use_absolute_embeddings": False,
+    }
+
+
+def _sides(sizes: Sequence[int]) -> Any:
+    return sizes[0] if len({*sizes}) == 1 else list(sizes)

@@ -53,7 +53,7 @@ class FeaturePyramid(nn.Module):
 
         One map a level, such as the outputs of four blocks:
 
-        >>> pyramid = FeaturePyramid(dim=32, out_dim=None, scales=(2, 1))
+        >>> pyramid = FeaturePyramid(dim=32, out_dim=None, scales=(2.0, 1.0))
         >>> [tuple(level.shape) for level in pyramid([torch.randn(2, 32, 4, 6)] * 2)]
         [(2, 32, 8, 12), (2, 32, 4, 6)]
     """

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mimkit import masking
 from mimkit.masking import Mask
 from recipes.engine.data.sets import DataSet
-from recipes.engine.loop import IMAGENET, Plan
+from recipes.engine.loop import IMAGENET, Plan, recompute_blocks
 from recipes.engine.run.config import Recipe, RunConfig
 
 _GIB = 2**30
@@ -50,10 +50,14 @@ class Cost:
         return state / shards + self.activations * images
 
 
-def describe(recipe: Recipe, config: RunConfig, data: DataSet, plan: Plan) -> list[str]:
+def describe(
+    recipe: Recipe, config: RunConfig, data: DataSet, plan: Plan, *, recompute: bool = False
+) -> list[str]:
     """Describe a run: configuration, steps, parameters, FLOPs, memory, and a plan by GPUs."""
     with torch.device("meta"):
         model = recipe.build(config.model).train()
+    if recompute:
+        recompute_blocks(model)
     encoder: Any = model.encoder
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = count_parameters(model) - trained
@@ -131,6 +135,15 @@ def _measure(
             saved[storage._cdata] = storage.nbytes()
         return tensor
 
+    def note_inputs(block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Note what checkpointing keeps of a block, which passes no hook of saved tensors."""
+        for value in inputs:
+            if isinstance(value, torch.Tensor):
+                note(value)
+
+    recomputed = getattr(encoder, "grad_checkpointing", False)
+    blocks = (getattr(encoder, "blocks", None) or encoder.layers) if recomputed else ()
+    hooks = [block.register_forward_pre_hook(note_inputs) for block in blocks]
     masks = config.masking.draw(masking.key(range(num_images), seed=config.seed), encoder.grid)
     masks = masks.to("meta") if isinstance(masks, Mask) else [mask.to("meta") for mask in masks]
     images = torch.empty(num_images, data.in_channels, *encoder.image_size, device="meta")
@@ -140,4 +153,6 @@ def _measure(
         config.autocast(),
     ):
         model(images, masks).loss.backward()
+    for hook in hooks:
+        hook.remove()
     return int(counter.get_total_flops()), sum(saved.values())

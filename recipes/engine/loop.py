@@ -294,6 +294,19 @@ class Task(ABC):
         return norm
 
 
+def recompute_blocks(model: nn.Module) -> None:
+    """Switch on activation checkpointing in every encoder of a model (timm's protocol).
+
+    Raises:
+        UserError: If there is none that can.
+    """
+    encoders: list[Any] = [m for m in model.modules() if hasattr(m, "set_grad_checkpointing")]
+    if not encoders:
+        raise UserError("--recompute: this model has no encoder that can, omit it")
+    for encoder in encoders:
+        encoder.set_grad_checkpointing(True)
+
+
 def run_steps(
     task: Task, plan: Plan, train_set: TrainSet, folder: RunFolder, options: Options
 ) -> None:
@@ -307,10 +320,12 @@ def run_steps(
         options: Options for logging, saving, resuming, loading and non-finite steps.
 
     Raises:
-        UserError: If a checkpoint cannot be read or written, a step is not finite, or no step had
-            an image that could be read.
+        UserError: If a checkpoint cannot be read or written, a step is not finite, no step had an
+            image that could be read, or the model cannot recompute.
         Stopped: After a signal; the steps done are saved.
     """
+    if options.recompute:
+        recompute_blocks(task.model)
     with signals.noting():
         _train(task, plan, train_set, folder, options)
     signals.set_moment(signals.AFTER_TRAINING)

@@ -78,7 +78,7 @@ def _run(recipe: Recipe, given: DataSet | None, options: Options) -> None:
         warn_of_slow_precision(config)
         warn_of_short_schedule(config)
         if options.dry_run:
-            say(*describe(recipe, config, data, plan))
+            say(*describe(recipe, config, data, plan, recompute=options.recompute))
             return
     if not options.shard:
         check_memory(model, config)

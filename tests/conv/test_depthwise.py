@@ -139,6 +139,7 @@ def test_autocast_casts_as_a_convolution_does(dtype):
         assert packed(*case).dtype == dense(*case).dtype
 
 
+@pytest.mark.full
 @pytest.mark.untyped
 def test_it_compiles_into_one_graph():
     case = tuple(x.float() if isinstance(x, Tensor) else x for x in case_with(6))

@@ -38,7 +38,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 GUARD = 64  # elements; keeps 16-byte alignment
 
 # For tests of operators that take seconds per dtype.
-DTYPES = (torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=long_tier))
+DTYPES = (torch.float32, *(pytest.param(dtype, marks=long_tier) for dtype in FLOATS[1:]))
 float_dtypes = st.sampled_from(FLOATS)
 layouts = st.sampled_from(["contiguous", "contiguous", "unaligned", "strided", "transposed"])
 

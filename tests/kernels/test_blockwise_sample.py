@@ -57,6 +57,7 @@ def test_kernel_gives_the_same_masks_as_the_reference(key, shape, min_block, mor
 
 
 @launches
+@pytest.mark.full  # that of `uniform` is in the quick tier
 def test_public_sampler_uses_the_kernel_eager_and_compiled():
     key = masking.key(torch.tensor([1 << 40, -7], device=DEVICE), seed=3, epoch=2).view(1)
     with mimkit.use("reference"):

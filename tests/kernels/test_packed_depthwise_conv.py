@@ -27,7 +27,6 @@ from tests.kernels.harness import (
     assert_near,
     by_reference,
     compiles,
-    few,
     gradients,
     laid_out,
     launches,
@@ -102,7 +101,7 @@ def test_convolution_matches_the_reference(case, dtype, layout):
 
 
 @launches
-@few
+@very_few
 @given(cases(), st.sampled_from(FLOATS))
 def test_gradients_match_the_reference(case, dtype):
     cells, weight, bias, around, cell = case

@@ -163,7 +163,7 @@ def test_operator_works_in_training(dtype):
 
 
 @launches
-@pytest.mark.parametrize("starts_from_a_token", [False, True])
+@pytest.mark.parametrize("starts_from_a_token", [pytest.param(False, marks=long_tier), True])
 def test_regressor_with_kernel_matches_the_reference(starts_from_a_token):
     regressor = ContextRegressor(dim=24, depth=2, heads=3).to(DEVICE)
     weights = list(regressor.parameters())

@@ -126,6 +126,7 @@ def test_autocast_casts_as_the_linear_layer_does():
         torch.testing.assert_close(grad, right, rtol=5e-2, atol=2e-3)
 
 
+@pytest.mark.full
 @pytest.mark.untyped
 def test_it_compiles_into_one_graph():
     x, weight, bias, target = inputs(9, 4, 33, torch.Generator().manual_seed(0), torch.float32)

@@ -343,6 +343,7 @@ def test_losses_stay_float32_under_autocast():
     assert torch.equal(loss, expected)
 
 
+@pytest.mark.full
 @pytest.mark.untyped
 def test_the_pixel_loss_compiles_into_one_graph():
     mask = masking.uniform(masking.key([0, 1], seed=0), (2, 2), 0.5)

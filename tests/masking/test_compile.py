@@ -64,13 +64,8 @@ MADE_INSIDE = {
 }
 
 
-# One of each kind: an operator of its own, words ranked as integers, weights, each constructor.
-QUICK = {"blockwise", "refined", "weighted", "from noise", "from visible ids", "from booleans"}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.full) for n in MADE_INSIDE]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("name", MADE_INSIDE)
 def test_a_mask_is_made_in_a_compiled_graph_and_returned(name):
     def both(key: Key) -> tuple[Mask, torch.Tensor]:
         mask = MADE_INSIDE[name](key)
@@ -97,6 +92,7 @@ def test_inductor_draws_the_same_bits():
         assert draw(key).equal(masking.uniform(key, GRID, 0.75))
 
 
+@pytest.mark.full
 def test_new_seeds_epochs_and_ids_do_not_recompile():
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -114,6 +110,7 @@ def test_new_seeds_epochs_and_ids_do_not_recompile():
     assert counter.frame_count == 1
 
 
+@pytest.mark.full
 def test_a_new_mask_does_not_recompile():
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(gather_visible, fullgraph=True, backend=counter)
@@ -123,6 +120,7 @@ def test_a_new_mask_does_not_recompile():
     assert counter.frame_count == 1
 
 
+@pytest.mark.full
 def test_gradients_of_a_compiled_graph_with_a_mask():
     def loss(tokens: torch.Tensor, mask: Mask) -> torch.Tensor:
         return gather_visible(tokens, mask).square().sum()

@@ -75,6 +75,7 @@ def test_every_trained_parameter_has_a_gradient():
             assert parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.full
 @pytest.mark.untyped
 def test_the_decoder_compiles_into_one_graph():
     torch._dynamo.reset()

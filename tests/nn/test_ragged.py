@@ -377,6 +377,7 @@ def test_a_decoder_of_any_depth_returns_the_masked_tokens(depth):
         torch.testing.assert_close(ours, decoder(rows[None], one)[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.untyped
 def test_mae_compiles_into_one_graph():
     torch.compiler.reset()
@@ -419,6 +420,7 @@ def averaged_gradients(share: Tensor) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.full
 def test_two_processes_give_the_gradients_of_one(tmp_path):
     start = torch.multiprocessing.spawn
     processes = start(train_one_share, (str(tmp_path),), nprocs=2, join=False, daemon=True)

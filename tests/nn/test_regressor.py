@@ -97,6 +97,7 @@ def test_a_decoder_of_depth_zero_is_its_norm():
     torch.testing.assert_close(decoder(latent, position), decoder.norm(latent + position))
 
 
+@pytest.mark.full
 @pytest.mark.untyped
 def test_the_regressor_compiles_into_one_graph():
     regressor = ContextRegressor(dim=WIDTH, depth=1, heads=3)

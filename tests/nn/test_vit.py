@@ -249,6 +249,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
         assert torch.equal(grad, recomputed[name]), name
 
 
+@pytest.mark.full
 @pytest.mark.untyped
 def test_the_encoder_compiles_into_one_graph():
     torch._dynamo.reset()

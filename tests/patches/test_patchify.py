@@ -164,6 +164,7 @@ def test_gradients_pass_gradcheck(order):
     assert torch.autograd.gradcheck(lambda x: patchify(x, (2, 3), order=order), pictures)
 
 
+@pytest.mark.full
 @pytest.mark.untyped
 def test_gather_patches_compiles_into_one_graph():
     mask = masking.uniform(masking.key([0, 1], seed=0), (2, 3), 0.5)

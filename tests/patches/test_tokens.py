@@ -159,6 +159,7 @@ def test_an_expanded_mask_gathers_from_every_sample():
     assert torch.equal(gather_visible(tokens, mask.expand(4)), expected)
 
 
+@pytest.mark.full
 @pytest.mark.untyped
 @pytest.mark.parametrize("function", [gather_visible, gather_masked])
 def test_gathering_compiles_into_one_graph(function):
@@ -168,6 +169,7 @@ def test_gathering_compiles_into_one_graph(function):
     assert torch.equal(compiled(tokens, mask, num_prefix=2), function(tokens, mask, num_prefix=2))
 
 
+@pytest.mark.full
 @pytest.mark.untyped
 def test_restore_compiles_into_one_graph():
     mask = masking.uniform(masking.key([0, 1], seed=0), (2, 3), 0.5)

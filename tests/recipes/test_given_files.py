@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from recipes.engine.errors import UserError
 from recipes.engine.pretrained.encoders import load_encoder
+from recipes.engine.pretrained.export import export
+from recipes.engine.pretrained.export import main as export_command
 from recipes.engine.pretrained.shapes import ViTShape
 from recipes.engine.pretrained.teachers import load_teacher
 from recipes.engine.pretrained.tokenizers import load_tokenizer
@@ -91,6 +93,69 @@ def test_an_encoder_with_numbers_that_are_not_finite_is_refused(value: float, co
     save_file(weights, copied.with_name("other.safetensors"))
     with pytest.raises(UserError, match=r"blocks.0.norm1.weight has values that are not finite"):
         load_encoder(copied.with_name("other.safetensors"), ViTShape())
+
+
+@pytest.fixture
+def folder(encoder: Path, tmp_path: Path) -> Path:
+    """The encoder of a finished run, exported for Hugging Face."""
+    assert export(encoder.parent, tmp_path / "exported") == "ViTModel"
+    return tmp_path / "exported"
+
+
+def test_an_exported_encoder_comes_back_with_its_weights_and_shape(
+    encoder: Path, folder: Path
+) -> None:
+    own, back = load_encoder(encoder, ViTShape()), load_encoder(folder, ViTShape())
+    assert back.shape == own.shape
+    assert back.weights.keys() == own.weights.keys()
+    assert all(torch.equal(back.weights[name], tensor) for name, tensor in own.weights.items())
+
+
+def test_an_export_is_refused_where_it_would_lose_something(
+    encoder: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, message in (
+        ([str(encoder.parent), str(folder)], "has content: give a new or empty folder"),
+        ([str(tmp_path), str(tmp_path / "new")], "holds no finished run"),
+        ([str(encoder.parent), str(encoder)], "is a file: give a new or empty folder"),
+    ):
+        assert export_command(arguments) == 2
+        captured = capsys.readouterr().err
+        assert message in captured
+        assert captured.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+    assert export_command([str(encoder), str(tmp_path / "new")]) == 0
+
+
+FOREIGN_CONFIGS = {
+    "text": "vit", "list": [1], "nothing": {}, "kind": {"model_type": "bert"},
+    "depth": {"num_hidden_layers": 10**9}, "size": {"image_size": "32"}, "act": {"hidden_act": {}},
+    "swin": {"model_type": "swin"}, "none": {"patch_size": None}, "width": 64,
+    "type": {"model_type": [1]}, "missing": {"layer_norm_eps": None},
+    "heads": {"num_attention_heads": 0}, "zero": {"hidden_size": 0}, "ratio": {"hidden_size": "8"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOREIGN_CONFIGS)
+def test_a_wrong_configuration_of_hugging_face_gets_one_sentence(kind: str, folder: Path) -> None:
+    file, change = folder / "config.json", FOREIGN_CONFIGS[kind]
+    config = json.loads(file.read_text())
+    file.write_text(
+        json.dumps({**config, **change} if isinstance(change, dict) and change else change)
+    )
+    with pytest.raises(UserError) as caught:
+        load_encoder(folder, ViTShape())
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_folder_of_hugging_face_without_a_file_is_refused(name: str, folder: Path) -> None:
+    (folder / name).write_bytes(b"{")
+    with pytest.raises(UserError, match=f"{name} cannot be read"):
+        load_encoder(folder, ViTShape())
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=f"is a folder without {name}"):
+        load_encoder(folder, ViTShape())
 
 
 SHAPES = {

@@ -98,6 +98,11 @@ def test_the_smallest_task_learns_and_logs_its_numbers(tmp_path: Path) -> None:
     assert all(row["baselines"] == {"zero": 1.0} for row in rows)
 
 
+def test_recomputing_is_refused_for_a_model_without_such_an_encoder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--recompute: this model has no encoder that can"):
+        train(tmp_path / "run", Line(make_config()), recompute=True)
+
+
 def test_rows_come_at_the_first_step_every_few_and_the_last(tmp_path: Path) -> None:
     rows = train(tmp_path / "run", Line(make_config()), log_every=5)
     assert [row["step"] for row in rows] == [1, 5, 10, 12]

@@ -169,6 +169,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_ends_alike(
     assert_equal_runs(out, uninterrupted)
 
 
+@pytest.mark.full
 def test_a_full_disk_gives_one_clear_line_and_loses_nothing(
     pictures: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -239,6 +240,14 @@ def test_gradient_accumulation_gives_the_same_losses(
     with single_thread():
         assert run(RECIPE, "", options(pictures, tmp_path / "run", "--accumulate", "2")) == 0
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(uninterrupted), rtol=1e-4)
+
+
+def test_recomputing_gives_the_same_weights(
+    pictures: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    with single_thread():
+        assert run(RECIPE, "", options(pictures, tmp_path / "run", "--recompute")) == 0
+    assert_equal_runs(tmp_path / "run", uninterrupted)
 
 
 def test_a_finished_run_prints_its_summary_again_and_does_not_train(

@@ -94,6 +94,7 @@ def test_a_recipe_is_imported_from_the_root_without_side_effects() -> None:
     assert result.stdout == "MAE\n", result.stderr
 
 
+@pytest.mark.full
 def test_a_recipe_runs_after_a_plain_installation(tmp_path: Path) -> None:
     # The wheel as `pip install .` installs it, in a separate folder at the front of the path.
     site = tmp_path / "site"

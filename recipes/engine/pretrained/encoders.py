@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mimkit.interop import from_hf
 from recipes.engine.errors import UserError
 from recipes.engine.pretrained.files import check_finite, read_weights
 from recipes.engine.pretrained.shapes import KINDS, Encoder, EncoderShape
-from recipes.engine.reading import UnreadableError, read_yaml
+from recipes.engine.reading import UnreadableError, read_json, read_yaml
 from recipes.engine.run.cli import Options
 
 # Modules after the last block: pre-training and fine-tuning have different ones.
@@ -26,8 +27,8 @@ class EncoderOptions(Options):
 
     Attributes:
         encoder: An `encoder.safetensors`, whose shape is in the `config.yaml` in the same folder;
-            or a checkpoint of the authors' MAE, CAE, SimMIM or ConvMAE, whose shape is the
-            preset's; or "none".
+            or a folder of Hugging Face, with `config.json` and `model.safetensors`; or a checkpoint
+            of the authors' MAE, CAE, SimMIM or ConvMAE, whose shape is the preset's; or "none".
         resume: "auto" continues from the last checkpoint in the output folder, "never" refuses to
             continue a run.
     """
@@ -70,16 +71,20 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
     """Load an encoder.
 
     Args:
-        path: An `encoder.safetensors`, or a checkpoint of the authors' MAE, CAE, SimMIM or ConvMAE.
+        path: An `encoder.safetensors`, a folder of Hugging Face, or a checkpoint of the authors'
+            MAE, CAE, SimMIM or ConvMAE.
         shape: Its shape, if there is no `config.yaml` in the same folder.
 
     Raises:
         UserError: If the file cannot be read, holds no encoder, or holds an encoder of another kind
             than `shape`.
     """
+    if path.is_dir():
+        return _load_folder(path)
     if not path.is_file():
         raise UserError(
-            f"--encoder {path} is not a file: give an encoder.safetensors or a checkpoint"
+            f"--encoder {path} is not a file: give an encoder.safetensors, a checkpoint, or a "
+            "folder of Hugging Face"
         )
     file = read_weights("--encoder", path)
     tensors = file.tensors
@@ -107,26 +112,67 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
             )
         found = dataclasses.replace(shape, in_channels=first.shape[1])
     else:
-        _check_shape(path, found.read(weights), weights)
+        _check_shape(path.with_name("config.yaml"), path, found.read(weights), weights)
     return EncoderFile(path, file.digest, found.read(weights), weights)
 
 
-def _check_shape(path: Path, shape: EncoderShape, weights: Mapping[str, Tensor]) -> None:
+def _load_folder(folder: Path) -> EncoderFile:
+    """Load an encoder, or that of a pre-training model, from a folder of Hugging Face."""
+    path, config_file = folder / "model.safetensors", folder / "config.json"
+    for file in (path, config_file):
+        if not file.is_file():
+            raise UserError(
+                f"--encoder {folder} is a folder without {file.name}: give a folder that "
+                "save_pretrained wrote, or the file of an encoder"
+            )
+    found = read_weights("--encoder", path)
+    check_finite("--encoder", path, found.tensors)
+    try:
+        config = read_json(config_file)
+        # The encoder alone, also of a classifier or a pre-training model.
+        marks = (name.partition("embeddings.patch_embeddings.") for name in found.tensors)
+        prefix = next((before for before, mark, _ in marks if mark), "")
+        tensors = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in found.tensors.items()
+            if name.startswith(prefix)
+        }
+        converted = from_hf(tensors, {**config, "architectures": []})
+    except UnreadableError as error:
+        raise UserError(f"--encoder: {config_file} cannot be read: {error}") from error
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise UserError(f"--encoder {folder} holds no encoder: {error}") from error
+    kind = next((kind for kind in KINDS if kind.holds(set(converted))), None)
+    if kind is None or converted.config is None:
+        raise UserError(f"--encoder {folder} holds no encoder")
+    weights = kind.under_our_names(converted)
+    names = {field.name for field in dataclasses.fields(kind)} - kind.inferred_fields
+    try:
+        shape = kind(**{n: v for n, v in converted.config.items() if n in names}).read(weights)
+    except ValueError as error:
+        raise UserError(
+            f"--encoder: {config_file} holds no shape of an encoder: {error}"
+        ) from error
+    _check_shape(config_file, path, shape, weights)
+    return EncoderFile(path, found.digest, shape, weights)
+
+
+def _check_shape(
+    config: Path, path: Path, shape: EncoderShape, weights: Mapping[str, Tensor]
+) -> None:
     """Check that a shape from a file is that of the weights, before an encoder of it is built."""
     try:
         with torch.device("meta"):  # no memory, whatever the shape
             wanted = shape.build().state_dict()
     except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
-        raise UserError(
-            f"{path.with_name('config.yaml')} has no shape of an encoder: move it elsewhere"
-        ) from error
+        raise UserError(f"{config} has no shape of an encoder: move it elsewhere") from error
     for name, tensor in wanted.items():
         fits = name.startswith(_AFTER_BLOCKS) or (
             name in weights and weights[name].shape == tensor.shape
         )
         if not fits:
             raise UserError(
-                f"{path.with_name('config.yaml')} does not fit {path.name}: {name} must have shape "
+                f"{config} does not fit {path.name}: {name} must have shape "
                 f"{tuple(tensor.shape)}; move it elsewhere"
             )
 

@@ -49,6 +49,8 @@ class Options:
         workers: Processes that load images; 0 loads in the training process.
         compile: Compile the model with torch.compile.
         accumulate: Gradient accumulation: number of parts a batch is split into, to save memory.
+        recompute: Activation checkpointing: compute the encoder's blocks again in the backward pass
+            instead of keeping what they computed.
         shard: Shard the weights over the processes of torchrun (FSDP2) instead of copying them
             (DDP).
         timeout: Seconds to wait for another process of torchrun before giving up and naming it.
@@ -77,6 +79,7 @@ class Options:
     workers: Workers = 0
     compile: bool = False
     accumulate: PositiveInt = 1
+    recompute: bool = False
     shard: bool = False
     timeout: Seconds = 1800.0
     lock: bool = True

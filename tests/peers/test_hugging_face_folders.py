@@ -1,0 +1,219 @@
+"""Encoders saved for Hugging Face: `AutoModel` loads them offline and computes the same."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+from mimkit.interop import save_hf
+from mimkit.nn import ConvStem, ConvViT, SwinTransformer, ViT
+from recipes import mae, simmim
+from recipes.engine.pretrain import build_model
+from recipes.engine.pretrained.encoders import (
+    build_classifier,
+    build_encoder,
+    fill_encoder,
+    load_encoder,
+)
+from recipes.engine.pretrained.export import main as export
+from recipes.engine.pretrained.shapes import ConvViTShape, EncoderShape, SwinShape, ViTShape
+from recipes.engine.run.folder import RunFolder
+from tests.nn import plain
+from tests.recipes.command import config_for
+
+SIZES = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 4}
+SWIN = {"image_size": 32, "patch_size": 2, "dim": 16, "depth": (2, 2), "heads": (2, 4)}
+ENCODERS: dict[str, tuple[type, dict[str, Any], str]] = {
+    "plain": (ViT, {}, "ViTModel"),
+    "tanh, eps": (ViT, {"act": "gelu_tanh", "norm_eps": 1e-3, "qkv_bias": False}, "ViTModel"),
+    "rectangle": (ViT, {"image_size": (32, 16), "patch_size": (8, 4)}, "ViTModel"),
+    "one channel": (ViT, {"in_channels": 1, "mlp_ratio": 2.7}, "ViTModel"),
+    "head": (ViT, {"num_classes": 5, "pool": "token"}, "ViTForImageClassification"),
+    "fine-tuned": (ViT, {"num_classes": 5, "pool_norm": True}, "BeitForImageClassification"),
+    "pool norm": (ViT, {"pool_norm": True}, "BeitModel"),
+    "layer scale": (ViT, {"layer_scale": 0.1}, "BeitModel"),
+    "simmim": (
+        ViT,
+        {"layer_scale": 0.1, "qkv_bias": "qv", "relative_positions": "shared",
+         "absolute_positions": False},
+        "BeitModel",
+    ),
+    "tables": (ViT, {"relative_positions": "block", "qkv_bias": "qv"}, "BeitModel"),
+    "no positions": (ViT, {"absolute_positions": False}, "BeitModel"),
+    "registers": (ViT, {"num_registers": 3}, "Dinov2WithRegistersModel"),
+    "registers, scale": (
+        ViT,
+        {"num_registers": 1, "layer_scale": 0.1, "mlp_ratio": 2, "act": "gelu_tanh"},
+        "Dinov2WithRegistersModel",
+    ),
+    "swin": (SwinTransformer, {"window": 4}, "SwinModel"),
+    "swin, widest window": (SwinTransformer, {"window": 8}, "SwinModel"),
+    "swin rectangle": (
+        SwinTransformer,
+        {"window": 4, "image_size": (32, 16), "act": "gelu_tanh"},
+        "SwinModel",
+    ),
+    "swin head": (
+        SwinTransformer, {"window": 4, "num_classes": 5}, "SwinForImageClassification"
+    ),
+}  # fmt: skip
+
+
+def build(name: str) -> nn.Module:
+    cls, options, _ = ENCODERS[name]
+    torch.manual_seed(0)
+    encoder: nn.Module = cls(**((SIZES if cls is ViT else SWIN) | options)).eval()
+    plain.randomize(encoder)
+    return encoder
+
+
+def images(encoder: Any) -> Tensor:
+    channels = encoder.patch_embed.proj.weight.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, channels, *encoder.image_size, generator=generator)
+
+
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("name", ENCODERS)
+@torch.no_grad()
+def test_automodel_loads_a_saved_encoder_and_computes_the_same(name, version, tmp_path):
+    encoder = build(name)
+    architecture = save_hf(encoder, tmp_path / "out", version=version)
+    assert architecture == ENCODERS[name][2]
+    auto = hf.AutoModelForImageClassification if "Classification" in architecture else hf.AutoModel
+    theirs, info = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert type(theirs.eval()).__name__ == architecture
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    assert {n for n in info["missing_keys"] if not n.startswith("pooler.dense.")} == set()
+    output, tokens = theirs(images(encoder)), encoder(images(encoder))
+    if "Classification" in architecture:
+        found, expected = encoder.head(encoder.pool(tokens)), output.logits
+    else:
+        found, expected = tokens, output.last_hidden_state
+    scale = expected.abs().max()
+    torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=2e-6)
+    if name == "pool norm":
+        torch.testing.assert_close(encoder.pool(tokens), output.pooler_output)
+
+
+REFUSED: dict[str, Any] = {
+    "no class token": lambda: ViT(**SIZES, class_token=False),
+    "a stem": lambda: ViT(
+        **SIZES | {"patch_size": 2}, stem=ConvStem(in_channels=3, channels=(8, 8))
+    ),
+    "attention windows": lambda: ViT(**SIZES, class_token=False, window=2),
+    "two axes": lambda: ViT(**SIZES | {"image_size": (32,)}),
+    "qkv_bias=False": lambda: ViT(**SIZES, layer_scale=0.1, qkv_bias=False),
+    "qkv_bias other than True": lambda: ViT(**SIZES, num_registers=1, qkv_bias="qv"),
+    "registers and a head": lambda: ViT(**SIZES, num_registers=1, num_classes=3),
+    "several sizes": lambda: SwinTransformer(**SWIN, window=16),
+    "not square, as a Beit": lambda: ViT(
+        **SIZES | {"image_size": (32, 16)}, relative_positions="block", absolute_positions=False
+    ),
+    "no integer": lambda: ViT(**SIZES, num_registers=1, mlp_ratio=2.5),
+    "not square": lambda: ViT(**SIZES | {"image_size": (32, 16)}, layer_scale=0.1),
+    'pool="mean" and pool_norm=False': lambda: ViT(**SIZES, num_classes=3),
+    'pool="token" and pool_norm=True': lambda: ViT(**SIZES, pool="token", pool_norm=True),
+}
+
+
+@pytest.mark.parametrize("problem", REFUSED)
+def test_an_encoder_that_no_class_of_theirs_computes_is_refused(problem, tmp_path):
+    with pytest.raises(ValueError, match=f"no model of Hugging Face .*{problem}"):
+        save_hf(REFUSED[problem](), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.untyped
+def test_other_modules_and_folders_with_content_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="got a ConvViT"):
+        save_hf(ConvViT(image_size=32, dim=(8, 8, 8), depth=(1, 1, 1), heads=2), tmp_path / "out")
+    (tmp_path / "kept").write_text("mine")
+    with pytest.raises(FileExistsError, match="has content"):
+        save_hf(ViT(**SIZES), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+}
+SMALL_SWIN = {
+    "image_size": 32,
+    "patch_size": 2,
+    "embed_dim": 16,
+    "depths": [2, 2],
+    "num_heads": [2, 4],
+    "window_size": 4,
+}
+# Class of a saved model -> configuration, the attribute of its encoder, the shape's kind.
+SAVED: dict[str, tuple[dict[str, Any], str, type[EncoderShape]]] = {
+    "ViTModel": (SMALL | {"hidden_act": "gelu_new", "layer_norm_eps": 1e-3}, "", ViTShape),
+    "ViTForMaskedImageModeling": (SMALL | {"encoder_stride": 8}, "vit", ViTShape),
+    "ViTMAEForPreTraining": (SMALL | {"mask_ratio": 0.0}, "vit", ViTShape),
+    "BeitForMaskedImageModeling": (
+        SMALL | {"use_shared_relative_position_bias": True, "use_mean_pooling": False},
+        "beit",
+        ViTShape,
+    ),
+    "BeitForImageClassification": (
+        SMALL | {"use_relative_position_bias": True, "use_mean_pooling": False},
+        "beit",
+        ViTShape,
+    ),
+    "Dinov2Model": (
+        {n: v for n, v in SMALL.items() if n != "intermediate_size"} | {"mlp_ratio": 2},
+        "",
+        ViTShape,
+    ),
+    "SwinModel": (SMALL_SWIN, "", SwinShape),
+    "SwinForMaskedImageModeling": (SMALL_SWIN | {"encoder_stride": 4}, "swin", SwinShape),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+@torch.no_grad()
+def test_a_folder_of_theirs_is_an_encoder_for_fine_tuning_and_probing(name, tmp_path):
+    options, attribute, kind = SAVED[name]
+    cls = getattr(hf, name)
+    torch.manual_seed(0)
+    model = cls(cls.config_class(**options)).eval()
+    if name != "ViTMAEForPreTraining":  # its tables are constants
+        plain.randomize(model)
+    model.save_pretrained(tmp_path)
+    file = load_encoder(tmp_path, ConvViTShape())  # whatever the preset's kind
+    assert isinstance(file.shape, kind)
+    encoder = build_encoder(file.shape, seed=0)
+    fill_encoder(encoder, file)
+    theirs = getattr(model, attribute) if attribute else model
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    given = {"noise": torch.arange(16.0).expand(2, -1)} if "MAE" in name else {}
+    expected, found = theirs(images, **given).last_hidden_state, encoder.eval()(images)
+    scale = expected.abs().max()
+    torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=2e-6)
+    classifier = build_classifier(file.shape, seed=0, num_classes=3, drop_path=0.0)
+    fill_encoder(classifier, file)
+
+
+@pytest.mark.parametrize("recipe", [mae.RECIPE, simmim.RECIPE], ids=["mae", "simmim"])
+@torch.no_grad()
+def test_a_finished_run_is_exported(recipe, tmp_path):
+    config = config_for(recipe)
+    model = build_model(recipe, config)
+    plain.randomize(model.encoder)
+    with RunFolder(tmp_path / "run", config) as folder:
+        folder.write_weights("encoder.safetensors", model.encoder)
+    assert export([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    theirs = hf.AutoModel.from_pretrained(tmp_path / "out").eval()
+    encoder = model.encoder.eval()
+    images = torch.randn(2, 3, *encoder.image_size)
+    expected, found = theirs(images).last_hidden_state, encoder(images)
+    scale = expected.abs().max()
+    torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=2e-6)
