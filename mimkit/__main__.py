@@ -4,10 +4,13 @@ In a wheel the recipes lie in a folder of this package, so that no package calle
 installed. They are put on the path of this process only, and run as the modules that they are.
 """
 
+import os
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from mimkit import _completion
 
 _HERE = Path(__file__).resolve().parent
 # Where the package `recipes` is: in the wheel, or in a checkout.
@@ -28,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command-line arguments; `sys.argv[1:]` if `None`.
 
     Returns:
-        The exit code: 0, or 2 after a user's mistake. A command ends the process itself.
+        The exit code: 0, 2 after a user's mistake, or 141 if what reads the output has ended. A
+        command ends the process itself.
     """
     command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     root = next((root for root in _ROOTS if (root / "recipes" / "mae.py").is_file()), None)
@@ -36,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help"):
         print(_help(_recipes(root)))
         return 0
-    if command not in modules:
+    if command not in [*modules, "--print-completion"]:
         print(
             f"error: no command is called {command!r}; there are {', '.join(modules)}",
             file=sys.stderr,
@@ -44,8 +48,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if root is not None:
         sys.path.insert(0, str(root))
+    if command == "--print-completion":
+        return _print_completion(rest, modules)
     sys.argv = [f"mimkit {command}", *rest]
-    runpy.run_module(modules[command], run_name="__main__")
+    try:
+        try:
+            runpy.run_module(modules[command], run_name="__main__")
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # such as `| head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes
+        return 141
+    return 0
+
+
+def _print_completion(shells: Sequence[str], modules: Mapping[str, str]) -> int:
+    if len(shells) != 1 or shells[0] not in _completion.SHELLS:
+        given = " ".join(shells) or "nothing"
+        print(
+            f"error: --print-completion takes {' or '.join(_completion.SHELLS)}; got {given}",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        options = {
+            name: {} if name == "doctor" else _completion.options_of(name, module)
+            for name, module in modules.items()
+        }
+    except ModuleNotFoundError as error:
+        print(f"error: {error}: completion needs mimkit[recipes]", file=sys.stderr)
+        return 2
+    print(_completion.script(shells[0], options), end="")
     return 0
 
 
@@ -55,7 +88,7 @@ def _recipes(root: Path | None) -> dict[str, str]:
     return {
         file.stem.replace("_", "-"): f"recipes.{file.stem}"
         for file in files
-        if file.stem != "script"
+        if '__name__ == "__main__"' in file.read_text(encoding="utf-8")
     }
 
 
@@ -68,6 +101,7 @@ def _help(recipes: dict[str, str]) -> str:
     lines += [f"  {name}" for name in recipes] or ["  none: this installation holds no recipes"]
     lines += ["", "tools:"]
     lines += [f"  {name:10}{text}" for name, (_, text) in _TOOLS.items()]
+    lines += ["", 'completion of commands and options: eval "$(mimkit --print-completion bash)"']
     return "\n".join(lines)
 
 

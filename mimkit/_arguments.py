@@ -85,6 +85,8 @@ def checked(function: F) -> F:
     Tensors of one call must be on one device, and an axis must have one size wherever its name
     stands. "batch", "visible" and "masked" are also sizes of a mask. A module tells the sizes that
     it takes in `axis_sizes`. Only axes that count samples, tokens or rows may be empty.
+    Docstrings of checked functions do not repeat these errors: their "Raises" says what is refused
+    beyond them (docs/api/mimkit.md).
 
     Raises:
         TypeError: In a call: an argument has a wrong type or dtype.

@@ -21,6 +21,18 @@ def container(cls: type[T]) -> type[T]:
     `DistributedDataParallel(static_graph=True)` silently skips the gradient reduction. Fields are
     leaves unless declared with `static`.
 
+    Args:
+        cls: A class with annotated fields.
+
+    Returns:
+        The class itself, as a frozen dataclass.
+
+    Raises:
+        TypeError: If `cls` is not a class.
+
+    Source:
+        mimkit's own, on PyTorch's pytrees.
+
     Example:
         >>> import torch
         >>> @container

@@ -30,6 +30,9 @@ class use:
     Raises:
         ValueError: An unknown backend.
 
+    Source:
+        mimkit's own.
+
     Example:
         >>> import mimkit
         >>> with mimkit.use(check=True):

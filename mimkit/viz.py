@@ -42,6 +42,15 @@ def show_masked(
         patch_size: Pixels per patch.
         color: Value of every channel of a filled pixel.
 
+    Returns:
+        A copy of the images.
+
+    Raises:
+        ValueError: If the mask does not fit the images.
+
+    Source:
+        mimkit's own.
+
     Example:
         >>> mask = Mask.from_bool(torch.tensor([[[True, False]]]))
         >>> show_masked(torch.ones(1, 1, 1, 2), mask, 1, color=0.0)
@@ -68,6 +77,15 @@ def fill_masked(
             first be inverted with `targets.NormalizedPixels.invert`.
         patch_size: Pixels per patch.
 
+    Returns:
+        A copy of the images.
+
+    Raises:
+        ValueError: If the mask does not fit the images, or the patches do not fit the mask.
+
+    Source:
+        mimkit's own.
+
     Example:
         >>> mask = Mask.from_bool(torch.tensor([[[True, False]]]))
         >>> fill_masked(torch.ones(1, 1, 1, 2), mask, torch.full((1, 1, 1), 3.0), 1)
@@ -87,6 +105,15 @@ def half_mass(
     Args:
         attention: Non-negative values; they need not sum to 1.
         share: Fraction of each sample's total that the positions must have, in [0, 1].
+
+    Returns:
+        True = in the set.
+
+    Raises:
+        ValueError: If the attention contains NaN.
+
+    Source:
+        CAE, arXiv:2202.03026: the contour in the figure of attention maps (see `show_attention`).
 
     Example:
         >>> half_mass(torch.tensor([[[0.1, 0.4], [0.3, 0.2]]])).int()
@@ -119,6 +146,9 @@ def show_attention(
         share: Fraction of the attention inside the contour, in [0, 1].
         color: Color of the contour.
         line: Width of the contour in pixels.
+
+    Returns:
+        Pictures in [0, 1].
 
     Raises:
         ValueError: If the image size is not divisible by the grid.
@@ -159,8 +189,14 @@ def panel(rows: Sequence[Sequence[Tensor]], captions: Sequence[str], *, note: st
         captions: One per column.
         note: Text below the images; long lines are wrapped.
 
+    Returns:
+        A picture of pillow.
+
     Raises:
         ValueError: If a row has another length than the captions, or an image another shape.
+
+    Source:
+        mimkit's own.
 
     Example:
         >>> panel([[torch.zeros(1, 8, 8), torch.ones(3, 8, 8)]], ["input", "output"]).size
@@ -208,6 +244,20 @@ def curves(steps: Sequence[float], series: Mapping[str, Sequence[float]], *, tit
         steps: Values of the horizontal axis.
         series: Name -> one value per step.
         title: Label of the vertical axis.
+
+    Returns:
+        A picture of pillow.
+
+    Raises:
+        ValueError: If a series does not have one value per step.
+
+    Source:
+        mimkit's own.
+
+    Example:
+        >>> series = {"loss": [1.0, 0.6, 0.5], "zero": [1.0, 1.0, 1.0]}
+        >>> curves([0, 100, 200], series, title="masked loss").size
+        (700, 400)
     """
     import io
 

@@ -38,6 +38,10 @@ def philox4x32(
         TypeError: If a word is not an int64 array, or some are tensors and others of NumPy.
         ValueError: If the number of words, their devices or their shapes do not fit.
 
+    Source:
+        Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; Random123, whose
+        known answers it gives.
+
     Example:
         >>> zero = torch.zeros(1, dtype=torch.int64)
         >>> [f"{int(word):08x}" for word in philox4x32((zero, zero), (zero, zero, zero, zero))]

@@ -38,6 +38,9 @@ def masked_depthwise_conv2d(
         bias: One value per channel, added at all positions.
         mask: Which positions of `x` count as zeros. The output is computed at all positions.
 
+    Returns:
+        The feature map, convolved, in the same size.
+
     Raises:
         ValueError: If a kernel size is even, or the shapes do not fit.
 
@@ -74,9 +77,16 @@ def packed_depthwise_conv2d(
         neighbors: As `patches.neighbors` returns them, with a reach that covers the filter.
         cell: Positions per axis of a cell.
 
+    Returns:
+        The cells, convolved.
+
     Raises:
         ValueError: If a kernel size is even, the reach of `neighbors` is smaller than the kernel
             needs, or the shapes do not fit.
+
+    Source:
+        mimkit's own way to compute ConvMAE's "masked convolution" (arXiv:2205.03892, section 3.2).
+        The authors convolve all positions, then drop the masked ones.
 
     Example:
         >>> from mimkit.patches import neighbors

@@ -53,6 +53,10 @@ def from_official(method: str, state_dict: Mapping[str, Any]) -> Converted:
         ValueError: If the method is unknown, or less than nine tenths of the tensors are known to
             it; the message says what they look like, and which function takes them.
 
+    Source:
+        The names of facebookresearch/mae, microsoft/SimMIM, Atten4Vis/CAE, Alpha-VL/ConvMAE,
+        Alpha-VL/FastConvMAE and openai/DALL-E.
+
     Example:
         >>> import torch
         >>> converted = from_official("mae_vit", {"model": {
@@ -82,6 +86,9 @@ def to_official(
         TypeError: If `state_dict` is not a dictionary.
         ValueError: If the method is unknown, or has no duplicates, or if less than nine tenths of
             the tensors are known to it.
+
+    Source:
+        As in `from_official`.
 
     Example:
         >>> import torch

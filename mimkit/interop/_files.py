@@ -48,6 +48,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         ModuleNotFoundError: If a safetensors file is given and safetensors is not installed.
         pickle.UnpicklingError: If loading the file would run code.
         ValueError: If it is not a regular file, is damaged, or holds no dictionary.
+
+    Source:
+        mimkit's own. `torch.load(weights_only=True)` allows more functions, among them some that
+        allocate memory.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"cls_token": torch.zeros(1, 1, 8)}, f"{folder}/model.pth")
+        ...     list(load_checkpoint(f"{folder}/model.pth"))
+        ['cls_token']
     """
     path = Path(path)
     size = _size_of(path)

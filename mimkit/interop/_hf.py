@@ -169,6 +169,9 @@ def from_hf(
         ValueError: If less than nine tenths of the tensors are known, or the configuration has
             something that mimkit's class cannot compute.
 
+    Source:
+        The names of Hugging Face's transformers, versions 4 and 5.
+
     Example:
         >>> names = [f"layers.0.attention.{part}_proj.weight" for part in "qkv"]
         >>> converted = from_hf({name: torch.ones(8, 8) for name in names})
@@ -233,6 +236,9 @@ def to_hf(
         ValueError: If the architecture is unknown, if the model has parts that theirs lacks (layer
             scale, relative positions, registers, a norm after pooling, ...), or if less than nine
             tenths of the tensors are known.
+
+    Source:
+        As in `from_hf`.
 
     Example:
         >>> list(to_hf({"blocks.0.attn.qkv.weight": torch.ones(24, 8)}, "ViTModel"))[0]

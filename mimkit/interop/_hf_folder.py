@@ -35,6 +35,9 @@ def save_hf(encoder: nn.Module, folder: str | Path, *, version: Version = 5) -> 
         TypeError: If it is another module.
         ValueError: If none of their classes computes the same; nothing is written then.
 
+    Source:
+        The folders of Hugging Face's transformers, versions 4 and 5.
+
     Example:
         >>> import tempfile
         >>> from mimkit import nn

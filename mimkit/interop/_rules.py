@@ -17,12 +17,23 @@ from torch import Tensor
 class Converted(dict[str, Tensor]):
     """A converted state dict that also lists what was dropped and added.
 
+    Args:
+        tensors: Name -> tensor.
+
     Attributes:
         dropped: Names of the input that have no counterpart.
         filled: Names of the result that the input had not. They are zero (the weight of a norm and
             layer scale: one).
         config: What to build the model with that these weights are for, where it is known: the
             keyword arguments of its class.
+
+    Source:
+        mimkit's own.
+
+    Example:
+        >>> converted = Converted({"cls_token": torch.zeros(1, 1, 8)}, dropped=("mask_token",))
+        >>> list(converted), converted.dropped, converted.filled
+        (['cls_token'], ('mask_token',), ())
     """
 
     def __init__(

@@ -51,6 +51,12 @@ def to_timm(state_dict: nn.Module | Mapping[str, Any], *, model: Model | None = 
         they load into a model with `no_embed_class=True`; if the class token has a position that is
         not zero, into one with `no_embed_class=False`, where the registers' positions are zero.
 
+    Raises:
+        ValueError: If `model` is unknown, or less than nine tenths of the tensors are known.
+
+    Source:
+        The names of timm's `VisionTransformer` and `SwinTransformer`.
+
     Example:
         >>> import torch
         >>> list(to_timm({"norm.weight": torch.ones(8)}))
@@ -94,6 +100,9 @@ def from_timm(
             would compute something else; if the grid does not fit the positions; or if less than
             nine tenths of the tensors are known. A state dict does not tell its activation: build
             `nn.ViT(act="gelu_tanh")` for a model with tanh-GELU.
+
+    Source:
+        As in `to_timm`.
 
     Example:
         >>> import torch
@@ -312,6 +321,20 @@ def wrap_timm(model: nn.Module) -> nn.Module:
             positions, or embeds its patches by more than one convolution, whose outputs see pixels
             of other patches.
         ValueError: If the model has patch dropout.
+
+    Source:
+        timm's `VisionTransformer.forward_features`, which it equals without a mask.
+
+    Example:
+        >>> import timm  # doctest: +SKIP
+        >>> from mimkit import masking  # doctest: +SKIP
+        >>> encoder = wrap_timm(timm.create_model("vit_tiny_patch16_224"))  # doctest: +SKIP
+        >>> mask = masking.uniform(masking.key([0], seed=0), (14, 14), 0.75)  # doctest: +SKIP
+        >>> encoder(torch.rand(1, 3, 224, 224), mask).shape  # doctest: +SKIP
+        torch.Size([1, 50, 192])
+        >>> wrap_timm(nn.Linear(8, 8))
+        Traceback (most recent call last):
+        TypeError: wrap_timm needs a timm VisionTransformer; got Linear without ...
     """
     parts = ("patch_embed", "_pos_embed", "blocks", "norm", "num_prefix_tokens")
     missing = [name for name in parts if not hasattr(model, name)]

@@ -35,8 +35,19 @@ def baselines(
 ) -> dict[str, Float32[Tensor, ""]]:
     """Compute the `masked_pixel_loss` of trivial predictors.
 
-    Arguments are those of `masked_pixel_loss`. The predictors use visible patches only, with one
+    The predictors use visible patches only, with one
     exception: "interpolated" is multiplied by the factor that fits the masked target best.
+
+    Args:
+        images: As in `masked_pixel_loss`.
+        mask: As in `masked_pixel_loss`.
+        patch_size: As in `masked_pixel_loss`.
+        normalize: As in `masked_pixel_loss`.
+        kind: As in `masked_pixel_loss`.
+        beta: As in `masked_pixel_loss`.
+        order: As in `masked_pixel_loss`.
+        mean: As in `masked_pixel_loss`.
+        std: As in `masked_pixel_loss`.
 
     Returns:
         "zero": the loss of predicting 0 everywhere.
@@ -47,6 +58,9 @@ def baselines(
     Raises:
         ValueError: If the mask has no visible or no masked patches; also what `masked_pixel_loss`
             raises.
+
+    Source:
+        mimkit's own.
 
     Example:
         >>> from mimkit import masking

@@ -87,7 +87,23 @@ def masked_l1(
     *,
     reduction: Reduction = "mean",
 ) -> Loss:
-    """Mean absolute error over the masked positions; arguments as in `masked_mse`.
+    """Mean absolute error over the masked positions.
+
+    Args:
+        prediction: As in `masked_mse`.
+        target: As in `masked_mse`.
+        mask: Which positions count.
+        reduction: As in `masked_mse`.
+
+    Returns:
+        As in `masked_mse`.
+
+    Raises:
+        ValueError: If the shapes differ or do not fit the mask; there is no broadcasting.
+
+    Source:
+        SimMIM, arXiv:2111.09886; microsoft/SimMIM divides the sum by `mask.sum() + 1e-5` and by 3,
+        whatever the number of channels; here by the number of values.
 
     Example:
         >>> import torch
@@ -116,8 +132,15 @@ def masked_smooth_l1(
         beta: Error at which the loss changes from `0.5 * x**2 / beta` to `x - 0.5 * beta`; 0 is L1.
         reduction: As in `masked_mse`.
 
+    Returns:
+        As in `masked_mse`.
+
     Raises:
         ValueError: If `beta` is negative, or the shapes do not fit.
+
+    Source:
+        SimMIM, arXiv:2111.09886, table 5 (smooth L1); not in the released code. Errors are those of
+        `torch.nn.functional.smooth_l1_loss`.
 
     Example:
         >>> import torch
@@ -139,7 +162,19 @@ def masked_cosine(
 ) -> Loss:
     """One minus the cosine between prediction and target at the masked positions.
 
-    The lengths of the vectors do not matter. Arguments as in `masked_mse`.
+    The lengths of the vectors do not matter.
+
+    Args:
+        prediction: One vector per token, as in `masked_mse`.
+        target: The same, for the target.
+        mask: Which positions count.
+        reduction: As in `masked_mse`.
+
+    Returns:
+        As in `masked_mse`.
+
+    Raises:
+        ValueError: If the shapes differ or do not fit the mask; there is no broadcasting.
 
     Source:
         CAE v2, arXiv:2211.09799: features of a teacher, `F.cosine_embedding_loss` of unit vectors.
@@ -169,11 +204,24 @@ def masked_cross_entropy(
 ) -> Loss:
     """Cross-entropy over the masked positions; classes are the last axis of `prediction`.
 
-    Other arguments as in `masked_mse`. Every masked position counts: there is no `ignore_index`.
+    Every masked position counts: there is no `ignore_index`.
+
+    Args:
+        prediction: Logits of each masked token, or of each token of the grid (see `masked_mse`).
+        target: Class of each of these tokens.
+        mask: Which positions count.
+        reduction: As in `masked_mse`.
+
+    Returns:
+        As in `masked_mse`.
 
     Raises:
         TypeError: If the classes are not integers.
         ValueError: If the shapes do not fit, or (on a CPU) a class is out of range.
+
+    Source:
+        BEiT, arXiv:2106.08254; CAE, Atten4Vis/CAE: plain cross-entropy, averaged over all masked
+        tokens of the batch.
 
     Example:
         >>> import torch

@@ -27,8 +27,17 @@ def with_ids(dataset: Dataset[Item]) -> Dataset[tuple[Item, int]]:
     The sample id is the index. Batches from any `DataLoader`, with any number of workers, then
     contain the ids that `masking.key` needs to draw masks on the training device.
 
+    Args:
+        dataset: Has `__getitem__` and `__len__`.
+
+    Returns:
+        A data set of the same length.
+
     Raises:
         TypeError: If the data set is not map-style.
+
+    Source:
+        mimkit's own.
 
     Example:
         >>> import torch

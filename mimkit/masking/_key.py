@@ -25,6 +25,15 @@ class Key:
         seed_and_epoch: Seed and epoch in one tensor, so that a new epoch neither recompiles a
             graph nor invalidates a captured one.
         view_index: Which of the independent masks of these samples is drawn, in [0, 256).
+
+    Source:
+        mimkit's own; its words come from Philox4x32-10 (see `philox4x32`).
+
+    Example:
+        >>> from mimkit import masking
+        >>> key = masking.key([3, 1], seed=7, epoch=5)
+        >>> key.sample_ids, key.seed_and_epoch
+        (tensor([3, 1]), tensor([7, 5]))
     """
 
     sample_ids: Int64[Tensor, " batch"]
@@ -46,6 +55,12 @@ class Key:
 
         Views are not cumulative: `key.view(2).view(1)` is `key.view(1)`. `key.view(0)` is the key
         that `masking.key` returns.
+
+        Args:
+            n: Number of the mask, in [0, 256).
+
+        Returns:
+            A key of the same samples, seed and epoch.
 
         Raises:
             TypeError: If `n` is not an integer.
@@ -74,9 +89,16 @@ def key(sample_ids: Integer[Tensor, " batch"] | Sequence[int], *, seed: int, epo
         seed: Any 64-bit integer, signed or unsigned.
         epoch: In [0, 2**32).
 
+    Returns:
+        A key on the device of the ids.
+
     Raises:
         TypeError: If the ids, the seed or the epoch are not integers.
         ValueError: If the ids are not one-dimensional, or the seed or the epoch is out of range.
+
+    Source:
+        mimkit's own. The authors draw from global random generators, so that their masks depend on
+        batch, order and process.
 
     Example:
         >>> from mimkit import masking
@@ -120,8 +142,14 @@ def fresh_key(
         device: Where the masks are drawn. The seed stays there, so nothing is synchronised.
         generator: Random generator for the seed, on `device`; PyTorch's default one if `None`.
 
+    Returns:
+        A key of epoch 0, on `device`.
+
     Raises:
         TypeError: If the batch size is not an integer.
+
+    Source:
+        mimkit's own.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)

@@ -32,6 +32,10 @@ class Mask:
         masked_ids: The other positions, ascending in every row.
         grid: Tokens per axis, one to three axes.
 
+    Source:
+        mimkit's own. The authors' codes pass tensors of 0 and 1, where 1 is a masked token in MAE
+        and BEiT, and a visible one in Hiera and SparK.
+
     Example:
         >>> mask = Mask.from_bool(torch.tensor([[[False, True], [True, True]]]))
         >>> mask

@@ -30,6 +30,18 @@ class MultiBlock:
     Attributes:
         context: Its visible tokens are the input of the encoder; none of them is in a target.
         targets: One mask per block; its masked tokens are the block. Blocks may overlap.
+
+    Raises:
+        ValueError: If a target has another grid or batch size than the context.
+
+    Source:
+        I-JEPA, arXiv:2301.08243, section 3; see `multiblock`.
+
+    Example:
+        >>> from mimkit import masking
+        >>> blocks = masking.multiblock(masking.key([0, 1], seed=0), (14, 14))
+        >>> len(blocks.targets), blocks.targets[0].masked_ids.shape
+        (4, torch.Size([2, 34]))
     """
 
     context: Mask

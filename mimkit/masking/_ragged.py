@@ -39,6 +39,12 @@ class RaggedMask:
         grids: Tokens per axis of each sample.
         num_visible: Number of visible tokens of each sample.
 
+    Raises:
+        ValueError: If the numbers of entries of grids, counts and cumulative counts do not fit.
+
+    Source:
+        mimkit's own.
+
     Example:
         >>> wide, tall = torch.tensor([[False, True]]), torch.tensor([[True], [True], [False]])
         >>> mask = RaggedMask.from_bool([wide, tall])
@@ -364,6 +370,9 @@ def ragged(
         TypeError: If the sampler does not return a `Mask`.
         ValueError: If the number of grids, ratios or counts is not the number of samples; also what
             the sampler raises.
+
+    Source:
+        mimkit's own.
 
     Example:
         >>> from mimkit import masking

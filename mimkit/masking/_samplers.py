@@ -81,6 +81,12 @@ def gridwise(key: Key, grid: Sequence[int], *, keep_every: int | Sequence[int] =
         keep_every: Step between visible tokens: 2 keeps a quarter of a grid of even height and
             width.
 
+    Returns:
+        A mask on the device of `key`.
+
+    Raises:
+        ValueError: If `keep_every` is below 1, or has another number of axes than the grid.
+
     Source:
         MAE, arXiv:2111.06377, table 1f "grid"; not in the released code.
 
@@ -114,6 +120,9 @@ def square(
         side: Side of the box in tokens; one integer, or one per axis.
         position: "center" (rounded towards the origin), or "random": uniform over all places where
             the box fits.
+
+    Returns:
+        A mask on the device of `key`.
 
     Raises:
         ValueError: If the box does not fit in the grid, or the position is unknown.

@@ -84,7 +84,20 @@ def cae(
     max_block: Size | None = None,
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> Bool[Tensor, "batch *grid"]:
-    """Draw CAE's block-wise masks, whose counts are exact; arguments as in `beit`.
+    """Draw CAE's block-wise masks, whose counts are exact.
+
+    Args:
+        key: Seed, epoch and sample ids (see `masking.key`).
+        grid: As in `beit`.
+        ratio: As in `beit`.
+        num_masked: Tokens to mask, instead of `ratio`.
+        rounding: As in `beit`.
+        min_block: As in `beit`.
+        max_block: As in `beit`.
+        aspect: As in `beit`.
+
+    Returns:
+        True = masked.
 
     Raises:
         ValueError: If the grid does not have two axes, the count does not fit, or no block fits on
@@ -120,7 +133,20 @@ def mmpretrain(
 ) -> Bool[Tensor, "batch *grid"]:
     """Draw mmpretrain's block-wise masks, which never touch the last row and column.
 
-    Arguments as in `beit`; counts are exact.
+    Counts are exact.
+
+    Args:
+        key: Seed, epoch and sample ids (see `masking.key`).
+        grid: As in `beit`.
+        ratio: As in `beit`.
+        num_masked: Tokens to mask, instead of `ratio`.
+        rounding: As in `beit`.
+        min_block: As in `beit`.
+        max_block: As in `beit`.
+        aspect: As in `beit`.
+
+    Returns:
+        True = masked.
 
     Raises:
         ValueError: If the grid does not have two axes, the count does not fit, or it is above the
@@ -209,7 +235,23 @@ def ijepa_targets(
 ) -> Bool[Tensor, "batch targets *grid"]:
     """Draw the target blocks (True = in the target) of the masks that `ijepa` draws.
 
-    Arguments, errors and source as in `ijepa`.
+    Args:
+        key: As in `ijepa`.
+        grid: As in `ijepa`.
+        num_targets: As in `ijepa`.
+        target_scale: As in `ijepa`.
+        aspect: As in `ijepa`.
+        context_scale: As in `ijepa`.
+        min_keep: As in `ijepa`.
+
+    Returns:
+        True = in the target.
+
+    Raises:
+        ValueError: As in `ijepa`.
+
+    Source:
+        As in `ijepa`.
 
     Example:
         >>> from mimkit import masking

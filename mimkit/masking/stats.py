@@ -93,6 +93,9 @@ def marginals(
     Returns:
         Fractions of masks.
 
+    Source:
+        mimkit's own.
+
     Example:
         >>> from mimkit import masking
         >>> marginals(masking.gridwise, (1, 4), num_samples=8)

@@ -262,6 +262,10 @@ class ConvViT(TimmProtocol):
             paper: it hides a part of every token, so all tokens are encoded, at full cost.
         num_prefix_tokens: Number of prefix tokens: 0.
 
+    Raises:
+        ValueError: If an option of stages does not have three values, the strides do not divide the
+            image size, `kernel_size` is even, or `heads` does not divide the last stage's width.
+
     Source:
         ConvMAE, arXiv:2205.03892, sections 3.1 to 3.3; Alpha-VL/ConvMAE `models_convmae.py`,
         `models_convvit.py`. The authors' code takes images of 224 pixels only. It computes every

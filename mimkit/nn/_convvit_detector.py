@@ -35,6 +35,10 @@ class ConvViTDetector(ConvViT):
         kernel_size: Kernel size of the depth-wise convolutions; odd.
         drop_path: Stochastic depth rate of the last block, in [0, 1), as in `ConvViT`.
 
+    Raises:
+        ValueError: If `global_layers` has an index that the last stage has not; also what `ConvViT`
+            raises.
+
     Source:
         ConvMAE, arXiv:2205.03892, section 3.4 "object detection"; Alpha-VL/ConvMAE `ConvViTDet`.
         All window layers share one relative position table, all global layers another. There is no

@@ -50,6 +50,10 @@ class MAEDecoder(nn.Module):
         norm_eps: Epsilon of every LayerNorm.
         act: Activation of the MLPs: "gelu", or "gelu_tanh" for its approximation by tanh.
 
+    Raises:
+        ValueError: If `heads` does not divide `dim`, or `dim` is no multiple of twice the number of
+            the grid's axes.
+
     Source:
         MAE, arXiv:2111.06377, section 3 "MAE decoder"; facebookresearch/mae `forward_decoder`.
         The authors restore grid order and predict every position. Transformer blocks do not depend
@@ -191,6 +195,10 @@ class CrossDecoder(nn.Module):
         mlp_ratio: Ratio of MLP hidden width to `dim`.
         num_prefix: Prefix tokens of the latents; queries attend to them too.
 
+    Raises:
+        ValueError: If `heads` does not divide `dim`, or `dim` is no multiple of twice the number of
+            the grid's axes.
+
     Source:
         CrossMAE, arXiv:2401.14391, section 3. In the paper each block attends to its own learned
         combination of all encoder layers; here all blocks attend to the encoder's output.
@@ -302,6 +310,9 @@ class PixelHead(nn.Linear):
         dim: Width of a token.
         patch_size: Pixels per patch: an integer means a square patch, a tuple one side per axis.
         in_channels: Channels of the images.
+
+    Source:
+        MAE, facebookresearch/mae `decoder_pred`, Xavier-uniform.
 
     Example:
         >>> PixelHead(dim=32, patch_size=(8, 8), in_channels=3)(torch.randn(1, 5, 32)).shape

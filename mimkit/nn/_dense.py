@@ -36,6 +36,9 @@ class FeaturePyramid(nn.Module):
     Attributes:
         out_channels: Channels of every level.
 
+    Raises:
+        ValueError: If there are no scales, or one is not a power of two.
+
     Source:
         `out_dim=256`: ViTDet, arXiv:2203.16527, section 3 "simple feature pyramid"; detectron2
         `SimpleFeaturePyramid` with `norm="LN"`, without its last max-pooled level. Every
@@ -141,6 +144,9 @@ class UPerHead(nn.Module):
         pool_scales: Sides of the grids to which the coarsest map is pooled.
         dropout: Probability of dropping a channel before the classifier, in [0, 1).
 
+    Raises:
+        ValueError: If `in_dims` is empty.
+
     Source:
         Xiao et al., arXiv:1807.10221; mmsegmentation `UPerHead`, with its initialization.
 
@@ -213,6 +219,9 @@ class FCNHead(nn.Module):
         num_convs: 3x3 convolutions before the classifier.
         concat_input: Whether a further convolution sees the map beside their result.
         dropout: Probability of dropping a channel before the classifier, in [0, 1).
+
+    Raises:
+        ValueError: If `num_convs` is 0 and `dim` is not `in_dim`.
 
     Source:
         Long et al., arXiv:1411.4038; mmsegmentation `FCNHead`, with its initialization.

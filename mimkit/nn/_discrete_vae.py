@@ -195,6 +195,9 @@ class DiscreteVAE(nn.Module):
     Attributes:
         stride: Pixels per code, per axis.
 
+    Raises:
+        ValueError: If `dim` is not divisible by 4.
+
     Source:
         DALL-E, arXiv:2102.12092, appendix A; openai/DALL-E `Encoder`, `Decoder`, whose sizes are
         the defaults. OpenAI did not release its training code; see `forward`.

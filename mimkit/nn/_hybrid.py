@@ -28,6 +28,13 @@ class ConvStem(nn.Sequential):
         out_channels: Channels of the feature map.
         stride: Total stride: pixels per axis of one feature-map position.
 
+    Raises:
+        ValueError: If `channels` is empty.
+
+    Source:
+        mimkit's own, a small stem for the "Hybrid Architecture" of Dosovitskiy et al.,
+        arXiv:2010.11929, section 3.1, which has a ResNet there.
+
     Example:
         >>> import torch
         >>> ConvStem(in_channels=3, channels=(16, 32))(torch.rand(1, 3, 16, 24)).shape

@@ -317,6 +317,9 @@ class TransformerBlock(nn.Module):
             and values only.
         act: Activation of the MLP: "gelu", or "gelu_tanh" for its approximation by tanh.
 
+    Raises:
+        ValueError: If `heads` does not divide `dim`.
+
     Source:
         Dosovitskiy et al., arXiv:2010.11929, section 3.1; timm 0.3.2 `Block`, which MAE uses with
         epsilon 1e-6. Weights are initialised as in MAE (Xavier uniform). Layer scale and "qv" as in

@@ -16,6 +16,9 @@ class AttentiveProbe(nn.Module):
         heads: Attention heads; must divide `dim`.
         num_classes: Number of classes.
 
+    Raises:
+        ValueError: If `heads` does not divide `dim`.
+
     Source:
         CAE, arXiv:2202.03026, section 4.2 "attentive probing"; Atten4Vis/CAE `run_attentive.py`:
         no residual, no MLP, BatchNorm without affine parameters. The released code does not run as

@@ -128,6 +128,9 @@ class ContextRegressor(nn.Module):
         layer_scale: Initial value of layer scale; `None` for no layer scale.
         drop_path: Stochastic depth rate of the last block, in [0, 1). Rates rise linearly from 0.
 
+    Raises:
+        ValueError: If `heads` does not divide `dim`.
+
     Source:
         CAE, arXiv:2202.03026, section 3.2 "latent contextual regressor"; Atten4Vis/CAE
         `VisionTransformerRegressor`. Every block updates the queries and leaves the visible latents
@@ -253,6 +256,9 @@ class CAEDecoder(nn.Module):
         mlp_ratio: Ratio of MLP hidden width to `dim`.
         layer_scale: Initial value of layer scale; `None` for no layer scale.
         drop_path: Stochastic depth rate of the last block, in [0, 1). Rates rise linearly from 0.
+
+    Raises:
+        ValueError: If `heads` does not divide `dim`.
 
     Source:
         CAE, arXiv:2202.03026, section 3.2 "decoder"; Atten4Vis/CAE `VisionTransformerDecoder`.

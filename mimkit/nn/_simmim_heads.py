@@ -40,6 +40,10 @@ class InverseSwin(nn.Module):
         window: Tokens per axis of a window, as in `SwinTransformer`.
         out_dim: Values predicted for each token of the last stage.
 
+    Raises:
+        ValueError: If the grid does not have two axes, `dim`, `depth` and `heads` differ in length,
+            windows do not fill a stage's grid, or a stage's heads do not divide its width.
+
     Source:
         SimMIM, arXiv:2111.09886, section 4.1.3 and table 2 "inverse Swin-T", "inverse Swin-B".
         Neither the paper nor the released code describes them further. This is our reading: Swin's

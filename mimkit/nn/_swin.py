@@ -56,6 +56,11 @@ class SwinTransformer(TimmProtocol):
         dim: Width of an output token.
         num_prefix_tokens: Number of prefix tokens: 0.
 
+    Raises:
+        ValueError: If `depth` and `heads` differ in length, patches and merging do not divide the
+            image size, windows do not fill a stage's grid, or a stage's heads do not divide its
+            width.
+
     Source:
         Swin, arXiv:2103.14030; microsoft/SimMIM `swin_transformer.py`, with its initialization.
         The authors roll the feature map and partition it into windows in every shifted block, and

@@ -33,6 +33,9 @@ class PatchTokenizer(nn.Module):
         vocabulary_size: As given.
         centers: The k-means centers; zeros before `fit`.
 
+    Source:
+        mimkit's own: Lloyd's k-means on MAE's normalised patches.
+
     Example:
         >>> tokenizer = PatchTokenizer(patch_size=(4, 4), in_channels=3, vocabulary_size=8)
         >>> images = torch.rand(4, 3, 8, 12)

@@ -84,6 +84,11 @@ class ViT(TimmProtocol):
         grid: Tokens per axis.
         num_prefix_tokens: Number of prefix tokens: the class token, if any, and the registers.
 
+    Raises:
+        ValueError: If the patch size does not divide the image size, `heads` does not divide `dim`,
+            or options exclude each other (`pool="token"` without a class token, registers with
+            relative positions, `window` with prefix tokens, `global_blocks` without `window`).
+
     Source:
         Dosovitskiy et al., arXiv:2010.11929; MAE, arXiv:2111.06377, appendix A.1;
         facebookresearch/mae `models_mae.py`, `models_vit.py`. The authors embed all patches, then

@@ -34,8 +34,14 @@ def pack_cells(
         feature_map: Its size is a multiple of the mask's grid.
         mask: Which cells are visible.
 
+    Returns:
+        The visible cells, with their positions in row-major order.
+
     Raises:
         ValueError: If the mask's grid does not divide the size, or the batch sizes differ.
+
+    Source:
+        mimkit's own; ConvMAE computes all positions of the feature map.
 
     Example:
         >>> mask = Mask.from_visible_ids(torch.tensor([[1]]), (1, 2))
@@ -61,8 +67,14 @@ def unpack_cells(
         mask: The mask that they were packed with.
         cell: Positions per axis of a cell; square cells if `None`.
 
+    Returns:
+        A feature map of `cell` positions per token of the mask.
+
     Raises:
         ValueError: If the cells do not fit the mask, or do not have the size `cell`.
+
+    Source:
+        mimkit's own, the inverse of `pack_cells`.
 
     Example:
         >>> mask = Mask.from_visible_ids(torch.tensor([[1]]), (1, 2))
@@ -94,6 +106,9 @@ def neighbors(mask: Mask, *, reach: Count = 1) -> Int32[Tensor, "batch visible w
 
     Raises:
         ValueError: If the grid does not have two axes, or the reach is negative.
+
+    Source:
+        mimkit's own.
 
     Example:
         >>> neighbors(Mask.from_bool(torch.tensor([[[True, False, False]]])))

@@ -39,9 +39,15 @@ def grid_of(
             is taken for signals of one axis, unless `patch_size` has two sizes.
         patch_size: Pixels per patch; one integer, or one per spatial axis.
 
+    Returns:
+        Patches per axis.
+
     Raises:
         ValueError: If the patch does not divide the size, or there are not one to three spatial
             axes.
+
+    Source:
+        mimkit's own.
 
     Example:
         >>> grid_of(torch.zeros(1, 3, 224, 192), 16)
@@ -66,6 +72,9 @@ def patchify(
         order: Order of the values inside a patch. In "p1 p2 c", MAE's order, channels vary
             fastest. "c p1 p2" is the order of convolution weights, and faster to load. "p1 p2"
             stands for all spatial axes, also where there are one or three.
+
+    Returns:
+        One vector per patch, in row-major order of the grid.
 
     Raises:
         ValueError: If the patch does not divide the size, or the order is unknown.
@@ -99,8 +108,14 @@ def unpatchify(
         patch_size: Pixels per patch; one integer, or one per spatial axis.
         order: The order that was passed to `patchify`.
 
+    Returns:
+        Images, in the dtype of `patches`.
+
     Raises:
         ValueError: If the patches do not fit the grid or the patch size.
+
+    Source:
+        MAE, facebookresearch/mae `unpatchify`, which makes square 3-channel images only.
 
     Example:
         >>> images = torch.randn(2, 3, 8, 12)
@@ -149,10 +164,17 @@ def gather_patches(
             if the images are).
         order: Order of the values inside a patch (see `patchify`).
 
+    Returns:
+        The visible patches: floats, in ascending order of position.
+
     Raises:
         TypeError: If the images are neither floats nor uint8.
         ValueError: If the mask does not fit the images, or the number of channel statistics is
             wrong.
+
+    Source:
+        mimkit's own, with the values of MAE's `patchify`. The authors embed or cut out all patches,
+        then drop the masked ones.
 
     Example:
         >>> from mimkit.masking import Mask, RaggedMask

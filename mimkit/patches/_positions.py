@@ -89,6 +89,9 @@ def interpolate_positions(
         new_grid: The grid to resample to, with the same number of axes.
         num_prefix: Rows in front that are not resampled.
 
+    Returns:
+        The table of the new grid.
+
     Raises:
         ValueError: If the table does not fit `old_grid`, or the grids have different numbers of
             axes.

@@ -35,6 +35,9 @@ def interpolate_relative_positions(
         new_grid: Tokens per axis to resample to, with the same number of axes.
         num_extra: Rows at the end that are not resampled (3 for a class token).
 
+    Returns:
+        The table of the new grid.
+
     Raises:
         ValueError: If the table does not fit `old_grid`, or the grids have different numbers of
             axes.

@@ -29,8 +29,15 @@ def gather_visible(
         mask: Which tokens are visible.
         num_prefix: Prefix tokens in front of the grid's tokens.
 
+    Returns:
+        The gathered tokens, in the dtype of `tokens`.
+
     Raises:
         ValueError: If the length or the batch size of the sequence does not fit the mask.
+
+    Source:
+        MAE, facebookresearch/mae `random_masking`, which gathers in the order of the noise. CAE's
+        `x[~mask].reshape(...)` mixes samples where their counts differ.
 
     Example:
         >>> import torch
@@ -59,8 +66,15 @@ def gather_masked(
         mask: Which tokens are masked.
         num_prefix: Prefix tokens in front of the grid's tokens.
 
+    Returns:
+        The gathered tokens, in the dtype of `tokens`.
+
     Raises:
         ValueError: If the length or the batch size of the sequence does not fit the mask.
+
+    Source:
+        CAE, Atten4Vis/CAE, whose alignment encoder takes the masked patches by boolean indexing,
+        which mixes samples where their counts differ.
 
     Example:
         >>> import torch

@@ -163,6 +163,9 @@ class ChannelBins:
             `low` and `high` are fractions of 255.
         uses_ground_truth: Whether `invert` reads masked pixels: False.
 
+    Raises:
+        ValueError: If `low` is not below `high`.
+
     Source:
         SimMIM, arXiv:2111.09886, table 5 "per-channel 8-bin" and "256-bin"; not in the released
         code.

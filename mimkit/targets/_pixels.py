@@ -37,6 +37,10 @@ class Pixels:
         std: One value per channel to divide by afterwards.
         uses_ground_truth: Whether `invert` reads masked pixels: False.
 
+    Source:
+        MAE, arXiv:2111.06377, section 3 "Reconstruction target"; microsoft/SimMIM, which predicts
+        them too. Both normalise the images by mean and standard deviation of ImageNet first.
+
     Example:
         >>> from mimkit import masking
         >>> images = torch.rand(2, 3, 8, 8)
@@ -105,6 +109,14 @@ class NormalizedPixels:
     Source:
         MAE, arXiv:2111.06377, section 3 "Reconstruction target"; facebookresearch/mae
         `forward_loss`: variance divided by n - 1, epsilon 1e-6 inside the square root.
+
+    Example:
+        >>> from mimkit import masking
+        >>> images = torch.rand(2, 3, 8, 8)
+        >>> mask = masking.uniform(masking.key([0, 1], seed=0), (2, 2), 0.75)
+        >>> values = NormalizedPixels(4)(images, mask)
+        >>> values.shape, values.mean(dim=2).abs().max() < 1e-5
+        (torch.Size([2, 3, 48]), tensor(True))
     """
 
     patch_size: int | Sequence[int]

@@ -121,6 +121,9 @@ class WindowNormalizedPixels:
         uses_ground_truth: Whether `invert` reads masked pixels: True. It needs the means and
             standard deviations of their windows.
 
+    Raises:
+        ValueError: If the window is even or below 3.
+
     Source:
         microsoft/Swin-Transformer `models/simmim.py` `norm_targets`, a port of SimMIM, whose own
         release and paper have no such target. Here windows are averaged axis by axis.

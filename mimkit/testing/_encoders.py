@@ -35,6 +35,9 @@ def assert_no_leak(
         AssertionError: If a hidden pixel changes the output. The message names the masked patch,
             what it changes, and at which distance.
 
+    Source:
+        mimkit's own.
+
     Example:
         >>> from mimkit import masking, nn
         >>> encoder = nn.ViT(image_size=16, patch_size=4, dim=16, depth=1, heads=2)
@@ -67,6 +70,10 @@ def assert_samples_isolated(
     Raises:
         AssertionError: If a sample changes the output of another one; the message names both.
         ValueError: If there are fewer than two images.
+
+    Source:
+        mimkit's own, after a fault of published encoders: `x[~mask].reshape(batch, ...)` puts
+        tokens of one sample into another where their counts differ.
 
     Example:
         >>> from mimkit import masking
@@ -115,6 +122,10 @@ def assert_mask_equivariant(
     Raises:
         AssertionError: At the first difference beyond rounding; the message names the sample.
         ValueError: If there are fewer than two images, or all masks are equal.
+
+    Source:
+        mimkit's own, after a fault of SparK, whose mask is a global variable: with activation
+        checkpointing, gradients are those of another mask.
 
     Example:
         >>> from mimkit import masking

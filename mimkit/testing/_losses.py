@@ -38,6 +38,9 @@ def assert_reduction_exact(
     Raises:
         AssertionError: At the first property that fails, for the smallest batch that shows it.
 
+    Source:
+        mimkit's own.
+
     Example:
         >>> from mimkit import losses
         >>> assert_reduction_exact(losses.masked_mse)

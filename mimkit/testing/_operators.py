@@ -29,6 +29,9 @@ def assert_op_correct(op: Function, reference: Function, inputs: Sequence[Any]) 
     Raises:
         AssertionError: At the first difference larger than rounding.
 
+    Source:
+        mimkit's own; `torch.library.opcheck` and `torch.autograd.gradcheck` check other properties.
+
     Example:
         >>> x = torch.randn(3, 5, requires_grad=True)
         >>> assert_op_correct(torch.sigmoid, lambda x: 1 / (1 + torch.exp(-x)), [x])

@@ -57,6 +57,10 @@ def assert_sampler_conforms(
         AssertionError: At the first property that fails, with expected and actual values.
         ValueError: If `least` is not in (0, 1].
 
+    Source:
+        mimkit's own, after faults of published samplers: a last row and column that are never
+        masked, a rounding that keeps no token, a loop that does not end.
+
     Example:
         >>> from mimkit import masking
         >>> assert_sampler_conforms(masking.uniform, (4, 4), 0.75)

@@ -102,6 +102,9 @@ def assert_rejects_wrong_inputs(
             one line for each of these.
         ValueError: If a reason is empty, or an entry of `skip` fits no call.
 
+    Source:
+        mimkit's own.
+
     Example:
         >>> from mimkit import losses, masking
         >>> mask = masking.uniform(masking.key([0, 1], seed=0), (2, 3), 0.5)

@@ -45,6 +45,7 @@ from recipes.engine.seeds import stream_seed
 IMAGENET = 1_281_167  # training images of ImageNet-1K
 _MAX_SKIPPED = 10
 _LINES_PER_RUN = 50  # if stderr is not a terminal, which gets a progress bar
+_MEASURED = 20  # steps that tell the expected time, after the first one, which warms up
 
 
 @dataclass(frozen=True)
@@ -336,15 +337,26 @@ def _train(
     world = folder.world
     checkpoints = Checkpoints(folder.path / CHECKPOINTS, world, keep_every=options.keep_every)
     folder.repair(num_samples=len(train_set), num_steps=plan.num_steps)
-    next_step: int | None = start_from(
-        options.resume, checkpoints, task.model, task.optimizer, plan.num_steps
-    )
+    first_step = start_from(options.resume, checkpoints, task.model, task.optimizer, plan.num_steps)
     name = options.tracker if world.is_main else "none"
+    if world.is_main and first_step < plan.num_steps:
+        say(_header(task, plan, len(train_set), first_step), file=sys.stderr)
+    next_step: int | None = first_step
     with contextlib.closing(make_tracker(name, task.config, folder)) as tracker:
         while next_step is not None:
             log = _Log(task, plan, folder, tracker, timeout=options.timeout)
             next_step = _run_from(next_step, log, train_set, checkpoints, options)
     _check_trained(folder, train_set)
+
+
+def _header(task: Task, plan: Plan, num_images: int, first_step: int) -> str:
+    """Return one line about a run that starts or continues."""
+    parameters = sum(parameter.numel() for parameter in task.model.parameters())
+    return (
+        f"step {first_step}/{plan.num_steps}  {task.config.preset} on {task.config.data}: "
+        f"{parameters:,} parameters, {num_images:,} images, "
+        f"{task.config.training.batch_size:,} of them in a step"
+    )
 
 
 def _run_from(
@@ -481,6 +493,8 @@ class _Log:
     waited: float = 0.0
     since: float = field(default_factory=time.perf_counter)
     last_line: int = 0
+    first_step: int = 0
+    measured_since: float = 0.0
     bar: Any = None
     numbers: Mapping[str, float] = field(default_factory=dict)  # of the last step with a result
     has_inputs: bool = False  # whether this process had images in it
@@ -494,7 +508,7 @@ class _Log:
             disable=not (self.folder.world.is_main and sys.stderr.isatty()),
             unit="step",
         )
-        self.last_line = first_step
+        self.last_line = self.first_step = first_step
         self.since = time.perf_counter()
         batches = iter(loader)
         with self.bar, Watchdog(self.task.world, self.timeout) as watchdog:
@@ -513,6 +527,7 @@ class _Log:
                 watchdog.note(step, COMPUTING)
                 yield batch
                 self.bar.update()
+                self._expect(step + 1)
 
     def add(self, done: int, batch: Batch, result: Step | None) -> None:
         """Count a step, and log a row if one is due.
@@ -540,6 +555,20 @@ class _Log:
             self.tracker.log(row)
         self._show(done, row)
         self.images, self.waited, self.since = 0, 0.0, time.perf_counter()
+
+    def _expect(self, done: int) -> None:
+        """Say once how long the rest should take; a progress bar shows it all the time."""
+        steps, left = done - self.first_step - 1, self.plan.num_steps - done
+        if steps == 0:
+            self.measured_since = time.perf_counter()
+        if steps != _MEASURED or not left or not self.folder.world.is_main or not self.bar.disable:
+            return
+        seconds = left * (time.perf_counter() - self.measured_since) / steps
+        say(
+            f"step {done}/{self.plan.num_steps}  about {tqdm.format_interval(seconds)} (min:s) "
+            f"to go, an estimate from {steps} steps",
+            file=sys.stderr,
+        )
 
     def _show(self, done: int, row: Mapping[str, Any]) -> None:
         text = (

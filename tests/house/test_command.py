@@ -1,6 +1,8 @@
 """The command `mimkit`: recipes and tools by one name, from any folder."""
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mimkit import __main__ as command
+from mimkit import _completion
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,7 +32,8 @@ def test_help_lists_every_recipe_and_tool(capsys: pytest.CaptureFixture[str]) ->
     assert command.main(["--help"]) == 0
     listed = set(capsys.readouterr().out.split())
     scripts = {file.stem.replace("_", "-") for file in (ROOT / "recipes").glob("[a-z]*.py")}
-    assert scripts - {"script"} <= listed
+    assert scripts - {"script", "signals"} <= listed  # which are no commands
+    assert not {"script", "signals"} & listed
     assert set(command._TOOLS) <= listed
 
 
@@ -41,6 +45,49 @@ def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> N
     assert err.count("\n") == 1
 
 
+def complete(script: str, *words: str) -> list[str]:
+    """Return what bash offers for the last word."""
+    line = " ".join(map(shlex.quote, words))
+    code = f"{script}\nCOMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _mimkit\n"
+    code += "printf '%s\\n' \"${COMPREPLY[@]}\""
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+@pytest.mark.parametrize("shell", _completion.SHELLS)
+def test_commands_options_and_words_are_completed(shell: str) -> None:
+    options = {"mae": {"--device": ("auto", "cpu"), "--data": ()}, "masks": {}}
+    script = _completion.script(shell, options).removeprefix(_completion._ZSH)
+    assert complete(script, "mimkit", "") == ["mae", "masks"]
+    assert complete(script, "mimkit", "mas") == ["masks"]
+    assert complete(script, "mimkit", "mae", "--da") == ["--data"]
+    assert complete(script, "mimkit", "mae", "--device", "c") == ["cpu"]
+    assert complete(script, "mimkit", "mae", "--data", "c") == []  # then, names of files
+    assert complete(script, "mimkit", "masks", "--") == []
+    assert complete(script, "mimkit", "unknown", "") == []
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_the_printed_completion_knows_the_options_of_every_recipe(tmp_path: Path) -> None:
+    printed = run_mimkit("--print-completion", "bash", cwd=tmp_path)
+    assert (printed.returncode, printed.stderr) == (0, "")
+    commands = complete(printed.stdout, "mimkit", "")
+    assert {"mae", "probe", "doctor"} <= set(commands)
+    for name in set(commands) - set(command._TOOLS):
+        assert "--help" in complete(printed.stdout, "mimkit", name, "--"), name
+    assert complete(printed.stdout, "mimkit", "mae", "--device", "") == ["auto", "cpu", "cuda"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--print-completion", "fish"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "error: --print-completion takes bash or zsh; got fish\n")
+
+
 def test_a_recipe_runs_from_any_folder_and_gives_its_exit_code(tmp_path: Path) -> None:
     planned = run_mimkit("mae", "--dry-run", cwd=tmp_path)
     assert planned.returncode == 0, planned.stderr
@@ -49,6 +96,13 @@ def test_a_recipe_runs_from_any_folder_and_gives_its_exit_code(tmp_path: Path) -
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.full
+def test_output_that_nobody_reads_to_its_end_gives_no_traceback() -> None:
+    code = f"cd {ROOT} && {sys.executable} -m mimkit doctor | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_the_doctor_names_versions_and_what_is_missing(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """timm's Vision Transformers with a mimkit mask, and conversion of their weights."""
 
+from doctest import ELLIPSIS, SKIP, DocTestFinder, DocTestRunner
 from typing import Any
 
 import pytest
@@ -50,6 +51,13 @@ def encode_each_sample(model: Any, images: Tensor, mask: Mask) -> Tensor:
 @pytest.fixture
 def images() -> Tensor:
     return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_example_of_wrap_timm_runs():
+    example = next(e for e in DocTestFinder().find(wrap_timm, "wrap_timm") if e.examples)
+    for line in example.examples:
+        line.options.pop(SKIP, None)  # there, timm may not be installed
+    assert DocTestRunner(optionflags=ELLIPSIS).run(example).failed == 0
 
 
 @pytest.mark.parametrize("name", MODELS)

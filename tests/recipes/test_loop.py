@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -105,6 +106,25 @@ def test_recomputing_is_refused_for_a_model_without_such_an_encoder(tmp_path: Pa
 def test_rows_come_at_the_first_step_every_few_and_the_last(tmp_path: Path) -> None:
     rows = train(tmp_path / "run", Line(make_config()), log_every=5)
     assert [row["step"] for row in rows] == [1, 5, 10, 12]
+
+
+def test_a_run_says_what_it_is_and_once_how_long_it_should_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config()
+    longer = dataclasses.replace(config.training, epochs=10)
+    train(tmp_path / "run", Line(dataclasses.replace(config, training=longer)), log_every=40)
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[0] == "step 0/40  only on numbers: 2 parameters, 16 images, 4 of them in a step"
+    expected = [line for line in printed if "about" in line]
+    assert len(expected) == 1
+    assert re.fullmatch(
+        r"step 21/40  about [\d:]+ \(min:s\) to go, an estimate from 20 steps", expected[0]
+    )
+    train(tmp_path / "short", Line(config))
+    assert "about" not in capsys.readouterr().err  # too few steps to measure and to wait for
+    train(tmp_path / "short", Line(config))
+    assert capsys.readouterr().err == ""  # a run that has ended
 
 
 def test_by_default_every_twentieth_step_has_a_row() -> None:
