@@ -237,7 +237,9 @@ def panel(rows: Sequence[Sequence[Tensor]], captions: Sequence[str], *, note: st
 
 
 @checked
-def curves(steps: Sequence[float], series: Mapping[str, Sequence[float]], *, title: str) -> "Image":
+def curves(
+    steps: Sequence[int] | Sequence[float], series: Mapping[str, Sequence[float]], *, title: str
+) -> "Image":
     """Plot curves over training steps: the first one thick and solid, the others dashed.
 
     Args:

@@ -136,7 +136,7 @@ def _check_pickles(path: Path, size: int) -> None:
 class _Limited:
     """A file whose pickles end within a number of bytes."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes] | zipfile.ZipExtFile) -> None:
         self._file = file
         self._left = _MOST_PICKLE_BYTES
 

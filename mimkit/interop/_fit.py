@@ -11,7 +11,7 @@ from mimkit._arguments import checked
 from mimkit._grids import NUM_CLASS_ROWS, Grid, as_sizes, count_tokens
 from mimkit._state_dicts import unwrap
 from mimkit.interop._rules import Converted
-from mimkit.nn._relative import RelativePositionBias
+from mimkit.nn import RelativePositionBias
 from mimkit.patches import interpolate_positions, interpolate_relative_positions
 
 _ENCODER = "encoder."  # prefix of the encoder's weights in a method's model

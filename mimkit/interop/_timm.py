@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mimkit._checks import check_mask
+from mimkit._features import FeatureMaps
 from mimkit._grids import Grid, as_sizes
 from mimkit._state_dicts import unwrap
 from mimkit.interop._convert import from_official, to_official
 from mimkit.interop._recognize import register_taker, select_known
 from mimkit.interop._rules import VIT, Converted, Translation, renames, same
 from mimkit.masking import Mask
-from mimkit.nn._features import FeatureMaps
 from mimkit.patches import gather_visible, grid_of, interpolate_positions, restore
 
 _VIT = Translation(

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mimkit._features import FeatureMaps
 from mimkit._grids import Grid
 from mimkit.masking import Mask, RaggedMask
-from mimkit.nn._features import FeatureMaps
 from mimkit.nn._layers import xavier_linear
 
 Matcher = dict[str, Any] | Callable[[str], tuple[float, ...]]

@@ -458,6 +458,9 @@ def test_links_to_folders_are_followed(tmp_path):
 
 
 def test_a_user_error_keeps_its_line_when_wrapped_in_a_traceback():
-    wrapped = "Caught UserError in DataLoader worker process 0.\nrecipes.UserError: the line\n"
+    wrapped = (
+        "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
+        "last):\n  File ...\nrecipes.engine.errors.UserError: the line\n"
+    )
     assert str(UserError(wrapped)) == "the line"
     assert str(pickle.loads(pickle.dumps(UserError("the line")))) == "the line"

@@ -48,7 +48,7 @@ def test_gradient_accumulation_takes_less_memory(pictures, capsys):
     assert estimates[1] < estimates[0]
 
 
-@pytest.mark.parametrize("recipe", [mae, simmim])  # a ViT, and a Swin Transformer by its stages
+@pytest.mark.parametrize("recipe", [mae, pytest.param(simmim, marks=pytest.mark.full)])
 def test_recomputing_takes_less_memory_and_more_operations(recipe, pictures, capsys):
     memories, flops = [], []
     for more in ([], ["--recompute"]):

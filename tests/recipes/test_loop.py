@@ -247,8 +247,9 @@ def test_a_step_synchronizes_with_the_device_once(
     with Syncs() as syncs:
         step = task.step(batch, Moment(1, 0.1))
     assert step is not None
-    # CAE checks the range of codes, but only on a CPU, where this needs no synchronization.
-    assert (len(fetched), syncs.count) == (1, 2 if recipe is CAE else 0)
+    # CAE checks the range of codes, and its tokenizer that images are finite, but only on a CPU,
+    # where this needs no synchronization.
+    assert (len(fetched), syncs.count) == (1, 3 if recipe is CAE else 0)
 
 
 def spoiled(recipe: Recipe, bad: set[int]) -> Recipe:

@@ -205,8 +205,6 @@ def test_a_swin_is_fine_tuned_and_probed(images, tmp_path: Path, monkeypatch, ca
 @pytest.mark.parametrize(
     ("script", "arguments", "says"),
     [
-        (finetune, ["--window", "3"], "windows of 3x3 do not fill"),
-        (finetune, ["--image-size", "40"], "windows of 4x4 do not fill the 10x10"),
         (finetune, ["--trained-blocks", "4"], "--trained-blocks 4 is out of range: give 0 to 3"),
         (finetune, ["--encoder", "none", "--window", "4"], "a Vision Transformer has no windows"),
         (probe, ["--pool", "token"], "has no class token"),
