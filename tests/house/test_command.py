@@ -88,6 +88,7 @@ def test_another_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert (out, err) == ("", "error: --print-completion takes bash or zsh; got fish\n")
 
 
+@pytest.mark.full
 def test_a_recipe_runs_from_any_folder_and_gives_its_exit_code(tmp_path: Path) -> None:
     planned = run_mimkit("mae", "--dry-run", cwd=tmp_path)
     assert planned.returncode == 0, planned.stderr

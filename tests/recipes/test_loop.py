@@ -302,7 +302,7 @@ def train_tokenizer(out: Path, *more: str) -> int:
 
 
 OTHERS = [
-    pytest.param(fine_tune, spoil_classifier, id="finetune"),
+    pytest.param(fine_tune, spoil_classifier, id="finetune", marks=pytest.mark.full),
     pytest.param(train_tokenizer, spoil_tokenizer, id="tokenizer"),
 ]
 
@@ -337,7 +337,9 @@ def test_other_tasks_rewind_after_a_loss_that_is_not_finite(
     assert [json.loads(r)["step"] for r in (out / "metrics.jsonl").open()] == [1, 2, 4]
 
 
-@pytest.mark.parametrize("command", [fine_tune, train_tokenizer])
+@pytest.mark.parametrize(
+    "command", [pytest.param(fine_tune, marks=pytest.mark.full), train_tokenizer]
+)
 def test_other_tasks_have_a_tracker_accumulation_and_log_every(
     command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,7 @@ def test_a_recipe_runs_as_a_script_from_any_folder(tmp_path: Path) -> None:
     assert "parameters" in result.stdout
 
 
+@pytest.mark.full
 def test_output_that_nobody_reads_ends_a_command_in_one_line() -> None:
     reader, writer = os.pipe()
     os.close(reader)  # as `| head` does once it has its lines
