@@ -18,7 +18,8 @@ class DetectorShape:
         dim: Channels of the feature pyramid and of the heads.
         fc_dim: Width of the last layer of the box head.
         convs: Convolutions of the box head and of the mask head.
-        anchors: Side of the anchors on each level of the pyramid, in pixels.
+        anchors: Side of the anchors on each level of the pyramid, in pixels. A box of 7
+            times the first side is pooled from the level of stride 16, as is usual for 224 pixels.
         proposals: Proposals an image after suppression; twice as many a level before.
         samples: Boxes an image on which the box head is trained.
         detections: Largest number of objects found in an image.
