@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from mimkit._state_dicts import unwrap
 from mimkit.interop._hf_config import ours_from_config
 from mimkit.interop._recognize import register_taker, select_known
-from mimkit.interop._rules import Converted, Rule, Translation, joined, renames, within
+from mimkit.interop._rules import (
+    Converted,
+    Rule,
+    Translation,
+    joined,
+    renames,
+    state_of,
+    within,
+)
 
 Version = Literal[4, 5]
 # What a model of theirs becomes: an encoder alone (with or without the prefix of its base model),
@@ -247,7 +255,7 @@ def to_hf(
     family, task = _check_architecture(architecture)
     if version not in (4, 5):
         raise ValueError(f"version must be 4 or 5; got {version!r}")
-    state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state
+    state = state_of(model_or_state, "to_hf")
     translation = _translation(family, task, (version,))
     if family == "data2vec-vision" and task == "bare":  # built without its pooler by default
         rules = tuple(rule for rule in translation.rules if rule.ours != "fc_norm.{rest}")

@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from mimkit.nn import ViT
 
 
 class Converted(dict[str, Tensor]):
@@ -234,3 +236,19 @@ def _expression(pattern: str) -> re.Pattern[str]:
     for number in "ij":
         expression = expression.replace(rf"\{{{number}\}}", rf"(?P<{number}>\d+)")
     return re.compile(expression.replace(r"\{rest\}", r"(?P<rest>.+)"))
+
+
+def state_of(model_or_state: nn.Module | Mapping[str, Any], function: str) -> Mapping[str, Any]:
+    """Return the weights of a model, or those that were given.
+
+    Raises:
+        ValueError: If it is a `ViT` with attention windows, which no weight shows.
+    """
+    if not isinstance(model_or_state, nn.Module):
+        return model_or_state
+    if isinstance(model_or_state, ViT) and model_or_state.window is not None:
+        raise ValueError(
+            f"{function} takes no ViT with attention windows, which the other library's classes "
+            f"lack; got window={model_or_state.window}"
+        )
+    return model_or_state.state_dict()

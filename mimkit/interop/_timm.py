@@ -18,7 +18,7 @@ from mimkit._grids import Grid, as_sizes
 from mimkit._state_dicts import unwrap
 from mimkit.interop._convert import from_official, to_official
 from mimkit.interop._recognize import register_taker, select_known
-from mimkit.interop._rules import VIT, Converted, Translation, renames, same
+from mimkit.interop._rules import VIT, Converted, Translation, renames, same, state_of
 from mimkit.masking import Mask
 from mimkit.patches import gather_visible, grid_of, interpolate_positions, restore
 
@@ -64,7 +64,7 @@ def to_timm(state_dict: nn.Module | Mapping[str, Any], *, model: Model | None = 
         >>> list(to_timm({"layers.0.downsample.norm.weight": torch.ones(8)}))
         ['layers.1.downsample.norm.weight']
     """
-    tensors = unwrap(_state_of(state_dict))
+    tensors = unwrap(state_of(state_dict, "to_timm"))
     if _model_of(tensors, model) == "vit":
         unknown = partial(_VIT.unknown, ours=True)
         is_beit = any(name.endswith((".q_bias", ".table")) for name in tensors)
@@ -109,7 +109,7 @@ def from_timm(
         >>> list(from_timm({"blocks.0.attn.qkv.weight": torch.ones(24, 8)}))
         ['blocks.0.attn.qkv.weight']
     """
-    tensors = unwrap(_state_of(state_dict))
+    tensors = unwrap(state_of(state_dict, "from_timm"))
     if _model_of(tensors, model) == "swin":
         renamed = {_shift_merging(name, -1): tensor for name, tensor in tensors.items()}
         bare = {re.sub(r"^head\.fc\.", "head.", name): t for name, t in renamed.items()}
@@ -182,10 +182,6 @@ def _to_their_positions(converted: Converted) -> Converted:
         patches = torch.cat([of_class, zeros, patches], dim=1)
     converted["pos_embed"] = patches
     return converted
-
-
-def _state_of(model_or_state: nn.Module | Mapping[str, Any]) -> Mapping[str, Any]:
-    return model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state
 
 
 def _model_of(tensors: Mapping[str, Tensor], model: Model | None) -> Model:

@@ -121,3 +121,10 @@ def test_only_the_missing_key_bias_of_a_beit_is_no_fault():
         from_hf(parts | biases, architecture="ViTModel")
     with pytest.raises(ValueError, match=r"'blocks.0.attn.qkv.weight' is 3 .* got \[25, 8\]"):
         to_hf({"blocks.0.attn.qkv.weight": torch.ones(25, 8)}, "ViTModel")
+
+
+def test_a_vit_with_attention_windows_is_refused():
+    vit = ViT(image_size=16, patch_size=4, dim=8, heads=2, depth=1, class_token=False, window=2)
+    for convert in (to_timm, lambda model: to_hf(model, "ViTModel")):
+        with pytest.raises(ValueError, match=r"takes no ViT with attention windows.*\(2, 2\)"):
+            convert(vit)
