@@ -304,7 +304,8 @@ class _Rule:
         batch_size = getattr(container, "batch_size", None)
         if batch_size is None or len(self.sizes) == 1:  # the usual cases, without a loop
             return () if batch_size is None else (("batch", batch_size),)
-        return [(axis, getattr(container, size)) for axis, size in self.sizes]
+        sizes = [(axis, getattr(container, size)) for axis, size in self.sizes]
+        return [pair for pair in sizes if isinstance(pair[1], int)]  # a RaggedMask has many
 
     def _find_axes(self, name: str, value: Tensor) -> tuple[str, ...]:
         """Check dtype and number of axes; return the names of the axes, if they are certain."""

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from jaxtyping import Float
 from torch import nn
 
 from mimkit import losses, masking, targets, viz
@@ -158,3 +159,12 @@ def test_an_error_about_dtypes_names_the_argument_of_the_outer_module():
     ) as caught:
         decoder(tokens.double(), tokens)
     assert str(caught.value).count("weights of this") == 1
+
+
+def test_a_ragged_mask_has_no_single_number_of_tokens():
+    mask = masking.RaggedMask.from_bool([torch.tensor([False, True]), torch.tensor([True])])
+
+    @checked
+    def gather(masked: Float[torch.Tensor, "masked dim"], mask: masking.RaggedMask) -> None: ...
+
+    gather(torch.zeros(2, 3), mask)

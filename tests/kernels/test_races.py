@@ -189,8 +189,14 @@ def test_regressor_inputs_is_free_of_races(width):
         assert_near(result, right, torch.float32)
 
 
+# The launches of these have races on purpose, or are emulated already.
+PLANTED_ONLY = {"test_ownership", "test_races"}
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("name", sorted(p.stem for p in Path(__file__).parent.glob("test_*.py")))
+@pytest.mark.parametrize(
+    "name", sorted({p.stem for p in Path(__file__).parent.glob("test_*.py")} - PLANTED_ONLY)
+)
 def test_launches_of_all_tests_are_free_of_races(name):
     """Every test that launches kernels passes on the compiled code too."""
     file = Path(__file__).with_name(f"{name}.py")

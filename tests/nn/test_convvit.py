@@ -387,7 +387,7 @@ def biased_attention(x: Tensor, weights: dict[str, Tensor], name: str, bias: Ten
 )
 @torch.no_grad()
 def test_the_detector_at_any_size_equals_its_plain_definition(built, window, size):
-    sizes = {"dim": (4, 6, 8), "depth": (1, 1, 3), "heads": HEADS, "mlp_ratio": (2, 2, 2)}
+    sizes = {"dim": (4, 6, 8), "depth": (1, 1, 3), "heads": HEADS, "mlp_ratio": (2.0, 2.0, 2.0)}
     detector = ConvViTDetector(image_size=built, window=window, global_layers=(1,), **sizes)
     plain.randomize(detector)
     images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))

@@ -65,7 +65,7 @@ def test_beits_pyramid_keeps_the_channels_and_takes_one_map_a_level():
     assert torch.equal(levels[3], F.max_pool2d(maps[3], 2))
 
 
-@pytest.mark.parametrize("scales", [(4, 2, 1, 0.5), (8.0,), (1, 0.25)])
+@pytest.mark.parametrize("scales", [(4.0, 2.0, 1.0, 0.5), (8.0,), (1.0, 0.25)])
 @pytest.mark.parametrize("out_dim", [None, 3])
 def test_levels_have_the_size_of_their_scale(scales, out_dim):
     pyramid = FeaturePyramid(dim=8, out_dim=out_dim, scales=scales)

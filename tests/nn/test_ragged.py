@@ -346,8 +346,14 @@ def test_pooling_works_sample_by_sample(pool):
             wrong()
     with pytest.raises(ValueError, match="and a RaggedMask"):
         encoder.pool(tokens.new_zeros(4, 3, DIM), mask)
+
+
+@pytest.mark.untyped
+def test_blocks_outputs_of_packed_tokens_are_refused():
+    mask = make_ragged()
+    encoder = ViT(image_size=(4, 9), patch_size=PATCH, in_channels=CHANNELS, dim=DIM, heads=HEADS)
     with pytest.raises(TypeError, match="forward_intermediates needs a Mask; got a RaggedMask"):
-        encoder.forward_intermediates(tokens, mask=mask, output_fmt="NLC")
+        encoder.forward_intermediates(torch.zeros(9, DIM), mask=mask, output_fmt="NLC")
 
 
 @pytest.mark.parametrize("axes", [1, 3])
