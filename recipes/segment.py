@@ -455,7 +455,7 @@ LARGE: dict[str, Any] = {
 }
 
 PRESETS = {
-    # About 90 seconds of one CPU core per training, of which there are six by default.
+    # By an estimate, 90 seconds of a CPU core a training, of which there are six by default.
     "tiny": Preset(
         ConvViTShape(
             image_size=64, patch_sizes=(2, 2, 2), dim=(32, 64, 128), depth=(2, 2, 4), heads=4
