@@ -194,6 +194,69 @@ def test_the_limit_on_unreadable_images_is_one_line_of_the_whole_job(
     assert "Traceback" not in result.stderr.partition("of 32 images")[0]
 
 
+FAILING = """
+import sys
+import recipes.script
+from recipes.engine import loop, run
+from recipes.engine.errors import UserError
+from recipes.mae import RECIPE
+
+step, fault, ranks = loop.Task.step, sys.argv.pop(1), sys.argv.pop(1)
+
+def fail(self, batch, at):
+    if at.step == 4 and str(self.world.rank) in ranks:
+        raise eval(fault)
+    return step(self, batch, at)
+
+loop.Task.step = fail
+sys.exit(run(RECIPE, ""))
+"""
+OF_ONE = [
+    (0, 'UserError("a bad image")', "a bad image", 2),
+    (1, 'UserError("a bad image")', "a bad image", 2),
+    (1, 'OSError(12, "Cannot allocate memory")', "there is not enough memory", 2),
+    (1, 'RuntimeError("no such kernel")', "RuntimeError: no such kernel", 1),
+]
+
+
+def launch_failing(out: Path, fault: str, ranks: str) -> subprocess.CompletedProcess[str]:
+    """Let some of two processes fail in step 5."""
+    script = out.with_suffix(".py")
+    script.write_text(FAILING)
+    start = command(out, 2)
+    at = start.index(str(ROOT / "recipes/mae.py"))
+    return subprocess.run(
+        [*start[:at], str(script), fault, ranks, *start[at + 1 :]],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("rank", "fault", "says", "code"), OF_ONE)
+def test_a_process_that_fails_alone_says_so_and_the_job_ends(
+    rank: int, fault: str, says: str, code: int, tmp_path: Path
+) -> None:
+    write_noise(tmp_path / "pictures", 36)
+    result = launch_failing(tmp_path / "run", fault, str(rank))
+    assert result.returncode == 1  # torchrun's
+    assert f"error in process {rank} of 2: {says}" in result.stderr
+    assert f"exitcode  : {code} " in result.stderr
+    assert result.stderr.count("error in process") == 1
+    assert (tmp_path / "run/checkpoints/step-00000003/COMPLETE").exists()
+
+
+@pytest.mark.full
+def test_what_all_processes_fail_of_is_said_once(tmp_path: Path) -> None:
+    write_noise(tmp_path / "pictures", 36)
+    result = launch_failing(tmp_path / "run", 'UserError("a bad image")', "01")
+    assert result.stderr.count("error: a bad image") == 1
+    assert "error in process" not in result.stderr
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["ddp", "fsdp"])
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)], ids=["2-to-1", "1-to-2"])
