@@ -59,9 +59,12 @@ def read_bytes(file: Path | str, *, most: int) -> bytes:
         if size > most:
             raise UnreadableError(f"it has more than {most:,} bytes")
         try:
-            return content.read(size)
+            data = content.read(size + 1)
         except OSError as error:
             raise UnreadableError(error.strerror or str(error)) from error
+    if len(data) > size:  # files of /proc say that they are empty
+        raise UnreadableError(f"it has more than the {size:,} bytes that it says it has")
+    return data
 
 
 def sha256_of(file: Path, *, follow: bool = True) -> str:

@@ -147,6 +147,11 @@ def test_a_file_without_an_end_is_not_read(tmp_path):
         read_bytes(tmp_path / "huge.png", most=MAX_FILE_BYTES)
 
 
+def test_a_file_that_has_more_than_it_says_is_not_read():
+    with pytest.raises(UnreadableError, match="more than the 0 bytes that it says"):
+        read_bytes("/proc/self/status", most=MAX_FILE_BYTES)
+
+
 def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
     touch(tmp_path, "cat/1.png", "dog/1.png")
     scandir = os.scandir

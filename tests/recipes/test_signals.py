@@ -243,6 +243,23 @@ def test_a_signal_for_every_process_of_a_job_leaves_the_loading_workers_alone(
     assert_equal_runs(out, undisturbed)
 
 
+@pytest.mark.full
+def test_a_loading_worker_that_is_killed_is_one_line(
+    pictures: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = start("step", "mae", pictures, out, "--workers", "2")
+    wait_until(out.with_suffix(".reached").exists, "step", process)
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    code, printed = end_of(process)
+    assert code == 2
+    *_, error = printed.splitlines()
+    assert error.startswith("error: a process that loads images was killed")
+    assert "Traceback" not in printed
+    finish(pictures, out)
+    assert_equal_runs(out, undisturbed)
+
+
 def children(pid: int) -> list[int]:
     listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return [int(child) for child in listed.split()]

@@ -108,6 +108,8 @@ FLAGS = (
 
 # PyTorch's message of an allocation on the CPU that fails.
 _NO_MEMORY = "can't allocate memory"
+# Its message when a loading worker has ended.
+_WORKER_LOST = re.compile(r"DataLoader worker .*(is killed by signal|exited unexpectedly)")
 
 OptionsType = TypeVar("OptionsType")
 
@@ -160,21 +162,34 @@ def run_command(
             say(stop, file=sys.stderr)
         return stop.code
     except Exception as error:
-        if not _is_of_memory(error):
+        message = _about_the_machine(error)
+        if message is None:
             _add_process(error)
             raise
-        _print_error(
-            "there is not enough memory: give a smaller --batch-size or --image-size, a larger "
-            "--accumulate, or a smaller model"
-        )
+        _print_error(message)
         return 2
     return 0
 
 
-def _is_of_memory(error: Exception) -> bool:
+def _about_the_machine(error: Exception) -> str | None:
+    """Return the line about an error of which neither a traceback nor another option tells more."""
+    is_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY in str(error)
+        is_of_memory = error.errno == errno.ENOMEM
+    elif isinstance(error, RuntimeError):
+        is_of_memory |= _NO_MEMORY in str(error)
+        if _WORKER_LOST.search(str(error)):
+            return (
+                "a process that loads images was killed, as systems do when there is not enough "
+                "memory, or shared memory (/dev/shm): give fewer --workers, and start the same "
+                "command again, which continues from the last checkpoint"
+            )
+    if is_of_memory:
+        return (
+            "there is not enough memory: give a smaller --batch-size or --image-size, a larger "
+            "--accumulate, or a smaller model"
+        )
+    return None
 
 
 def _print_error(message: str) -> None:
