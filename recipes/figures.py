@@ -45,6 +45,7 @@ from recipes.engine.pretrain import build_model
 from recipes.engine.pretrained.encoders import (
     ENCODER,
     build_encoder,
+    check_no_windows,
     fill_encoder,
     load_encoder,
 )
@@ -185,6 +186,7 @@ def draw_run(run: FinishedRun, options: FigureOptions) -> Iterator[Path | str]:
     """
     device = choose_device(options.device)
     file = load_encoder(run.path / ENCODER, ViTShape())
+    check_no_windows(file)
     shape, recipe = file.shape, run.recipe
     size = shape.image_axes()
     if recipe is None:
