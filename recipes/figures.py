@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 if __name__ == "__main__":
     __import__("recipes.script" if __package__ else "script")  # import path, threads
@@ -76,7 +76,7 @@ class FigureOptions:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     ratios: tuple[fields.OpenFraction, ...] = (0.5, 0.75, 0.85, 0.9, 0.95)
     seed: fields.Seed = 0
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 @dataclass(frozen=True, eq=False)
