@@ -25,13 +25,10 @@ if __name__ == "__main__":
     __import__("recipes.script" if __package__ else "script")  # import path, threads
 
 import tyro
-from torch import nn
 
 from recipes import cae, convmae, mae, simmim, vit_mpp
-from recipes.engine import DataSet, Recipe, fields
-from recipes.engine.data.images import normalize_by_image, to_unit
+from recipes.engine import Recipe, fields
 from recipes.engine.data.load import load_data
-from recipes.engine.data.scenes import load_scenes
 from recipes.engine.errors import UserError, say
 from recipes.engine.figures import (
     draw_encoder_attention,
@@ -49,7 +46,7 @@ from recipes.engine.pretrained.encoders import (
     fill_encoder,
     load_encoder,
 )
-from recipes.engine.pretrained.shapes import EncoderShape, SwinShape, ViTShape
+from recipes.engine.pretrained.shapes import Encoder, EncoderShape, SwinShape, ViTShape
 from recipes.engine.probes import encoder_features
 from recipes.engine.reading import UnreadableError, read_yaml
 from recipes.engine.run.checkpoint import load_model
@@ -161,18 +158,18 @@ def config_of(run: FinishedRun, device: str) -> RunConfig:
 
 
 def encoder_config(run: FinishedRun, shape: EncoderShape, device: str) -> RunConfig:
-    """Return what is known of a run of dense transfer: device and seed; in float32."""
-    training = next(iter(mae.PRESETS.values())).training
+    """Return what of the configuration of a dense run counts here: seed and device; float32.
+
+    Raises:
+        UserError: If `config.yaml` is not of a run.
+    """
+    training = mae.PRESETS["tiny"].training
     names = ("recipe", "preset", "data", "lr", "max_steps", "seed", "compile", "accumulate")
-    known = {name: run.config[name] for name in names}
+    try:
+        known = {name: run.config[name] for name in names}
+    except KeyError as error:
+        raise UserError(f"{run.path / 'config.yaml'} cannot be read: it has no {error}") from error
     return RunConfig(model=shape, training=training, device=device, **known)
-
-
-def held_out(shape: EncoderShape, seed: int) -> DataSet:
-    """Return test scenes as pictures, for a run whose own data has none."""
-    scenes = load_scenes(_PICTURES, image_size=shape.image_axes(), seed=seed, part="test")
-    pictures = [to_unit(scenes[number].image) for number in range(_PICTURES)]
-    return DataSet("scenes", 3, train=None, pictures=pictures, normalize=normalize_by_image)  # type: ignore[arg-type]
 
 
 def draw_run(run: FinishedRun, options: FigureOptions) -> Iterator[Path | str]:
@@ -189,19 +186,17 @@ def draw_run(run: FinishedRun, options: FigureOptions) -> Iterator[Path | str]:
     check_no_windows(file)
     shape, recipe = file.shape, run.recipe
     size = shape.image_axes()
-    if recipe is None:
-        config = encoder_config(run, shape, device)
-        data = held_out(shape, options.seed)
-        model = None
-    else:
-        config = config_of(run, device)
-        decode = config.training.decoder
-        data = load_data(config.data, image_size=size, seed=config.seed, decode=decode)
+    config = encoder_config(run, shape, device) if recipe is None else config_of(run, device)
+    # The images of a dense run have other sizes than its encoder: the photographs stand for them.
+    name, decode = "photos" if recipe is None else config.data, config.training.decoder
+    data = load_data(name, image_size=size, seed=config.seed, decode=decode)
+    model = None
+    if recipe is not None:
         model = build_model(recipe, config).eval()
         if not load_model(run.path / CHECKPOINTS, model):
             yield f"mask-ratios.png is not drawn: {run.path} has no checkpoint, thus no decoder"
             model = None
-    encoders: dict[str, nn.Module] = {
+    encoders: dict[str, Encoder] = {
         name: build_encoder(shape, seed=config.seed) for name in ("trained", "untrained")
     }
     fill_encoder(encoders["trained"], file)

@@ -213,7 +213,7 @@ def draw_encoder_attention(
     )
     enlarged = max(_SIDE // min(tiles.shape[2:]), 1)
     shown = tiles.repeat_interleave(enlarged, 2).repeat_interleave(enlarged, 3)
-    columns, heads = {"input": shown}, {}
+    columns, heads = {"input": shown}, dict[str, Tensor]()
     for name, encoder in encoders.items():
         with config.autocast():
             attention = last_attention(encoder, inputs.to(config.device)).float().cpu()
@@ -258,7 +258,8 @@ def last_attention(
     (weights,) = kept
     num_prefix = encoder.num_prefix_tokens
     of_queries = weights[:, :, 0] if num_prefix else weights.mean(dim=2)
-    return of_queries[:, :, num_prefix:].unflatten(2, encoder.grid)
+    of_patches: Tensor = of_queries[:, :, num_prefix:].unflatten(2, encoder.grid)
+    return of_patches
 
 
 # Mask ratios
