@@ -20,8 +20,10 @@ from recipes.engine import pictures as side_by_side
 from recipes.engine.figures import last_attention
 from recipes.engine.pretrained.shapes import ViTShape
 from recipes.engine.run.cli import parse_options
+from recipes.engine.run.folder import RunFolder
 from recipes.engine.run.world import World
 from tests.nn import plain
+from tests.recipes.command import config_for
 
 QUICK = ("--device", "cpu", "--batch-size", "8", "--max-steps", "1")
 CLASSES = 3
@@ -261,6 +263,20 @@ def test_a_run_that_was_probed_has_the_attentive_probe_too(draw, images, capsys)
     assert figures.main([str(out)]) == 0
     assert "mask-ratios.png is not drawn" in capsys.readouterr().out
     assert not (out / "mask-ratios.png").exists()
+
+
+@pytest.mark.full
+def test_the_encoder_of_a_dense_run_is_drawn_on_photographs(tmp_path, capsys):
+    shape = ViTShape(**VIT, in_channels=3)
+    config = config_for(mae.RECIPE, "--device", "cpu")
+    config = dataclasses.replace(config, recipe="segment", data="scenes", model=shape, masking=None)
+    with RunFolder(tmp_path / "run", config) as folder:
+        folder.write_weights("encoder.safetensors", shape.build())
+        folder.write_summary({"miou": {"scratch": [20.0]}})
+    assert figures.main([str(tmp_path / "run")]) == 0
+    drawn = {file.name for file in (tmp_path / "run").glob("*.png")}
+    assert drawn == {"tsne.png", "encoder-attention.png"}
+    assert "k-NN of patches" in capsys.readouterr().out
 
 
 @pytest.mark.full
