@@ -354,7 +354,8 @@ def _check_given(options: Any) -> None:
             another one leaves out, as `--no-decoder` does with `--decoder-depth`.
     """
     for name, value in vars(options).items():
-        if value == () and getattr(type(options), name) is None:
+        # Of a field that is required, the command itself says what is missing.
+        if value == () and getattr(type(options), name, ()) is None:
             raise UserError(f"--{name.replace('_', '-')} has no value: give one or several")
     given = {name: value for name, value in vars(options).items() if value not in (None, False)}
     for switch in (name for name in given if name.startswith("no_")):
