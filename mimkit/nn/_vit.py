@@ -385,6 +385,9 @@ class ViT(TimmProtocol):
             tokens: Encoded tokens, with their prefix tokens.
             mask: The mask, if it was a `RaggedMask`.
 
+        Returns:
+            One vector per sample.
+
         Raises:
             ValueError: If the tokens are packed and there is no mask, or the mask does not fit.
         """
