@@ -53,6 +53,7 @@ from recipes.engine.pretrained.shapes import (
 )
 from recipes.engine.report import print_unreadable
 from recipes.engine.run.cli import FLAGS, Options, options_of, run_command
+from recipes.engine.run.closing import print_closing
 from recipes.engine.run.config import (
     Preset,
     RunConfig,
@@ -328,7 +329,7 @@ def print_summary(summary: dict[str, Any], path: Path) -> None:
     if "from_scratch" in summary:
         say(f"from scratch, same budget    {summary['from_scratch']:6.1f}")
     print_unreadable(summary["unreadable_images"])
-    say(f"weights and numbers: {path}")
+    print_closing(path)
 
 
 PAPER = FineTuning(

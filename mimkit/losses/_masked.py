@@ -222,7 +222,7 @@ def masked_cross_entropy(
     Source:
         BEiT, arXiv:2106.08254; microsoft/unilm `beit/engine_for_pretraining.py` and Atten4Vis/CAE:
         plain cross-entropy, averaged over all masked tokens of the batch. BEiT's masks differ in
-        count, so that a sample with more masked tokens weighs more; with a `RaggedMask` it does not.
+        count, so a sample with more masked tokens weighs more; with a `RaggedMask` it does not.
 
     Example:
         >>> import torch
