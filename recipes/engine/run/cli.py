@@ -111,6 +111,11 @@ _NO_MEMORY = "can't allocate memory"
 OptionsType = TypeVar("OptionsType")
 
 
+def _called(name: str) -> str:
+    """Return how a recipe was called, for its help: as a file, or by the command `mimkit`."""
+    return sys.argv[0] if sys.argv[0].startswith("mimkit ") else f"recipes/{name}.py"
+
+
 def run_command(
     command: Callable[[Any], None],
     options_type: type[Any],
@@ -140,7 +145,7 @@ def run_command(
             parse_options(
                 options_type,
                 sys.argv[1:] if arguments is None else arguments,
-                program=f"recipes/{name}.py",
+                program=_called(name),
                 description=description,
             )
         )
