@@ -43,6 +43,7 @@ from recipes.engine.pretrained.encoders import (
     EncoderOptions,
     fill_encoder,
     open_encoder,
+    shape_of,
 )
 from recipes.engine.pretrained.shapes import (
     ConvViTShape,
@@ -257,10 +258,7 @@ def resolve_fine_tuning(options: FineTuneOptions) -> tuple[FineTuneConfig, Encod
     """
     _, preset = choose_preset(options, PRESETS)
     file = open_encoder(options, preset.model)
-    shape: EncoderShape = file.shape if file else preset.model
-    window = getattr(options, "window", None)
-    if window is not None and not isinstance(shape, SwinShape):
-        raise UserError(f"--window {window}: a {shape.kind} has no windows, leave it out")
+    shape = shape_of(options, file, preset.model)
     config = resolve(
         options,
         "finetune",
