@@ -43,7 +43,6 @@ from recipes.engine.pretrained.encoders import (
     EncoderOptions,
     fill_encoder,
     open_encoder,
-    shape_of,
 )
 from recipes.engine.pretrained.shapes import (
     ConvViTShape,
@@ -51,6 +50,7 @@ from recipes.engine.pretrained.shapes import (
     EncoderShape,
     SwinShape,
     ViTShape,
+    check_window,
 )
 from recipes.engine.report import print_unreadable
 from recipes.engine.run.cli import FLAGS, Options, options_of, run_command
@@ -258,7 +258,8 @@ def resolve_fine_tuning(options: FineTuneOptions) -> tuple[FineTuneConfig, Encod
     """
     _, preset = choose_preset(options, PRESETS)
     file = open_encoder(options, preset.model)
-    shape = shape_of(options, file, preset.model)
+    shape: EncoderShape = file.shape if file else preset.model
+    check_window(shape, getattr(options, "window", None))
     config = resolve(
         options,
         "finetune",

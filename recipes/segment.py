@@ -275,7 +275,7 @@ PRESETS = {
             image_size=64, patch_sizes=(2, 2, 2), dim=(32, 64, 128), depth=(2, 2, 4), heads=4
         ),
         SegmentationTraining(
-            epochs=5,
+            epochs=4,
             batch_size=8,
             base_lr=4e-3 * 256 / 8,
             warmup_epochs=0.3,
@@ -284,7 +284,7 @@ PRESETS = {
             clip_grad=1.0,
             scale=(1.0, 1.0),
             distort=False,
-            head_dim=64,
+            head_dim=32,
             aux_dim=16,
         ),
     ),

@@ -24,9 +24,9 @@ from recipes.engine.pretrained.encoders import (
     EncoderFile,
     EncoderOptions,
     open_encoder,
-    shape_of,
 )
 from recipes.engine.pretrained.files import read_weights
+from recipes.engine.pretrained.shapes import check_window
 from recipes.engine.reading import UnreadableError, read_yaml
 from recipes.engine.report import print_unreadable
 from recipes.engine.run.config import (
@@ -270,7 +270,8 @@ def resolve_transfer(
     """
     _, preset = choose_preset(options, presets)
     file = open_encoder(options, preset.model)
-    shape = shape_of(options, file, preset.model)
+    shape = file.shape if file else preset.model
+    check_window(shape, getattr(options, "window", None))
     is_bundled = options.data == SCENES
     config = resolve(
         options,
@@ -352,7 +353,11 @@ def _train(
     )
     run_steps(task, plan, data.train.seeded(config.seed), folder, options)
     model = transfer.build(config, None, num_classes)
-    model.load_state_dict(whole_weights(task.model, everywhere=True))
+    weights = whole_weights(task.model, everywhere=True)
+    # Batch norm without SyncBatchNorm has other running means in each process: all take those of
+    # the main one, which are written.
+    own = {name: weights[name].cpu() for name, _ in model.named_buffers() if name in weights}
+    model.load_state_dict(weights | folder.world.agree(own))
     folder.write_weights(MODEL, model)
     folder.write_tensors(ENCODER, transfer.encoder_weights(model, config, file))
     if folder.world.is_main:
@@ -368,9 +373,9 @@ def _train(
 
 
 def other_trainings(config: ConfigType) -> Iterator[ConfigType]:
-    """Yield the configurations of all trainings but the first: each start with each seed."""
-    for encoder in (config.encoder, "none")[: 1 + config.scratch]:
-        for seed in range(config.seed, config.seed + config.runs):
+    """Yield the configurations of all trainings but the first: each seed from each start."""
+    for seed in range(config.seed, config.seed + config.runs):
+        for encoder in (config.encoder, "none")[: 1 + config.scratch]:
             if (encoder, seed) != (config.encoder, config.seed):
                 yield dataclasses.replace(config, encoder=encoder, seed=seed, runs=1, scratch=False)
 

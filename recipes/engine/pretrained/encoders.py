@@ -12,7 +12,7 @@ from torch import Tensor
 from mimkit.interop import from_hf
 from recipes.engine.errors import UserError
 from recipes.engine.pretrained.files import check_finite, read_weights
-from recipes.engine.pretrained.shapes import KINDS, Encoder, EncoderShape, SwinShape
+from recipes.engine.pretrained.shapes import KINDS, Encoder, EncoderShape
 from recipes.engine.reading import UnreadableError, read_json, read_yaml
 from recipes.engine.run.cli import Options
 
@@ -50,26 +50,6 @@ def open_encoder(options: EncoderOptions, shape: "EncoderShape") -> "EncoderFile
         UserError: If it cannot be read.
     """
     return None if options.encoder == "none" else load_encoder(Path(options.encoder), shape)
-
-
-def shape_of(
-    options: EncoderOptions, file: "EncoderFile | None", shape: EncoderShape
-) -> EncoderShape:
-    """Return the shape of the encoder that is built: that of a file, or the preset's.
-
-    Args:
-        options: The options.
-        file: The encoder that `--encoder` names, if there is one.
-        shape: The preset's shape.
-
-    Raises:
-        UserError: If `--window` is given for an encoder without windows.
-    """
-    chosen = shape if file is None else file.shape
-    window = getattr(options, "window", None)
-    if window is not None and not isinstance(chosen, SwinShape):
-        raise UserError(f"--window {window}: a {chosen.kind} has no windows, leave it out")
-    return chosen
 
 
 @dataclass(frozen=True, eq=False)
