@@ -12,14 +12,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mimkit._checks import check_mask
+from mimkit._checks import check_device, check_mask
 from mimkit._features import FeatureMaps
 from mimkit._grids import Grid, as_sizes
 from mimkit._state_dicts import unwrap
 from mimkit.interop._convert import from_official, to_official
 from mimkit.interop._recognize import register_taker, select_known
 from mimkit.interop._rules import VIT, Converted, Translation, renames, same, state_of
-from mimkit.masking import Mask
+from mimkit.masking import Mask, RaggedMask
 from mimkit.patches import gather_visible, grid_of, interpolate_positions, restore
 
 _VIT = Translation(
@@ -207,7 +207,7 @@ class _MaskedTimmViT(FeatureMaps):
     def forward(
         self,
         images: Float[Tensor, "batch channels *spatial"],
-        mask: Mask | None = None,
+        mask: Mask | RaggedMask | None = None,
         *,
         mask_token: Float[Tensor, "*masked dim"] | None = None,
     ) -> Float[Tensor, "batch prefix_and_tokens dim"]:
@@ -216,9 +216,10 @@ class _MaskedTimmViT(FeatureMaps):
         if mask is None and mask_token is not None:
             raise ValueError("mask_token replaces masked patches: pass a mask with it")
         if mask is not None:
-            check_mask(mask, grid_of(images, model.patch_embed.patch_size), images)
+            _check(mask, grid_of(images, model.patch_embed.patch_size), images, mask_token)
         if mask is not None and mask_token is not None:
             tokens, mask = _with_mask_token(tokens, mask, mask_token), None
+        assert not isinstance(mask, RaggedMask)
         tokens = self._first(model._pos_embed(tokens))
         if mask is not None:
             tokens = gather_visible(tokens, mask, num_prefix=self.num_prefix_tokens)
@@ -284,13 +285,24 @@ class _MaskedTimmViT(FeatureMaps):
         return pooled
 
 
-def _with_mask_token(tokens: Tensor, mask: Mask, mask_token: Tensor) -> Tensor:
+def _check(mask: Mask | RaggedMask, grid: Grid, images: Tensor, mask_token: Tensor | None) -> None:
+    """Check that a mask fits; without a mask token, all images must show as many patches."""
+    if not isinstance(mask, RaggedMask) or mask_token is None:
+        check_mask(mask, grid, images)  # type: ignore[arg-type]
+    elif mask.grids != (grid,) * len(images):
+        raise ValueError(f"{len(images)} images have grid {grid}, but the mask has {mask.grids}")
+    else:
+        check_device(mask, images, "images")
+
+
+def _with_mask_token(tokens: Tensor, mask: Mask | RaggedMask, mask_token: Tensor) -> Tensor:
     """Put a mask token, or one for each masked patch, in place of the masked patches' embeddings.
 
     With `dynamic_img_size`, timm's embeddings are [batch, height, width, dim].
     """
     is_single = mask_token.numel() == mask_token.shape[-1]
-    rows = gather_visible(tokens.flatten(1, -2), mask)
+    is_packed = isinstance(mask, RaggedMask)
+    rows = gather_visible(tokens.flatten(0 if is_packed else 1, -2), mask)
     fill = mask_token.view(-1) if is_single else mask_token
     return restore(rows, mask, fill).view_as(tokens)
 

@@ -142,7 +142,7 @@ class SwinTransformer(TimmProtocol):
     def forward(
         self,
         images: Shaped[Tensor, "batch channels height width"],
-        mask: Mask | None = None,
+        mask: Mask | RaggedMask | None = None,
         *,
         mask_token: Float[Tensor, "*masked embed_dim"] | None = None,
     ) -> Float[Tensor, "batch tokens out_dim"]:
@@ -150,14 +150,14 @@ class SwinTransformer(TimmProtocol):
 
         Args:
             images: Images of the size that the encoder was built for.
-            mask: Mask on `grid`; pixels of masked patches are not read.
+            mask: Mask on `grid`, of any counts; pixels of masked patches are not read.
             mask_token: Replaces the embedding of each masked patch.
 
         Returns:
             One token per position of `out_grid`, after the last norm.
 
         Raises:
-            TypeError: If the mask is a `RaggedMask`.
+            TypeError: If the mask is neither a `Mask` nor a `RaggedMask`.
             ValueError: If the images have another size or number of channels, if the mask does not
                 fit, or if only one of `mask` and `mask_token` is given.
         """
@@ -222,12 +222,14 @@ class SwinTransformer(TimmProtocol):
         """Average the encoded tokens of each sample."""
         return tokens.mean(dim=1)
 
-    def _embed(self, images: Tensor, mask: Mask | None, mask_token: Tensor | None) -> Tensor:
+    def _embed(
+        self, images: Tensor, mask: Mask | RaggedMask | None, mask_token: Tensor | None
+    ) -> Tensor:
         if tuple(images.shape[2:]) != self.image_size:
             raise ValueError(
                 f"this encoder takes images of size {self.image_size}; got {tuple(images.shape)}"
             )
-        if mask is not None:
+        if mask is not None and not isinstance(mask, RaggedMask):
             check_even(mask)
         if mask is not None and mask_token is None:
             raise ValueError("Swin cannot leave tokens out: pass a mask_token with the mask")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -66,6 +66,7 @@ def test_every_format_has_an_example(states):
         assert model_of(state) == name.removesuffix(" with tables")
 
 
+@settings(max_examples=30)
 @given(st.data())
 def test_every_pair_of_formats_converts_or_names_what_is_lacking(states, data):
     """What comes out of one format and goes into another comes back the same."""

@@ -220,6 +220,24 @@ def test_a_mask_token_in_a_wrapped_model_works_as_in_mimkits(options, images):
         wrap_timm(model)(images, mask_token=token)
 
 
+@pytest.mark.parametrize("options", [{}, {"dynamic_img_size": True}, {"reg_tokens": 2}])
+@torch.no_grad()
+def test_different_counts_in_a_wrapped_model_give_what_each_sample_gives_alone(options):
+    encoder = wrap_timm(timm_vit(**options))
+    key = masking.key(range(4), seed=0)
+    mask = masking.ragged(masking.uniform, key, GRID, [0, 0.3, 0.8, 1])
+    images, token = torch.randn(4, 3, 16, 16), torch.randn(12)
+    hidden = torch.stack([one.refine(4).is_masked for one in mask.unbind()])
+    found = encoder(images.masked_fill(hidden, float("nan")), mask, mask_token=token)
+    for row, one in enumerate(mask.unbind()):
+        alone = encoder(images[row : row + 1], one, mask_token=token)
+        torch.testing.assert_close(found[row : row + 1], alone, rtol=1e-5, atol=1e-5)
+    with pytest.raises(TypeError, match="needs a Mask"):
+        encoder(images, mask)
+    with pytest.raises(ValueError, match=r"4 images have grid \(4, 4\)"):
+        encoder(images, mask[:3], mask_token=token)
+
+
 def test_checkpointing_of_a_model_is_honored_when_it_is_wrapped(images):
     model = timm_vit()
     model.set_grad_checkpointing()
