@@ -414,10 +414,15 @@ def permute(tokens: Tensor, layout: Layout, index: int) -> Tensor:
 class _Permute(torch.autograd.Function):
     """Permute tokens; backward gathers by the inverse permutation instead of scatter-adding."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(order, inverse)
+    def forward(tokens: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         return tokens.index_select(1, order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -506,7 +511,7 @@ class WindowAttention(nn.Module):
         ).unbind(0)
         windows = tokens.shape[1] // self.tokens_inside
         attended = attend(query, key, value, bias).view(
-            len(tokens), windows, self.heads, self.tokens_inside, query.shape[-1]
+            tokens.shape[0], windows, self.heads, self.tokens_inside, query.shape[-1]
         )
         out: Tensor = self.proj(rearrange(attended, "b w h n d -> b (w n) (h d)"))
         return out

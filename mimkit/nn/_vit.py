@@ -363,7 +363,7 @@ class ViT(TimmProtocol):
             tokens = tokens + positions
         if prefix is None:
             return tokens
-        return torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1)
+        return torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
     def _prefix(self) -> Float[Tensor, "1 prefix dim"] | None:
         """Return the class token, with its position, and the registers."""
