@@ -7,8 +7,10 @@ import pytest
 import timm
 import torch
 from hypothesis import given
+from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from mimkit import masking
@@ -251,19 +253,110 @@ def test_checkpointing_of_a_model_is_honored_when_it_is_wrapped(images):
 def test_models_whose_masked_patches_would_leak_or_fail_are_refused_when_wrapped():
     with torch.device("meta"):
         hybrid = timm.create_model("vit_tiny_r_s16_p8_224")
-        beit = timm.create_model("beit_base_patch16_224")
-        rotary = timm.create_model("eva02_tiny_patch14_224")
+        sam = timm.create_model("samvit_base_patch16_224")
+        swin = timm.create_model("swin_tiny_patch4_window7_224")
     with pytest.raises(TypeError, match="patches that do not overlap.*HybridEmbed"):
         wrap_timm(hybrid)
-    with pytest.raises(TypeError, match="relative positions|without"):
-        wrap_timm(beit)
-    with pytest.raises(TypeError, match="rotary"):
-        wrap_timm(rotary)
+    with pytest.raises(TypeError, match="without|does not know the positions"):
+        wrap_timm(sam)
+    with pytest.raises(TypeError, match="got SwinTransformer without"):
+        wrap_timm(swin)
+
+
+SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
+# Rotary and relative positions.
+PLACED = {
+    "eva02": lambda: Eva(**SMALL, use_rot_pos_emb=True, swiglu_mlp=True, scale_mlp=True),
+    "dinov3": lambda: Eva(
+        **SMALL, use_rot_pos_emb=True, use_abs_pos_emb=False, num_reg_tokens=2,
+        rope_type="dinov3", rope_rotate_half=True, init_values=0.1,
+    ),
+    "mixed": lambda: Eva(**SMALL, use_rot_pos_emb=True, rope_type="mixed"),
+    "dynamic": lambda: Eva(**SMALL, use_rot_pos_emb=True, dynamic_img_size=True),
+    "no class token": lambda: Eva(
+        **SMALL, use_rot_pos_emb=True, class_token=False, global_pool="avg"
+    ),
+    "after the norm": lambda: Eva(**SMALL, use_rot_pos_emb=True, use_post_norm=True),
+    "beit": lambda: Beit(
+        **SMALL, use_rel_pos_bias=True, use_abs_pos_emb=False, init_values=0.1
+    ),
+    "beit, shared": lambda: Beit(**SMALL, use_shared_rel_pos_bias=True),
+    "beit, absolute": lambda: Beit(**SMALL),
+    "relpos": lambda: VisionTransformerRelPos(**SMALL, rel_pos_type="bias"),
+    "relpos, class token": lambda: VisionTransformerRelPos(
+        **SMALL, rel_pos_type="bias", class_token=True
+    ),
+    "relpos mlp": lambda: VisionTransformerRelPos(**SMALL, rel_pos_type="mlp"),
+    "relpos, shared": lambda: VisionTransformerRelPos(
+        **SMALL, rel_pos_type="bias", shared_rel_pos=True
+    ),
+}  # fmt: skip
+
+
+def placed(name: str) -> Any:
+    torch.manual_seed(0)
+    model: Any = PLACED[name]().eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=0.3)
+    return model
+
+
+def attend_to_visible(is_seen: Tensor) -> Any:
+    """Attention that reads visible tokens only: [batch, tokens], True = seen."""
+    attend = nn.functional.scaled_dot_product_attention
+
+    def masked(query, key, value, attn_mask=None, **options):
+        seen = torch.zeros(is_seen.shape).masked_fill(~is_seen, -torch.inf)[:, None, None]
+        bias = seen if attn_mask is None else attn_mask + seen
+        return attend(query, key, value, attn_mask=bias, **options)
+
+    return masked
+
+
+@pytest.mark.parametrize("name", PLACED)
+@torch.no_grad()
+def test_visible_tokens_keep_their_rotary_or_relative_positions(name, images, monkeypatch):
+    """A plain definition: all tokens are computed, and attention reads the visible ones."""
+    model = placed(name)
+    encoder = wrap_timm(model)
+    torch.testing.assert_close(encoder(images), model.forward_features(images), rtol=0, atol=0)
+    nothing = Mask.from_bool(torch.zeros(2, *GRID, dtype=torch.bool))
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(encoder(images, nothing), model.forward_features(images), **close)
+    mask = masking.uniform(masking.key([0, 1], seed=0), GRID, 0.6)
+    hidden = mask.refine(4).is_masked.unsqueeze(1)
+    found = encoder(images.masked_fill(hidden, float("nan")), mask)
+    prefix = torch.ones(2, model.num_prefix_tokens, dtype=torch.bool)
+    is_seen = torch.cat([prefix, ~mask.is_masked.flatten(1)], dim=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.functional, "scaled_dot_product_attention", attend_to_visible(is_seen))
+        expected = model.forward_features(images)[is_seen].view_as(found)
+    torch.testing.assert_close(found, expected, **close)
+    token = torch.randn(24)
+    whole = encoder(images, mask, mask_token=token)
+    assert whole.shape == model.forward_features(images).shape
+    assert torch.equal(model.forward_features(images), encoder(images))  # the model is as it was
+
+
+@pytest.mark.parametrize("name", ["eva02", "beit", "relpos"])
+def test_gradients_and_checkpointing_of_rotary_and_relative_models(name, images):
+    model = placed(name)
+    mask = masking.uniform(masking.key([0, 1], seed=0), GRID, 0.6)
+    wrap_timm(model)(images, mask).pow(2).mean().backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert any("rel" in n or "q_proj" in n or "qkv" in n for n in expected)
+    model.zero_grad()
+    model.set_grad_checkpointing()
+    wrap_timm(model)(images, mask).pow(2).mean().backward()
+    for n, p in model.named_parameters():
+        if n in expected:
+            torch.testing.assert_close(p.grad, expected[n])
 
 
 @pytest.mark.untyped
 def test_models_that_cannot_be_wrapped_are_refused():
-    with pytest.raises(TypeError, match=r"got Linear without .*'patch_embed', '_pos_embed'"):
+    with pytest.raises(TypeError, match=r"got Linear without .*'patch_embed', 'cls_token'"):
         wrap_timm(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="patch_drop_rate=0"):
         wrap_timm(timm_vit(patch_drop_rate=0.5))
