@@ -41,9 +41,8 @@ def families() -> dict[tuple[str, str], str]:
     smallest: dict[tuple[str, str], str] = {}
     for module in MODULES:
         for name in timm.list_models(module=module):
-            stem = _SIZE.sub(
-                "", _SIZE.sub("", re.sub(r"_(patch|window|r_s|s)?\d+.*?(?=_|$)", "", name))
-            )
+            stem = re.sub(r"_(patch|window|r_s|s)?\d+.*?(?=_|$)", "", name)
+            stem = _SIZE.sub("", _SIZE.sub("", stem))
             best = smallest.setdefault((module, stem), name)
             smallest[module, stem] = min(best, name, key=_rank)
     return smallest
@@ -71,12 +70,16 @@ def build(name: str) -> Any:
 
 
 @torch.no_grad()
-def judge(model: Any) -> str:
+def judge(name: str) -> str:
     """Say whether a model works under a mask."""
     try:
-        encoder: Any = wrap_timm(model)
+        with torch.device("meta"):  # no memory for what is refused
+            wrap_timm(timm.create_model(name))
     except (TypeError, ValueError) as error:
-        return f"refused: {str(error).partition('wrap_timm ')[2].partition('; got')[0]}"
+        reason = str(error).partition("wrap_timm ")[2]
+        return "refused: " + re.sub(r"; got .*?( without.*)?$", r"\1", reason)
+    model = build(name)
+    encoder: Any = wrap_timm(model)
     grid = tuple(model.patch_embed.grid_size)
     sides = [n * side for n, side in zip(grid, model.patch_embed.patch_size, strict=True)]
     images = torch.randn(2, model.patch_embed.proj.in_channels, *sides)
@@ -95,7 +98,7 @@ def rows() -> Iterator[str]:
     """Yield the rows of the table: verdict, then the families with their smallest members."""
     verdicts: dict[tuple[str, str], list[str]] = {}
     for (module, _), name in sorted(families().items()):
-        verdict = judge(build(name))
+        verdict = judge(name)
         print(f"{module:28}{name:48}{verdict}", flush=True)
         verdicts.setdefault((module, verdict), []).append(name)
     yield "| file of timm | under a mask | smallest members |"

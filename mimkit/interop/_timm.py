@@ -361,8 +361,10 @@ def wrap_timm(model: nn.Module) -> nn.Module:
         Traceback (most recent call last):
         TypeError: wrap_timm needs a timm VisionTransformer; got Linear without ...
     """
-    parts = ("patch_embed", "cls_token", "blocks", "norm", "num_prefix_tokens")
+    parts = ("patch_embed", "_pos_embed", "blocks", "norm", "num_prefix_tokens")
     missing = [name for name in parts if not hasattr(model, name)]
+    if hasattr(model, "rel_pos_bias") or hasattr(model, "shared_rel_pos"):  # BEiT, relpos
+        missing = [name for name in missing if name != "_pos_embed"]
     kind = type(model).__name__
     if missing:
         raise TypeError(f"wrap_timm needs a timm VisionTransformer; got {kind} without {missing}")

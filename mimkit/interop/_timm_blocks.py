@@ -61,7 +61,7 @@ def _gather_bias(bias: Tensor, mask: Mask, num_prefix: int) -> Bias:
 
 def _under(block: nn.Module, gathered: Callable[[Tensor], Bias]) -> nn.Module:
     """Return a block whose attention has the bias of visible tokens; it shares its weights."""
-    attention: Any = block.attn
+    attention: Any = getattr(block, "attn", None)  # blocks of several have none
     if getattr(attention, "relative_position_bias_table", None) is not None:
         bias = gathered(attention._get_rel_pos_bias())
         return _with(block, "attn", _with(attention, "_get_rel_pos_bias", lambda: bias))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from timm.models.beit import Beit
 from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import DiffParallelScalingBlock, VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
@@ -37,6 +37,7 @@ MODELS = {
     "no class token": lambda: timm_vit(class_token=False, global_pool="avg"),
     "norm before the blocks": lambda: timm_vit(pre_norm=True),
     "class token without position": lambda: timm_vit(no_embed_class=True),
+    "parallel blocks": lambda: timm_vit(block_fn=DiffParallelScalingBlock),
 }
 
 
@@ -255,12 +256,14 @@ def test_models_whose_masked_patches_would_leak_or_fail_are_refused_when_wrapped
         hybrid = timm.create_model("vit_tiny_r_s16_p8_224")
         sam = timm.create_model("samvit_base_patch16_224")
         swin = timm.create_model("swin_tiny_patch4_window7_224")
+        cait = timm.create_model("cait_xxs24_224")
     with pytest.raises(TypeError, match="patches that do not overlap.*HybridEmbed"):
         wrap_timm(hybrid)
     with pytest.raises(TypeError, match="without|does not know the positions"):
         wrap_timm(sam)
-    with pytest.raises(TypeError, match="got SwinTransformer without"):
-        wrap_timm(swin)
+    for model in (swin, cait):
+        with pytest.raises(TypeError, match="without .*_pos_embed"):
+            wrap_timm(model)
 
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -356,7 +359,7 @@ def test_gradients_and_checkpointing_of_rotary_and_relative_models(name, images)
 
 @pytest.mark.untyped
 def test_models_that_cannot_be_wrapped_are_refused():
-    with pytest.raises(TypeError, match=r"got Linear without .*'patch_embed', 'cls_token'"):
+    with pytest.raises(TypeError, match=r"got Linear without .*'patch_embed', '_pos_embed'"):
         wrap_timm(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="patch_drop_rate=0"):
         wrap_timm(timm_vit(patch_drop_rate=0.5))
