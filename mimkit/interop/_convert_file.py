@@ -168,6 +168,11 @@ def convert_file(
     if isinstance(known.get("image_size"), int):
         known["image_size"] = (known["image_size"],) * 2
     model, ours = select(given, to_format)
+    if model == "ViT" and to_format != "mimkit" and config.get("window"):
+        raise ValueError(
+            f"{path} was trained in a detector with attention windows of {config['window']} tokens,"
+            f" which weights of {to_format} do not have"
+        )
     encoder, problem = None, f"mimkit builds encoders here, no {model}"
     if model in ENCODERS.values():
         try:
@@ -221,22 +226,23 @@ def _read(source: Path, from_format: str) -> tuple[Path, Mapping[str, Tensor], d
     contents = unwrap(load_checkpoint(path))
     tensors = {name: value for name, value in contents.items() if isinstance(value, Tensor)}
     if from_format == "mimkit":
-        return path, tensors, {"model": _read_run(path.with_name(_RUN))}
+        return path, tensors, _read_run(path.with_name(_RUN))
     is_theirs = _package_of(from_format) == "transformers"
     return path, tensors, _read_config(path.with_name(CONFIG)) if is_theirs else {}
 
 
 def _read_run(file: Path) -> dict[str, Any]:
-    """Read the model's shape from a run's configuration; empty without one."""
+    """Read a run's configuration: "model" is its shape, empty without one."""
     if not file.is_file():
-        return {}
+        return {"model": {}}
     try:
         import yaml
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"reading {file} needs pyyaml: pip install pyyaml") from error
     try:
-        model = yaml.safe_load(_text(file))["model"]
-        return {n: tuple(v) if isinstance(v, list) else v for n, v in model.items()}
+        run = yaml.safe_load(_text(file))
+        model = {n: tuple(v) if isinstance(v, list) else v for n, v in run["model"].items()}
+        return {"model": model, "window": (run.get("detector") or {}).get("window")}
     except (yaml.YAMLError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is not the configuration of a run") from error
 

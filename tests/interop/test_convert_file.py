@@ -139,6 +139,14 @@ def test_weights_come_back_through_pth_files_and_folders(tmp_path, states):
     assert torch.equal(official["cls_token"], encoder.cls_token)
 
 
+def test_a_vit_that_a_detector_trained_in_windows_stays_where_it_is(tmp_path, states):
+    save_file(states["ViT"], tmp_path / "encoder.safetensors")
+    config = "model: {heads: 1, image_size: 32}\ndetector: {window: 2}\n"
+    (tmp_path / "config.yaml").write_text(config)
+    with pytest.raises(ValueError, match="attention windows of 2 tokens"):
+        convert_file(tmp_path, tmp_path / "out.pth", from_format="mimkit", to_format="timm")
+
+
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "no file": (["none.pth", "new.pth", "--from", "mae", "--to", "timm"], "no file"),
     "format": (["in.pth", "new.pth", "--from", "mea", "--to", "timm"], "'mea'"),

@@ -13,8 +13,8 @@ import tyro
 
 from mimkit.interop import Receipt, convert_file
 from recipes.engine.errors import UserError, say
-from recipes.engine.pretrained.encoders import load_encoder
-from recipes.engine.pretrained.shapes import ViTShape
+from recipes.engine.pretrained.encoders import check_no_windows, load_encoder
+from recipes.engine.pretrained.shapes import ConvViTShape, ViTShape
 from recipes.engine.run.cli import run_command
 
 
@@ -32,7 +32,10 @@ def export(run: Path, out: Path) -> Receipt:
     path = run / "encoder.safetensors" if run.is_dir() else run
     if not path.with_name("config.yaml").is_file():
         raise UserError(f"{run} holds no finished run: its config.yaml is not there")
-    load_encoder(path, ViTShape())  # compares the file with its digest, and with its configuration
+    file = load_encoder(path, ViTShape())  # compares it with its digest, and its configuration
+    check_no_windows(file)
+    if isinstance(file.shape, ConvViTShape):
+        raise UserError(f"{path} cannot be exported: Hugging Face has no class for a ConvViT")
     try:
         return convert_file(path, out, from_format="mimkit", to_format="hf")
     except FileExistsError as error:
@@ -48,7 +51,8 @@ class Export:
     """Options of the command.
 
     Attributes:
-        run: Folder of a finished run, or its encoder.safetensors.
+        run: Folder of a finished run of pre-training, segment or detect, or its
+            encoder.safetensors.
         out: The folder to write, new or empty.
     """
 
