@@ -43,6 +43,7 @@ from recipes.engine.pretrained.encoders import (
     EncoderOptions,
     fill_encoder,
     open_encoder,
+    statistics_of,
 )
 from recipes.engine.pretrained.shapes import (
     ConvViTShape,
@@ -52,7 +53,7 @@ from recipes.engine.pretrained.shapes import (
     ViTShape,
 )
 from recipes.engine.report import print_unreadable
-from recipes.engine.run.cli import FLAGS, Options, options_of, run_command
+from recipes.engine.run.cli import ARRAY_FLAGS, FLAGS, Options, options_of, run_command
 from recipes.engine.run.config import (
     Preset,
     RunConfig,
@@ -273,18 +274,21 @@ def resolve_fine_tuning(options: FineTuneOptions) -> tuple[FineTuneConfig, Encod
     return config, file
 
 
-def load_images(config: FineTuneConfig, world: World) -> LabelledData:
+def load_images(
+    config: FineTuneConfig, file: EncoderFile | None, options: FineTuneOptions, world: World
+) -> LabelledData:
     """Load the labelled images, augmented as the configuration says."""
-    image_size = config.model.image_axes()
     augmentation = Augmentation()
     if config.training.augment == "randaugment":
-        augmentation = Augmentation(policy=rand_augment(image_size), erase=0.25)
+        augmentation = Augmentation(policy=rand_augment(config.model.image_axes()), erase=0.25)
     return load_labelled(
         config.data,
-        image_size=image_size,
+        image_size=config.model.image_size,
         augmentation=augmentation,
         seed=config.seed,
         decode=config.training.decoder,
+        options=config.training.arrays,
+        find_statistics=statistics_of(file, options, config),
         share=world.share,
     )
 
@@ -303,8 +307,7 @@ def fit_channels(
             f"--encoder {file.path} is for images of {file.shape.in_channels} channels, "
             f"those of {config.data} have {channels}"
         )
-    shape = dataclasses.replace(config.model, in_channels=channels)
-    return dataclasses.replace(config, model=shape).with_data(data.images.content)
+    return config.for_data(data.images)
 
 
 def describe(config: FineTuneConfig, data: LabelledData, plan: Plan, model: nn.Module) -> list[str]:
@@ -396,7 +399,7 @@ def run(options: FineTuneOptions) -> None:
     """
     config, file = resolve_fine_tuning(options)
     with join(config.device, timeout=options.timeout) as world:
-        data = load_images(config, world)
+        data = load_images(config, file, options, world)
         config = fit_channels(config, file, data)
         plan = plan_classifier(config, options, data)
         check_shard(options.shard)
@@ -417,7 +420,18 @@ def run(options: FineTuneOptions) -> None:
 # The command line. A Swin has windows, which the first preset has not.
 OPTIONS = options_of(
     (*PRESETS["tiny"].parts, SwinShape()),
-    (*FLAGS, "window", "layer_decay", "drop_path", "mixup", "cutmix", "smoothing", "augment"),
+    (
+        *FLAGS,
+        "patch_size",
+        *ARRAY_FLAGS,
+        "window",
+        "layer_decay",
+        "drop_path",
+        "mixup",
+        "cutmix",
+        "smoothing",
+        "augment",
+    ),
     FineTuneOptions,
 )
 

@@ -40,7 +40,7 @@ class Options:
 
     Attributes:
         preset: Model and schedule.
-        data: "photos", "digits", or a folder of images.
+        data: "photos", "digits", or a folder of images or arrays.
         out: Output folder; by default runs/<recipe>-<preset>-<data>-<hash of the configuration>.
         max_steps: Stop after this many optimizer steps; the learning-rate schedule does not change.
         lr: Peak learning rate, not scaled with the batch size.
@@ -94,15 +94,15 @@ class Options:
 
 
 # Fields of every preset's model and training that become options.
+IMAGE_FLAGS = ("orientation", "background", "value_range")
+ARRAY_FLAGS = ("channels", "crop", "array_key")
 FLAGS = (
     "image_size",
     "epochs",
     "batch_size",
     "warmup_epochs",
     "precision",
-    "orientation",
-    "background",
-    "value_range",
+    *IMAGE_FLAGS,
 )
 
 # PyTorch's message of an allocation on the CPU that fails.

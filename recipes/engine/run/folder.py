@@ -1,10 +1,12 @@
 """The output folder of a run."""
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -19,6 +21,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from recipes.engine.data.statistics import Statistics
 from recipes.engine.errors import UserError, say
 from recipes.engine.reading import UnreadableError, read_yaml, seal
 from recipes.engine.run import state
@@ -277,6 +280,43 @@ def output_folder(out: str | None, config: RunConfig) -> Path:
         return Path(out)
     data = Path(config.data).name or "folder"
     return Path("runs") / f"{config.recipe}-{config.preset}-{data}-{config.digest()}"
+
+
+def find_statistics(
+    out: str | None, config: RunConfig, channels: int, image_size: tuple[int, ...]
+) -> Statistics | None:
+    """Return the statistics of the arrays in the configuration of a run that is continued.
+
+    Args:
+        out: The value of `--out`.
+        config: The run's configuration, before it is fitted to the arrays.
+        channels: Channels of the arrays.
+        image_size: Size of a crop.
+
+    Returns:
+        The statistics; None if no run is continued, or it has others than of arrays.
+    """
+    file = output_folder(out, config.for_images(channels, image_size)) / _CONFIG
+    return read_statistics(file, channels) if file.is_file() else None
+
+
+def read_statistics(file: Path, channels: int) -> Statistics | None:
+    """Return the statistics of arrays in a `config.yaml`; None if it has none for so many channels.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    config = _read_config(file)
+    found = config.get("statistics") if isinstance(config, dict) else None
+    names = {field.name for field in dataclasses.fields(Statistics)}
+    if not isinstance(found, dict) or found.keys() != names:
+        return None
+    statistics = Statistics(**{name: tuple(values) for name, values in found.items()})
+    is_whole = all(
+        len(values) == channels and all(isinstance(v, float) and math.isfinite(v) for v in values)
+        for values in vars(statistics).values()
+    )
+    return statistics if is_whole and min(statistics.std) > 0 else None
 
 
 def check_content(path: Path) -> None:
