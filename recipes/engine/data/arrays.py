@@ -317,9 +317,9 @@ def to_tensor(values: Values) -> Shaped[Tensor, channels * spatial]:
         UnreadableError: If a value is not finite.
     """
     if values.dtype == np.uint8 or values.dtype == np.bool_:
-        return torch.from_numpy(np.array(values, np.uint8))
+        return torch.from_numpy(np.array(values, np.uint8, order="C"))
     with np.errstate(over="ignore"):
-        numbers = np.array(values, np.float32)
+        numbers = np.array(values, np.float32, order="C")
     if not np.isfinite(numbers).all():
         raise UnreadableError("it has values that are not finite (NaN or infinite)")
     return torch.from_numpy(numbers)
@@ -354,11 +354,11 @@ def whole(values: Values, size: tuple[int, ...], rng: np.random.Generator) -> Te
         return crop
     numbers = crop.float()
     for axis, length in enumerate(size, 1):
-        shape = numbers.shape
-        if shape[axis] != length:
-            flat = numbers.reshape(1, math.prod(shape[:axis]), shape[axis], -1)
-            flat = F.interpolate(flat, (length, flat.shape[3]), mode="bilinear", antialias=True)
-            numbers = flat.reshape(*shape[:axis], length, *shape[axis + 1 :])
+        # As the last axis of four: with one column, PyTorch 2.13 and 2.14 mix up the values.
+        rows = numbers.movedim(axis, -1)
+        flat = rows.reshape(1, -1, 1, rows.shape[-1]).contiguous()
+        flat = F.interpolate(flat, (1, length), mode="bilinear", antialias=True)
+        numbers = flat.reshape(*rows.shape[:-1], length).movedim(-1, axis)
     return numbers.round().to(torch.uint8) if crop.dtype == torch.uint8 else numbers
 
 
