@@ -123,6 +123,12 @@ def measure(config: RunConfig, data: DataSet, model: nn.Module) -> tuple[int, in
     return flops, _measure(config, data, model, num_images=2)[1] - one
 
 
+def recomputed_blocks(encoder: Any) -> list[nn.Module]:
+    """Return the blocks of an encoder that checkpointing computes again: of Swin, of all stages."""
+    stages = [encoder] if hasattr(encoder, "blocks") else encoder.layers
+    return [block for stage in stages for block in stage.blocks]
+
+
 def _measure(
     config: RunConfig, data: DataSet, model: nn.Module, *, num_images: int
 ) -> tuple[int, int]:
@@ -141,8 +147,7 @@ def _measure(
             if isinstance(value, torch.Tensor):
                 note(value)
 
-    recomputed = getattr(encoder, "grad_checkpointing", False)
-    blocks = (getattr(encoder, "blocks", None) or encoder.layers) if recomputed else ()
+    blocks = recomputed_blocks(encoder) if getattr(encoder, "grad_checkpointing", False) else ()
     hooks = [block.register_forward_pre_hook(note_inputs) for block in blocks]
     masks = config.masking.draw(masking.key(range(num_images), seed=config.seed), encoder.grid)
     masks = masks.to("meta") if isinstance(masks, Mask) else [mask.to("meta") for mask in masks]
