@@ -33,29 +33,23 @@ from torch import Tensor, nn
 from mimkit import container, losses
 from mimkit._grids import per_axis, sides_of
 from mimkit.masking import Mask
-from mimkit.nn import CAEDecoder, ContextRegressor, PixelHead, TokenHead, ViT
+from mimkit.nn import CAEDecoder, ContextRegressor, PixelHead, TokenHead
 from mimkit.patches import sincos_positions, unpatchify
 from recipes.engine import Masking, Preset, Recipe, Training, fields, run, targets
 from recipes.engine.masks import join
 from recipes.engine.pretrained.teachers import load_teacher
 from recipes.engine.pretrained.tokenizers import make_tokenizer
 from recipes.engine.run import defaults
+from recipes.engine.vit import ViTConfig
 
 Target = Literal["tokens", "rgb", "features"]
 
 
 @dataclass(frozen=True)
-class CAEConfig:
+class CAEConfig(ViTConfig):
     """Shape of the model; the defaults are the paper's ViT-B/16.
 
     Attributes:
-        image_size: Pixels per axis; an integer means a square image.
-        patch_size: Pixels per patch; one integer, or one per axis.
-        in_channels: Channels of the images.
-        dim: Width of the encoder.
-        depth: Blocks of the encoder.
-        heads: Attention heads of the encoder.
-        mlp_ratio: Hidden width of every MLP over its input's.
         layer_scale: First value of the factors of the encoder's residual branches; None for none.
         regressor_depth: Blocks of the regressor.
         decoder_dim: Width of regressor and decoder.
@@ -69,8 +63,6 @@ class CAEConfig:
         feature_dim: Width of the teacher's features; a file brings its own.
         no_alignment: Whether to train without alignment (the paper's ablation).
         no_decoder: Whether to predict from the regressor's output directly (the paper's ablation).
-        drop_path: Fraction of samples whose residual branches the last block of encoder, regressor
-            and decoder leaves out.
         alignment_drop_path: Whether paths are dropped where the alignment's target is made, too,
             as published.
         tokenizer: "patches" for k-means codes of normalised patches, fitted on the first images; or
@@ -79,13 +71,6 @@ class CAEConfig:
             its config.yaml, or a checkpoint of the authors' MAE or CAE.
     """
 
-    image_size: fields.Pixels | tuple[fields.Pixels, ...]
-    patch_size: fields.Pixels | tuple[fields.Pixels, ...] = 16
-    in_channels: fields.PositiveInt = 3
-    dim: fields.Width = 768
-    depth: fields.Depth = 12
-    heads: fields.PositiveInt = 12
-    mlp_ratio: fields.PositiveFloat = 4.0
     layer_scale: fields.NonNegativeFloat | None = 0.1
     regressor_depth: fields.Depth = 4
     decoder_dim: fields.Width = 768
@@ -98,13 +83,12 @@ class CAEConfig:
     feature_dim: fields.PositiveInt = 512
     no_alignment: bool = False
     no_decoder: bool = False
-    drop_path: fields.Fraction = 0.0
     alignment_drop_path: bool = True
     tokenizer: str = "patches"
     teacher: str | None = None
 
     def __post_init__(self) -> None:
-        fields.check_fields(self)
+        super().__post_init__()
         if self.teacher is not None and self.target != "features":
             raise ValueError(f'a teacher is for target "features"; got target {self.target!r}')
 
@@ -160,18 +144,8 @@ class CAE(nn.Module):
     def __init__(self, config: CAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = ViT(
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            in_channels=config.in_channels,
-            dim=config.dim,
-            depth=config.depth,
-            heads=config.heads,
-            mlp_ratio=config.mlp_ratio,
-            layer_scale=config.layer_scale,
-            qkv_bias="qv",
-            first_axis="row",
-            drop_path=config.drop_path,
+        self.encoder = config.build_vit(
+            layer_scale=config.layer_scale, qkv_bias="qv", first_axis="row"
         )
         self.patch_size = self.encoder.patch_embed.patch_size
         width, grid, prefix = config.decoder_dim, self.encoder.grid, self.encoder.num_prefix_tokens
@@ -269,22 +243,6 @@ class CAE(nn.Module):
             top_token_share=top_share,
         )
 
-    def decode_full(
-        self, images: Float[Tensor, "batch channels *spatial"]
-    ) -> Float[Tensor, "batch tokens values"]:
-        """Predict every patch from the whole image, the regressor skipped.
-
-        The decoder never saw an encoder's latents: that it understands them shows that predicted
-        and encoded latents live in one space.
-
-        Source:
-            CAE, arXiv:2202.03026, section 4.1 and its figure of such pictures.
-        """
-        latent = self.project(self.encoder(images)[:, self.encoder.num_prefix_tokens :])
-        positions = self.pos_embed[:, self.encoder.num_prefix_tokens :].expand(len(images), -1, -1)
-        prediction: Tensor = self.head(self.decoder(latent, positions))
-        return prediction
-
     @torch.no_grad()
     def _alignment_target(self, images: Tensor, mask: Mask) -> Tensor | None:
         """Encode the masked patches alone, with the weights of now: no second copy of them."""
@@ -334,12 +292,18 @@ def build_with_target(config: CAEConfig) -> CAE:
 def decode_full(
     model: CAE, images: Float[Tensor, "batch channels height width"]
 ) -> Mapping[str, Float[Tensor, "batch channels height width"]]:
-    """Decode the latents of whole images, which the decoder never saw in training."""
+    """Draw what the decoder makes of encoded whole images, which it never saw in training.
+
+    That it understands them shows that predicted and encoded latents live in one space (section
+    4.1 and its figure of such pictures).
+    """
     assert model.target is not None
-    grid = model.encoder.grid
+    grid, prefix = model.encoder.grid, model.encoder.num_prefix_tokens
+    latent = model.project(model.encoder(images)[:, prefix:])
+    positions = model.pos_embed[:, prefix:].expand(len(images), -1, -1)
+    prediction = model.head(model.decoder(latent, positions)).float()
     nothing = torch.zeros(len(images), 0, dtype=torch.int64)
     everything = Mask.from_visible_ids(nothing, grid).to(images.device)
-    prediction = model.decode_full(images).float()
     columns = {"encoder + decoder": model.target.invert(prediction, images, everything)}
     columns |= model.target.draw_references(images, everything)
     return {name: unpatchify(patches, grid, model.patch_size) for name, patches in columns.items()}
@@ -360,23 +324,19 @@ BASE = CAEConfig(image_size=224, drop_path=0.1, tokenizer="dalle_encoder.pt")
 LARGE = dataclasses.replace(
     BASE, dim=1024, depth=24, heads=16, layer_scale=1e-5, decoder_dim=1024, decoder_heads=16
 )
+TINY = dataclasses.replace(
+    CAEConfig(image_size=32, patch_size=4, dim=96, depth=4, heads=4, vocabulary_size=128),
+    regressor_depth=2,
+    decoder_dim=96,
+    decoder_depth=1,
+    decoder_heads=4,
+    alignment_weight=0.2,
+)
 
 PRESETS = {
     # Up to five minutes on two CPU cores, tokenizer and probes included.
     "tiny": Preset(
-        CAEConfig(
-            image_size=32,
-            patch_size=4,
-            dim=96,
-            depth=4,
-            heads=4,
-            regressor_depth=2,
-            decoder_dim=96,
-            decoder_depth=1,
-            decoder_heads=4,
-            vocabulary_size=128,
-            alignment_weight=0.2,
-        ),
+        TINY,
         Training(epochs=4, batch_size=32, base_lr=8e-3, warmup_epochs=0.3, clip_grad=1.0),
         dataclasses.replace(MASKING, min_block=4),
     ),

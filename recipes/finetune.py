@@ -5,10 +5,11 @@ r"""Fine-tuning of a pre-trained encoder, as MAE (arXiv:2111.06377, A.1) and Sim
     python recipes/finetune.py --preset vit_base --encoder mae_pretrain_vit_base.pth \
         --data /path/to/imagenet --precision bf16
 
-All weights are trained on labelled images, with layer-wise learning rates, drop path, mixup, cutmix
-and label smoothing; or with `--trained-blocks` the last few blocks only (figure 9). On the bundled
-sets, 50 labelled crops a class, the same training from an untrained encoder is
-shown beside it. The full presets are the authors' (AdamW, batch 1024, 100 or 50 epochs,
+All weights are trained on labelled images, with layer-wise learning rates, drop path, mixup,
+cutmix and label smoothing; or with `--trained-blocks` the last few blocks only. `--blocks 0 1 2 4`
+trains once for each of these numbers and draws the curve (figure 9). On the bundled sets, 50
+labelled crops a class, the same training from an untrained encoder is shown beside it. The full
+presets are the authors' (AdamW, batch 1024, 100 or 50 epochs,
 RandAugment from timm or torchvision, random erasing). Published top-1 on ImageNet-1K after 1600
 epochs of MAE: ViT-B 83.6, ViT-L 85.9, ViT-H 86.9; after 800 of SimMIM (arXiv:2111.09886; batch
 2048): ViT-B 83.8, Swin-B 84.0, Swin-L 85.4. A Swin that was pre-trained at 192 pixels with windows
@@ -35,6 +36,7 @@ from recipes.engine.data.augment import Augmentation, rand_augment
 from recipes.engine.data.labelled import LabelledData, load_labelled
 from recipes.engine.data.mixing import Mixing
 from recipes.engine.errors import UserError, say
+from recipes.engine.figures import draw_partial_fine_tuning, partial_curves
 from recipes.engine.loop import Plan, run_steps
 from recipes.engine.optim import layer_decay_groups
 from recipes.engine.pretrained import encoders
@@ -98,11 +100,14 @@ class FineTuneOptions(EncoderOptions):
     Attributes:
         trained_blocks: Train the last N blocks, the last norm and the head only; 0 for no block;
             all weights by default.
+        blocks: Partial fine-tuning: one training for each of these numbers of trained blocks; the
+            number of all blocks trains all weights.
         scratch: Whether the same training is also run from an untrained encoder; "auto" does so
-            for the bundled sets.
+            for the bundled sets, without --blocks.
     """
 
     trained_blocks: fields.NonNegativeInt | None = None
+    blocks: tuple[fields.NonNegativeInt, ...] | None = None
     scratch: Literal["auto", "always", "never"] = "auto"
 
 
@@ -113,6 +118,20 @@ class FineTuneConfig(RunConfig):
     training: FineTuning
     encoder: str
     trained_blocks: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialConfig(FineTuneConfig):
+    """All that decides the results of partial fine-tuning: numbers of trained blocks, ascending."""
+
+    blocks: tuple[int, ...]
+
+    def training_of(self, blocks: int) -> FineTuneConfig:
+        """Return the configuration of one training; that of all blocks trains all weights."""
+        names = (field.name for field in dataclasses.fields(FineTuneConfig))
+        trained_blocks = None if blocks == self.model.num_blocks else blocks
+        whole = FineTuneConfig(**{name: getattr(self, name) for name in names})
+        return dataclasses.replace(whole, trained_blocks=trained_blocks)
 
 
 class FineTuned(nn.Module):
@@ -246,8 +265,55 @@ def fine_tune(
 
 def compares(options: FineTuneOptions) -> bool:
     """Whether the same training is to be run from an untrained encoder."""
-    is_bundled = options.data in ("photos", "digits")
-    return options.scratch == "always" or (options.scratch == "auto" and is_bundled)
+    is_short = options.data in ("photos", "digits") and options.blocks is None
+    return options.scratch == "always" or (options.scratch == "auto" and is_short)
+
+
+def fine_tune_partly(
+    config: PartialConfig,
+    plan: Plan,
+    file: EncoderFile | None,
+    data: LabelledData,
+    options: FineTuneOptions,
+    path: Path,
+    world: World,
+) -> dict[str, Any]:
+    """Fine-tune once for each number of blocks, or go on with it, and return the summary.
+
+    Args:
+        config: The configuration.
+        plan: The steps of each training.
+        file: The pre-trained encoder.
+        data: Labelled images.
+        options: What does not decide the result.
+        path: Output folder; each training has a folder `blocks-<number>` in it.
+        world: The processes.
+
+    Source:
+        MAE, arXiv:2111.06377, section 4.3 and figure 9.
+    """
+    with RunFolder(path, config, world, lock=options.lock) as folder:
+        summary = folder.read_summary()
+        if summary is not None:
+            return summary
+        found = {
+            str(number): fine_tune(
+                config.training_of(number), plan, file, data, options,
+                path / f"blocks-{number}", world,
+            )
+            for number in config.blocks
+        }  # fmt: skip
+        first = next(iter(found.values()))
+        summary = {"steps": first["steps"]}
+        for name in ("accuracy", "from_scratch"):
+            if name in first:
+                summary[name] = {number: one[name] for number, one in found.items()}
+        names = {name for one in found.values() for name in one["unreadable_images"]}
+        summary["unreadable_images"] = sorted(names)
+        if world.is_main:
+            draw_partial_fine_tuning(partial_curves(summary), path)
+        folder.write_summary(summary)
+    return summary
 
 
 def resolve_fine_tuning(options: FineTuneOptions) -> tuple[FineTuneConfig, EncoderFile | None]:
@@ -262,16 +328,31 @@ def resolve_fine_tuning(options: FineTuneOptions) -> tuple[FineTuneConfig, Encod
     window = getattr(options, "window", None)
     if window is not None and not isinstance(shape, SwinShape):
         raise UserError(f"--window {window}: a {shape.kind} has no windows, leave it out")
-    config = resolve(
-        options,
-        "finetune",
-        PRESETS,
-        config_type=FineTuneConfig,
-        model=shape,
-        encoder=file.digest if file else "none",
-        trained_blocks=options.trained_blocks,
-    )
+    more: dict[str, Any] = {"encoder": file.digest if file else "none"}
+    more["trained_blocks"] = options.trained_blocks
+    config_type: type[FineTuneConfig] = FineTuneConfig
+    if options.blocks is not None:
+        config_type, more["blocks"] = PartialConfig, check_blocks(options, shape)
+    config = resolve(options, "finetune", PRESETS, config_type=config_type, model=shape, **more)
     return config, file
+
+
+def check_blocks(options: FineTuneOptions, shape: EncoderShape) -> tuple[int, ...]:
+    """Return the numbers of `--blocks`, ascending.
+
+    Raises:
+        UserError: The encoder has fewer blocks, a number is there twice, or `--trained-blocks` is
+            given, too.
+    """
+    blocks = tuple(sorted(options.blocks or ()))
+    given = f"--blocks {' '.join(map(str, options.blocks or ()))}"
+    if options.trained_blocks is not None:
+        raise UserError(f"{given} and --trained-blocks {options.trained_blocks}: give one of them")
+    if blocks[-1] > shape.num_blocks:
+        raise UserError(f"{given}: {blocks[-1]} is out of range, give 0 to {shape.num_blocks}")
+    if len(set(blocks)) < len(blocks):
+        raise UserError(f"{given} has a number twice: give each once")
+    return blocks
 
 
 def load_images(
@@ -314,12 +395,13 @@ def describe(config: FineTuneConfig, data: LabelledData, plan: Plan, model: nn.M
     """Describe a run: configuration, images, steps, parameters."""
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
+    each = ", for each of blocks" if isinstance(config, PartialConfig) else ""
     return [
         *config.as_lines(),
         "---",
         f"data          {config.data}: {len(data.images.train):,} labelled images of "
         f"{data.num_classes} classes, {len(data.test):,} to score on",
-        f"steps         {plan.num_steps:,} of {config.training.batch_size:,} images",
+        f"steps         {plan.num_steps:,} of {config.training.batch_size:,} images{each}",
         f"parameters    {sum(p.numel() for p in parameters):,} ({trained:,} trained)",
     ]
 
@@ -327,9 +409,14 @@ def describe(config: FineTuneConfig, data: LabelledData, plan: Plan, model: nn.M
 def print_summary(summary: dict[str, Any], path: Path) -> None:
     """Print what the run showed."""
     say(f"accuracy (%), {summary['steps']} steps")
-    say(f"fine-tuned                   {summary['accuracy']:6.1f}")
+    rows = {"fine-tuned": summary["accuracy"]}
     if "from_scratch" in summary:
-        say(f"from scratch, same budget    {summary['from_scratch']:6.1f}")
+        rows["from scratch, same budget"] = summary["from_scratch"]
+    if isinstance(summary["accuracy"], dict):
+        say(f"{'trained blocks':<29}" + "".join(f"{int(n):6}" for n in summary["accuracy"]))
+    for name, values in rows.items():
+        numbers = values.values() if isinstance(values, dict) else [values]
+        say(f"{name:<29}" + "".join(f"{number:6.1f}" for number in numbers))
     print_unreadable(summary["unreadable_images"])
     say(f"weights and numbers: {path}")
 
@@ -412,7 +499,10 @@ def run(options: FineTuneOptions) -> None:
                 say(*describe(config, data, plan, model))
             return
         path = output_folder(options.out, config)
-        summary = fine_tune(config, plan, file, data, options, path, world)
+        if isinstance(config, PartialConfig):
+            summary = fine_tune_partly(config, plan, file, data, options, path, world)
+        else:
+            summary = fine_tune(config, plan, file, data, options, path, world)
         if world.is_main:
             print_summary(summary, path)
 

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from mimkit import container
 from mimkit.masking import Mask, RaggedMask
-from mimkit.nn import CrossDecoder, MAEDecoder, PixelHead, ViT
+from mimkit.nn import CrossDecoder, MAEDecoder, PixelHead
 from mimkit.patches import gather_masked
 from recipes.engine import Masking, Preset, Recipe, Training, fields, run, targets
 from recipes.engine.masks import join
+from recipes.engine.vit import ViTConfig
 
 Target = Literal["pixels", "pca"]
 LossOn = Literal["masked", "all"]
@@ -37,17 +38,10 @@ Decoder = Literal["self", "cross"]
 
 
 @dataclass(frozen=True)
-class MAEConfig:
+class MAEConfig(ViTConfig):
     """Shape of the model; the defaults are the paper's ViT-B/16.
 
     Attributes:
-        image_size: Pixels per axis; an integer means a square image.
-        patch_size: Pixels per patch; one integer, or one per axis.
-        in_channels: Channels of the images.
-        dim: Width of the encoder.
-        depth: Blocks of the encoder.
-        heads: Attention heads of the encoder.
-        mlp_ratio: Hidden width of every MLP over its input's.
         decoder_dim: Width of the decoder (table 1b).
         decoder_depth: Blocks of the decoder (table 1a).
         decoder_heads: Attention heads of the decoder.
@@ -63,18 +57,10 @@ class MAEConfig:
             visible ones only.
         decode_fraction: Fraction of the masked patches that a training step predicts, in (0, 1];
             less than 1 with `decoder="cross"` only.
-        drop_path: Fraction of samples whose residual branches the last encoder block leaves out.
         norm_eps: Epsilon of every LayerNorm.
         act: Activation of every MLP: "gelu", or "gelu_tanh" for its approximation by tanh.
     """
 
-    image_size: fields.Pixels | tuple[fields.Pixels, ...]
-    patch_size: fields.Pixels | tuple[fields.Pixels, ...] = 16
-    in_channels: fields.PositiveInt = 3
-    dim: fields.Width = 768
-    depth: fields.Depth = 12
-    heads: fields.PositiveInt = 12
-    mlp_ratio: fields.PositiveFloat = 4.0
     decoder_dim: fields.Width = 512
     decoder_depth: fields.Depth = 8
     decoder_heads: fields.PositiveInt = 16
@@ -85,12 +71,11 @@ class MAEConfig:
     mask_tokens: MaskTokens = "decoder"
     decoder: Decoder = "self"
     decode_fraction: fields.Fraction = 1.0
-    drop_path: fields.Fraction = 0.0
     norm_eps: fields.PositiveFloat = 1e-6
     act: Literal["gelu", "gelu_tanh"] = "gelu"
 
     def __post_init__(self) -> None:
-        fields.check_fields(self)
+        super().__post_init__()
         if self.decode_fraction == 0:
             raise ValueError(f"decode_fraction must be in (0, 1]; got {self.decode_fraction}")
         if self.decode_fraction < 1 and (self.decoder, self.loss_on) != ("cross", "masked"):
@@ -143,18 +128,7 @@ class MAE(nn.Module):
     def __init__(self, config: MAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = ViT(
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            in_channels=config.in_channels,
-            dim=config.dim,
-            depth=config.depth,
-            heads=config.heads,
-            mlp_ratio=config.mlp_ratio,
-            drop_path=config.drop_path,
-            norm_eps=config.norm_eps,
-            act=config.act,
-        )
+        self.encoder = config.build_vit(norm_eps=config.norm_eps, act=config.act)
         self.mask_token = None
         if config.mask_tokens == "encoder":
             self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(config.dim), std=0.02))

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from recipes.engine import fields
 from recipes.engine.data.decode import DECODE, formats
 from recipes.engine.data.images import resize
-from recipes.engine.data.listing import Files, FolderId, list_files, read_regular, relabel
+from recipes.engine.data.listing import MAX_FILE_BYTES, Files, FolderId, list_files, relabel
 from recipes.engine.data.shards import (
     INDEX,
     UNFINISHED,
@@ -47,7 +47,7 @@ from recipes.engine.data.shards import (
     write_index,
 )
 from recipes.engine.errors import UserError, say
-from recipes.engine.reading import UnreadableError, read_json
+from recipes.engine.reading import UnreadableError, read_bytes, read_json
 from recipes.engine.run.cli import run_command
 from recipes.engine.writing import write_atomically
 
@@ -140,7 +140,7 @@ def contents_of(
 
 def _content_of(path: str, short_side: int | None, quality: int) -> tuple[bytes, bool]:
     try:
-        data = read_regular(path)
+        data = read_bytes(path, most=MAX_FILE_BYTES)
     except UnreadableError:
         return b"", False  # stays unreadable, and the others keep their ids
     if short_side is None:

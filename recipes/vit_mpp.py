@@ -23,45 +23,30 @@ from torch import Tensor, nn
 
 from mimkit import container
 from mimkit.masking import Mask
-from mimkit.nn import ConvStem, ViT
+from mimkit.nn import ConvStem
 from mimkit.patches import gather_masked
 from recipes.engine import Masking, Preset, Recipe, Training, fields, run, targets
 from recipes.engine.masks import join
+from recipes.engine.vit import ViTConfig
 
 
 @dataclass(frozen=True)
-class MPPConfig:
+class MPPConfig(ViTConfig):
     """Shape of the model; the defaults are the paper's ViT-B/16.
 
     Attributes:
-        image_size: Pixels per axis; an integer means a square image.
-        patch_size: Pixels per patch; with a stem, positions of its feature map.
-        in_channels: Channels of the images.
-        dim: Width of the encoder.
-        depth: Blocks of the encoder.
-        heads: Attention heads of the encoder.
-        mlp_ratio: Hidden width of every MLP over its input's.
-        drop_path: Fraction of samples whose residual branches the last block leaves out.
         stem: Channels after each strided convolution of a hybrid's stem; none for patches of
             pixels.
         mask_share: Share of the corrupted patches that become the mask token.
         other_share: Share of them that become another corrupted patch.
     """
 
-    image_size: fields.Pixels | tuple[fields.Pixels, ...]
-    patch_size: fields.Pixels | tuple[fields.Pixels, ...] = 16
-    in_channels: fields.PositiveInt = 3
-    dim: fields.Width = 768
-    depth: fields.Depth = 12
-    heads: fields.PositiveInt = 12
-    mlp_ratio: fields.PositiveFloat = 4.0
-    drop_path: fields.Fraction = 0.0
     stem: tuple[fields.Width, ...] = ()
     mask_share: fields.Fraction = 0.8
     other_share: fields.Fraction = 0.1
 
     def __post_init__(self) -> None:
-        fields.check_fields(self)
+        super().__post_init__()
         if self.mask_share + self.other_share > 1:
             raise ValueError(
                 "mask_share and other_share must be shares of one whole; "
@@ -103,18 +88,7 @@ class MPP(nn.Module):
         stem = (
             ConvStem(in_channels=config.in_channels, channels=config.stem) if config.stem else None
         )
-        self.encoder = ViT(
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            in_channels=config.in_channels,
-            dim=config.dim,
-            depth=config.depth,
-            heads=config.heads,
-            mlp_ratio=config.mlp_ratio,
-            drop_path=config.drop_path,
-            learn_positions=True,
-            stem=stem,
-        )
+        self.encoder = config.build_vit(learn_positions=True, stem=stem)
         self.patch_size = self.encoder.patch_embed.patch_size
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, config.dim))
         self.target = targets.MeanColorTarget(self.patch_size, config.in_channels)

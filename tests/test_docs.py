@@ -89,7 +89,8 @@ def test_the_script_draws_exactly_the_pictures_of_the_page() -> None:
     shown = set(re.findall(r"\(pictures/(\S+)\.png\)", (DOCS / "which-mask.md").read_text()))
     files = list((DOCS / "pictures").glob("*.png"))
     assert shown == {*load_script().SAMPLERS, "tube"}
-    assert shown | {"front"} == {file.stem for file in files}
+    of_runs = re.findall(r"\(pictures/(\S+)\.png\)", (DOCS / "downstream.md").read_text())
+    assert shown | {"front", *of_runs} == {file.stem for file in files}
     assert sum(file.stat().st_size for file in files) < 1 << 20
 
 

@@ -197,6 +197,17 @@ class Attention(nn.Module):
         out: Tensor = self.proj(merge_heads(attend(query, key, value, attn_bias)))
         return out
 
+    def attention_weights(
+        self,
+        tokens: Float[Tensor, "batch tokens dim"],
+        attn_bias: Float[Tensor, "#batch heads tokens tokens"] | None = None,
+    ) -> Float[Tensor, "batch heads tokens tokens"]:
+        """Return the attention weights, for visualisation."""
+        query, key = (split_heads(t, self.heads) for t in self._project(tokens).chunk(3, -1)[:2])
+        logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+        weights: Tensor = (logits if attn_bias is None else logits + attn_bias).softmax(dim=-1)
+        return weights
+
     def _project(self, tokens: Tensor) -> Tensor:
         if self.q_bias is None or self.v_bias is None:
             projected: Tensor = self.qkv(tokens)

@@ -8,6 +8,7 @@ no other host for anything.
 
 import base64
 import io
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ import tyro
 
 from recipes.engine.errors import UserError, say
 from recipes.engine.pictures import config_of, different_keys
-from recipes.engine.reading import UnreadableError
+from recipes.engine.reading import UnreadableError, open_regular, read_bytes
 from recipes.engine.run.cli import run_command
 from recipes.engine.run.state import read_metrics, read_summary
 from recipes.engine.writing import write_atomically
 
+_MOST_PICTURE = 100_000_000  # bytes
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse } .wide { overflow-x: auto }
@@ -56,7 +58,7 @@ def write_page(runs: Sequence[Path], out: Path) -> None:
     """
     shown = [_read(run) for run in runs]
     start = "<!doctype html><!-- mimkit report -->\n"
-    if out.exists() and not _is_page(out, start):
+    if os.path.lexists(out) and not _is_page(out, start):
         raise UserError(f"--out {out} is there and is not a page of this command")
     title = " and ".join(run.name for run in shown)
     parts = [
@@ -89,8 +91,11 @@ def _read(run: Path) -> _Run:
 
 
 def _is_page(file: Path, start: str) -> bool:
-    with file.open("rb") as opened:
-        return opened.read(len(start)) == start.encode()
+    try:
+        with open_regular(file, follow=False) as opened:
+            return opened.read(len(start)) == start.encode()
+    except UnreadableError:
+        return False
 
 
 def _results(runs: Sequence[_Run]) -> dict[str, list[str]]:
@@ -154,7 +159,10 @@ def _pictures(runs: Sequence[_Run]) -> list[str]:
 
 
 def _figure(run: _Run, name: str) -> str:
-    content = base64.b64encode((run.path / name).read_bytes()).decode()
+    try:
+        content = base64.b64encode(read_bytes(run.path / name, most=_MOST_PICTURE)).decode()
+    except UnreadableError as error:
+        raise UserError(f"{run.path / name} cannot be read: {error}") from error
     text = escape(f"{Path(name).stem} of {run.name}", quote=True)
     picture = f'<img alt="{text}" src="data:image/png;base64,{content}">'
     return f"<figure>{picture}<figcaption>{escape(run.name)}</figcaption></figure>"

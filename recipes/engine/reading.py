@@ -22,7 +22,7 @@ class UnreadableError(Exception):
     """A file cannot be read. The message says why, without the name of the file."""
 
 
-def open_regular(file: Path, *, follow: bool = True) -> IO[bytes]:
+def open_regular(file: Path | str, *, follow: bool = True) -> IO[bytes]:
     """Open a regular file for reading.
 
     Args:
@@ -36,31 +36,34 @@ def open_regular(file: Path, *, follow: bool = True) -> IO[bytes]:
     # Not blocking, should it have become a pipe since it was looked at.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
-        if not follow and file.is_symlink():
+        if not follow and os.path.islink(file):
             raise UnreadableError("it is a link")
-        if not stat.S_ISREG(file.stat().st_mode):  # opening a device may do something
-            raise UnreadableError("it is not a file")
+        if not stat.S_ISREG(os.stat(file).st_mode):  # opening a device may do something
+            raise UnreadableError("it is not a regular file")
         opened = os.fdopen(os.open(file, flags), "rb")
     except FileNotFoundError as error:
         raise UnreadableError("there is no such file") from error
-    except OSError as error:
-        raise UnreadableError(error.strerror or str(error)) from error
+    except (OSError, ValueError) as error:  # ValueError: a null character in its name
+        raise UnreadableError(getattr(error, "strerror", None) or str(error)) from error
     return opened
 
 
-def read_bytes(file: Path, *, most: int) -> bytes:
+def read_bytes(file: Path | str, *, most: int) -> bytes:
     """Read a file of at most `most` bytes.
 
     Raises:
         UnreadableError: If it is not a regular file, cannot be opened, or is larger.
     """
     with open_regular(file) as content:
+        size = os.fstat(content.fileno()).st_size
+        if size > most:
+            raise UnreadableError(f"it has more than {most:,} bytes")
         try:
-            data = content.read(most + 1)
+            data = content.read(size + 1)
         except OSError as error:
             raise UnreadableError(error.strerror or str(error)) from error
-    if len(data) > most:
-        raise UnreadableError(f"it has more than {most:,} bytes")
+    if len(data) > size:  # files of /proc say that they are empty
+        raise UnreadableError(f"it has more than the {size:,} bytes that it says it has")
     return data
 
 

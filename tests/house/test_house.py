@@ -178,6 +178,7 @@ def run_typed(*paths: str) -> None:
     run_python(f"import sys, pytest\nsys.exit(pytest.main({[*paths, *options]}))")
 
 
+@pytest.mark.full
 def test_doctests_and_golden_files_run_with_shapes_and_types_checked() -> None:
     golden = (f"tests/recipes/test_{name}_golden.py" for name in ("mae", "convmae"))
     run_typed("mimkit", "recipes/mae.py", "recipes/convmae.py", *golden)

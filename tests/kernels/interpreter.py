@@ -1,33 +1,17 @@
-"""Run the tests that launch kernels in Triton's interpreter, in a child process per kernel.
+"""Run the tests that launch kernels in Triton's interpreter, in a child process.
 
 The interpreter must be chosen before Triton is imported, and it checks no bounds: a crash should
-fail one test and not end the session.
+not end the session.
 """
 
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import pytest
-
-from tests.kernels.harness import HAS_TRITON, ON_GPU
 
 ROOT = Path(__file__).resolve().parents[2]
-_SELECTIONS = [
-    pytest.param("launches and not full", id="quick"),
-    pytest.param("launches and (full or not full)", id="full", marks=pytest.mark.full),
-]
-
-
-def interpreted(test: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a test for the quick selection of launches, and in the long tier for all of them."""
-    test = pytest.mark.parametrize("selection", _SELECTIONS)(test)
-    test = pytest.mark.skipif(ON_GPU, reason="on a GPU, the tests launch the kernels there")(test)
-    return pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")(test)
 
 
 def run_in_interpreter(selection: str, *files: str | Path, plugins: Sequence[str] = ()) -> None:

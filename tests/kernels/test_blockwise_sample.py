@@ -18,7 +18,6 @@ from mimkit_kernels.blockwise_sample import (
 )
 from tests.kernels.figures import check_case, compiled_cases
 from tests.kernels.harness import DEVICE, compiles, few, launches, meta, needs_gpu, poisoned_outputs
-from tests.kernels.interpreter import interpreted, run_in_interpreter
 from tests.strategies import keys
 
 LOG_ASPECT = (math.log(0.3), -math.log(0.3))
@@ -95,11 +94,6 @@ def test_operators_pass_opcheck(op):
     key = masking.key([3, 1 << 40], seed=-5)
     inputs = (key.sample_ids, key.seed_and_epoch, 2, 3, 6, 7, 20, 16, 20, *LOG_ASPECT, 32)
     torch.library.opcheck(op, inputs)
-
-
-@interpreted
-def test_kernels_are_correct_in_the_interpreter(selection):
-    run_in_interpreter(selection, __file__)
 
 
 @compiles

@@ -36,7 +36,6 @@ from tests.kernels.harness import (
     poisoned_outputs,
     random,
 )
-from tests.kernels.interpreter import interpreted, run_in_interpreter
 from tests.strategies import generators
 
 
@@ -181,11 +180,6 @@ def test_empty_batch_gives_no_patches():
     ids = torch.empty(0, 2, dtype=torch.int64)
     patches = gather_patches_op(torch.empty(0, 3, 4, 4), ids, [2, 2], None, None, True)
     assert patches.shape == (0, 2, 12)
-
-
-@interpreted
-def test_kernels_are_correct_in_the_interpreter(selection):
-    run_in_interpreter(selection, __file__)
 
 
 @compiles

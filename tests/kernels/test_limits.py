@@ -24,7 +24,6 @@ from tests.kernels.aot import compiled, record, specialization
 from tests.kernels.emulated import emulated_launches
 from tests.kernels.figures import all_launches
 from tests.kernels.harness import DEVICE, INTERPRETED, compiles, laid_out, launches, meta
-from tests.kernels.interpreter import interpreted, run_in_interpreter
 
 FILES = sorted(Path(kernels.__file__).parent.glob("*.py"))
 FAR = 1 << 31  # elements; a 32-bit offset overflows
@@ -365,8 +364,3 @@ def test_second_derivatives_that_kernels_lack_raise_one_sentence():
             (grad,) = torch.autograd.grad(function(leaf), leaf, create_graph=True)
             with pytest.raises(NotImplementedError, match=f"{name} has no derivative"):
                 torch.autograd.grad(grad.sum(), leaf)
-
-
-@interpreted
-def test_limits_hold_in_the_interpreter(selection):
-    run_in_interpreter(selection, __file__)

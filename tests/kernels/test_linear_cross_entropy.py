@@ -33,7 +33,6 @@ from tests.kernels.harness import (
     meta,
     random,
 )
-from tests.kernels.interpreter import interpreted, run_in_interpreter
 from tests.strategies import generators
 
 
@@ -137,11 +136,6 @@ def test_operators_pass_opcheck(dtype, needs_gradient):
     inputs = (torch.tensor(2.0), x.detach(), weight.detach(), *(torch.randn(3, 2) for _ in "xwb"))
     torch.library.opcheck(linear_cross_entropy_backward_op, inputs)
     assert torch.equal(_scale(*inputs)[0], 2 * inputs[3])
-
-
-@interpreted
-def test_kernels_are_correct_in_the_interpreter(selection):
-    run_in_interpreter(selection, __file__)
 
 
 @compiles

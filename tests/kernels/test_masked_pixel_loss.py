@@ -38,7 +38,6 @@ from tests.kernels.harness import (
     poisoned_outputs,
     random,
 )
-from tests.kernels.interpreter import interpreted, run_in_interpreter
 from tests.kernels.test_gather_patches import NAMES, cases
 from tests.strategies import generators
 
@@ -216,11 +215,6 @@ def test_operators_pass_opcheck(dtype, normalize):
     prediction = torch.randn(2, 2, 18).to(dtype).requires_grad_()
     options = ([2, 3], None, [0.5, 0.4, 0.3], True, normalize, "l2", 1.0)
     torch.library.opcheck(masked_pixel_loss_op, (prediction, images, ids, *options))
-
-
-@interpreted
-def test_kernels_are_correct_in_the_interpreter(selection):
-    run_in_interpreter(selection, __file__)
 
 
 @compiles

@@ -1,6 +1,5 @@
 """Gathering and restoring tokens."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,7 +41,6 @@ from tests.kernels.harness import (
     poisoned_outputs,
     random,
 )
-from tests.kernels.interpreter import interpreted, run_in_interpreter
 from tests.strategies import generators
 
 
@@ -197,11 +195,6 @@ def test_operators_pass_opcheck(dtype):
         fill = fill.to(dtype).requires_grad_()
         inputs = (visible, fill, visible_ids, masked_ids, positions, 1)
         torch.library.opcheck(restore_tokens_op, inputs)
-
-
-@interpreted
-def test_kernels_are_correct_in_the_interpreter(selection):
-    run_in_interpreter(selection, __file__, Path(__file__).with_name("test_dispatch.py"))
 
 
 @compiles

@@ -5,7 +5,6 @@ import torch
 
 from tests.kernels import planted
 from tests.kernels.harness import INTERPRETED, launches
-from tests.kernels.interpreter import interpreted, run_in_interpreter
 from tests.kernels.ownership import Conflict
 
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
@@ -28,8 +27,3 @@ def test_reading_what_another_program_writes_is_an_error():
     planted.neighbors_kernel[(2,)](torch.zeros(64), data, BLOCK=32, OVERLAP=1)
     with pytest.raises(Conflict, match="neighbors_kernel reads what another"):
         planted.neighbors_kernel[(2,)](data, data, BLOCK=32, OVERLAP=1)
-
-
-@interpreted
-def test_checks_find_conflicts_in_the_interpreter(selection):
-    run_in_interpreter(selection, __file__)

@@ -37,7 +37,6 @@ from tests.kernels.harness import (
     random,
     very_few,
 )
-from tests.kernels.interpreter import interpreted, run_in_interpreter
 from tests.strategies import generators
 
 NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in FLOATS}
@@ -211,11 +210,6 @@ def test_error_names_a_filter_with_too_many_taps():
     with mimkit.use("triton"), pytest.raises(ValueError, match=r"\(7, 9\) taps: 49 at most"):
         kernels.packed_depthwise_conv(*arguments)
     assert kernels.packed_depthwise_conv(*arguments).shape == cells.shape
-
-
-@interpreted
-def test_kernels_are_correct_in_the_interpreter(selection):
-    run_in_interpreter(selection, __file__)
 
 
 @compiles

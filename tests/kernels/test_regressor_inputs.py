@@ -38,7 +38,6 @@ from tests.kernels.harness import (
     poisoned_outputs,
     random,
 )
-from tests.kernels.interpreter import interpreted, run_in_interpreter
 from tests.strategies import generators
 
 EPS = 1e-6
@@ -256,11 +255,6 @@ def test_registered_reference_matches_autograd():
         expected = gradients(all_inputs, *tensors)
     for grad, right in zip(gradients(by_operator, *tensors), expected, strict=True):
         assert_near(grad, right, torch.float32)
-
-
-@interpreted
-def test_kernels_are_correct_in_the_interpreter(selection):
-    run_in_interpreter(selection, __file__)
 
 
 @compiles

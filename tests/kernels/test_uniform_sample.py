@@ -11,7 +11,6 @@ from mimkit import masking
 from mimkit_kernels.uniform_sample import _launch, uniform_sample_op, uniform_sample_reference
 from tests.kernels.figures import check_case, compiled_cases
 from tests.kernels.harness import DEVICE, compiles, few, launches, meta, needs_gpu, poisoned_outputs
-from tests.kernels.interpreter import interpreted, run_in_interpreter
 from tests.strategies import keys
 
 
@@ -84,11 +83,6 @@ def test_operator_passes_opcheck():
     key = masking.key([3, 1 << 40], seed=-5)
     inputs = (key.sample_ids, key.seed_and_epoch, 2, 13, 5)
     torch.library.opcheck(uniform_sample_op, inputs)
-
-
-@interpreted
-def test_kernels_are_correct_in_the_interpreter(selection):
-    run_in_interpreter(selection, __file__)
 
 
 @compiles

@@ -10,10 +10,10 @@ from PIL import Image
 
 from recipes.engine.data import listing
 from recipes.engine.data.folder import split_folder
-from recipes.engine.data.listing import Files, list_files, read_regular
+from recipes.engine.data.listing import MAX_FILE_BYTES, Files, list_files
 from recipes.engine.data.load import load_data
 from recipes.engine.errors import UserError
-from recipes.engine.reading import UnreadableError
+from recipes.engine.reading import UnreadableError, read_bytes
 
 SUFFIXES = (".png", ".jpg")
 
@@ -116,7 +116,7 @@ def test_a_broken_link_is_an_image_that_cannot_be_read(tmp_path):
     files, _, _ = list_files(root, SUFFIXES, labelled=False)
     assert names(files) == ["1.png", "2.png", "3.png"]
     for index in (1, 2):
-        with pytest.raises(UnreadableError, match="No such file|symbolic links"):
+        with pytest.raises(UnreadableError, match="no such file|symbolic links"):
             files.read(index)
 
 
@@ -137,14 +137,19 @@ def test_pipes_and_devices_are_named_and_never_opened(tmp_path):
     assert "3 pipes or devices" in notes[0]
     for name in ("pipe.png", "zero.png"):
         with pytest.raises(UnreadableError, match="not a regular file"):
-            read_regular(str(root / name))
+            read_bytes(root / name, most=MAX_FILE_BYTES)
 
 
 def test_a_file_without_an_end_is_not_read(tmp_path):
     with (tmp_path / "huge.png").open("wb") as file:
         file.truncate(2**40)
     with pytest.raises(UnreadableError, match="more than 2,147,483,648 bytes"):
-        read_regular(str(tmp_path / "huge.png"))
+        read_bytes(tmp_path / "huge.png", most=MAX_FILE_BYTES)
+
+
+def test_a_file_that_has_more_than_it_says_is_not_read():
+    with pytest.raises(UnreadableError, match="more than the 0 bytes that it says"):
+        read_bytes("/proc/self/status", most=MAX_FILE_BYTES)
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):

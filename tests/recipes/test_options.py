@@ -171,6 +171,7 @@ ZERO_MEANS = {
     "aux_weight": "no auxiliary loss",
     "ignore_label": "class 0 does not count",
     "trained_blocks": "no block is trained",
+    "blocks": "no block is trained",
 }
 
 

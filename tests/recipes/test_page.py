@@ -1,6 +1,7 @@
 """The HTML page of one run or several."""
 
 import json
+import os
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def test_a_page_of_two_runs_holds_everything_in_itself(tmp_path, monkeypatch, ca
     [
         (lambda run: (run / "summary.json").unlink(), "it has no summary.json"),
         (lambda run: (run / "summary.json").write_text("{}"), "it has no digest"),
+        (lambda run: (run / "config.yaml").write_text("[1]"), "config.yaml is not of a run"),
     ],
 )
 def test_a_run_that_is_not_whole_is_named(damage, message, tmp_path, capsys):
@@ -80,10 +82,23 @@ def test_a_run_that_is_not_whole_is_named(damage, message, tmp_path, capsys):
     assert not (tmp_path / "page.html").exists()
 
 
-def test_a_file_that_is_no_page_is_not_replaced(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda file: file.write_text("mine"),
+        os.mkfifo,
+        lambda file: file.mkdir(),
+        lambda file: file.symlink_to("elsewhere.html"),
+    ],
+    ids=["file", "pipe", "folder", "link"],
+)
+def test_what_is_no_page_is_not_replaced(make, tmp_path, capsys):
     run = make_run(tmp_path / "run", dim=8, loss=1.0)
     other = tmp_path / "notes.html"
-    other.write_text("mine")
+    make(other)
+    before = other.lstat()
     assert main([str(run), "--out", str(other)]) == 2
-    assert "is not a page of this command" in capsys.readouterr().err
-    assert other.read_text() == "mine"
+    err = capsys.readouterr().err
+    assert "is not a page of this command" in err
+    assert err.count("\n") == 1
+    assert other.lstat()[:8] == before[:8]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +195,74 @@ def test_the_limit_on_unreadable_images_is_one_line_of_the_whole_job(
     assert "Traceback" not in result.stderr.partition("of 32 images")[0]
 
 
+PATCHED = """
+import os, sys
+import recipes.script
+from recipes.engine import loop, run
+from recipes.engine.errors import UserError
+from recipes.engine.run import checkpoint
+from recipes.mae import RECIPE
+{patch}
+sys.exit(run(RECIPE, ""))
+"""
+FAILING = """
+step = loop.Task.step
+
+def fail(self, batch, at):
+    if at.step == 4 and self.world.rank in {ranks}:
+        raise {fault}
+    return step(self, batch, at)
+
+loop.Task.step = fail
+"""
+OF_ONE = [
+    (0, 'UserError("a bad image")', "a bad image", 2),
+    (1, 'UserError("a bad image")', "a bad image", 2),
+    (1, 'OSError(12, "Cannot allocate memory")', "there is not enough memory", 2),
+    (1, 'RuntimeError("no such kernel")', "RuntimeError: no such kernel", 1),
+]
+
+
+def launch_patched(patch: str, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """Run the recipe in two processes that first run a patch."""
+    script = out.with_suffix(".py")
+    script.write_text(PATCHED.format(patch=patch))
+    start = command(out, 2, *more)
+    start[start.index(str(ROOT / "recipes/mae.py"))] = str(script)
+    return subprocess.run(
+        start,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("rank", "fault", "says", "code"), OF_ONE)
+def test_a_process_that_fails_alone_says_so_and_the_job_ends(
+    rank: int, fault: str, says: str, code: int, tmp_path: Path
+) -> None:
+    write_noise(tmp_path / "pictures", 36)
+    result = launch_patched(FAILING.format(ranks=[rank], fault=fault), tmp_path / "run")
+    assert result.returncode == 1  # torchrun's
+    assert f"error in process {rank} of 2: {says}" in result.stderr
+    assert f"exitcode  : {code} " in result.stderr
+    assert result.stderr.count("error in process") == 1
+    assert (tmp_path / "run/checkpoints/step-00000003/COMPLETE").exists()
+
+
+@pytest.mark.full
+def test_what_all_processes_fail_of_is_said_once(tmp_path: Path) -> None:
+    write_noise(tmp_path / "pictures", 36)
+    result = launch_patched(
+        FAILING.format(ranks=[0, 1], fault='UserError("a bad image")'), tmp_path / "run"
+    )
+    assert result.stderr.count("error: a bad image") == 1
+    assert "error in process" not in result.stderr
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["ddp", "fsdp"])
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)], ids=["2-to-1", "1-to-2"])
@@ -247,8 +316,33 @@ def children(pid: int) -> list[int]:
 
 
 def cut_after_first_checkpoint(out: Path) -> None:
-    import shutil
-
     (out / "summary.json").unlink()
     shutil.rmtree(out / "checkpoints" / f"step-{STEPS:08d}")
     assert (out / "checkpoints/step-00000003/COMPLETE").exists()
+
+
+# What process 1 sees of a folder that is being changed, or of a slow file system.
+BLIND = """
+if os.environ["RANK"] == "1":
+    checkpoint.steps_in = lambda folder: [1, 5]
+    checkpoint.find_damage = lambda path: "it cannot be read"
+"""
+
+
+@pytest.mark.full
+def test_the_main_process_chooses_where_two_go_on_and_they_end_like_undisturbed_ones(
+    tmp_path: Path,
+) -> None:
+    write_noise(tmp_path / "pictures", 36)
+    train(tmp_path / "undisturbed", 2)
+    shutil.copytree(tmp_path / "undisturbed", tmp_path / "stopped")
+    cut_after_first_checkpoint(tmp_path / "stopped")
+    first = tmp_path / "undisturbed/checkpoints/step-00000003"
+    for name, more in {"stopped": [], "other": ["--resume", str(first)]}.items():
+        out = tmp_path / name
+        result = launch_patched(BLIND, out, *more)
+        assert result.returncode == 0, result.stderr
+        assert f"step 3/{STEPS}" in result.stderr
+        one, two = (load_file(run / "encoder.safetensors") for run in (first.parents[1], out))
+        assert all(torch.equal(two[key], one[key]) for key in one)
+        assert losses(out)[-3:] == losses(first.parents[1])[-3:]

@@ -1,6 +1,7 @@
 """A killed run resumes bit for bit, and existing runs are never overwritten."""
 
 import dataclasses
+import gc
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,7 +21,8 @@ import torch
 from safetensors.torch import load_file
 
 from mimkit.masking import Mask
-from recipes.engine import Recipe, run
+from recipes.engine import Recipe, loop, run
+from recipes.engine.data.sets import Batch
 from recipes.engine.run.checkpoint import Checkpoints
 from recipes.engine.run.world import World
 from recipes.mae import MAE, RECIPE, MAEOutput
@@ -184,6 +187,43 @@ def test_a_checkpoint_holds_the_state_at_the_time_of_the_call(tmp_path: Path) ->
     checkpoints.finish()
     checkpoints.load(1, model, optimizer)
     assert torch.equal(model.weight, before)
+
+
+def used_by_this_process() -> tuple[float, int, int]:
+    """Resident memory in MB, open descriptors and threads."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    memory = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+    return memory, len(os.listdir("/proc/self/fd")), threading.active_count()
+
+
+@pytest.mark.full
+def test_memory_descriptors_and_threads_stay_flat_over_500_steps_with_25_checkpoints(
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seen: list[tuple[float, int, int]] = []
+    step = loop.Task.step
+
+    def measured(self: loop.Task, batch: Batch, at: loop.Moment) -> loop.Step | None:
+        if at.step % 100 == 99:
+            seen.append(used_by_this_process())
+        return step(self, batch, at)
+
+    monkeypatch.setattr(loop.Task, "step", measured)
+    long = ["--epochs", "100", "--max-steps", "500", "--checkpoint-every", "20"]
+    with single_thread():
+        assert run(RECIPE, "", options(pictures, tmp_path / "run", *long)) == 0
+    with capsys.disabled():
+        rows = (f"{memory:.1f} MB, {files} files, {n} threads" for memory, files, n in seen)
+        print("", *rows, sep="\n")
+    memory, files, threads = (list(column) for column in zip(*seen, strict=True))
+    assert len(seen) == 5
+    assert max(memory) - memory[0] < 0.02 * memory[0]
+    assert max(files) <= files[0]
+    assert max(threads) <= threads[0]
 
 
 def test_only_the_last_two_checkpoints_and_those_of_keep_every_are_kept(

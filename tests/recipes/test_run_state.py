@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -211,6 +212,30 @@ def test_links_and_pipes_with_the_names_of_state_files_are_refused(
     with pytest.raises(UserError, match="is a link or not a file"):
         read(finished, config)
     assert victim.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["encoder.safetensors", "curves.png", "curves.png.partial"])
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_what_is_in_the_way_of_a_result_is_refused_before_training(
+    kind: str, name: str, finished: Path, config: RunConfig
+) -> None:
+    (finished / name).unlink(missing_ok=True)
+    os.mkfifo(finished / name) if kind == "pipe" else (finished / name).mkdir()
+    with pytest.raises(UserError, match="is a link or not a file"):
+        read(finished, config)
+    assert (finished / name).exists()
+
+
+def test_a_folder_that_is_removed_while_it_is_in_use_is_one_line(
+    finished: Path, config: RunConfig
+) -> None:
+    def remove_and_write() -> None:
+        with RunFolder(finished, config) as folder:
+            shutil.rmtree(finished)
+            folder.append_metrics({"step": 1})
+
+    with pytest.raises(UserError, match=f"output folder {finished}: No such file"):
+        remove_and_write()
 
 
 def test_a_linked_picture_or_weight_is_replaced_and_its_target_left_alone(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 from recipes import pack
 from recipes.engine import run
 from recipes.engine.data.load import load_data
-from recipes.engine.data.shards import INDEX, find_shards
+from recipes.engine.data.shards import INDEX, find_shards, list_shards, make_index
 from recipes.engine.errors import UserError
 from recipes.mae import RECIPE
 
@@ -233,6 +234,67 @@ def test_a_damaged_index_is_one_line(damage, folder, tmp_path):
         file.write_bytes(file.read_bytes()[:200] if damage == "cut" else b"noise" * 50)
     with pytest.raises(UserError, match="index .* is damaged: remove it"):
         load_data(str(out), image_size=(8, 8), seed=0)
+
+
+WRONG_COLUMNS = {
+    "fractions": lambda column: np.full(column.shape, 0.5),
+    "complex": lambda column: np.zeros(column.shape, complex),
+    "text": lambda column: np.full(column.shape, "x") if column.dtype.kind != "U" else None,
+    "another axis": lambda column: column.reshape(-1, 1),
+    "an entry more": lambda column: np.append(column, column[-1:]) if column.ndim else None,
+    "below": lambda column: column.astype(int) - 2**40 if column.dtype.kind == "i" else None,
+    "above": lambda column: np.full(column.shape, 2**62) if column.dtype.kind == "i" else None,
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_COLUMNS)
+def test_whatever_is_wrong_in_an_index_is_one_line(kind, tmp_path):
+    write_tar(tmp_path / "x.tar", [("a/1.png", png(0)), ("b/2.png", png(1))])
+    index = make_index(tmp_path, ["x.tar"], (".png",))
+    tried = 0
+    for name, column in index.items():
+        wrong = WRONG_COLUMNS[kind](column)
+        if wrong is None or (name == "skipped" and kind in ("below", "above")):
+            continue
+        np.savez(tmp_path / INDEX, **{**index, name: wrong})
+        with pytest.raises(UserError, match=r"index .* is damaged: remove it|says"):
+            list_shards(tmp_path, ["x.tar"], (".png",), labelled=True)
+        tried += 1
+    assert tried >= 6
+
+
+def test_an_index_that_claims_more_than_is_in_it_is_not_read(tmp_path):
+    write_tar(tmp_path / "x.tar", [("a.png", png(0))])
+    np.savez_compressed(tmp_path / INDEX, text=np.zeros(10**7, np.uint8))
+    with pytest.raises(UserError, match="index .* is damaged: remove it"):
+        list_shards(tmp_path, ["x.tar"], (".png",), labelled=True)
+
+
+def odd_shard(file: Path, kind: str) -> None:
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    elif kind == "link to itself":
+        file.symlink_to(file.name)
+    elif kind == "many long names":
+        long = tarfile.TarInfo("././@LongLink")
+        long.type, long.size = tarfile.GNUTYPE_LONGNAME, 1
+        file.write_bytes((long.tobuf(tarfile.GNU_FORMAT) + bytes(512)) * 3_000)
+    else:
+        member = tarfile.TarInfo("a.png")
+        member.pax_headers = {"GNU.sparse.map": "x,y"}
+        with tarfile.open(file, "w", format=tarfile.PAX_FORMAT) as tar:
+            tar.addfile(member)
+
+
+@pytest.mark.parametrize(
+    "kind", ["pipe", "device", "link to itself", "many long names", "a map that is no numbers"]
+)
+def test_a_shard_that_is_something_else_is_one_line(kind, tmp_path):
+    odd_shard(tmp_path / "x.tar", kind)
+    with pytest.raises(UserError, match=r"shard .*x\.tar (cannot be read|is cut or damaged)"):
+        list_shards(tmp_path, ["x.tar"], (".png",), labelled=True)
 
 
 @pytest.mark.parametrize("second", ["a.png", "a.jpg"])

@@ -180,11 +180,18 @@ def test_a_second_ctrl_c_leaves_at_once(pictures: Path, tmp_path: Path) -> None:
 
 
 OTHERS = {"finetune": "model", "tokenizer": "tokenizer", "vit_mpp": "encoder", "probe": None}
+OTHER_CELLS = [
+    *((recipe, phase) for recipe in OTHERS for phase in ("start-up", "step", "checkpoint")),
+    ("segment", "step"),  # the others' loop; detection is among the peers' tests
+]
+SCENES = [
+    "--data", "scenes", "--encoder", "none", "--scratch", "never", "--runs", "1",
+    "--image-size", "32", "--head-dim", "8",
+]  # fmt: skip
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("recipe", OTHERS)
-@pytest.mark.parametrize("phase", ["start-up", "step", "checkpoint"])
+@pytest.mark.parametrize(("recipe", "phase"), OTHER_CELLS)
 def test_other_recipes_stop_and_continue_in_the_same_way(
     recipe: str, phase: str, labelled: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -192,6 +199,7 @@ def test_other_recipes_stop_and_continue_in_the_same_way(
     more = {
         "finetune": ["--encoder", "none"],
         "probe": ["--encoder", encoder, "--protocol", "paper"],
+        "segment": SCENES,
     }.get(recipe, [])
     runs = {name: tmp_path / name for name in ("stopped", "undisturbed")}
     process = start(phase, recipe, labelled, runs["stopped"], *more)
@@ -204,8 +212,9 @@ def test_other_recipes_stop_and_continue_in_the_same_way(
     for out in runs.values():
         code, printed = end_of(start("none", recipe, labelled, out, *more))
         assert code == 0, printed
-    if OTHERS[recipe] is not None:
-        assert_equal_runs(*runs.values(), weights=f"{OTHERS[recipe]}.safetensors")
+    if recipe != "probe":
+        weights = OTHERS.get(recipe, "model")
+        assert_equal_runs(*runs.values(), weights=f"{weights}.safetensors")
     else:  # six classifiers, each with a folder in it
         one, other = (json.loads((out / "summary.json").read_text()) for out in runs.values())
         assert one["probes"] == other["probes"]
@@ -230,6 +239,23 @@ def test_a_signal_for_every_process_of_a_job_leaves_the_loading_workers_alone(
     assert code == 143
     assert "after step 5 of 12, which is saved" in printed
     assert "worker" not in printed
+    finish(pictures, out)
+    assert_equal_runs(out, undisturbed)
+
+
+@pytest.mark.full
+def test_a_loading_worker_that_is_killed_is_one_line(
+    pictures: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = start("step", "mae", pictures, out, "--workers", "2")
+    wait_until(out.with_suffix(".reached").exists, "step", process)
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    code, printed = end_of(process)
+    assert code == 2
+    *_, error = printed.splitlines()
+    assert error.startswith("error: a process that loads images was killed")
+    assert "Traceback" not in printed
     finish(pictures, out)
     assert_equal_runs(out, undisturbed)
 
@@ -354,7 +380,8 @@ def test_wrong_variables_of_torchrun_give_one_line(variables, says, monkeypatch,
 @pytest.mark.parametrize(
     ("rank", "says"),
     [
-        ("0", "1 of them have joined within --timeout 1"),
+        # PyTorch waits ten seconds more before it gives up.
+        pytest.param("0", "1 of them have joined within --timeout 1", marks=pytest.mark.full),
         ("1", "nothing listens at localhost"),
     ],
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import stat
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections import Counter
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recipes.engine.errors import UserError
-from recipes.engine.reading import UnreadableError, open_regular
+from recipes.engine.reading import open_regular, read_bytes
 
 HELD_OUT_SHARE = 0.1
 # Held-out pictures of a folder whose reconstructions are shown.
@@ -133,7 +132,7 @@ class Files(Samples):
         Raises:
             UnreadableError: If it cannot be read, or is not a regular file.
         """
-        return read_regular(self.name(index))
+        return read_bytes(self.name(index), most=MAX_FILE_BYTES)
 
     def open(self, index: int) -> IO[bytes]:
         """Open a file.
@@ -155,26 +154,6 @@ class Files(Samples):
                 fits &= (letters == letter) | (letters == ord(chr(letter).upper()))
             found |= fits
         return int(found.sum())
-
-
-def read_regular(path: str) -> bytes:
-    """Return the content of a regular file.
-
-    Raises:
-        UnreadableError: If it cannot be read, is a pipe or device, or is larger than 2 GiB.
-    """
-    try:
-        # Opening a pipe would otherwise wait until something writes to it.
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(handle, "rb", buffering=0) as file:
-            status = os.fstat(handle)
-            if not stat.S_ISREG(status.st_mode):
-                raise UnreadableError("it is not a regular file")
-            if status.st_size > MAX_FILE_BYTES:
-                raise UnreadableError(f"it has more than {MAX_FILE_BYTES:,} bytes")
-            return file.read(status.st_size)
-    except OSError as error:
-        raise UnreadableError(error.strerror or str(error)) from error
 
 
 # Listing

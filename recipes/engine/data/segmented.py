@@ -29,11 +29,11 @@ from torch.nn import functional as F
 
 from recipes.engine.data.decode import MAX_PIXELS, Decoder, formats
 from recipes.engine.data.images import NORMALIZE, Normalize, model_inputs, normalize_by_image
-from recipes.engine.data.listing import Samples, hold_out, list_files, read_regular
+from recipes.engine.data.listing import MAX_FILE_BYTES, Samples, hold_out, list_files
 from recipes.engine.data.scenes import CLASSES, Part, Scenes, load_scenes
 from recipes.engine.data.sets import Item, TrainSet
 from recipes.engine.errors import UserError, escaped
-from recipes.engine.reading import UnreadableError
+from recipes.engine.reading import UnreadableError, read_bytes
 from recipes.engine.seeds import sample_rng
 
 IGNORED = 255
@@ -316,7 +316,7 @@ def read_labels(file: Path) -> NDArray[np.int64]:
         UnreadableError: If it cannot be read.
         UserError: If it is a picture in colors.
     """
-    content = read_regular(str(file))
+    content = read_bytes(file, most=MAX_FILE_BYTES)
     try:
         with Image.open(io.BytesIO(content), formats=("PNG",)) as picture:
             if picture.width * picture.height > MAX_PIXELS:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import tarfile
-import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -23,13 +22,19 @@ from numpy.typing import NDArray
 
 from recipes.engine.data.listing import MAX_FILE_BYTES, Names, Samples
 from recipes.engine.errors import UserError
-from recipes.engine.reading import UnreadableError
+from recipes.engine.reading import UnreadableError, open_regular
 
 INDEX = "index.npz"
 UNFINISHED = "packing.json"  # beside shards that are being packed
 _BLOCK = 512  # bytes; members of a tar file begin at multiples of it
 _OPEN_SHARDS = 64
 _NO_CLASS = ""
+# Kind of numbers and number of axes of what is in an index.
+_KINDS = {
+    "shard_names": ("U", 1), "shard_sizes": ("i", 1), "text": ("u", 1), "ends": ("i", 1),
+    "shards": ("i", 1), "offsets": ("i", 1), "sizes": ("i", 1), "class_names": ("U", 1),
+    "labels": ("i", 1), "skipped": ("i", 0),
+}  # fmt: skip
 
 
 class _Handles:
@@ -45,7 +50,7 @@ class _Handles:
         if path not in self._open:
             if len(self._open) == _OPEN_SHARDS:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._open[path] = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         return os.pread(self._open[path], size, offset)
 
 
@@ -133,7 +138,7 @@ def list_shards(
         raise UserError(f"packing {root} is not finished: start recipes/pack.py again")
     notes: list[str] = []
     file = root / INDEX
-    if file.exists():
+    if os.path.lexists(file):
         index = _read_index(file)
         _check_index(index, root, shard_names)
     else:
@@ -242,21 +247,23 @@ def _members(shard: Path) -> Iterable[tarfile.TarInfo]:
     """
     damaged = f"the shard {shard} is cut or damaged"
     try:
-        length = shard.stat().st_size
         end = 0
-        with tarfile.open(shard, "r:", errors="surrogateescape") as tar:
-            for member in tar:
-                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-                if end > length or not 0 <= member.size <= MAX_FILE_BYTES:
-                    raise UserError(f"{damaged}: it ends in {member.name}")
-                if member.isreg() and not member.issparse():
-                    yield member
-        with shard.open("rb") as content:
+        with open_regular(shard) as content:
+            length = os.fstat(content.fileno()).st_size
+            with tarfile.open(fileobj=content, mode="r:", errors="surrogateescape") as tar:
+                for member in tar:
+                    end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+                    if end > length or not 0 <= member.size <= MAX_FILE_BYTES:
+                        raise UserError(f"{damaged}: it ends in {member.name}")
+                    if member.isreg() and not member.issparse():
+                        yield member
             content.seek(end)
             if content.read(_BLOCK) != bytes(_BLOCK):
                 raise UserError(f"{damaged}: its end is missing")
-    except tarfile.TarError as error:
-        raise UserError(f"{damaged}: {' '.join(str(error).split())}") from error
+    except (tarfile.TarError, ValueError, RecursionError) as error:  # odd headers
+        raise UserError(f"{damaged}: {' '.join(str(error).split())[:200]}") from error
+    except UnreadableError as error:
+        raise UserError(f"the shard {shard} cannot be read: {error}") from error
     except OSError as error:
         raise UserError(f"the shard {shard} cannot be read: {error.strerror}") from error
 
@@ -270,7 +277,7 @@ def _split_key(name: str) -> tuple[str, str]:
 
 def _label(shard: Path, member: tarfile.TarInfo) -> str:
     """Read the class of a sample; "" if there is none."""
-    with shard.open("rb") as content:
+    with open_regular(shard) as content:
         content.seek(member.offset_data)
         text = content.read(min(member.size, 1_000_000)).decode(errors="replace").strip()
     if member.name.endswith(".cls"):
@@ -290,24 +297,47 @@ def _class_order(name: str) -> tuple[int, int, str]:
 
 
 def _read_index(file: Path) -> Index:
+    damaged = f"the index {file} is damaged: remove it, and it is made again"
     try:
-        with file.open("rb") as content, np.load(content, allow_pickle=False) as arrays:
-            index = dict(arrays)
-        count = len(index["ends"])
-        columns = ("shards", "offsets", "sizes", "labels")
-        is_whole = all(index[name].shape == (count,) for name in columns)
-        lengths = np.diff(index["ends"], prepend=0)
-        is_whole &= count == 0 or (lengths.min() >= 0 and index["ends"][-1] == len(index["text"]))
-        numbers = index["shards"]
-        is_whole &= count == 0 or 0 <= numbers.min() <= numbers.max() < len(index["shard_names"])
-        stops = index["offsets"] + index["sizes"]
-        is_whole &= bool((index["offsets"] >= 0).all() and (index["sizes"] >= 0).all())
-        is_whole &= bool((stops <= index["shard_sizes"][numbers]).all())
-    except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, zipfile.BadZipFile):
-        is_whole = False
-    if not is_whole:
-        raise UserError(f"the index {file} is damaged: remove it, and it is made again")
+        with open_regular(file) as content, np.load(content, allow_pickle=False) as arrays:
+            stored = sum(entry.file_size for entry in arrays.zip.infolist())
+            if stored > os.fstat(content.fileno()).st_size:  # it is not compressed
+                raise UserError(damaged)
+            index = {name: arrays[name] for name in _KINDS}
+        _check_columns(index)
+    except UserError:
+        raise
+    except Exception as error:  # damaged zip files make zipfile and NumPy raise errors of any kind
+        raise UserError(damaged) from error
     return index
+
+
+def _check_columns(index: Index) -> None:
+    """Check the types, shapes and ranges of what is in an index.
+
+    Raises:
+        ValueError: If one does not fit.
+    """
+    for name, (kind, axes) in _KINDS.items():
+        if index[name].dtype.kind != kind or index[name].ndim != axes:
+            raise ValueError(name)
+    count, num_shards = len(index["ends"]), len(index["shard_names"])
+    num_classes = max(len(index["class_names"]), 1)
+    starts = np.concatenate([[0], index["ends"]])
+    columns = [index[name] for name in ("shards", "offsets", "sizes", "labels")]
+    shards, offsets, sizes, labels = columns
+    if any(len(column) != count for column in columns) or len(index["shard_sizes"]) != num_shards:
+        raise ValueError("length")
+    if len(set(index["class_names"].tolist())) != len(index["class_names"]):
+        raise ValueError("class_names")
+    if (starts[:-1] > starts[1:]).any() or starts[-1] != len(index["text"]):
+        raise ValueError("ends")
+    if min(shards.min(initial=0), offsets.min(initial=0), sizes.min(initial=0)) < 0:
+        raise ValueError("negative")
+    if count and (shards.max() >= num_shards or (labels < 0).any() or labels.max() >= num_classes):
+        raise ValueError("number")
+    if (offsets > index["shard_sizes"][shards] - sizes).any():  # their sum may overflow
+        raise ValueError("offsets")
 
 
 def _check_index(index: Index, root: Path, shard_names: list[str]) -> None:

@@ -287,7 +287,9 @@ def config_of(run: Path) -> dict[str, Any]:
         config = read_yaml(run / "config.yaml")
     except UnreadableError as error:
         raise UserError(f"{run / 'config.yaml'} cannot be read: {error}") from error
-    return dict(_flat(config)) if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        raise UserError(f"{run / 'config.yaml'} is not of a run of mimkit")
+    return dict(_flat(config))
 
 
 def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,7 @@ from mimkit.interop import from_hf
 from recipes.engine.data.statistics import FindStatistics, Statistics
 from recipes.engine.errors import UserError
 from recipes.engine.pretrained.files import check_finite, read_weights
-from recipes.engine.pretrained.shapes import KINDS, Encoder, EncoderShape
+from recipes.engine.pretrained.shapes import KINDS, Encoder, EncoderShape, ViTShape
 from recipes.engine.reading import UnreadableError, read_json, read_yaml
 from recipes.engine.run.cli import Options
 from recipes.engine.run.config import RunConfig
@@ -22,6 +22,8 @@ from recipes.engine.run.folder import find_statistics, read_statistics
 # Modules after the last block: pre-training and fine-tuning have different ones.
 _AFTER_BLOCKS = ("norm.", "fusions.")
 _CLASSIFIER = ("fc_norm.", "head.")
+# Tables of relative positions that a ConvViT gets in a detector.
+_OF_DETECTOR = {"window_bias.table", "global_bias.table"}
 ENCODER = "encoder.safetensors"
 
 
@@ -137,6 +139,24 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
     config = path.with_name("config.yaml")
     statistics = read_statistics(config, shape.in_channels) if config.is_file() else None
     return EncoderFile(path, file.digest, shape, weights, statistics)
+
+
+def check_no_windows(file: EncoderFile) -> None:
+    """Check that an encoder of a run computes what its run trained: a detector's ViT has windows.
+
+    Raises:
+        UserError: If it was trained with attention windows, which its shape does not have.
+    """
+    try:
+        detector = read_yaml(file.path.with_name("config.yaml")).get("detector") or {}
+        window = int(detector.get("window", 0))
+    except (UnreadableError, AttributeError, ValueError, TypeError) as error:
+        raise UserError(f"{file.path.with_name('config.yaml')} cannot be read: {error}") from error
+    if window and isinstance(file.shape, ViTShape):
+        raise UserError(
+            f"{file.path} was trained in a detector with attention windows of {window} tokens, and "
+            "without a class token: as a plain Vision Transformer it computes something else"
+        )
 
 
 def _load_folder(folder: Path) -> EncoderFile:
@@ -303,6 +323,12 @@ def fill_encoder(encoder: Encoder, file: EncoderFile) -> None:
         raise UserError(
             f"--encoder {file.path} is a fine-tuned classifier, whose last norm comes after "
             "pooling: give the encoder.safetensors of its pre-training"
+        )
+    if _OF_DETECTOR.intersection(odd):
+        raise UserError(
+            f"--encoder {file.path} was trained in a detector, with tables of relative positions "
+            f"({', '.join(sorted(_OF_DETECTOR.intersection(odd)))}), which only detect.py has: give"
+            " the encoder.safetensors of its pre-training"
         )
     if odd:
         problem = "has no weight" if odd[0] in wanted else "has an unexpected weight"

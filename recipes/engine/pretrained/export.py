@@ -13,8 +13,13 @@ import tyro
 
 from mimkit.interop import save_hf
 from recipes.engine.errors import UserError, say
-from recipes.engine.pretrained.encoders import build_encoder, fill_encoder, load_encoder
-from recipes.engine.pretrained.shapes import ViTShape
+from recipes.engine.pretrained.encoders import (
+    build_encoder,
+    check_no_windows,
+    fill_encoder,
+    load_encoder,
+)
+from recipes.engine.pretrained.shapes import ConvViTShape, ViTShape
 from recipes.engine.run.cli import run_command
 
 
@@ -33,6 +38,9 @@ def export(run: Path, out: Path) -> str:
     if not path.with_name("config.yaml").is_file():
         raise UserError(f"{run} holds no finished run: its config.yaml is not there")
     file = load_encoder(path, ViTShape())
+    check_no_windows(file)
+    if isinstance(file.shape, ConvViTShape):
+        raise UserError(f"{path} cannot be exported: Hugging Face has no class for a ConvViT")
     encoder = build_encoder(file.shape, seed=0)
     fill_encoder(encoder, file)
     try:
@@ -50,7 +58,8 @@ class Export:
     """Options of the command.
 
     Attributes:
-        run: Folder of a finished run, or its encoder.safetensors.
+        run: Folder of a finished run of pre-training, segment or detect, or its
+            encoder.safetensors.
         out: The folder to write, new or empty.
     """
 

@@ -24,7 +24,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 from torch.optim import Optimizer
@@ -290,6 +295,32 @@ def find_damage(path: Path) -> str | None:
         except (OSError, UnreadableError) as error:
             return f"{name}: {_reason(error)}"
     return None
+
+
+def load_model(folder: Path, model: nn.Module) -> bool:
+    """Load the weights of the newest checkpoint in a folder; return whether there is one.
+
+    Raises:
+        UserError: If it is damaged, or of another model. Nothing in the folder is changed.
+    """
+    steps = steps_in(folder)
+    if not steps:
+        return False
+    path = folder / f"step-{steps[-1]:08d}"
+    damage = find_damage(path)
+    if damage is not None:
+        raise UserError(f"the checkpoint {path} is damaged ({damage})")
+    state = {"model": get_model_state_dict(model)}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp_load(state, storage_reader=Reader(path), planner=LoadJSON(), no_dist=True)
+        set_model_state_dict(model, state["model"])
+    except (
+        CheckpointException, UnreadableError, KeyError, RuntimeError, TypeError, ValueError,
+    ) as error:  # fmt: skip
+        raise UserError(f"the checkpoint {path} is not of this model: {_reason(error)}") from error
+    return True
 
 
 def start_from(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import os
 import re
@@ -17,7 +18,7 @@ import torch
 import tyro
 
 from recipes import signals
-from recipes.engine.errors import ProcessError, UserError, say
+from recipes.engine.errors import ProcessError, UserError, escaped, say
 from recipes.engine.fields import (
     FieldError,
     PositiveFloat,
@@ -31,7 +32,7 @@ from recipes.engine.fields import (
     shown,
 )
 from recipes.engine.reading import UnreadableError, read_yaml
-from recipes.engine.run.world import world_from_environment
+from recipes.engine.run.world import fails_alone, world_from_environment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +108,8 @@ FLAGS = (
 
 # PyTorch's message of an allocation on the CPU that fails.
 _NO_MEMORY = "can't allocate memory"
+# Its message when a loading worker has ended.
+_WORKER_LOST = re.compile(r"DataLoader worker .*(is killed by signal|exited unexpectedly)")
 
 OptionsType = TypeVar("OptionsType")
 
@@ -144,20 +147,11 @@ def run_command(
                 description=description,
             )
         )
-    except (MemoryError, RuntimeError) as error:
-        if not (
-            isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY in str(error)
-        ):
-            raise
-        say(
-            "error: there is not enough memory: give a smaller --batch-size or --image-size, a "
-            "larger --accumulate, or a smaller model",
-            file=sys.stderr,
-        )
+    except ProcessError as error:
+        say(f"error: {error}", file=sys.stderr)
         return 2
     except UserError as error:
-        if isinstance(error, ProcessError) or world_from_environment().is_main:
-            say(f"error: {error}", file=sys.stderr)
+        _print_error(str(error))
         return 2
     except BrokenPipeError:  # such as `| head`, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes
@@ -167,7 +161,52 @@ def run_command(
         if world_from_environment().is_main:
             say(stop, file=sys.stderr)
         return stop.code
+    except Exception as error:
+        message = _about_the_machine(error)
+        if message is None:
+            _add_process(error)
+            raise
+        _print_error(message)
+        return 2
     return 0
+
+
+def _about_the_machine(error: Exception) -> str | None:
+    """Return the line about an error of which neither a traceback nor another option tells more."""
+    is_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if isinstance(error, OSError):
+        is_of_memory = error.errno == errno.ENOMEM
+    elif isinstance(error, RuntimeError):
+        is_of_memory |= _NO_MEMORY in str(error)
+        if _WORKER_LOST.search(str(error)):
+            return (
+                "a process that loads images was killed, as systems do when there is not enough "
+                "memory, or shared memory (/dev/shm): give fewer --workers, and start the same "
+                "command again, which continues from the last checkpoint"
+            )
+    if is_of_memory:
+        return (
+            "there is not enough memory: give a smaller --batch-size or --image-size, a larger "
+            "--accumulate, or a smaller model"
+        )
+    return None
+
+
+def _print_error(message: str) -> None:
+    """Print the line of a run that fails: once for a job, but each process that fails alone."""
+    world = world_from_environment()
+    if fails_alone():
+        say(f"error in process {world.rank} of {world.size}: {message}", file=sys.stderr)
+    elif world.is_main:
+        say(f"error: {message}", file=sys.stderr)
+
+
+def _add_process(error: Exception) -> None:
+    """Let the last line of a traceback name the process."""
+    world = world_from_environment()
+    if world.size > 1:
+        said = escaped(f"{type(error).__name__}: {error}")
+        error.add_note(f"error in process {world.rank} of {world.size}: {said[:500]}")
 
 
 def options_of(
@@ -315,7 +354,8 @@ def _check_given(options: Any) -> None:
             another one leaves out, as `--no-decoder` does with `--decoder-depth`.
     """
     for name, value in vars(options).items():
-        if value == () and getattr(type(options), name) is None:
+        # Of a field that is required, the command itself says what is missing.
+        if value == () and getattr(type(options), name, ()) is None:
             raise UserError(f"--{name.replace('_', '-')} has no value: give one or several")
     given = {name: value for name, value in vars(options).items() if value not in (None, False)}
     for switch in (name for name in given if name.startswith("no_")):

@@ -43,7 +43,10 @@ _FILES = (
         for suffix in ("", PARTIAL)
     ),
 )
-_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_RESULTS = (".safetensors", ".png")  # endings
+_CANNOT_WRITE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE
+)  # fmt: skip
 
 
 class RunFolder:
@@ -102,11 +105,16 @@ class RunFolder:
         traceback: TracebackType | None,
     ) -> None:
         self._lock_file.close()
-        if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
+        if isinstance(error, OSError) and (error.errno in _CANNOT_WRITE or self._has(error)):
             raise UserError(
                 f"cannot write to the output folder {self.path}: {error.strerror}; free some space "
-                "and start the same command again, which continues from the last checkpoint"
+                "or mend this, and start the same command again, which continues from the last "
+                "checkpoint"
             ) from error
+
+    def _has(self, error: OSError) -> bool:
+        """Whether an error is about a file of this folder, which may have been removed or moved."""
+        return Path(str(error.filename)).is_relative_to(self.path)
 
     def _lock(self, file: IO[str]) -> None:
         try:
@@ -145,7 +153,7 @@ class RunFolder:
             )
         different = _differences(found, wanted)
         if different == ["contents.data"]:
-            before, now = (known["contents"]["data"] for known in (found, wanted))
+            before, now = (known["contents"].get("data") for known in (found, wanted))
             raise UserError(
                 f"the images of --data {self.config.data} are others than when the run in "
                 f"{self.path} began ({before}; now {now}): restore them or choose another "
@@ -335,8 +343,11 @@ def check_content(path: Path) -> None:
                 f"the output folder {path} holds {entry.name}, which is not of a run of mimkit: "
                 "choose a new or an empty folder as --out"
             )
-        is_file = entry.is_file() and not entry.is_symlink()
-        if (entry.name in _FILES or state.UNREADABLE.fullmatch(entry.name)) and not is_file:
+        is_state = entry.name in _FILES or state.UNREADABLE.fullmatch(entry.name)
+        is_result = entry.name.removesuffix(PARTIAL).endswith(_RESULTS)
+        is_link, is_file = entry.is_symlink(), entry.is_file()
+        # A link in place of a result is replaced; what it names stays.
+        if (is_state and (is_link or not is_file)) or (is_result and not is_link and not is_file):
             raise UserError(
                 f"{entry} is a link or not a file, where a run of mimkit has a file: move it "
                 "elsewhere or choose another --out"

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mimkit.nn import PixelHead, TransformerBlock
+from recipes import signals
 from recipes.engine.errors import LostProcessError, ProcessError, UserError
 
 T = TypeVar("T")
@@ -72,7 +73,7 @@ class World:
         """Make a value in the main process, and give it to all.
 
         Raises:
-            UserError: If the main process has, in every process.
+            UserError: If the main process has raised one, in every process.
         """
         if self.size == 1:
             return make()
@@ -159,6 +160,9 @@ def join(device: str, *, timeout: float) -> Iterator[World]:
     _meet(world, "nccl" if device == "cuda" else "gloo", timeout)
     try:
         yield world
+    except signals.Stopped:  # all processes have
+        dist.destroy_process_group()
+        raise
     except RuntimeError as error:
         if not _CONNECTION_LOST.search(str(error)):
             raise
@@ -166,8 +170,35 @@ def join(device: str, *, timeout: float) -> Iterator[World]:
             f"process {world.rank} of {world.size} has lost another process of the job: start the "
             "same command again, which continues from the last complete checkpoint"
         ) from error
-    finally:
-        dist.destroy_process_group()
+    # A process that fails keeps its connections until it ends: the others go on waiting, so nothing
+    # ends it before it has said why.
+    dist.destroy_process_group()
+
+
+def fails_alone() -> bool:
+    """Whether this process of several fails, and the main one does not, or is the only one.
+
+    If all fail, the line of the main process is enough. Whether they do is known after seconds.
+    """
+    world = world_from_environment()
+    if world.size == 1:
+        return False
+    if not dist.is_initialized():
+        # They have not met. What has started the job ends it once the main process has failed.
+        time.sleep(0 if world.is_main else _GRACE)
+        return not world.is_main
+    store, grace = dist.distributed_c10d._get_default_store(), timedelta(seconds=_GRACE)
+    keys = [f"mimkit/failed/{rank}" for rank in range(world.size)]
+    try:
+        if world.is_main:
+            store.set(keys[0], "")
+            store.wait(keys, grace)
+        else:
+            store.wait(keys[:1], grace)
+            store.set(keys[world.rank], "")
+    except RuntimeError:  # in time, or at all
+        return True
+    return False
 
 
 def _meet(world: World, backend: str, timeout: float) -> None:
