@@ -228,7 +228,9 @@ def detect(
     The run with the first seed is in the folder itself, the others in folders in it, named after
     start and seed.
     """
-    with RunFolder(path, config, world, lock=options.lock) as folder:
+    with RunFolder(
+        path, config, world, lock=options.lock, accept_changed=options.accept_changed_data
+    ) as folder:
         summary = folder.read_summary()
         if summary is not None:
             return summary

@@ -239,7 +239,9 @@ def fine_tune(
         path: Output folder; the comparison run has the folder `scratch` in it.
         world: The processes.
     """
-    with RunFolder(path, config, world, lock=options.lock) as folder:
+    with RunFolder(
+        path, config, world, lock=options.lock, accept_changed=options.accept_changed_data
+    ) as folder:
         summary = folder.read_summary()
         if summary is not None:
             return summary
@@ -292,7 +294,9 @@ def fine_tune_partly(
     Source:
         MAE, arXiv:2111.06377, section 4.3 and figure 9.
     """
-    with RunFolder(path, config, world, lock=options.lock) as folder:
+    with RunFolder(
+        path, config, world, lock=options.lock, accept_changed=options.accept_changed_data
+    ) as folder:
         summary = folder.read_summary()
         if summary is not None:
             return summary

@@ -231,7 +231,9 @@ def train(
         path: Output folder; the other runs have the folders `scratch`, `seed-1`, ... in it.
         world: The processes.
     """
-    with RunFolder(path, config, world, lock=options.lock) as folder:
+    with RunFolder(
+        path, config, world, lock=options.lock, accept_changed=options.accept_changed_data
+    ) as folder:
         summary = folder.read_summary()
         if summary is not None:
             return summary

@@ -229,7 +229,9 @@ def run(options: Options) -> None:
                 say(*config.as_lines(), "---", f"parameters    {num_parameters:,}")
             return
         path = output_folder(options.out, config)
-        with RunFolder(path, config, world, lock=options.lock) as folder:
+        with RunFolder(
+            path, config, world, lock=options.lock, accept_changed=options.accept_changed_data
+        ) as folder:
             summary = folder.read_summary()
             if summary is None:
                 torch.manual_seed(config.seed)

@@ -109,7 +109,9 @@ def _run(recipe: Recipe, given: DataSet | None, options: Options) -> None:
         path = output_folder(options.out, config)
         if not world.agree(path.exists()):
             find_origin(options.resume, world, plan.num_steps)  # fails before creating the folder
-        with RunFolder(path, config, world, lock=options.lock) as folder:
+        with RunFolder(
+            path, config, world, lock=options.lock, accept_changed=options.accept_changed_data
+        ) as folder:
             summary = folder.read_summary()
             if summary is None:
                 summary = _train(recipe, config, data, plan, folder, options)

@@ -66,6 +66,8 @@ class Options:
             last two are kept.
         resume: "auto" continues from the last checkpoint in the output folder, "never" refuses to
             continue a run, and the folder of a checkpoint starts from that one.
+        accept_changed_data: Go on in the output folder though the --data folder has changed: from
+            the weights of the last checkpoint, with epochs counted anew.
         dry_run: Print configuration and cost without training.
         config: YAML file with any of these options; the command line takes precedence.
     """
@@ -90,6 +92,7 @@ class Options:
     checkpoint_every: PositiveInt | None = None
     keep_every: PositiveInt | None = None
     resume: str = "auto"
+    accept_changed_data: bool = False
     dry_run: bool = False
     config: Path | None = None
 
