@@ -43,6 +43,7 @@ from recipes.engine.pretrained import encoders
 from recipes.engine.pretrained.encoders import (
     EncoderFile,
     EncoderOptions,
+    array_options,
     fill_encoder,
     open_encoder,
     statistics_of,
@@ -372,7 +373,7 @@ def load_images(
         augmentation=augmentation,
         seed=config.seed,
         decode=config.training.decoder,
-        options=config.training.arrays,
+        options=array_options(file, config),
         find_statistics=statistics_of(file, options, config),
         share=world.share,
     )

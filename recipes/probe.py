@@ -37,6 +37,7 @@ from recipes.engine.pictures import draw_attention
 from recipes.engine.pretrained.encoders import (
     EncoderFile,
     EncoderOptions,
+    array_options,
     build_encoder,
     fill_encoder,
     open_encoder,
@@ -164,7 +165,7 @@ def load_all(
         augmentation=Augmentation(attempts=1),
         seed=config.seed,
         decode=config.training.decoder,
-        options=config.training.arrays,
+        options=array_options(file, config),
         find_statistics=statistics_of(file, options, config),
         share=world.share,
     )
@@ -315,7 +316,7 @@ def run(options: ProbeOptions) -> None:
             image_size=config.model.image_size,
             seed=config.seed,
             decode=config.training.decoder,
-            options=config.training.arrays,
+            options=array_options(file, config),
             find_statistics=statistics_of(file, options, config),
             share=world.share,
         )

@@ -15,13 +15,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
+from recipes import convmae, mae, simmim
 from recipes.engine.data.arrays import ArrayOptions, open_array, random_box, whole, with_channels
 from recipes.engine.data.load import load_data
 from recipes.engine.data.sets import DataSet
 from recipes.engine.data.statistics import measure
 from recipes.engine.errors import UserError
+from recipes.engine.main import check_fit
 from recipes.engine.pictures.flat import flatten_image
 from recipes.engine.reading import UnreadableError
+from tests.recipes.command import config_for
 
 
 @pytest.fixture(autouse=True)
@@ -414,6 +417,23 @@ def test_bands_are_counted_from_1_and_must_exist():
         flatten_image(image, (5,))
 
 
+def test_bands_that_do_not_exist_are_refused_before_training(tmp_path):
+    fill(tmp_path / "data", "{}.npy", 2, 12, 14)
+    config = config_for(mae.RECIPE, "--data", "stacks", "--bands", "3")
+    with pytest.raises(UserError, match="--bands 3: stacks has 2 channels"):
+        config.for_data(load(tmp_path / "data", (8, 8)))
+
+
+@pytest.mark.parametrize("recipe", [convmae, simmim])
+def test_encoders_of_two_axes_refuse_volumes_in_one_line(tmp_path, recipe):
+    fill(tmp_path / "data", "{}.npy", 1, 8, 8, 8)
+    data = load(tmp_path / "data", (8, 8, 8))
+    config = config_for(recipe.RECIPE, "--data", "volumes")
+    with pytest.raises(UserError, match="image_size|image-size|two axes|2 axes") as refused:
+        check_fit(recipe.RECIPE, config.for_data(data))
+    assert "\n" not in str(refused.value)
+
+
 def test_a_curve_goes_through_its_points_and_has_a_gap_where_it_is_hidden():
     signal = torch.linspace(0, 1, 128).repeat(1, 1)
     signal[:, 40:60] = torch.nan
@@ -443,7 +463,7 @@ SMALL = ("--epochs", "2", "--batch-size", "4", "--warmup-epochs", "0")
     ],
 )
 def test_mae_trains_on_arrays_and_its_encoder_is_probed_and_fine_tuned(tmp_path, axes, sizes):
-    from recipes import finetune, mae, probe
+    from recipes import finetune, probe
     from recipes.engine.main import run as pretrain
 
     for part, number in (("train/a", 8), ("train/b", 8), ("val/a", 3), ("val/b", 3)):
@@ -467,7 +487,6 @@ def test_mae_trains_on_arrays_and_its_encoder_is_probed_and_fine_tuned(tmp_path,
 
 @pytest.mark.full
 def test_a_run_on_arrays_that_was_stopped_goes_on_with_equal_losses(tmp_path):
-    from recipes import mae
     from recipes.engine.main import run as pretrain
 
     fill(tmp_path / "data", "{}.npy", 2, 12, 14, number=20)

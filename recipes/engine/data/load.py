@@ -50,7 +50,7 @@ def load_data(
     if seed < 0:
         raise UserError(f"seed {seed} is negative; give 0 or more")
     if Path(name).is_dir() and name not in ("photos", "digits"):
-        return load_folder(
+        data = load_folder(
             name,
             image_size=image_size,
             seed=seed,
@@ -60,6 +60,8 @@ def load_data(
             find_statistics=find_statistics,
             share=share,
         )
+        len(data.pictures)  # read now, so that an error comes before training
+        return data
     if name not in ("photos", "digits"):
         raise UserError(
             f"no data set {name!r}: choose photos, digits or an existing folder of images"

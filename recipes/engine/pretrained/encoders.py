@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mimkit.interop import from_hf
+from recipes.engine.data.arrays import ArrayOptions
 from recipes.engine.data.statistics import FindStatistics, Statistics
 from recipes.engine.errors import UserError
 from recipes.engine.pretrained.files import check_finite, read_weights
@@ -85,6 +86,14 @@ def statistics_of(file: EncoderFile | None, options: Options, config: RunConfig)
         return find_statistics(options.out, config, channels, image_size)
 
     return find
+
+
+def array_options(file: EncoderFile | None, config: RunConfig) -> ArrayOptions:
+    """Return how files are read: for an encoder of arrays, with the channels that they have."""
+    options = config.training.arrays
+    if file is not None and file.statistics is not None and options.channels is None:
+        return dataclasses.replace(options, channels="keep")
+    return options
 
 
 def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:

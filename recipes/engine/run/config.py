@@ -256,7 +256,16 @@ class RunConfig:
             return dataclasses.replace(self, model=dataclasses.replace(self.model, **changes))
 
     def for_data(self, data: DataSet) -> Self:
-        """Fit the model to a data set, and add its content and statistics."""
+        """Fit the model to a data set, and add its content and statistics.
+
+        Raises:
+            UserError: If the model is for images of two axes, or there is no band of `--bands`.
+        """
+        bands = self.training.bands or ()
+        if any(band > data.in_channels for band in bands):
+            raise UserError(
+                f"--bands {' '.join(map(str, bands))}: {self.data} has {data.in_channels} channels"
+            )
         config = self.for_images(data.in_channels, data.image_size).with_data(data.content)
         return dataclasses.replace(config, statistics=data.statistics)
 
