@@ -10,7 +10,6 @@ uniform distribution keeps codes in use. The log shows how many codes are used: 
 the tokens carry little information.
 """
 
-import dataclasses
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -211,13 +210,14 @@ def run(options: Options) -> None:
     with join(config.device, timeout=options.timeout) as world:
         data = load_data(
             config.data,
-            image_size=config.image_size,
+            image_size=config.model.image_size,
             seed=config.seed,
             decode=config.training.decoder,
             share=world.share,
         )
-        shape = dataclasses.replace(config.model, in_channels=data.in_channels)
-        config = dataclasses.replace(config, model=shape).with_data(data.content)
+        config = config.for_data(data)
+        if len(config.image_size) != 2:
+            raise UserError(f"--data {config.data}: a tokenizer is for images of two axes")
         plan = make_plan(config, options, data.train)
         if options.recompute:
             raise UserError("--recompute: a tokenizer has no blocks to compute again, omit it")
@@ -230,7 +230,9 @@ def run(options: Options) -> None:
                 say(*config.as_lines(), "---", f"parameters    {num_parameters:,}")
             return
         path = output_folder(options.out, config)
-        with RunFolder(path, config, world, lock=options.lock) as folder:
+        with RunFolder(
+            path, config, world, lock=options.lock, accept_changed=options.accept_changed_data
+        ) as folder:
             summary = folder.read_summary()
             if summary is None:
                 torch.manual_seed(config.seed)

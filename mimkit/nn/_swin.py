@@ -6,7 +6,7 @@ of a window); dim.
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,7 +163,7 @@ class SwinTransformer(TimmProtocol):
         """
         tokens = self._embed(images, mask, mask_token)
         for stage in self.layers:
-            _, tokens = self._run(stage, tokens)
+            _, tokens = stage(tokens, run=self._run)
         encoded: Tensor = self.norm(tokens)
         return encoded
 
@@ -179,7 +179,7 @@ class SwinTransformer(TimmProtocol):
         grid = self._grid_for(images, self.patch_embed.patch_size)
         tokens = self.patch_embed(images)
         for stage in self.layers:
-            mixed, tokens = self._run(stage, tokens, grid)
+            mixed, tokens = stage(tokens, grid, run=self._run)
             yield mixed, grid
             grid = tuple(-(-side // 2) for side in grid)
 
@@ -279,6 +279,12 @@ class _NormedPatchEmbed(PatchEmbed):
         return tokens
 
 
+def call(block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    """Call a block."""
+    out: Tensor = block(*inputs)
+    return out
+
+
 class SwinStage(nn.Module):
     """Blocks on one grid, every second one with shifted windows, then a change of resolution.
 
@@ -334,13 +340,18 @@ class SwinStage(nn.Module):
         self.downsample = resample(dim=dim) if resample else None
 
     def forward(
-        self, tokens: Float[Tensor, "batch tokens dim"], grid: Grid | None = None
+        self,
+        tokens: Float[Tensor, "batch tokens dim"],
+        grid: Grid | None = None,
+        *,
+        run: Callable[..., Tensor] = call,
     ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch next next_dim"]]:
         """Apply the blocks to row-major tokens.
 
         Args:
             tokens: The tokens.
             grid: Their grid; `None` for the one that the stage was built for.
+            run: Calls a block with its inputs, as checkpointing does.
 
         Returns:
             The tokens of this stage and those of the next stage, both row-major.
@@ -351,7 +362,8 @@ class SwinStage(nn.Module):
         for index, block in enumerate(self.blocks):
             tokens = permute(tokens, layout, index)
             is_padding = None if layout.is_padding is None else layout.is_padding[index % 2]
-            tokens = block(tokens, layout.shift_mask if index % 2 else None, is_padding)
+            shift_mask = layout.shift_mask if index % 2 else None
+            tokens = run(block, tokens, shift_mask, is_padding)
         tokens = crop_grid(permute(tokens, layout, -1), padded, grid)
         return tokens, tokens if self.downsample is None else self.downsample(tokens, grid)
 

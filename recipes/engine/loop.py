@@ -337,7 +337,15 @@ def _train(
     world = folder.world
     checkpoints = Checkpoints(folder.path / CHECKPOINTS, world, keep_every=options.keep_every)
     folder.repair(num_samples=len(train_set), num_steps=plan.num_steps)
-    first_step = start_from(options.resume, checkpoints, task.model, task.optimizer, plan.num_steps)
+    before = folder.earlier()
+    first_step = start_from(
+        options.resume,
+        checkpoints,
+        task.model,
+        task.optimizer,
+        plan.num_steps,
+        earlier=None if before is None else Checkpoints(before / CHECKPOINTS, world),
+    )
     name = options.tracker if world.is_main else "none"
     if world.is_main and first_step < plan.num_steps:
         say(_header(task, plan, len(train_set), first_step), file=sys.stderr)

@@ -317,7 +317,9 @@ def train_and_compare(
             continues by itself after a stop.
         world: The processes.
     """
-    with RunFolder(path, config, world, lock=options.lock) as folder:
+    with RunFolder(
+        path, config, world, lock=options.lock, accept_changed=options.accept_changed_data
+    ) as folder:
         summary = folder.read_summary()
         if summary is not None:
             return summary

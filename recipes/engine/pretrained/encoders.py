@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from mimkit.interop import from_hf
+from recipes.engine.data.arrays import ArrayOptions
+from recipes.engine.data.statistics import FindStatistics, Statistics
 from recipes.engine.errors import UserError
 from recipes.engine.pretrained.files import check_finite, read_weights
 from recipes.engine.pretrained.shapes import KINDS, Encoder, EncoderShape, ViTShape
 from recipes.engine.reading import UnreadableError, read_json, read_yaml
 from recipes.engine.run.cli import Options
+from recipes.engine.run.config import RunConfig
+from recipes.engine.run.folder import find_statistics, read_statistics
 
 # Modules after the last block: pre-training and fine-tuning have different ones.
 _AFTER_BLOCKS = ("norm.", "fusions.")
@@ -68,12 +72,33 @@ class EncoderFile:
         digest: Hash of the file's content, eight characters.
         shape: Shape of the encoder.
         weights: Its weights, under mimkit's names.
+        statistics: What its inputs were normalised by, if it was trained on arrays.
     """
 
     path: Path
     digest: str
     shape: EncoderShape
     weights: Mapping[str, Tensor]
+    statistics: Statistics | None = None
+
+
+def statistics_of(file: EncoderFile | None, options: Options, config: RunConfig) -> FindStatistics:
+    """Return what finds the statistics of arrays: those of the encoder, or of the run's folder."""
+
+    def find(channels: int, image_size: tuple[int, ...]) -> Statistics | None:
+        if file is not None and file.statistics is not None:
+            return file.statistics if len(file.statistics.mean) == channels else None
+        return find_statistics(options.out, config, channels, image_size)
+
+    return find
+
+
+def array_options(file: EncoderFile | None, config: RunConfig) -> ArrayOptions:
+    """Return how files are read: for an encoder of arrays, with the channels that they have."""
+    options = config.training.arrays
+    if file is not None and file.statistics is not None and options.channels is None:
+        return dataclasses.replace(options, channels="keep")
+    return options
 
 
 def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
@@ -124,7 +149,10 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
         found = dataclasses.replace(shape, in_channels=first.shape[1])
     else:
         _check_shape(path.with_name("config.yaml"), path, found.read(weights), weights)
-    return EncoderFile(path, file.digest, found.read(weights), weights)
+    shape = found.read(weights)
+    config = path.with_name("config.yaml")
+    statistics = read_statistics(config, shape.in_channels) if config.is_file() else None
+    return EncoderFile(path, file.digest, shape, weights, statistics)
 
 
 def check_no_windows(file: EncoderFile) -> None:
