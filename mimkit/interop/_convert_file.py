@@ -78,7 +78,11 @@ class Receipt:
     compared: str
 
     def lines(self) -> list[str]:
-        """Return the receipt as lines for people."""
+        """Return the receipt as lines for people.
+
+        Returns:
+            One line for each entry: its name, then what it says.
+        """
         same = "every tensor equal"
         difference = f"{self.difference} of the largest output ({self.compared})"
         if self.difference is not None:
