@@ -269,13 +269,13 @@ LARGE: dict[str, Any] = {
 }
 
 PRESETS = {
-    # 70 seconds of a CPU core a training, of which there are six by default.
+    # 80 to 100 seconds of a CPU core a training, of which there are six by default.
     "tiny": Preset(
         ConvViTShape(
             image_size=64, patch_sizes=(2, 2, 2), dim=(32, 64, 128), depth=(2, 2, 4), heads=4
         ),
         SegmentationTraining(
-            epochs=4,
+            epochs=5,
             batch_size=8,
             base_lr=4e-3 * 256 / 8,
             warmup_epochs=0.3,
