@@ -43,8 +43,10 @@ from recipes.engine.pretrained import encoders
 from recipes.engine.pretrained.encoders import (
     EncoderFile,
     EncoderOptions,
+    array_options,
     fill_encoder,
     open_encoder,
+    statistics_of,
 )
 from recipes.engine.pretrained.shapes import (
     ConvViTShape,
@@ -52,9 +54,11 @@ from recipes.engine.pretrained.shapes import (
     EncoderShape,
     SwinShape,
     ViTShape,
+    check_window,
 )
 from recipes.engine.report import print_unreadable
-from recipes.engine.run.cli import FLAGS, Options, options_of, run_command
+from recipes.engine.run.cli import ARRAY_FLAGS, FLAGS, Options, options_of, run_command
+from recipes.engine.run.closing import print_closing
 from recipes.engine.run.config import (
     Preset,
     RunConfig,
@@ -238,7 +242,9 @@ def fine_tune(
         path: Output folder; the comparison run has the folder `scratch` in it.
         world: The processes.
     """
-    with RunFolder(path, config, world, lock=options.lock) as folder:
+    with RunFolder(
+        path, config, world, lock=options.lock, accept_changed=options.accept_changed_data
+    ) as folder:
         summary = folder.read_summary()
         if summary is not None:
             return summary
@@ -291,7 +297,9 @@ def fine_tune_partly(
     Source:
         MAE, arXiv:2111.06377, section 4.3 and figure 9.
     """
-    with RunFolder(path, config, world, lock=options.lock) as folder:
+    with RunFolder(
+        path, config, world, lock=options.lock, accept_changed=options.accept_changed_data
+    ) as folder:
         summary = folder.read_summary()
         if summary is not None:
             return summary
@@ -324,9 +332,7 @@ def resolve_fine_tuning(options: FineTuneOptions) -> tuple[FineTuneConfig, Encod
     _, preset = choose_preset(options, PRESETS)
     file = open_encoder(options, preset.model)
     shape: EncoderShape = file.shape if file else preset.model
-    window = getattr(options, "window", None)
-    if window is not None and not isinstance(shape, SwinShape):
-        raise UserError(f"--window {window}: a {shape.kind} has no windows, leave it out")
+    check_window(shape, getattr(options, "window", None))
     more: dict[str, Any] = {"encoder": file.digest if file else "none"}
     more["trained_blocks"] = options.trained_blocks
     config_type: type[FineTuneConfig] = FineTuneConfig
@@ -354,18 +360,21 @@ def check_blocks(options: FineTuneOptions, shape: EncoderShape) -> tuple[int, ..
     return blocks
 
 
-def load_images(config: FineTuneConfig, world: World) -> LabelledData:
+def load_images(
+    config: FineTuneConfig, file: EncoderFile | None, options: FineTuneOptions, world: World
+) -> LabelledData:
     """Load the labelled images, augmented as the configuration says."""
-    image_size = config.model.image_axes()
     augmentation = Augmentation()
     if config.training.augment == "randaugment":
-        augmentation = Augmentation(policy=rand_augment(image_size), erase=0.25)
+        augmentation = Augmentation(policy=rand_augment(config.model.image_axes()), erase=0.25)
     return load_labelled(
         config.data,
-        image_size=image_size,
+        image_size=config.model.image_size,
         augmentation=augmentation,
         seed=config.seed,
         decode=config.training.decoder,
+        options=array_options(file, config),
+        find_statistics=statistics_of(file, options, config),
         share=world.share,
     )
 
@@ -384,8 +393,7 @@ def fit_channels(
             f"--encoder {file.path} is for images of {file.shape.in_channels} channels, "
             f"those of {config.data} have {channels}"
         )
-    shape = dataclasses.replace(config.model, in_channels=channels)
-    return dataclasses.replace(config, model=shape).with_data(data.images.content)
+    return config.for_data(data.images)
 
 
 def describe(config: FineTuneConfig, data: LabelledData, plan: Plan, model: nn.Module) -> list[str]:
@@ -415,7 +423,7 @@ def print_summary(summary: dict[str, Any], path: Path) -> None:
         numbers = values.values() if isinstance(values, dict) else [values]
         say(f"{name:<29}" + "".join(f"{number:6.1f}" for number in numbers))
     print_unreadable(summary["unreadable_images"])
-    say(f"weights and numbers: {path}")
+    print_closing(path)
 
 
 PAPER = FineTuning(
@@ -483,7 +491,7 @@ def run(options: FineTuneOptions) -> None:
     """
     config, file = resolve_fine_tuning(options)
     with join(config.device, timeout=options.timeout) as world:
-        data = load_images(config, world)
+        data = load_images(config, file, options, world)
         config = fit_channels(config, file, data)
         plan = plan_classifier(config, options, data)
         check_shard(options.shard)
@@ -507,7 +515,18 @@ def run(options: FineTuneOptions) -> None:
 # The command line. A Swin has windows, which the first preset has not.
 OPTIONS = options_of(
     (*PRESETS["tiny"].parts, SwinShape()),
-    (*FLAGS, "window", "layer_decay", "drop_path", "mixup", "cutmix", "smoothing", "augment"),
+    (
+        *FLAGS,
+        "patch_size",
+        *ARRAY_FLAGS,
+        "window",
+        "layer_decay",
+        "drop_path",
+        "mixup",
+        "cutmix",
+        "smoothing",
+        "augment",
+    ),
     FineTuneOptions,
 )
 

@@ -37,9 +37,11 @@ from recipes.engine.pictures import draw_attention
 from recipes.engine.pretrained.encoders import (
     EncoderFile,
     EncoderOptions,
+    array_options,
     build_encoder,
     fill_encoder,
     open_encoder,
+    statistics_of,
 )
 from recipes.engine.pretrained.shapes import ConvViTShape, EncoderShape, SwinShape, ViTShape
 from recipes.engine.probes import (
@@ -50,7 +52,8 @@ from recipes.engine.probes import (
     print_probes,
     run_probes,
 )
-from recipes.engine.run.cli import options_of, override, run_command
+from recipes.engine.run.cli import ARRAY_FLAGS, IMAGE_FLAGS, options_of, override, run_command
+from recipes.engine.run.closing import print_closing
 from recipes.engine.run.config import (
     Preset,
     RunConfig,
@@ -118,6 +121,7 @@ def load_features(config: ProbeConfig, file: EncoderFile) -> dict[str, Features]
 def probe_as_papers(
     config: ProbeConfig,
     preset: ProbePreset,
+    file: EncoderFile,
     features: dict[str, Features],
     probe: ProbeData,
     options: ProbeOptions,
@@ -125,7 +129,7 @@ def probe_as_papers(
     world: World,
 ) -> dict[str, dict[str, float]]:
     """Train the papers' probes on all images, k-NN on few: accuracy by probe and features."""
-    data = load_all(config, world)
+    data = load_all(config, file, options, world)
     found: dict[str, dict[str, float]] = {
         "knn": {name: nearest(f, probe) for name, f in features.items()}
     }
@@ -152,14 +156,18 @@ def probe_as_papers(
     return found
 
 
-def load_all(config: ProbeConfig, world: World) -> LabelledData:
+def load_all(
+    config: ProbeConfig, file: EncoderFile, options: ProbeOptions, world: World
+) -> LabelledData:
     """Load all labelled images, cropped as MAE's linear probe does: one draw, cut to fit."""
     return load_labelled(
         config.data,
-        image_size=config.model.image_axes(),
+        image_size=config.model.image_size,
         augmentation=Augmentation(attempts=1),
         seed=config.seed,
         decode=config.training.decoder,
+        options=array_options(file, config),
+        find_statistics=statistics_of(file, options, config),
         share=world.share,
     )
 
@@ -183,7 +191,9 @@ def probe_encoder(
 ) -> dict[str, Any]:
     """Probe an encoder, and return the summary."""
     assert data.probe is not None
-    with RunFolder(path, config, world, lock=options.lock) as folder:
+    with RunFolder(
+        path, config, world, lock=options.lock, accept_changed=options.accept_changed_data
+    ) as folder:
         summary = folder.read_summary()
         if summary is None:
             signals.set_moment("before the probes end: start the same command again")
@@ -191,11 +201,20 @@ def probe_encoder(
             if config.protocol == "small":
                 found = run_probes(features, data.probe, seed=config.seed)
             else:
-                found = probe_as_papers(config, preset, features, data.probe, options, path, world)
+                found = probe_as_papers(
+                    config, preset, file, features, data.probe, options, path, world
+                )
             encoder = build_encoder(config.model, seed=config.seed)
             grid = getattr(encoder, "out_grid", encoder.grid)
             if world.is_main:
-                draw_attention(features, data.probe, grid, folder, seed=config.seed)
+                draw_attention(
+                    features,
+                    data.probe,
+                    grid,
+                    folder,
+                    seed=config.seed,
+                    bands=config.training.bands,
+                )
             summary = {"probes": found}
             folder.write_summary(summary)
     return summary
@@ -235,7 +254,7 @@ def _default_pool(protocol: Protocol, shape: EncoderShape) -> Pool:
 def print_summary(summary: dict[str, Any], path: Path) -> None:
     """Print what the run showed."""
     print_probes(summary["probes"])
-    say(f"numbers: {path}")
+    print_closing(path)
 
 
 def _training(epochs: int, batch_size: int, base_lr: float, min_lr: float) -> Training:
@@ -295,19 +314,23 @@ def run(options: ProbeOptions) -> None:
     with join(config.device, timeout=options.timeout) as world:
         data = load_data(
             config.data,
-            image_size=config.model.image_axes(),
+            image_size=config.model.image_size,
             seed=config.seed,
             decode=config.training.decoder,
+            options=array_options(file, config),
+            find_statistics=statistics_of(file, options, config),
             share=world.share,
         )
         check_data(config, file, data)
-        config = config.with_data(data.content)
+        config = config.for_data(data)
         check_shares(config.training.batch_size, world)
         if world.is_main:
             warn_of_slow_precision(config)
         load_features(config, file)  # what does not fit is found before the folder is made
         if config.protocol == "paper":
-            plan_classifier(config, options, load_all(config, world))  # a batch that is too large
+            plan_classifier(
+                config, options, load_all(config, file, options, world)
+            )  # a batch that is too large
         if options.dry_run:
             if world.is_main:
                 say(*config.as_lines())
@@ -336,7 +359,7 @@ def check_data(config: ProbeConfig, file: EncoderFile, data: DataSet) -> None:
 # The command line.
 OPTIONS = options_of(
     PRESETS["tiny"].parts,
-    ("epochs", "batch_size", "precision", "orientation", "background", "value_range"),
+    ("epochs", "batch_size", "precision", *IMAGE_FLAGS, *ARRAY_FLAGS, "bands"),
     ProbeOptions,
 )
 

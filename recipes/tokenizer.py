@@ -10,7 +10,6 @@ uniform distribution keeps codes in use. The log shows how many codes are used: 
 the tokens carry little information.
 """
 
-import dataclasses
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -35,6 +34,7 @@ from recipes.engine.pictures import TiledPicture, draw_columns
 from recipes.engine.pretrained.tokenizers import to_inputs, to_pixels
 from recipes.engine.report import print_unreadable
 from recipes.engine.run.cli import FLAGS, Options, options_of, run_command
+from recipes.engine.run.closing import print_closing
 from recipes.engine.run.config import Preset, RunConfig, Training, resolve
 from recipes.engine.run.folder import RunFolder, output_folder
 from recipes.engine.run.world import check_shard, check_shares, join, whole_weights
@@ -210,13 +210,14 @@ def run(options: Options) -> None:
     with join(config.device, timeout=options.timeout) as world:
         data = load_data(
             config.data,
-            image_size=config.image_size,
+            image_size=config.model.image_size,
             seed=config.seed,
             decode=config.training.decoder,
             share=world.share,
         )
-        shape = dataclasses.replace(config.model, in_channels=data.in_channels)
-        config = dataclasses.replace(config, model=shape).with_data(data.content)
+        config = config.for_data(data)
+        if len(config.image_size) != 2:
+            raise UserError(f"--data {config.data}: a tokenizer is for images of two axes")
         plan = make_plan(config, options, data.train)
         if options.recompute:
             raise UserError("--recompute: a tokenizer has no blocks to compute again, omit it")
@@ -229,7 +230,9 @@ def run(options: Options) -> None:
                 say(*config.as_lines(), "---", f"parameters    {num_parameters:,}")
             return
         path = output_folder(options.out, config)
-        with RunFolder(path, config, world, lock=options.lock) as folder:
+        with RunFolder(
+            path, config, world, lock=options.lock, accept_changed=options.accept_changed_data
+        ) as folder:
             summary = folder.read_summary()
             if summary is None:
                 torch.manual_seed(config.seed)
@@ -289,6 +292,7 @@ def print_summary(summary: dict[str, Any], config: RunConfig, folder: RunFolder)
         f"perplexity {summary['perplexity']:.1f}",
     )
     print_unreadable(summary["unreadable_images"])
+    print_closing(folder.path)
     say(f"python recipes/cae.py --tokenizer {folder.path / 'tokenizer.safetensors'}")
 
 

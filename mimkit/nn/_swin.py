@@ -6,7 +6,7 @@ of a window); dim.
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,7 +163,7 @@ class SwinTransformer(TimmProtocol):
         """
         tokens = self._embed(images, mask, mask_token)
         for stage in self.layers:
-            _, tokens = self._run(stage, tokens)
+            _, tokens = stage(tokens, run=self._run)
         encoded: Tensor = self.norm(tokens)
         return encoded
 
@@ -179,7 +179,7 @@ class SwinTransformer(TimmProtocol):
         grid = self._grid_for(images, self.patch_embed.patch_size)
         tokens = self.patch_embed(images)
         for stage in self.layers:
-            mixed, tokens = self._run(stage, tokens, grid)
+            mixed, tokens = stage(tokens, grid, run=self._run)
             yield mixed, grid
             grid = tuple(-(-side // 2) for side in grid)
 
@@ -188,6 +188,17 @@ class SwinTransformer(TimmProtocol):
 
         Args:
             coarse: Whether a stage is one layer.
+
+        Returns:
+            A function from the name of a parameter to its layer, as timm's `group_parameters`
+            takes it.
+
+        Example:
+            >>> sizes = {"dim": 8, "depth": (1, 1), "heads": (1, 2), "window": 4}
+            >>> encoder = SwinTransformer(image_size=32, **sizes)
+            >>> layer_of = encoder.group_matcher()
+            >>> layer_of("patch_embed.proj.weight") < layer_of("layers.1.blocks.0.attn.qkv.weight")
+            True
         """
         stages: Any = self.layers
         last = (1.0, len(stages) - 1.0, *(() if coarse else (len(stages[-1].blocks) - 1.0,)))
@@ -219,7 +230,20 @@ class SwinTransformer(TimmProtocol):
 
     @checked
     def pool(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch dim"]:
-        """Average the encoded tokens of each sample."""
+        """Average the encoded tokens of each sample.
+
+        Args:
+            tokens: What `forward` returns.
+
+        Returns:
+            One vector per sample.
+
+        Example:
+            >>> sizes = {"dim": 8, "depth": (1, 1), "heads": (1, 2), "window": 4}
+            >>> encoder = SwinTransformer(image_size=32, **sizes)
+            >>> encoder.pool(encoder(torch.rand(2, 3, 32, 32))).shape
+            torch.Size([2, 16])
+        """
         return tokens.mean(dim=1)
 
     def _embed(
@@ -253,6 +277,12 @@ class _NormedPatchEmbed(PatchEmbed):
     ) -> Tensor:
         tokens: Tensor = self.norm(super().forward(images, mask))
         return tokens
+
+
+def call(block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    """Call a block."""
+    out: Tensor = block(*inputs)
+    return out
 
 
 class SwinStage(nn.Module):
@@ -310,13 +340,18 @@ class SwinStage(nn.Module):
         self.downsample = resample(dim=dim) if resample else None
 
     def forward(
-        self, tokens: Float[Tensor, "batch tokens dim"], grid: Grid | None = None
+        self,
+        tokens: Float[Tensor, "batch tokens dim"],
+        grid: Grid | None = None,
+        *,
+        run: Callable[..., Tensor] = call,
     ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch next next_dim"]]:
         """Apply the blocks to row-major tokens.
 
         Args:
             tokens: The tokens.
             grid: Their grid; `None` for the one that the stage was built for.
+            run: Calls a block with its inputs, as checkpointing does.
 
         Returns:
             The tokens of this stage and those of the next stage, both row-major.
@@ -327,7 +362,8 @@ class SwinStage(nn.Module):
         for index, block in enumerate(self.blocks):
             tokens = permute(tokens, layout, index)
             is_padding = None if layout.is_padding is None else layout.is_padding[index % 2]
-            tokens = block(tokens, layout.shift_mask if index % 2 else None, is_padding)
+            shift_mask = layout.shift_mask if index % 2 else None
+            tokens = run(block, tokens, shift_mask, is_padding)
         tokens = crop_grid(permute(tokens, layout, -1), padded, grid)
         return tokens, tokens if self.downsample is None else self.downsample(tokens, grid)
 

@@ -28,7 +28,8 @@ def sincos_positions(
     times `temperature ** (-k / n)` for k = 0 .. n-1.
 
     Args:
-        dim: Width; a multiple of twice the number of axes.
+        dim: Width; a multiple of twice the number of axes. On three axes, any even number of 6 or
+            more: what is left of it, as of ViT-B's decoder, is 0.
         grid: Tokens per axis, not necessarily square.
         temperature: Base of the wavelengths.
         first_axis: Which axis comes first in the width: "column" (the last axis; MAE, ConvMAE) or
@@ -53,8 +54,10 @@ def sincos_positions(
                 [0.8415, 0.5403, 0.0000, 1.0000]])
     """
     grid = as_sizes("grid", grid)
-    if dim < 1 or dim % (2 * len(grid)):
-        raise ValueError(f"dim must be a multiple of {2 * len(grid)} on grid {grid}; got {dim}")
+    least = 2 * len(grid)
+    if dim < least or dim % (2 if len(grid) == 3 else least):
+        fits = "even, and 6 or more," if len(grid) == 3 else f"a multiple of {least}"
+        raise ValueError(f"dim must be {fits} on grid {grid}; got {dim}")
     if first_axis not in ("column", "row"):
         raise ValueError(f'first_axis must be "column" or "row"; got {first_axis!r}')
     if not 0 < temperature < math.inf:
@@ -70,6 +73,7 @@ def sincos_positions(
     if first_axis == "column":
         tables.reverse()
     table = torch.cat(tables, dim=-1).flatten(0, -2)
+    table = F.pad(table, (0, dim - table.shape[1]))  # what three axes leave
     return torch.cat([table.new_zeros(num_prefix, dim), table])
 
 

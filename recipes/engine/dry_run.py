@@ -1,5 +1,8 @@
 """Estimate the cost of a run without training."""
 
+import itertools
+import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mimkit import masking
 from mimkit.masking import Mask
-from recipes.engine.data.sets import DataSet
+from recipes.engine.data.folder import spread
+from recipes.engine.data.sets import DataSet, StoredSet
 from recipes.engine.loop import IMAGENET, Plan, recompute_blocks
 from recipes.engine.run.config import Recipe, RunConfig
 
@@ -17,10 +21,18 @@ _GIB = 2**30
 # Float32: weight, gradient and AdamW's two moments; in a checkpoint no gradient; frozen: weight.
 _TRAINED_BYTES, _SAVED_BYTES, _FROZEN_BYTES = 16, 12, 4
 _GPUS = (1, 8, 64, 512)
-# A common GPU, NVIDIA's A100: its dense rate by precision, and the share of it that a training step
-# is assumed to reach.
-_PEAK = {"bf16": 312e12, "fp32": 19.5e12}
+# Dense rates of GPUs by precision, from NVIDIA's data sheets, and the share of them that a training
+# step is assumed to reach. The plan is for the first one.
+_PEAKS = {
+    "A100": {"bf16": 312e12, "fp32": 19.5e12},
+    "H100": {"bf16": 989e12, "fp32": 67e12},
+    "RTX 4090": {"bf16": 165e12, "fp32": 82.6e12},
+}
+_PEAK = _PEAKS["A100"]
 _SHARE = 0.4
+# How long loading a folder is measured, and how many images at once.
+LOADER_SECONDS = 5.0
+_LOADED = 16
 
 
 @dataclass(frozen=True)
@@ -79,9 +91,47 @@ def describe(
         f"weights, gradients, AdamW and the activations of {at_once:g} images",
         f"checkpoint    about {cost.checkpoint / _GIB:,.2f} GiB each; two are kept, and "
         "there is one more while it is written",
+        *describe_loading(config, data, cost),
         "",
         *plan_by_gpus(config, plan, cost),
     ]
+
+
+def describe_loading(config: RunConfig, data: DataSet, cost: Cost) -> list[str]:
+    """Say how many cores of this machine feed a GPU; nothing of data that are not stored."""
+    if not isinstance(data.train, StoredSet):
+        return []
+    rate = measure_loading(data.train, LOADER_SECONDS)
+    precision = config.training.precision
+    needs = {name: _SHARE * peak[precision] / cost.flops for name, peak in _PEAKS.items()}
+    cores = ", ".join(
+        f"{name} {need:,.0f} ({max(math.ceil(need / rate), 1):,} cores)"
+        for name, need in needs.items()
+    )
+    return [
+        f"loading       {rate:,.0f} images/s a core of this machine, measured for "
+        f"{LOADER_SECONDS:g} s",
+        f"GPUs need     images/s, at {_SHARE:.0%} of their {precision} rate: {cores}",
+    ]
+
+
+def measure_loading(train: StoredSet, seconds: float) -> float:
+    """Return the images that one core loads in a second of its time: read, decoded and cropped."""
+    order = spread(len(train), 4_096)
+    chunks = [order[start : start + _LOADED] for start in range(0, len(order), _LOADED)]
+
+    def load(chunk: list[int], epoch: int) -> int:
+        train.__getitems__([(epoch, sample_id) for sample_id in chunk])
+        return len(chunk)
+
+    load(chunks[0], 0)  # warms up
+    count, start, end = 0, time.process_time(), time.perf_counter() + seconds
+    for epoch in itertools.count(1):
+        for chunk in chunks:
+            count += load(chunk, epoch)
+            if time.perf_counter() > end:
+                return count / max(time.process_time() - start, 1e-6)
+    raise AssertionError("the loop ends by returning")
 
 
 def plan_by_gpus(config: RunConfig, plan: Plan, cost: Cost) -> list[str]:
@@ -123,6 +173,12 @@ def measure(config: RunConfig, data: DataSet, model: nn.Module) -> tuple[int, in
     return flops, _measure(config, data, model, num_images=2)[1] - one
 
 
+def recomputed_blocks(encoder: Any) -> list[nn.Module]:
+    """Return the blocks of an encoder that checkpointing computes again: of Swin, of all stages."""
+    stages = [encoder] if hasattr(encoder, "blocks") else encoder.layers
+    return [block for stage in stages for block in stage.blocks]
+
+
 def _measure(
     config: RunConfig, data: DataSet, model: nn.Module, *, num_images: int
 ) -> tuple[int, int]:
@@ -141,8 +197,7 @@ def _measure(
             if isinstance(value, torch.Tensor):
                 note(value)
 
-    recomputed = getattr(encoder, "grad_checkpointing", False)
-    blocks = (getattr(encoder, "blocks", None) or encoder.layers) if recomputed else ()
+    blocks = recomputed_blocks(encoder) if getattr(encoder, "grad_checkpointing", False) else ()
     hooks = [block.register_forward_pre_hook(note_inputs) for block in blocks]
     masks = config.masking.draw(masking.key(range(num_images), seed=config.seed), encoder.grid)
     masks = masks.to("meta") if isinstance(masks, Mask) else [mask.to("meta") for mask in masks]

@@ -337,7 +337,15 @@ def _train(
     world = folder.world
     checkpoints = Checkpoints(folder.path / CHECKPOINTS, world, keep_every=options.keep_every)
     folder.repair(num_samples=len(train_set), num_steps=plan.num_steps)
-    first_step = start_from(options.resume, checkpoints, task.model, task.optimizer, plan.num_steps)
+    before = folder.earlier()
+    first_step = start_from(
+        options.resume,
+        checkpoints,
+        task.model,
+        task.optimizer,
+        plan.num_steps,
+        earlier=None if before is None else Checkpoints(before / CHECKPOINTS, world),
+    )
     name = options.tracker if world.is_main else "none"
     if world.is_main and first_step < plan.num_steps:
         say(_header(task, plan, len(train_set), first_step), file=sys.stderr)
@@ -544,6 +552,7 @@ class _Log:
         elapsed = max(time.perf_counter() - self.since, 1e-9)
         row = {"step": done, "epoch": done / self.plan.steps_per_epoch, **self.numbers}
         row |= {"images_per_s": self.images / elapsed, "data_share": self.waited / elapsed}
+        row["seconds"] = elapsed  # since the row before
         if result is None:
             # The run may have been resumed at this step.
             row = (self.folder.read_metrics() or [{}])[-1] | row | {"skipped": True}

@@ -19,7 +19,14 @@ from recipes.engine.pretrain import Pretraining, build_model, check_memory
 from recipes.engine.pretrained.tokenizers import missing_files_allowed
 from recipes.engine.report import print_summary, write_report
 from recipes.engine.run.checkpoint import find_origin
-from recipes.engine.run.cli import FLAGS, Options, options_of, parse_options, run_command
+from recipes.engine.run.cli import (
+    ARRAY_FLAGS,
+    FLAGS,
+    Options,
+    options_of,
+    parse_options,
+    run_command,
+)
 from recipes.engine.run.config import (
     Recipe,
     RunConfig,
@@ -27,7 +34,7 @@ from recipes.engine.run.config import (
     warn_of_short_schedule,
     warn_of_slow_precision,
 )
-from recipes.engine.run.folder import RunFolder, output_folder
+from recipes.engine.run.folder import RunFolder, find_statistics, output_folder
 from recipes.engine.run.world import World, check_shard, check_shares, join, whole_weights
 
 
@@ -74,7 +81,8 @@ def pretrain(recipe: Recipe, arguments: Sequence[str]) -> None:
 def options_type(recipe: Recipe) -> type[Options]:
     """Derive the options of a recipe from its first preset."""
     preset = next(iter(recipe.presets.values()))
-    return options_of(preset.parts, (*FLAGS, "mask_ratio", *recipe.flags), Options)
+    names = (*FLAGS, "patch_size", *ARRAY_FLAGS, "bands", "mask_ratio", *recipe.flags)
+    return options_of(preset.parts, names, Options)
 
 
 def _run(recipe: Recipe, given: DataSet | None, options: Options) -> None:
@@ -82,8 +90,8 @@ def _run(recipe: Recipe, given: DataSet | None, options: Options) -> None:
         options = dataclasses.replace(options, data=given.name)
     config = resolve(options, recipe.name, recipe.presets, config_type=RunConfig)
     with join(config.device, timeout=options.timeout) as world:
-        data = _load(config, world) if given is None else given
-        config = _with_channels(config, data)
+        data = _load(config, options, world) if given is None else given
+        config = config.for_data(data)
         plan = make_plan(config, options, data.train)
         with missing_files_allowed() if options.dry_run else contextlib.nullcontext():
             model = check_fit(recipe, config)  # before a folder is made
@@ -101,7 +109,9 @@ def _run(recipe: Recipe, given: DataSet | None, options: Options) -> None:
         path = output_folder(options.out, config)
         if not world.agree(path.exists()):
             find_origin(options.resume, world, plan.num_steps)  # fails before creating the folder
-        with RunFolder(path, config, world, lock=options.lock) as folder:
+        with RunFolder(
+            path, config, world, lock=options.lock, accept_changed=options.accept_changed_data
+        ) as folder:
             summary = folder.read_summary()
             if summary is None:
                 summary = _train(recipe, config, data, plan, folder, options)
@@ -109,21 +119,18 @@ def _run(recipe: Recipe, given: DataSet | None, options: Options) -> None:
                 print_summary(summary, folder)
 
 
-def _load(config: RunConfig, world: World) -> DataSet:
+def _load(config: RunConfig, options: Options, world: World) -> DataSet:
     return load_data(
         config.data,
-        image_size=config.image_size,
+        image_size=config.model.image_size,
         seed=config.seed,
         crop_area=config.training.crop_area,
         interpolation=config.training.interpolation,
         decode=config.training.decoder,
+        options=config.training.arrays,
+        find_statistics=partial(find_statistics, options.out, config),
         share=world.share,
     )
-
-
-def _with_channels(config: RunConfig, data: DataSet) -> RunConfig:
-    model = dataclasses.replace(config.model, in_channels=data.in_channels)
-    return dataclasses.replace(config, model=model).with_data(data.content)
 
 
 def check_fit(recipe: Recipe, config: RunConfig) -> nn.Module:

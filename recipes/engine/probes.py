@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mimkit.nn import AttentiveProbe
+from mimkit.patches import patchify
 from recipes.engine.data.sets import ProbeData
 from recipes.engine.errors import say
 from recipes.engine.run.config import RunConfig
@@ -60,12 +60,10 @@ def encoder_features(encoder: Any, config: RunConfig) -> Features:
     return features
 
 
-def pixels_per_token(encoder: Any) -> tuple[int, int]:
-    """Return height and width, in pixels, of what an encoder's token stands for."""
-    height, width = (
-        size // tokens for size, tokens in zip(encoder.image_size, encoder.grid, strict=True)
-    )
-    return height, width
+def pixels_per_token(encoder: Any) -> tuple[int, ...]:
+    """Return the size per axis, in pixels, of what an encoder's token stands for."""
+    sides = zip(encoder.image_size, encoder.grid, strict=True)
+    return tuple(size // tokens for size, tokens in sides)
 
 
 def run_probes(
@@ -121,27 +119,25 @@ def evaluate(
 
 @torch.no_grad()
 def compute_features(
-    features: Features, images: Float[Tensor, "batch channels height width"], batch_size: int
+    features: Features, images: Float[Tensor, "batch channels *spatial"], batch_size: int
 ) -> tuple[Float[Tensor, "batch width"], Float[Tensor, "batch tokens token_width"]]:
     """Compute the features of many images in batches, as float32."""
     pooled, tokens = zip(*map(features, torch.split(images, batch_size)), strict=True)
     return torch.cat(pooled).float(), torch.cat(tokens).float()
 
 
-def raw_pixels(patch_size: int | tuple[int, int]) -> Features:
+def raw_pixels(patch_size: int | tuple[int, ...]) -> Features:
     """Make the features that need no model: the pixels themselves.
 
     Args:
-        patch_size: Side of a patch in pixels, or its height and width; a patch is a token.
+        patch_size: Side of a patch in pixels, or one per axis; a patch is a token.
 
     Returns:
         A function from images to flattened images and flattened patches.
     """
-    height, width = patch_size if isinstance(patch_size, tuple) else (patch_size, patch_size)
 
     def features(images: Tensor) -> tuple[Tensor, Tensor]:
-        patches = rearrange(images, "b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=height, p2=width)
-        return images.flatten(start_dim=1), patches
+        return images.flatten(start_dim=1), patchify(images, patch_size)
 
     return features
 

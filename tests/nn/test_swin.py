@@ -419,3 +419,28 @@ def test_a_built_size_costs_no_padding_and_other_sizes_leave_it_as_it_was():
     model.features(torch.randn(1, 2, 18, 30))
     assert torch.equal(model(images), before)
     assert model.layers[0].is_padding is None
+
+
+def test_checkpointing_computes_each_block_again_and_nothing_else():
+    encoder = SwinTransformer(
+        image_size=32, patch_size=4, dim=8, depth=(2, 1), heads=(1, 2), window=4
+    )
+    calls: list[str] = []
+    watched = {name: m for name, m in encoder.named_modules() if type(m).__name__ == "SwinBlock"}
+    watched["downsample"] = encoder.layers[0].downsample
+    for name, module in watched.items():
+        module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+    found = []
+    for enable in (False, True):
+        calls.clear()
+        encoder.zero_grad()
+        encoder.set_grad_checkpointing(enable)
+        encoder(torch.linspace(0, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)).square().sum().backward()
+        times = 2 if enable else 1
+        assert {name: calls.count(name) for name in watched} == {
+            name: 1 if name == "downsample" else times for name in watched
+        }
+        found.append(
+            [weight.grad.clone() for weight in encoder.parameters() if weight.requires_grad]
+        )
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))

@@ -7,6 +7,11 @@ import pytest
 from tests.recipes.pictures import write_noise
 
 
+@pytest.fixture(autouse=True)
+def loading_is_measured_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recipes.engine.dry_run.LOADER_SECONDS", 0.01)
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of 24 images of noise, not to be changed."""

@@ -1,5 +1,6 @@
 """The dry run of every preset, and mistakes that are found before training."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,23 @@ def test_a_file_of_options_is_checked_too(content, says, pictures, tmp_path, cap
     options = arguments(mae.RECIPE, pictures, "--config", str(file), "--dry-run")
     assert run(mae.RECIPE, "", options) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_dry_run_says_how_many_cores_feed_a_gpu(pictures, capsys):
+    options = ["--data", str(pictures), "--preset", "vit_base", "--precision", "bf16", "--dry-run"]
+    assert run(mae.RECIPE, "", options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (loading,) = (line for line in lines if line.startswith("loading "))
+    (needs,) = (line for line in lines if line.startswith("GPUs need "))
+    rate = float(loading.split()[1].replace(",", ""))
+    for name in ("A100", "H100", "RTX 4090"):
+        need, cores = re.search(rf"{name} ([\d,]+) \(([\d,]+) cores\)", needs).groups()
+        need, cores = float(need.replace(",", "")), int(cores.replace(",", ""))
+        assert rate > 0
+        assert (cores - 1) * rate <= 1.1 * need + rate
+        assert need <= 1.1 * cores * (rate + 1)
+
+
+def test_loading_of_drawn_images_is_not_measured(capsys):
+    assert run(mae.RECIPE, "", ["--data", "digits", "--dry-run"]) == 0
+    assert "loading " not in capsys.readouterr().out

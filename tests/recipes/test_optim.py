@@ -266,7 +266,8 @@ def test_shares_follow_the_beta_distribution():
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 1), st.integers(0, 1000))
 def test_a_box_lies_inside_the_image_and_leaves_at_least_its_share(height, width, share, seed):
     generator = step_generator(seed=seed, step=0)
-    top, bottom, left, right = draw_box(height, width, share, generator)
+    rows, columns = draw_box((height, width), share, generator)
+    top, bottom, left, right = rows.start, rows.stop, columns.start, columns.stop
     assert 0 <= top <= bottom <= height
     assert 0 <= left <= right <= width
     assert (bottom - top) * (right - left) <= (1 - share) * height * width + 1e-6

@@ -24,6 +24,7 @@ from mimkit.masking import Mask
 from recipes.engine import Recipe, loop, run
 from recipes.engine.data.sets import Batch
 from recipes.engine.run.checkpoint import Checkpoints
+from recipes.engine.run.folder import RunFolder
 from recipes.engine.run.world import World
 from recipes.mae import MAE, RECIPE, MAEOutput
 from tests.recipes.command import config_for
@@ -391,6 +392,58 @@ def test_a_run_does_not_go_on_with_other_images(
     assert error.count("\n") == 1
     (folder / "a-new-one.png").unlink()
     assert run(RECIPE, "", options(folder, out)) == 0
+
+
+@pytest.mark.full
+def test_a_changed_set_that_is_accepted_begins_a_new_count_of_epochs_from_the_weights(
+    pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "pictures", tmp_path / "run"
+    shutil.copytree(pictures, folder)
+    arguments = options(folder, out)
+    assert run(RECIPE, "", arguments) == 0
+    trained = (out / "encoder.safetensors").read_bytes()
+    shutil.copy(folder / "05.png", folder / "a-new-one.png")
+    capfd.readouterr()
+    accepting = [*arguments, "--accept-changed-data"]
+    assert run(RECIPE, "", [*accepting, "--max-steps", "1"]) == 2  # another change, too
+    assert not (out / "before-1").exists()
+    capfd.readouterr()
+    assert run(RECIPE, "", accepting) == 0
+    notes = [
+        line for line in capfd.readouterr().err.splitlines() if line.startswith("note: the im")
+    ]
+    assert len(notes) == 1
+    assert "20 + 4 images" in notes[0]
+    assert "now 21 + 4 images" in notes[0]
+    assert (out / "before-1/encoder.safetensors").read_bytes() == trained
+    rows = [
+        [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for path in (out / "before-1", out)
+    ]
+    assert rows[0][0]["step"] == rows[1][0]["step"] == 1
+    assert rows[0][-1]["step"] == rows[1][-1]["step"]
+    assert rows[1][0]["loss"] < rows[0][0]["loss"]
+    assert run(RECIPE, "", arguments) == 0  # finished, on these images
+    assert not (out / "before-2").exists()
+
+
+def test_moving_a_run_aside_that_was_killed_is_completed(tmp_path: Path) -> None:
+    config = config_for(RECIPE, "--device", "cpu")
+    before, now = config.with_data("1"), config.with_data("2")
+    with RunFolder(tmp_path / "run", before):
+        pass
+    (tmp_path / "run/metrics.jsonl").write_text("")
+    (tmp_path / "run/before-1").mkdir()  # killed after one file
+    (tmp_path / "run/environment.json").rename(tmp_path / "run/before-1/environment.json")
+    with RunFolder(tmp_path / "run", now, accept_changed=True) as folder:
+        assert folder.earlier() == tmp_path / "run/before-1"
+    names = {entry.name for entry in (tmp_path / "run/before-1").iterdir()}
+    assert names >= {"config.yaml", "environment.json", "metrics.jsonl"}
+    (tmp_path / "run/config.yaml").unlink()  # killed before the new one was written
+    (tmp_path / "run/environment.json").unlink()
+    with RunFolder(tmp_path / "run", now, accept_changed=True) as folder:
+        assert folder.earlier() == tmp_path / "run/before-1"
 
 
 def test_the_images_do_not_change_the_name_of_the_default_folder() -> None:

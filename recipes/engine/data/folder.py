@@ -1,7 +1,7 @@
-"""A folder of images as a data set.
+"""A folder of images or arrays as a data set.
 
 The steps: list samples (`listing`, `shards`), read one, decode it (`decode`), crop it (`images`,
-`augment`), and fill a batch.
+`augment`), and fill a batch. Arrays are read and cropped by `arrays`.
 
 A folder has one of two layouts. With labels: `train/<class>/<image>`, and optionally
 `val/<class>/<image>`. Without labels: images at any depth, in the folder itself or in its `train/`
@@ -10,19 +10,24 @@ and `val/`. Names that begin with a dot are ignored. Instead of images, a folder
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
-from recipes.engine.data.decode import Decoder, formats
+from recipes.engine.data import arrays
+from recipes.engine.data.arrays import AS_FITS, ArrayOptions, Channels
+from recipes.engine.data.decode import DECODE, Decoder, formats
 from recipes.engine.data.images import (
     NORMALIZE,
     CenterCrops,
@@ -33,6 +38,7 @@ from recipes.engine.data.images import (
 )
 from recipes.engine.data.listing import (
     NUM_PICTURES,
+    Files,
     FolderId,
     Samples,
     hold_out,
@@ -40,75 +46,57 @@ from recipes.engine.data.listing import (
     relabel,
 )
 from recipes.engine.data.sets import (
-    Batch,
     DataSet,
-    Item,
     ProbeData,
-    TrainSet,
+    StoredSet,
     read_first,
 )
-from recipes.engine.data.shards import find_shards, list_shards
-from recipes.engine.errors import say
+from recipes.engine.data.shards import Shards, find_shards, list_shards
+from recipes.engine.data.statistics import (
+    MEASURED_CROPS,
+    FindStatistics,
+    Statistics,
+    measure,
+    unknown,
+)
+from recipes.engine.errors import UserError, say
 from recipes.engine.reading import UnreadableError
 from recipes.engine.seeds import sample_rng
+
+Form = Literal["rgb", "pictures", "arrays"]
+# Samples, names of their classes, and notes on what was left out.
+Listed = tuple[Samples, tuple[str, ...], list[str]]
 
 PROBE_PER_CLASS = 50
 # At 224 pixels this many inputs take 1.5 GB. With many classes, each gets fewer than 50 images.
 MAX_PROBE = 2_500
 
 
-@dataclass(frozen=True, eq=False)
-class Crops(TrainSet):
-    """Crops of stored images, as bytes.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Crops(StoredSet):
+    """RGB crops of stored images, as bytes.
 
     Attributes:
-        samples: The images, indexed by sample id.
         decode: How they are decoded.
         crop: How they are cropped.
-        image_size: Height and width of a crop in pixels.
-        seed: Seed of the run.
     """
 
-    samples: Samples
     decode: Decoder
     crop: Cropping
-    image_size: tuple[int, int]
-    seed: int
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: tuple[int, int]) -> Item:
-        try:
-            return self._crop(*index), index[1]
-        except UnreadableError:
-            return None, index[1]
-
-    def __getitems__(self, indices: list[tuple[int, int]]) -> Batch:
-        """Return a batch, which is filled in place. `DataLoader` calls this method."""
-        images = torch.empty(len(indices), 3, *self.image_size, dtype=torch.uint8)
-        sample_ids: list[int] = []
-        unreadable_ids: list[int] = []
-        for epoch, sample_id in indices:
-            try:
-                images[len(sample_ids)] = self._crop(epoch, sample_id)
-                sample_ids.append(sample_id)
-            except UnreadableError:
-                unreadable_ids.append(sample_id)
-        images = images[: len(sample_ids)]
-        return Batch(images, torch.tensor(sample_ids, dtype=torch.int64), unreadable_ids)
 
     def _crop(self, epoch: int, sample_id: int) -> UInt8[Tensor, "channels height width"]:
         pixels = self.decode(self.samples.read(sample_id))
-        return self.crop(pixels, self.image_size, sample_rng(self.seed, epoch, sample_id))
+        height, width = self.image_size
+        return self.crop(pixels, (height, width), sample_rng(self.seed, epoch, sample_id))
 
     def to_inputs(self, images: Shaped[Tensor, batch * shape]) -> Float[Tensor, batch * shape]:
         """Normalize images."""
         return model_inputs(images, NORMALIZE)
 
-    def describe(self, sample_id: int) -> str:
-        """Return the path of an image."""
-        return self.samples.name(sample_id)
+    def picture_size(self, sample_id: int) -> tuple[int, ...]:
+        """Return the size of a picture to be shown."""
+        height, width = self.image_size
+        return picture_size((height, width))
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,11 +107,14 @@ class Split:
         train: Samples to train on.
         held_out: Samples to test on.
         class_names: Names of the classes in the order of their labels; empty without labels.
+        form: "rgb" for pictures that become RGB, "pictures" for those that keep their channels,
+            "arrays" for arrays.
     """
 
     train: Samples
     held_out: Samples
     class_names: tuple[str, ...]
+    form: Form = "rgb"
 
     @property
     def content(self) -> str:
@@ -133,16 +124,22 @@ class Split:
         return f"{len(self.train)} + {len(self.held_out)} images, {digest}"
 
 
-# Lets one of several processes list a folder, and gives the list to all.
-Share = Callable[[Callable[[], Split]], Split]
+T = TypeVar("T")
 
 
-def alone(make: Callable[[], Split]) -> Split:
-    """List in this process, the only one."""
+class Share(Protocol):
+    """Lets one of several processes do something, and gives the result to all."""
+
+    def __call__(self, make: Callable[[], T]) -> T:
+        """Return what `make` returns."""
+
+
+def alone(make: Callable[[], T]) -> T:
+    """Do it in this process, the only one."""
     return make()
 
 
-def split_folder(folder: Path, share: Share = alone) -> Split:
+def split_folder(folder: Path, share: Share = alone, channels: Channels | None = None) -> Split:
     """List a folder, and print what in it is not used.
 
     Without `val/`, the last tenth of each class is held out; without labels, the last 4 images.
@@ -150,20 +147,27 @@ def split_folder(folder: Path, share: Share = alone) -> Split:
     Args:
         folder: The folder.
         share: In a job of several processes, `World.share`.
+        channels: "rgb" reads pictures as RGB and leaves arrays out; "keep" reads both with the
+            channels that they have; by default, what the folder has more of is read, pictures as
+            RGB.
 
     Raises:
         UserError: If it holds too few images, or only some of them have classes.
     """
-    return share(partial(_split, folder))
+    return share(partial(_split, folder, channels))
 
 
-def _split(folder: Path) -> Split:
+def _split(folder: Path, channels: Channels | None = None) -> Split:
     has_train, has_val = ((folder / name).is_dir() for name in ("train", "val"))
     seen: set[FolderId] = set()
     root = folder / "train" if has_train else folder
-    train, class_names, notes = _list_samples(root, labelled=has_train, seen=seen)
+    form, suffixes, (train, class_names, notes) = _list_root(
+        root, channels, labelled=has_train, seen=seen
+    )
     if has_train and has_val:
-        held_out, names, more = _list_samples(folder / "val", labelled=bool(class_names), seen=seen)
+        held_out, names, more = _list_samples(
+            folder / "val", suffixes, labelled=bool(class_names), seen=seen
+        )
         held_out = relabel(held_out, names, class_names)
         notes += more
     else:
@@ -171,18 +175,89 @@ def _split(folder: Path) -> Split:
     if has_train:
         notes += _unused(folder, has_val=has_val)
     say(*(f"note: {note}" for note in notes), file=sys.stderr)
-    return Split(train, held_out, class_names)
+    return Split(train, held_out, class_names, form)
+
+
+def _list_root(
+    root: Path, channels: Channels | None, *, labelled: bool, seen: set[FolderId]
+) -> tuple[Form, list[str], Listed]:
+    """List the pictures of a folder; or its arrays, if there are more of them.
+
+    Returns:
+        What the files are read as, their endings, and as `_list_samples`.
+    """
+    pictures = [suffix for some in formats().values() for suffix in some]
+    before, others = set(seen), Counter[str]()
+    found, problem = None, None
+    try:
+        found = _list_samples(root, pictures, labelled=labelled, seen=seen, others=others)
+    except UserError as error:  # there may be arrays
+        problem = error
+    form, suffixes = _choose_form(None if found is None else found[0], others, channels)
+    if found is not None and suffixes is None:
+        return form, pictures, found
+    if suffixes is None:
+        assert problem is not None
+        raise problem
+    seen.clear()
+    seen |= before
+    return form, suffixes, _list_samples(root, suffixes, labelled=labelled, seen=seen)
+
+
+def _choose_form(
+    samples: Samples | None, others: Counter[str], channels: Channels | None
+) -> tuple[Form, list[str] | None]:
+    """Return what files are read as, and the endings to list instead of those of pictures.
+
+    Args:
+        samples: The pictures in a folder, if any.
+        others: Number of its files with each other ending.
+        channels: As in `split_folder`.
+    """
+    num_arrays = sum(others[os.path.splitext("x" + ending)[1]] for ending in arrays.SUFFIXES)
+    if isinstance(samples, Shards) or channels == "rgb" or not (num_arrays or samples):
+        return ("pictures" if channels == "keep" else "rgb"), None
+    num_pictures, num_tiffs = 0, 0
+    if isinstance(samples, Files):
+        num_pictures, num_tiffs = len(samples), samples.count(arrays.TIFF)
+    are_arrays = num_arrays > num_pictures or (
+        2 * num_tiffs > num_pictures and (channels == "keep" or not _is_rgb(samples))
+    )
+    if channels == "keep" and num_arrays:
+        pictures = [suffix for some in formats().values() for suffix in some]
+        return ("arrays" if are_arrays else "pictures"), [*arrays.SUFFIXES, *pictures]
+    if not are_arrays:
+        return ("pictures" if channels == "keep" else "rgb"), None
+    return "arrays", [*arrays.SUFFIXES, *arrays.TIFF]
+
+
+def _is_rgb(samples: Samples | None) -> bool:
+    """Whether RGB can hold the first TIFF file: it has no more than four bands or pages."""
+    names = () if samples is None else (samples.name(index) for index in range(len(samples)))
+    for index, name in enumerate(names):
+        if samples is not None and name.lower().endswith(arrays.TIFF):
+            try:
+                with samples.open(index) as file:
+                    values = arrays.open_array(file, name).values
+            except (UnreadableError, UserError):
+                return True
+            return values.ndim == 2 or (values.ndim == 3 and len(values) <= 4)
+    return True
 
 
 def _list_samples(
-    root: Path, *, labelled: bool, seen: set[FolderId]
-) -> tuple[Samples, tuple[str, ...], list[str]]:
+    root: Path,
+    suffixes: list[str],
+    *,
+    labelled: bool,
+    seen: set[FolderId],
+    others: Counter[str] | None = None,
+) -> Listed:
     """List the images in the shards of a folder, or in the folder itself if it has no shards."""
-    suffixes = [suffix for some in formats().values() for suffix in some]
     shard_names = find_shards(root)
     if shard_names:
         return list_shards(root, shard_names, suffixes, labelled=labelled)
-    return list_files(root, suffixes, labelled=labelled, seen=seen)
+    return list_files(root, suffixes, labelled=labelled, seen=seen, others=others)
 
 
 def _unused(folder: Path, *, has_val: bool) -> Iterator[str]:
@@ -201,23 +276,27 @@ def _unused(folder: Path, *, has_val: bool) -> Iterator[str]:
 def load_folder(
     name: str,
     *,
-    image_size: tuple[int, int],
+    image_size: int | tuple[int, ...],
     seed: int,
     crop: Cropping,
-    decode: Decoder,
+    decode: Decoder = DECODE,
+    options: ArrayOptions = AS_FITS,
+    find_statistics: FindStatistics = unknown,
     share: Share = alone,
 ) -> DataSet:
-    """Load a folder of images.
+    """Load a folder of images or arrays.
 
     A probe is fitted on up to 50 images per class and tested on up to 50, each at most 2,500 in
     total.
 
     Args:
         name: Path of the folder.
-        image_size: Height and width of a model input in pixels.
+        image_size: Size of a model input per axis; one integer if it is the same on every axis.
         seed: Seed of the run.
-        crop: How training images are cropped.
+        crop: How training images are cropped, if `options` does not say.
         decode: How images are decoded.
+        options: How arrays are read.
+        find_statistics: As in `load_data`.
         share: As in `split_folder`.
 
     Returns:
@@ -226,39 +305,149 @@ def load_folder(
     Raises:
         UserError: If the folder holds too few readable images, or only some of them have classes.
     """
-    split = split_folder(Path(name), share)
-    train = Crops(split.train, decode, crop, image_size, seed)
-    shown = Crops(split.held_out, decode, CenterCrops(), picture_size(image_size), seed)
-    pictures = read_first(shown, spread(len(shown)), NUM_PICTURES, set())
+    split = split_folder(Path(name), share, options.channels)
+    train, held_out = open_sets(
+        split, image_size=image_size, seed=seed, crop=crop, decode=decode, options=options
+    )
+    if isinstance(train, arrays.Arrays) and isinstance(held_out, arrays.Arrays):
+        known = find_statistics(train.num_channels, train.image_size)
+        train = with_statistics(train, known, share)
+        held_out = dataclasses.replace(held_out, statistics=train.statistics)
     for _ in read_first(train, range(len(train)), 1, set()):
         pass  # raises an error if nothing can be read
-    return DataSet(
+    found = DataSet(
         name=name,
-        in_channels=3,
+        in_channels=train.num_channels,
         class_names=split.class_names,
         content=split.content,
         train=train,
-        pictures=[to_unit(picture) for picture, _ in pictures],
+        pictures=Pictures(held_out, to_unit),
         normalize=NORMALIZE,
-        load_probe=partial(load_probe, split, decode, image_size, seed)
-        if split.class_names
-        else None,
+        load_probe=partial(load_probe, split, held_out, seed) if split.class_names else None,
+        image_size=train.image_size,
+        held_out=held_out,
+    )
+    if not isinstance(train, arrays.Arrays):
+        return found
+    statistics = train.statistics
+    assert statistics is not None
+    return dataclasses.replace(
+        found,
+        pictures=Pictures(held_out, statistics.to_shown),
+        normalize=statistics.from_shown,
+        statistics=statistics,
     )
 
 
-def spread(number: int) -> list[int]:
+def open_sets(
+    split: Split,
+    *,
+    image_size: int | tuple[int, ...],
+    seed: int,
+    crop: Cropping,
+    decode: Decoder,
+    options: ArrayOptions,
+) -> tuple[StoredSet, StoredSet]:
+    """Make the sets of a folder: training samples, and held-out samples that are cropped alike.
+
+    Args:
+        split: The samples.
+        image_size: As in `load_folder`.
+        seed: As in `load_folder`.
+        crop: As in `load_folder`.
+        decode: As in `load_folder`.
+        options: As in `load_folder`.
+
+    Raises:
+        UserError: If no sample can be opened, or a size does not fit.
+    """
+    chosen = None if options.crop is None else arrays.CROPS[options.crop]
+    if split.form == "rgb":
+        size = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+        if len(size) != 2:
+            raise UserError(
+                f"--image-size {arrays.shown_shape(size)} has {len(size)} axes, but the pictures "
+                f"of {split.train.root} have two: height and width"
+            )
+        center: Cropping = CenterCrops()
+        if chosen is not None:
+            crop, center = map(arrays.OfArray, (chosen, arrays.evaluation_crop(chosen)))
+        return (
+            Crops(split.train, size, seed, decode=decode, crop=crop),
+            Crops(split.held_out, size, seed, decode=decode, crop=center),
+        )
+    default: arrays.ArrayCrop = arrays.random_box
+    if split.form == "pictures":
+        default = arrays.AsPicture(crop)
+    opened = arrays.open_arrays(
+        split.train, image_size, chosen or default, key=options.key, seed=seed
+    )
+    return opened, arrays.for_evaluation(opened, split.held_out)
+
+
+def with_statistics(train: arrays.Arrays, known: Statistics | None, share: Share) -> arrays.Arrays:
+    """Let inputs be normalised by statistics, which are measured if they are not known.
+
+    They are of 256 crops of evenly spread samples (of several crops of each, if there are fewer),
+    whatever the seed.
+    """
+
+    def crops() -> Iterator[Tensor]:
+        order = spread(len(train), MEASURED_CROPS)
+        is_drawn = train.crop is not arrays.whole
+        rounds = -(-MEASURED_CROPS // len(train)) if is_drawn else 1
+        unreadable: set[int] = set()
+        for number in range(rounds):
+            drawn = dataclasses.replace(train, seed=number)
+            for image, _ in read_first(drawn, order, MEASURED_CROPS, unreadable):
+                yield image
+
+    statistics = known or share(lambda: measure(crops()))
+    return dataclasses.replace(train, statistics=statistics)
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures(Sequence[Tensor]):
+    """Some held-out pictures, read when they are looked at.
+
+    Attributes:
+        held_out: Held-out samples.
+        show: Turns crops into values in [0, 1].
+    """
+
+    held_out: StoredSet
+    show: Callable[[Tensor], Tensor]
+
+    def __len__(self) -> int:
+        return len(self._read)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._read[index]
+
+    @cached_property
+    def _read(self) -> list[Tensor]:
+        unreadable: set[int] = set()
+        found: list[Tensor] = []
+        for sample_id in spread(len(self.held_out)):
+            size = self.held_out.picture_size(sample_id)
+            shown = dataclasses.replace(self.held_out, image_size=size)
+            left = NUM_PICTURES - len(found)
+            found += [p for p, _ in read_first(shown, [sample_id], min(left, 1), unreadable)]
+        return [self.show(picture) for picture in found]
+
+
+def spread(number: int, few: int = NUM_PICTURES) -> list[int]:
     """Order indices so that the first few are evenly spaced over all of them."""
-    step = max(1, number // NUM_PICTURES)
+    step = max(1, number // few)
     return [index for start in range(step) for index in range(start, number, step)]
 
 
-def load_probe(split: Split, decode: Decoder, image_size: tuple[int, int], seed: int) -> ProbeData:
+def load_probe(split: Split, held_out: StoredSet, seed: int) -> ProbeData:
     """Read labelled images for the probes, the same number of each class where there are enough.
 
     Args:
         split: Images to fit a probe on, and to test it on.
-        decode: How they are decoded.
-        image_size: Height and width of a model input in pixels.
+        held_out: Those to test it on, with the crops of evaluation.
         seed: Seed of the run.
 
     Returns:
@@ -269,7 +458,7 @@ def load_probe(split: Split, decode: Decoder, image_size: tuple[int, int], seed:
 
     def read(samples: Samples, part: int) -> tuple[Tensor, Tensor]:
         rng = sample_rng(seed, part)
-        crops = Crops(samples, decode, CenterCrops(), image_size, seed)
+        crops = dataclasses.replace(held_out, samples=samples)
         unreadable: set[int] = set()
         images: list[Tensor] = []
         ids: list[int] = []

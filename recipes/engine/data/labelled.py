@@ -8,12 +8,13 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from recipes.engine.data.arrays import AS_FITS, ArrayOptions
 from recipes.engine.data.augment import Augmentation
 from recipes.engine.data.decode import DECODE, Decoder
-from recipes.engine.data.folder import Crops, Share, alone, split_folder
-from recipes.engine.data.images import NORMALIZE, CenterCrops
+from recipes.engine.data.folder import Share, alone, load_folder
 from recipes.engine.data.load import load_data
-from recipes.engine.data.sets import DataSet, Item, ProbeData, TrainSet
+from recipes.engine.data.sets import DataSet, Item, ProbeData, StoredSet, TrainSet
+from recipes.engine.data.statistics import FindStatistics, unknown
 from recipes.engine.errors import UserError
 from recipes.engine.seeds import sample_rng
 
@@ -67,10 +68,12 @@ class StoredImages(TrainSet):
 def load_labelled(
     name: str,
     *,
-    image_size: tuple[int, int],
+    image_size: int | tuple[int, ...],
     augmentation: Augmentation,
     seed: int,
     decode: Decoder = DECODE,
+    options: ArrayOptions = AS_FITS,
+    find_statistics: FindStatistics = unknown,
     share: Share = alone,
 ) -> LabelledData:
     """Load a labelled data set.
@@ -79,18 +82,37 @@ def load_labelled(
         name: "photos" or "digits", with 50 labelled crops per class; or a folder with
             `train/<class>/<image>` and optionally `val/<class>/<image>`. Without `val/`, a tenth of
             each class is held out.
-        image_size: Height and width of a model input in pixels.
+        image_size: Size of a model input per axis; one integer if it is the same on every axis.
         augmentation: Augmentation of the images in a folder. Photos are only flipped, and digits
-            are not augmented.
+            are not augmented; arrays are cropped as `options` says.
         seed: Seed of the run.
         decode: How the images in a folder are decoded.
+        options: How arrays are read; for folders only.
+        find_statistics: As in `load_data`.
         share: How several processes list a folder: `World.share`.
 
     Raises:
         UserError: If there is no such data set, or it has no labels.
     """
     if name not in ("photos", "digits") and Path(name).is_dir():
-        return _load_folder(name, image_size, augmentation, seed, decode, share)
+        no_labels = UserError(f"--data {name} has no labels: expected train/<class>/<file> in it")
+        if not (Path(name) / "train").is_dir():
+            raise no_labels
+        data = load_folder(
+            name,
+            image_size=image_size,
+            seed=seed,
+            crop=augmentation,
+            decode=decode,
+            options=options,
+            find_statistics=find_statistics,
+            share=share,
+        )
+        if not data.class_names:
+            raise no_labels
+        if augmentation.policy is not None and data.statistics is not None:
+            raise UserError("--augment randaugment is for RGB pictures: choose --augment crop")
+        return _of_folder(data)
     data = load_data(name, image_size=image_size, seed=seed)
     probe: ProbeData | None = data.probe
     assert probe is not None  # bundled sets have labels
@@ -101,34 +123,13 @@ def load_labelled(
     )  # fmt: skip
 
 
-def _load_folder(
-    name: str,
-    image_size: tuple[int, int],
-    augmentation: Augmentation,
-    seed: int,
-    decode: Decoder,
-    share: Share,
-) -> LabelledData:
-    no_labels = UserError(f"--data {name} has no labels: expected train/<class>/<image> in it")
-    if not (Path(name) / "train").is_dir():
-        raise no_labels
-    split = split_folder(Path(name), share)
-    if not split.class_names:
-        raise no_labels
-    train, test = (
-        Crops(samples, decode, crop, image_size, seed)
-        for samples, crop in ((split.train, augmentation), (split.held_out, CenterCrops()))
-    )
-    data = DataSet(
-        name=name,
-        in_channels=3,
-        class_names=split.class_names,
-        train=train,
-        normalize=NORMALIZE,
-        content=split.content,
-    )
-    train_labels, test_labels = map(torch.from_numpy, (split.train.labels, split.held_out.labels))
-    return LabelledData(data, train_labels, test, test_labels)
+def _of_folder(data: DataSet) -> LabelledData:
+    train, held_out = data.train, data.held_out
+    assert isinstance(train, StoredSet)
+    assert held_out is not None
+    labels = (torch.from_numpy(part.samples.labels) for part in (train, held_out))
+    train_labels, test_labels = labels
+    return LabelledData(data, train_labels, held_out, test_labels)
 
 
 def _with_train(data: DataSet, train: TrainSet) -> DataSet:

@@ -6,6 +6,7 @@ Paths are bytes, relative to the folder, with slashes. Names that begin with a d
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from abc import ABC, abstractmethod
 from bisect import bisect_left
@@ -13,13 +14,13 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import IO, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recipes.engine.errors import UserError
-from recipes.engine.reading import read_bytes
+from recipes.engine.reading import open_regular, read_bytes
 
 HELD_OUT_SHARE = 0.1
 # Held-out pictures of a folder whose reconstructions are shown.
@@ -61,6 +62,14 @@ class Samples(ABC):
         Raises:
             UnreadableError: If it cannot be read.
         """
+
+    def open(self, index: int) -> IO[bytes]:
+        """Open a sample's file.
+
+        Raises:
+            UnreadableError: If it cannot be read.
+        """
+        return io.BytesIO(self.read(index))
 
     def subset(self, chosen: NDArray[np.int64] | NDArray[np.bool_]) -> Self:
         """Select samples by their indices or by a boolean array."""
@@ -124,6 +133,27 @@ class Files(Samples):
             UnreadableError: If it cannot be read, or is not a regular file.
         """
         return read_bytes(self.name(index), most=MAX_FILE_BYTES)
+
+    def open(self, index: int) -> IO[bytes]:
+        """Open a file.
+
+        Raises:
+            UnreadableError: If it cannot be opened, or is not a regular file.
+        """
+        return open_regular(Path(self.name(index)))
+
+    def count(self, suffixes: Iterable[str]) -> int:
+        """Count the files whose names end in one of some suffixes, in any case."""
+        text, ends = self.names.text, self.names.ends[self.rows]
+        found = np.zeros(len(ends), np.bool_)
+        starts = ends - np.diff(self.names.ends, prepend=0)[self.rows]
+        for suffix in suffixes:
+            fits = ends - starts >= len(suffix)
+            for back, letter in enumerate(reversed(suffix.encode()), 1):
+                letters = text[np.maximum(ends - back, 0)]
+                fits &= (letters == letter) | (letters == ord(chr(letter).upper()))
+            found |= fits
+        return int(found.sum())
 
 
 # Listing
@@ -308,7 +338,12 @@ def _size(name: bytes, folder: int) -> int:
 
 
 def list_files(
-    root: Path, suffixes: Iterable[str], *, labelled: bool, seen: set[FolderId] | None = None
+    root: Path,
+    suffixes: Iterable[str],
+    *,
+    labelled: bool,
+    seen: set[FolderId] | None = None,
+    others: Counter[str] | None = None,
 ) -> tuple[Files, tuple[str, ...], list[str]]:
     """List the files in a folder and its subfolders, and their classes.
 
@@ -319,6 +354,7 @@ def list_files(
         suffixes: Endings of the names of files, in lower case.
         labelled: Whether its subfolders are classes.
         seen: Folders that are listed already; those of `root` are added to it.
+        others: Gets the number of files with each other ending.
 
     Returns:
         The files sorted by path, the names of their classes, and notes on what was left out. There
@@ -330,6 +366,8 @@ def list_files(
     """
     walk = _Walk(root, suffixes, set() if seen is None else seen)
     runs = walk.walk()
+    if others is not None:
+        others.update(walk.passed_over.suffixes)
     folders = [run.key[0] for run in runs if len(run.key) > 1]
     has_classes = labelled and bool(folders)
     notes = walk.passed_over.notes(root, has_classes=has_classes)

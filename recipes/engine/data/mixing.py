@@ -1,6 +1,7 @@
 """Mixup and cutmix: two images are mixed into one, and so are their targets."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,10 +46,10 @@ class Mixing:
 
     def __call__(
         self,
-        images: Float[Tensor, "batch channels height width"],
+        images: Float[Tensor, "batch channels *spatial"],
         labels: Int64[Tensor, " batch"],
         generator: torch.Generator,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch classes"]]:
+    ) -> tuple[Float[Tensor, "batch channels *spatial"], Float[Tensor, "batch classes"]]:
         """Mix a batch.
 
         Args:
@@ -72,12 +73,12 @@ class Mixing:
         share = draw_beta(self.cutmix if cuts else self.mixup, generator)
         if not cuts:
             return images * share + images.flip(0) * (1 - share), share
-        height, width = images.shape[2:]
-        top, bottom, left, right = draw_box(height, width, share, generator)
+        box = draw_box(images.shape[2:], share, generator)
         mixed = images.clone()
-        mixed[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
+        mixed[:, :, *box] = images.flip(0)[:, :, *box]
         # The border of the image may have clipped the box.
-        return mixed, 1 - (bottom - top) * (right - left) / (height * width)
+        inside = math.prod(side.stop - side.start for side in box)
+        return mixed, 1 - inside / math.prod(images.shape[2:])
 
 
 def smooth_targets(
@@ -95,17 +96,17 @@ def draw_beta(alpha: float, generator: torch.Generator) -> float:
     return float(np.random.default_rng(int(seed)).beta(alpha, alpha))
 
 
-def draw_box(
-    height: int, width: int, share: float, generator: torch.Generator
-) -> tuple[int, int, int, int]:
-    """Draw top, bottom, left and right of a box that covers about `1 - share` of an image.
+def draw_box(lengths: Sequence[int], share: float, generator: torch.Generator) -> tuple[slice, ...]:
+    """Draw a box that covers about `1 - share` of an image: a range along each axis.
 
     The center is drawn anywhere in the image, so the border may clip the box.
     """
-    ratio = math.sqrt(1 - share)
-    bounds: list[int] = []
-    for length in (height, width):
+    left = 1 - share
+    # The root of timm on two axes, to the last bit.
+    ratio = math.sqrt(left) if len(lengths) == 2 else left ** (1 / len(lengths))
+    ranges = []
+    for length in lengths:
         half = int(length * ratio) // 2
         center = int(torch.randint(length, (), generator=generator))
-        bounds += [max(center - half, 0), min(center + half, length)]
-    return bounds[0], bounds[1], bounds[2], bounds[3]
+        ranges.append(slice(max(center - half, 0), min(center + half, length)))
+    return tuple(ranges)

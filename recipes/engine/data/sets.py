@@ -20,7 +20,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from recipes.engine.data.images import Normalize, as_they_are, model_inputs, to_unit
+from recipes.engine.data.listing import Samples
+from recipes.engine.data.statistics import Statistics
 from recipes.engine.errors import UserError
+from recipes.engine.reading import UnreadableError
 from recipes.engine.seeds import sample_rng
 
 # Photos and digits are drawn at random. An epoch is this many images.
@@ -59,6 +62,65 @@ class TrainSet(Dataset[Item], ABC):
     def describe(self, sample_id: int) -> str:
         """Return a readable name of a sample."""
         return f"sample {sample_id}"
+
+
+@dataclass(frozen=True, eq=False)
+class StoredSet(TrainSet):
+    """Crops of stored samples. A subclass says how one is read and cropped.
+
+    Attributes:
+        samples: The samples, indexed by sample id.
+        image_size: Size of a crop per axis.
+        seed: Seed of the run.
+        num_channels: Channels of a crop.
+        dtype: Its type: bytes or floats.
+    """
+
+    samples: Samples
+    image_size: tuple[int, ...]
+    seed: int
+    num_channels: int = 3
+    dtype: torch.dtype = torch.uint8
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: tuple[int, int]) -> Item:
+        try:
+            return self._crop(*index), index[1]
+        except UnreadableError:
+            return None, index[1]
+
+    def __getitems__(self, indices: list[tuple[int, int]]) -> Batch:
+        """Return a batch, which is filled in place. `DataLoader` calls this method."""
+        shape = (len(indices), self.num_channels, *self.image_size)
+        images = torch.empty(shape, dtype=self.dtype)
+        sample_ids: list[int] = []
+        unreadable_ids: list[int] = []
+        for epoch, sample_id in indices:
+            try:
+                images[len(sample_ids)] = self._crop(epoch, sample_id)
+                sample_ids.append(sample_id)
+            except UnreadableError:
+                unreadable_ids.append(sample_id)
+        images = images[: len(sample_ids)]
+        return Batch(images, torch.tensor(sample_ids, dtype=torch.int64), unreadable_ids)
+
+    def _crop(self, epoch: int, sample_id: int) -> Shaped[Tensor, channels * spatial]:
+        """Read and crop a sample.
+
+        Raises:
+            UnreadableError: If it cannot be read.
+        """
+        raise NotImplementedError
+
+    def picture_size(self, sample_id: int) -> tuple[int, ...]:
+        """Return the size of a picture to be shown: whole crops."""
+        return self.image_size
+
+    def describe(self, sample_id: int) -> str:
+        """Return the path of a sample."""
+        return self.samples.name(sample_id)
 
 
 def check_readable(samples: TrainSet, unreadable: Collection[int]) -> None:
@@ -130,9 +192,9 @@ class ProbeData:
         test_labels: Their classes.
     """
 
-    train_images: Float[Tensor, "train channels height width"]
+    train_images: Float[Tensor, "train channels *spatial"]
     train_labels: Int64[Tensor, " train"]
-    test_images: Float[Tensor, "test channels height width"]
+    test_images: Float[Tensor, "test channels *spatial"]
     test_labels: Int64[Tensor, " test"]
 
 
@@ -145,12 +207,15 @@ class DataSet:
         in_channels: Channels of an image.
         train: Training images.
         class_names: Names of the classes in the order of their labels; empty without labels.
-        pictures: Held-out images [C, H, W] in [0, 1] whose reconstructions are drawn. Height and
-            width are multiples of `image_size`. If empty, nothing is drawn.
-        normalize: Turns images [B, C, H, W] in [0, 1] into model inputs, and also returns a mean
-            and a standard deviation with `images == inputs * std + mean`.
+        pictures: Held-out images [C, *spatial] in [0, 1] whose reconstructions are drawn. Their
+            sides are multiples of `image_size`. If empty, nothing is drawn.
+        normalize: Turns images [B, C, *spatial] in [0, 1] into model inputs, and also returns a
+            mean and a standard deviation with `images == inputs * std + mean`.
         load_probe: Loads the labelled images for the probes; None without labels.
         content: Number and hash of stored samples; None if images are drawn.
+        image_size: Size of a model input per axis, where the samples decide how many axes it has.
+        statistics: What arrays are normalised by; None for pictures.
+        held_out: Test samples of a folder, cropped without chance.
     """
 
     name: str
@@ -161,6 +226,9 @@ class DataSet:
     normalize: Normalize = as_they_are
     load_probe: Callable[[], ProbeData] | None = None
     content: str | None = None
+    image_size: tuple[int, ...] | None = None
+    statistics: Statistics | None = None
+    held_out: StoredSet | None = None
 
     @cached_property
     def probe(self) -> ProbeData | None:
@@ -178,9 +246,7 @@ class Batch(NamedTuple):
         targets: What is in each image, where the data set loads it with the image.
     """
 
-    images: (
-        Float[Tensor, "batch channels height width"] | UInt8[Tensor, "batch channels height width"]
-    )
+    images: Float[Tensor, "batch channels *spatial"] | UInt8[Tensor, "batch channels *spatial"]
     sample_ids: Int64[Tensor, " batch"]
     unreadable_ids: list[int]
     targets: tuple[Any, ...] = ()

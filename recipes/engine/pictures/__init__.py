@@ -12,20 +12,22 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
-from einops import rearrange
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from mimkit import masking, viz
+from mimkit.patches import patchify, unpatchify
 from recipes.engine.data.sets import DataSet, ProbeData
 from recipes.engine.errors import UserError, escaped, say
 from recipes.engine.masks import first
+from recipes.engine.pictures.flat import flatten_image, middle, plane
 from recipes.engine.probes import Features, compute_features, fit_attentive, standardize
 from recipes.engine.reading import UnreadableError, read_yaml
 from recipes.engine.run.cli import run_command
@@ -65,23 +67,28 @@ def draw_reconstructions(
 ) -> None:
     """Draw held-out pictures: as they are, masked, and reconstructed tile by tile."""
     encoder: Any = model.encoder
-    height, width = encoder.image_size
+    show = shown_by(config)
 
     def columns(number: int, picture: "TiledPicture") -> dict[str, Tensor]:
         ids = torch.arange(len(picture.tiles)) + (number << 32)
         mask = first(config.masking.draw(masking.key(ids, seed=config.seed), encoder.grid))
-        patch_size = height // mask.grid[0], width // mask.grid[1]  # not always the encoder's
+        patch_size = [  # not always the encoder's
+            size // n for size, n in zip(encoder.image_size, mask.grid, strict=True)
+        ]
         with config.autocast():
             filled = recipe.reconstruct(
                 model, picture.inputs.to(config.device), mask.to(config.device)
             )
         masked = viz.show_masked(picture.tiles, mask, patch_size)
+        if len(mask.grid) == 1:  # a curve has a gap there
+            blank = torch.zeros_like(masked)
+            masked[viz.show_masked(blank, mask, patch_size, color=1.0).bool()] = math.nan
         share = f"masked, {mask.num_masked / mask.num_tokens:.0%}"
         return {share: masked, "reconstruction": picture.from_inputs(filled)}
 
     note = f"{_tile_note(encoder)} and filled in by itself.\n{_note(recipe, model)}"
     file = folder.path / "reconstructions.png"
-    draw_columns(file, data, (height, width), columns, note=note)
+    draw_columns(file, data, encoder.image_size, columns, note=note, show=show)
 
 
 @torch.no_grad()
@@ -98,31 +105,39 @@ def draw_more_pictures(
                 found = draw(model, picture.inputs.to(config.device))
             return {caption: picture.from_inputs(tiles) for caption, tiles in found.items()}
 
-        draw_columns(folder.path / f"{name}.png", data, encoder.image_size, columns, note=note)
+        file = folder.path / f"{name}.png"
+        draw_columns(file, data, encoder.image_size, columns, note=note, show=shown_by(config))
+
+
+def shown_by(config: RunConfig) -> Callable[[Tensor], Tensor]:
+    """Return what turns values in [0, 1] into pictures, in the bands of `--bands`."""
+    return partial(flatten_image, bands=config.training.bands)
 
 
 def draw_columns(
     file: Path,
     data: DataSet,
-    size: tuple[int, int],
+    size: tuple[int, ...],
     columns: Callable[[int, "TiledPicture"], Mapping[str, Tensor]],
     *,
     note: str = "",
+    show: Callable[[Tensor], Tensor] = flatten_image,
 ) -> None:
     """Draw held-out pictures with columns of what is made of them; nothing if there are none.
 
     Args:
         file: Where to.
         data: Has the pictures.
-        size: Height and width of a tile.
+        size: Size of a tile per axis.
         columns: Makes tiles in [0, 1] by caption, of a picture and its number.
         note: Text below.
+        show: Turns values in [0, 1] of any channels and axes into a picture.
     """
     rows, captions = [], ["input (not trained on)"]
     for number, picture in enumerate(tiled_pictures(data, size)):
         found = columns(number, picture)
         captions = [captions[0], *found]
-        rows.append([picture.join(tiles) for tiles in (picture.tiles, *found.values())])
+        rows.append([show(picture.join(tiles)) for tiles in (picture.tiles, *found.values())])
     if rows:
         save_picture(viz.panel(rows, captions, note=note), file)
 
@@ -140,16 +155,14 @@ class TiledPicture:
         inputs: Tiles as model inputs.
         mean: What was subtracted from them.
         std: What they were divided by then.
-        down: Tiles in a column.
-        across: Tiles in a row.
+        counts: Tiles per axis.
     """
 
     tiles: Tensor
     inputs: Tensor
     mean: Tensor
     std: Tensor
-    down: int
-    across: int
+    counts: tuple[int, ...]
 
     def from_inputs(self, inputs: Tensor) -> Tensor:
         """Turn model inputs of the tiles into tiles."""
@@ -157,21 +170,21 @@ class TiledPicture:
 
     def join(self, tiles: Tensor) -> Tensor:
         """Put the tiles together."""
-        return rearrange(tiles, "(a b) c h w -> c (a h) (b w)", a=self.down, b=self.across)
+        patches = tiles.flatten(1)[None]
+        return unpatchify(patches, self.counts, tuple(tiles.shape[2:]), order="c p1 p2")[0]
 
 
-def tiled_pictures(data: DataSet, size: tuple[int, int]) -> Iterator[TiledPicture]:
-    """Cut each held-out picture into tiles of a height and width."""
-    height, width = size
+def tiled_pictures(data: DataSet, size: tuple[int, ...]) -> Iterator[TiledPicture]:
+    """Cut each held-out picture into tiles of a size."""
     for picture in data.pictures:
-        down, across = picture.shape[1] // height, picture.shape[2] // width
-        tiles = rearrange(picture, "c (a h) (b w) -> (a b) c h w", a=down, b=across)
-        yield TiledPicture(tiles, *data.normalize(tiles), down, across)
+        counts = tuple(n // side for n, side in zip(picture.shape[1:], size, strict=True))
+        patches = patchify(picture[None], size, order="c p1 p2")[0]
+        tiles = patches.view(-1, len(picture), *size)
+        yield TiledPicture(tiles, *data.normalize(tiles), counts)
 
 
 def _tile_note(encoder: Any) -> str:
-    height, width = encoder.image_size
-    return f"Tiles of {height} x {width} px, each normalised"
+    return f"Tiles of {' x '.join(map(str, encoder.image_size))} px, each normalised"
 
 
 def draw_attention(
@@ -181,6 +194,7 @@ def draw_attention(
     folder: RunFolder,
     *,
     seed: int,
+    bands: Sequence[int] | None = None,
 ) -> None:
     """Draw where the attentive probe looks in test images, with a line around half of it.
 
@@ -191,9 +205,11 @@ def draw_attention(
     labels = probe.test_labels
     rows = [int((labels == label).nonzero()[0]) for label in labels.unique()[:_ATTENTION_ROWS]]
     images = probe.test_images[rows]
-    low, high = (f(images, dim=(1, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))
+    axes = tuple(range(1, images.ndim))
+    low, high = (f(images, dim=axes, keepdim=True) for f in (torch.amin, torch.amax))
     stretched = (images - low) / (high - low).clamp(min=1e-6)
-    shown = stretched.repeat_interleave(_ENLARGED, 2).repeat_interleave(_ENLARGED, 3)
+    shown = torch.stack([plane(image, bands) for image in stretched])
+    shown = shown.repeat_interleave(_ENLARGED, 2).repeat_interleave(_ENLARGED, 3)
     columns = {"input (contrast stretched)": shown}
     for name, encode in features.items():
         train, some = (
@@ -202,9 +218,8 @@ def draw_attention(
         train, some = standardize(train, some)
         classifier = fit_attentive(train, probe.train_labels.to(train.device), seed=seed)
         attention = classifier.attention(some).mean(dim=1).cpu()
-        columns[name] = viz.show_attention(
-            shown, attention[:, -math.prod(grid) :].unflatten(1, grid)
-        )
+        maps = attention[:, -math.prod(grid) :].unflatten(1, grid)
+        columns[name] = viz.show_attention(shown, middle(maps))
     panel = [list(row) for row in zip(*columns.values(), strict=True)]
     note = "The line encloses the patches that hold half of the attention (mean over heads)."
     save_picture(viz.panel(panel, list(columns), note=note), folder.path / "attention.png")

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from mimkit.interop import from_hf
+from recipes.engine.data.arrays import ArrayOptions
+from recipes.engine.data.statistics import FindStatistics, Statistics
 from recipes.engine.errors import UserError
 from recipes.engine.pretrained.files import check_finite, read_weights
 from recipes.engine.pretrained.shapes import KINDS, Encoder, EncoderShape, ViTShape
 from recipes.engine.reading import UnreadableError, read_json, read_yaml
 from recipes.engine.run.cli import Options
+from recipes.engine.run.config import RunConfig
+from recipes.engine.run.folder import find_statistics, read_statistics
 
 # Modules after the last block: pre-training and fine-tuning have different ones.
 _AFTER_BLOCKS = ("norm.", "fusions.")
@@ -22,6 +26,11 @@ _CLASSIFIER = ("fc_norm.", "head.")
 # Tables of relative positions that a ConvViT gets in a detector.
 _OF_DETECTOR = {"window_bias.table", "global_bias.table"}
 ENCODER = "encoder.safetensors"
+_ADVICE = (
+    "give the --preset of this encoder, or put a config.yaml beside it: that of its run, or for a "
+    "ViT one line with its own numbers, model: {image_size: 224, patch_size: 16, in_channels: 3, "
+    "dim: 192, depth: 12, heads: 3, mlp_ratio: 4.0}"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +72,33 @@ class EncoderFile:
         digest: Hash of the file's content, eight characters.
         shape: Shape of the encoder.
         weights: Its weights, under mimkit's names.
+        statistics: What its inputs were normalised by, if it was trained on arrays.
     """
 
     path: Path
     digest: str
     shape: EncoderShape
     weights: Mapping[str, Tensor]
+    statistics: Statistics | None = None
+
+
+def statistics_of(file: EncoderFile | None, options: Options, config: RunConfig) -> FindStatistics:
+    """Return what finds the statistics of arrays: those of the encoder, or of the run's folder."""
+
+    def find(channels: int, image_size: tuple[int, ...]) -> Statistics | None:
+        if file is not None and file.statistics is not None:
+            return file.statistics if len(file.statistics.mean) == channels else None
+        return find_statistics(options.out, config, channels, image_size)
+
+    return find
+
+
+def array_options(file: EncoderFile | None, config: RunConfig) -> ArrayOptions:
+    """Return how files are read: for an encoder of arrays, with the channels that they have."""
+    options = config.training.arrays
+    if file is not None and file.statistics is not None and options.channels is None:
+        return dataclasses.replace(options, channels="keep")
+    return options
 
 
 def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
@@ -119,7 +149,10 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
         found = dataclasses.replace(shape, in_channels=first.shape[1])
     else:
         _check_shape(path.with_name("config.yaml"), path, found.read(weights), weights)
-    return EncoderFile(path, file.digest, found.read(weights), weights)
+    shape = found.read(weights)
+    config = path.with_name("config.yaml")
+    statistics = read_statistics(config, shape.in_channels) if config.is_file() else None
+    return EncoderFile(path, file.digest, shape, weights, statistics)
 
 
 def check_no_windows(file: EncoderFile) -> None:
@@ -212,8 +245,9 @@ def _shape_from_config(path: Path, kind: type[EncoderShape]) -> EncoderShape | N
         missing = {name for name in kind.optional_fields if model.get(name) is None}
         values = {name: model[name] for name in names - missing}
     except (UnreadableError, AttributeError, KeyError, TypeError) as error:
+        lacks = f", it lacks {error}" if isinstance(error, KeyError) else ""
         raise UserError(
-            f"{file} does not hold the shape of a {kind.kind}: move it elsewhere"
+            f"{file} does not hold the shape of a {kind.kind}{lacks}: move it elsewhere"
         ) from error
     plain: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
@@ -298,7 +332,6 @@ def fill_encoder(encoder: Encoder, file: EncoderFile) -> None:
         for name, tensor in file.weights.items()
         if name in wanted or not name.startswith((*_AFTER_BLOCKS, *_CLASSIFIER))
     }
-    advice = "give the --preset of this encoder, or put the config.yaml of its run beside it"
     odd = sorted(wanted ^ weights.keys())
     if set(odd) == {"norm.weight", "norm.bias"} and "fc_norm.weight" in file.weights:
         raise UserError(
@@ -313,12 +346,12 @@ def fill_encoder(encoder: Encoder, file: EncoderFile) -> None:
         )
     if odd:
         problem = "has no weight" if odd[0] in wanted else "has an unexpected weight"
-        raise UserError(f"--encoder {file.path} {problem} {odd[0]}: {advice}")
+        raise UserError(f"--encoder {file.path} {problem} {odd[0]}: {_ADVICE}")
     fitted = file.shape.resample(weights, encoder)
     for name, tensor in fitted.items():
         if tensor.shape != own[name].shape:
             raise UserError(
                 f"--encoder {file.path}: {name} has shape {tuple(tensor.shape)} "
-                f"instead of {tuple(own[name].shape)}: {advice}"
+                f"instead of {tuple(own[name].shape)}: {_ADVICE}"
             )
     encoder.load_state_dict({**own, **fitted})

@@ -53,10 +53,15 @@ class EncoderShape(ABC):
         Raises:
             UserError: The images have another number of axes.
         """
-        axes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,) * 2
+        axes = self.sides
         if len(axes) != 2:
             raise UserError(f"image_size {axes} must have two axes: height and width")
         return axes[0], axes[1]
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Size per axis; one integer is the side of a square."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size,) * 2
 
     @classmethod
     @abstractmethod
@@ -186,8 +191,8 @@ class ViTShape(EncoderShape):
     def resample(self, weights: Mapping[str, Tensor], encoder: Encoder) -> Mapping[str, Tensor]:
         """Resample absolute and relative position tables to another grid."""
         fitted, own = dict(weights), encoder.state_dict()
-        patch = per_axis("patch_size", self.patch_size, 2)
-        grid = tuple(size // side for size, side in zip(self.image_axes(), patch, strict=True))
+        patch = per_axis("patch_size", self.patch_size, len(self.sides))
+        grid = tuple(size // side for size, side in zip(self.sides, patch, strict=True))
         if "pos_embed" in own:
             fitted["pos_embed"] = _resampled(weights["pos_embed"], grid, encoder)
         for name, table in weights.items():
@@ -220,8 +225,8 @@ def _resampled(table: Tensor, old_grid: tuple[int, ...], encoder: Encoder) -> Te
     """Resample a position table to the encoder's grid; unchanged if its size fits no grid."""
     num_prefix = encoder.num_prefix_tokens
     side = math.isqrt(max(table.shape[1] - num_prefix, 0))
-    for grid in (old_grid, (side, side)):
-        if math.prod(grid) + num_prefix == table.shape[1]:
+    for grid in (old_grid, (side,) * len(encoder.grid)):
+        if len(grid) == len(encoder.grid) and math.prod(grid) + num_prefix == table.shape[1]:
             resampled = interpolate_positions(table[0], grid, encoder.grid, num_prefix=num_prefix)
             return resampled.unsqueeze(0)
     return table
@@ -410,3 +415,13 @@ class ConvViTShape(EncoderShape):
 
 
 KINDS: tuple[type[EncoderShape], ...] = (ViTShape, SwinShape, ConvViTShape)
+
+
+def check_window(shape: EncoderShape, window: int | None) -> None:
+    """Check that `--window` is given for an encoder with windows only.
+
+    Raises:
+        UserError: If it is given for another one.
+    """
+    if window is not None and not isinstance(shape, SwinShape):
+        raise UserError(f"--window {window}: a {shape.kind} has no windows, leave it out")

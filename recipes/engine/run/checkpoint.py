@@ -324,9 +324,23 @@ def load_model(folder: Path, model: nn.Module) -> bool:
 
 
 def start_from(
-    resume: str, checkpoints: Checkpoints, model: nn.Module, optimizer: Optimizer, num_steps: int
+    resume: str,
+    checkpoints: Checkpoints,
+    model: nn.Module,
+    optimizer: Optimizer,
+    num_steps: int,
+    *,
+    earlier: Checkpoints | None = None,
 ) -> int:
     """Load the checkpoint to resume from, and return its step; 0 without one.
+
+    Args:
+        resume: The value of `--resume`.
+        checkpoints: Checkpoints of the run.
+        model: The model.
+        optimizer: Its optimizer.
+        num_steps: Steps of the run.
+        earlier: Checkpoints of the run before the images changed, whose weights step 0 has.
 
     Raises:
         UserError: If `--resume` names no checkpoint, or is "never" and there is one.
@@ -343,6 +357,9 @@ def start_from(
         return newest
     origin = find_origin(resume, checkpoints.world, num_steps)
     if origin is None:
+        newest = None if earlier is None or resume == "never" else earlier.newest()
+        if earlier is not None and newest is not None:
+            earlier.load(newest, model, optimizer)
         return 0
     others, step = origin
     others.load(step, model, optimizer)

@@ -41,7 +41,7 @@ class Options:
 
     Attributes:
         preset: Model and schedule.
-        data: "photos", "digits", or a folder of images.
+        data: "photos", "digits", or a folder of images or arrays.
         out: Output folder; by default runs/<recipe>-<preset>-<data>-<hash of the configuration>.
         max_steps: Stop after this many optimizer steps; the learning-rate schedule does not change.
         lr: Peak learning rate, not scaled with the batch size.
@@ -66,6 +66,8 @@ class Options:
             last two are kept.
         resume: "auto" continues from the last checkpoint in the output folder, "never" refuses to
             continue a run, and the folder of a checkpoint starts from that one.
+        accept_changed_data: Go on in the output folder though the --data folder has changed: from
+            the weights of the last checkpoint, with epochs counted anew.
         dry_run: Print configuration and cost without training.
         config: YAML file with any of these options; the command line takes precedence.
     """
@@ -90,20 +92,21 @@ class Options:
     checkpoint_every: PositiveInt | None = None
     keep_every: PositiveInt | None = None
     resume: str = "auto"
+    accept_changed_data: bool = False
     dry_run: bool = False
     config: Path | None = None
 
 
 # Fields of every preset's model and training that become options.
+IMAGE_FLAGS = ("orientation", "background", "value_range")
+ARRAY_FLAGS = ("channels", "crop", "array_key")
 FLAGS = (
     "image_size",
     "epochs",
     "batch_size",
     "warmup_epochs",
     "precision",
-    "orientation",
-    "background",
-    "value_range",
+    *IMAGE_FLAGS,
 )
 
 # PyTorch's message of an allocation on the CPU that fails.
@@ -112,6 +115,11 @@ _NO_MEMORY = "can't allocate memory"
 _WORKER_LOST = re.compile(r"DataLoader worker .*(is killed by signal|exited unexpectedly)")
 
 OptionsType = TypeVar("OptionsType")
+
+
+def _called(name: str) -> str:
+    """Return how a recipe was called, for its help: as a file, or by the command `mimkit`."""
+    return sys.argv[0] if sys.argv[0].startswith("mimkit ") else f"recipes/{name}.py"
 
 
 def run_command(
@@ -143,7 +151,7 @@ def run_command(
             parse_options(
                 options_type,
                 sys.argv[1:] if arguments is None else arguments,
-                program=f"recipes/{name}.py",
+                program=_called(name),
                 description=description,
             )
         )

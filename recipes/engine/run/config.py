@@ -16,8 +16,11 @@ import yaml
 from torch import Tensor, nn
 
 from mimkit.masking import Mask
+from recipes.engine.data.arrays import ArrayOptions, Channels, CropName
 from recipes.engine.data.decode import Background, Decoder, Orientation
 from recipes.engine.data.images import Interpolation
+from recipes.engine.data.sets import DataSet
+from recipes.engine.data.statistics import Statistics
 from recipes.engine.errors import UserError, say
 from recipes.engine.fields import (
     Beta,
@@ -33,7 +36,7 @@ from recipes.engine.fields import (
 )
 from recipes.engine.reading import UnreadableError, sha256_of
 from recipes.engine.run import defaults
-from recipes.engine.run.cli import Options, override
+from recipes.engine.run.cli import Options, override, refusing
 
 # Pixels of a model input: 4096 x 16384, or a volume of 256 x 512 x 512.
 _MOST_PIXELS = 2**26
@@ -69,6 +72,14 @@ class Training:
         background: Color under transparent pixels; for folders only.
         value_range: Values that become black and white in gray images of 16 bits or more; by
             default 0 to 65535; for folders only.
+        channels: "rgb" reads pictures as RGB, "keep" with the channels and bits that they have; by
+            default, pictures as RGB and arrays as they are; for folders only.
+        crop: Of arrays, and of pictures instead of the papers' resized crops: "random" cuts out
+            boxes, nothing is resized or flipped; "whole" resamples all of it to the image size; for
+            folders only.
+        array_key: Name of the array in .npz files that hold several; for folders only.
+        bands: Channels of an array to be shown as red, green and blue, or one as gray, counted from
+            1; by default the first three.
         precision: "fp32", or "bf16" for bfloat16 autocast.
     """
 
@@ -88,6 +99,10 @@ class Training:
     orientation: Orientation = "ignore"
     background: Background = "black"
     value_range: tuple[float, float] | None = None
+    channels: Channels | None = None
+    crop: CropName | None = None
+    array_key: str | None = None
+    bands: tuple[PositiveInt, ...] | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
@@ -97,6 +112,13 @@ class Training:
         low, high = self.value_range or (0, 1)
         if not -math.inf < low < high < math.inf:
             raise FieldError("value_range", self.value_range, "two numbers, the smaller one first")
+        if self.bands is not None and len(self.bands) not in (1, 3):
+            raise FieldError("bands", self.bands, "one channel or three")
+
+    @property
+    def arrays(self) -> ArrayOptions:
+        """How files are read that may be arrays."""
+        return ArrayOptions(self.channels, self.crop, self.array_key)
 
     @property
     def decoder(self) -> Decoder:
@@ -191,6 +213,7 @@ class RunConfig:
         format: Format number of the run folder. Folders of another format are refused.
         contents: Digests of the files that the configuration names (a tokenizer, a teacher), and
             number and digest of the samples of a folder; None if there are none.
+        statistics: What arrays are normalised by; None for pictures.
     """
 
     recipe: str
@@ -206,6 +229,7 @@ class RunConfig:
     compile: bool
     accumulate: int
     contents: Mapping[str, str] | None = None
+    statistics: Statistics | None = None
     format: int = FORMAT
 
     @property
@@ -218,6 +242,32 @@ class RunConfig:
         """Return the autocast context of the configured precision."""
         is_on = self.training.precision == "bf16"
         return torch.autocast(self.device, dtype=torch.bfloat16, enabled=is_on)
+
+    def for_images(self, channels: int, image_size: tuple[int, ...] | None) -> Self:
+        """Fit the model to the channels of images, and to their axes.
+
+        Raises:
+            UserError: If the model is for images of two axes.
+        """
+        changes: dict[str, Any] = {"in_channels": channels}
+        if image_size is not None and self.image_size != image_size:
+            changes["image_size"] = image_size
+        with refusing():
+            return dataclasses.replace(self, model=dataclasses.replace(self.model, **changes))
+
+    def for_data(self, data: DataSet) -> Self:
+        """Fit the model to a data set, and add its content and statistics.
+
+        Raises:
+            UserError: If the model is for images of two axes, or there is no band of `--bands`.
+        """
+        bands = self.training.bands or ()
+        if any(band > data.in_channels for band in bands):
+            raise UserError(
+                f"--bands {' '.join(map(str, bands))}: {self.data} has {data.in_channels} channels"
+            )
+        config = self.for_images(data.in_channels, data.image_size).with_data(data.content)
+        return dataclasses.replace(config, statistics=data.statistics)
 
     def with_data(self, content: str | None) -> Self:
         """Add the content of the data set to `contents`."""
@@ -238,9 +288,10 @@ class RunConfig:
         """Return a hash of this configuration, of eight characters.
 
         It names the default output folder. The samples do not count: if they change, the folder is
-        found, and the change is an error.
+        found, and the change is an error. Nor do their statistics, which are found in it.
         """
         plain = self.as_dict()
+        del plain["statistics"]
         others = {name: one for name, one in (self.contents or {}).items() if name != "data"}
         text = json.dumps(plain | {"contents": others or None}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]

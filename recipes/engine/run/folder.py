@@ -1,12 +1,16 @@
 """The output folder of a run."""
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
+import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -19,6 +23,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from recipes.engine.data.statistics import Statistics
 from recipes.engine.errors import UserError, say
 from recipes.engine.reading import UnreadableError, read_yaml, seal
 from recipes.engine.run import state
@@ -29,6 +34,7 @@ from recipes.engine.writing import PARTIAL, put_aside, write_atomically, write_j
 
 CHECKPOINTS = "checkpoints"
 _CONFIG = "config.yaml"
+_EARLIER = re.compile(r"before-\d+")  # folders of runs on images that have changed since
 _LOCK = ".lock"
 # What a run that was killed at once leaves.
 _BEFORE_CONFIG = (_LOCK, _CONFIG + PARTIAL)
@@ -56,6 +62,8 @@ class RunFolder:
         config: The run's configuration.
         world: The processes of the run.
         lock: Whether to lock it; without a lock, its user sees to it that no other job enters.
+        accept_changed: Whether a run on images that have changed is begun again, from the weights
+            of its last checkpoint; the run before it is moved to the folder `before-<n>`.
 
     Raises:
         UserError: On entering, if the path is a file, cannot be written, holds another
@@ -64,12 +72,19 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: Path, config: RunConfig, world: World | None = None, *, lock: bool = True
+        self,
+        path: Path,
+        config: RunConfig,
+        world: World | None = None,
+        *,
+        lock: bool = True,
+        accept_changed: bool = False,
     ) -> None:
         self.path = path
         self.config = config
         self.world = world or World()
         self._locks = lock
+        self._accepts_changed = accept_changed
         self._lock_file = contextlib.ExitStack()
         self._summary: dict[str, Any] | None = None
         self._digests: dict[str, str] = {}  # of the weights that were written
@@ -87,6 +102,8 @@ class RunFolder:
                 if self._locks:
                     self._lock(stack.enter_context((self.path / _LOCK).open("a")))
                 self._check()  # again, now that no other process writes
+                if self._accepts_changed:
+                    self._begin_again()
                 self._write_config()
                 self._summary = self._read_summary()
             except OSError as error:
@@ -149,18 +166,52 @@ class RunFolder:
                 f"{wanted['format']}): choose another --out"
             )
         different = _differences(found, wanted)
+        if different == ["contents.data"] and self._accepts_changed:
+            return
         if different == ["contents.data"]:
             before, now = (known["contents"].get("data") for known in (found, wanted))
             raise UserError(
                 f"the images of --data {self.config.data} are others than when the run in "
-                f"{self.path} began ({before}; now {now}): restore them or choose another "
-                f"--out, where --resume can start from a checkpoint of this run"
+                f"{self.path} began ({before}; now {now}): restore them, accept them "
+                "with --accept-changed-data, or choose another --out, where --resume can start "
+                "from a checkpoint of this run"
             )
         if different:
             raise UserError(
                 f"the output folder {self.path} holds a run with other values of "
                 f"{', '.join(map(str, different))}: choose another --out"
             )
+
+    def _begin_again(self) -> None:
+        """Move a run on other images aside; what was killed in this is completed."""
+        file = self.path / _CONFIG
+        if not file.exists():
+            return
+        found, wanted = _read_config(file), self.config.as_dict()
+        if _differences(found, wanted) != ["contents.data"]:
+            return
+        numbers = (self.path / f"before-{n}" for n in itertools.count(1))
+        aside = next(path for path in numbers if not (path / _CONFIG).exists())
+        aside.mkdir(exist_ok=True)
+        stays = (_LOCK, _CONFIG)
+        for entry in sorted(self.path.iterdir()):
+            if entry.name not in stays and not _EARLIER.fullmatch(entry.name):
+                os.rename(entry, aside / entry.name)
+        os.rename(file, aside / _CONFIG)  # last: until then, this is begun again
+        before, now = (known["contents"].get("data") for known in (found, wanted))
+        say(
+            f"note: the images have changed ({before}; now {now}): epochs are counted anew, from "
+            f"the weights of the last checkpoint; the run before is in {aside}",
+            file=sys.stderr,
+        )
+
+    def earlier(self) -> Path | None:
+        """Return the folder of the last run on images that have changed since; None without one."""
+        runs = [path for path in self.path.glob("before-*") if (path / _CONFIG).is_file()]
+        numbered = [path for path in runs if _EARLIER.fullmatch(path.name)]
+        return self.world.agree(
+            max(numbered, key=lambda path: int(path.name.removeprefix("before-")), default=None)
+        )
 
     def _write_config(self) -> None:
         file = self.path / _CONFIG
@@ -287,6 +338,43 @@ def output_folder(out: str | None, config: RunConfig) -> Path:
     return Path("runs") / f"{config.recipe}-{config.preset}-{data}-{config.digest()}"
 
 
+def find_statistics(
+    out: str | None, config: RunConfig, channels: int, image_size: tuple[int, ...]
+) -> Statistics | None:
+    """Return the statistics of the arrays in the configuration of a run that is continued.
+
+    Args:
+        out: The value of `--out`.
+        config: The run's configuration, before it is fitted to the arrays.
+        channels: Channels of the arrays.
+        image_size: Size of a crop.
+
+    Returns:
+        The statistics; None if no run is continued, or it has others than of arrays.
+    """
+    file = output_folder(out, config.for_images(channels, image_size)) / _CONFIG
+    return read_statistics(file, channels) if file.is_file() else None
+
+
+def read_statistics(file: Path, channels: int) -> Statistics | None:
+    """Return the statistics of arrays in a `config.yaml`; None if it has none for so many channels.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    config = _read_config(file)
+    found = config.get("statistics") if isinstance(config, dict) else None
+    names = {field.name for field in dataclasses.fields(Statistics)}
+    if not isinstance(found, dict) or found.keys() != names:
+        return None
+    statistics = Statistics(**{name: tuple(values) for name, values in found.items()})
+    is_whole = all(
+        len(values) == channels and all(isinstance(v, float) and math.isfinite(v) for v in values)
+        for values in vars(statistics).values()
+    )
+    return statistics if is_whole and min(statistics.std) > 0 else None
+
+
 def check_content(path: Path) -> None:
     """Check that a folder holds nothing but a run of mimkit, and its files are files.
 
@@ -298,7 +386,8 @@ def check_content(path: Path) -> None:
     entries = sorted(path.iterdir())
     is_run = any(entry.name == _CONFIG for entry in entries)
     for entry in entries:
-        if not is_run and entry.name not in _BEFORE_CONFIG:
+        is_known = entry.name in _BEFORE_CONFIG or _EARLIER.fullmatch(entry.name)
+        if not is_run and not is_known:
             raise UserError(
                 f"the output folder {path} holds {entry.name}, which is not of a run of mimkit: "
                 "choose a new or an empty folder as --out"
