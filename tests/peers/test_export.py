@@ -108,7 +108,10 @@ def test_onnxruntime_computes_what_the_encoder_does(name: str, tmp_path: Path) -
     torch.testing.assert_close(torch.from_numpy(found), encoder(images, mask), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+# A C++ compiler takes minutes for the other two: `python -m pytest tests/peers -m full`.
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.full] * (n != "vit")) for n in ENCODERS]
+)
 @torch.no_grad()
 def test_aotinductor_computes_what_the_encoder_does(name: str, tmp_path: Path) -> None:
     encoder = build(name)

@@ -1,6 +1,8 @@
 """timm's Vision Transformers with a mimkit mask, and conversion of their weights."""
 
+import importlib.util
 from doctest import ELLIPSIS, SKIP, DocTestFinder, DocTestRunner
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -340,6 +342,39 @@ def test_visible_tokens_keep_their_rotary_or_relative_positions(name, images, mo
     whole = encoder(images, mask, mask_token=token)
     assert whole.shape == model.forward_features(images).shape
     assert torch.equal(model.forward_features(images), encoder(images))  # the model is as it was
+
+
+def load_script() -> Any:
+    path = Path(__file__).parents[2] / "docs" / "make_timm_table.py"
+    spec = importlib.util.spec_from_file_location("make_timm_table", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def test_the_script_of_the_table_judges_and_finds_a_wrapper_that_is_wrong(monkeypatch):
+    script = load_script()
+    listed = (script.PAGE).read_text().partition(script.START)[2].partition(script.END)[0]
+    for name, verdict in (("eva02_tiny_patch14_224", "exact"), ("cait_xxs24_224", "refused: ")):
+        assert script.judge(name).startswith(verdict)
+        (row,) = (line for line in listed.splitlines() if f"`{name}`" in line)
+        assert f"| {verdict}" in row
+
+    class FirstRows(nn.Module):
+        """Encodes the first patches instead of the visible ones."""
+
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, images: Tensor, mask: Mask | None = None) -> Tensor:
+            tokens: Tensor = self.model.forward_features(images)
+            return tokens if mask is None else tokens[:, : 1 + mask.num_visible]
+
+    monkeypatch.setattr(script, "wrap_timm", FirstRows)
+    assert script.judge("vit_tiny_patch16_224") == "WRONG"
 
 
 @pytest.mark.parametrize("name", ["eva02", "beit", "relpos"])
