@@ -4,6 +4,7 @@ In a wheel the recipes lie in a folder of this package, so that no package calle
 installed. They are put on the path of this process only, and run as the modules that they are.
 """
 
+import ast
 import os
 import runpy
 import sys
@@ -34,11 +35,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 after a user's mistake, or 141 if what reads the output has ended. A
         command ends the process itself.
     """
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # such as `| head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes
+        return 141
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     root = next((root for root in _ROOTS if (root / "recipes" / "mae.py").is_file()), None)
     modules = {name: module for name, (module, _) in _TOOLS.items()} | _recipes(root)
     if command in ("-h", "--help"):
-        print(_help(_recipes(root)))
+        print(_help(root))
         return 0
     if command not in [*modules, "--print-completion"]:
         print(
@@ -51,14 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "--print-completion":
         return _print_completion(rest, modules)
     sys.argv = [f"mimkit {command}", *rest]
-    try:
-        try:
-            runpy.run_module(modules[command], run_name="__main__")
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:  # such as `| head`, which has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes
-        return 141
+    runpy.run_module(modules[command], run_name="__main__")
     return 0
 
 
@@ -92,13 +97,20 @@ def _recipes(root: Path | None) -> dict[str, str]:
     }
 
 
-def _help(recipes: dict[str, str]) -> str:
+def _help(root: Path | None) -> str:
+    recipes = {}
+    for name, module in _recipes(root).items():
+        file = (root or _HERE) / Path(*module.split(".")).with_suffix(".py")
+        text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        recipes[name] = text.partition("\n")[0]
     lines = [
         "usage: mimkit COMMAND [OPTIONS]",
         "",
         "training, probing, packing (`mimkit mae --help`):",
     ]
-    lines += [f"  {name}" for name in recipes] or ["  none: this installation holds no recipes"]
+    lines += [f"  {name:10}{text}" for name, text in recipes.items()] or [
+        "  none: this installation holds no recipes"
+    ]
     lines += ["", "tools:"]
     lines += [f"  {name:10}{text}" for name, (_, text) in _TOOLS.items()]
     lines += ["", 'completion of commands and options: eval "$(mimkit --print-completion bash)"']

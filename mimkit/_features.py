@@ -52,9 +52,20 @@ class FeatureMaps(nn.Module):
                 last layer of each stage of the others.
             norm: Whether to apply the encoder's last norm to maps that have its width.
 
+        Returns:
+            One map per chosen layer, on the grid of that layer.
+
         Raises:
             ValueError: If the images have a size that does not fit or other channels, or if a layer
                 does not exist.
+
+        Example:
+            >>> import torch
+            >>> from mimkit import nn
+            >>> encoder = nn.ViT(image_size=(16, 24), patch_size=8, dim=32, depth=2, heads=4)
+            >>> maps = encoder.features(torch.rand(1, 3, 32, 24), layers=(0, -1))
+            >>> [tuple(map.shape) for map in maps]
+            [(1, 32, 4, 3), (1, 32, 4, 3)]
         """
         chosen = self._choose_layers(layers)
         maps: dict[int, Tensor] = {}

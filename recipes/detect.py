@@ -47,6 +47,7 @@ from recipes.engine.pretrained.encoders import EncoderFile, EncoderOptions, open
 from recipes.engine.pretrained.shapes import ConvViTShape, EncoderShape, ViTShape
 from recipes.engine.report import print_unreadable
 from recipes.engine.run.cli import FLAGS, options_of, override, parse_options, run_command
+from recipes.engine.run.closing import print_closing
 from recipes.engine.run.config import (
     Preset,
     RunConfig,
@@ -333,7 +334,7 @@ def print_summary(summary: dict[str, Any], path: Path) -> None:
     for kind in KINDS:
         print_comparison(f"{kind} AP", summary[f"{kind}_ap"])
     print_unreadable(summary["unreadable_images"])
-    say(f"pictures, weights and numbers: {path}")
+    print_closing(path)
 
 
 # ViTDet on MAE: box / mask AP 51.6 / 45.9, with --cascade 54.0 / 46.7. 184,375 steps of 64 images.

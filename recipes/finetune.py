@@ -57,6 +57,7 @@ from recipes.engine.pretrained.shapes import (
 )
 from recipes.engine.report import print_unreadable
 from recipes.engine.run.cli import ARRAY_FLAGS, FLAGS, Options, options_of, run_command
+from recipes.engine.run.closing import print_closing
 from recipes.engine.run.config import (
     Preset,
     RunConfig,
@@ -423,7 +424,7 @@ def print_summary(summary: dict[str, Any], path: Path) -> None:
         numbers = values.values() if isinstance(values, dict) else [values]
         say(f"{name:<29}" + "".join(f"{number:6.1f}" for number in numbers))
     print_unreadable(summary["unreadable_images"])
-    say(f"weights and numbers: {path}")
+    print_closing(path)
 
 
 PAPER = FineTuning(

@@ -53,6 +53,7 @@ from recipes.engine.probes import (
     run_probes,
 )
 from recipes.engine.run.cli import ARRAY_FLAGS, IMAGE_FLAGS, options_of, override, run_command
+from recipes.engine.run.closing import print_closing
 from recipes.engine.run.config import (
     Preset,
     RunConfig,
@@ -253,7 +254,7 @@ def _default_pool(protocol: Protocol, shape: EncoderShape) -> Pool:
 def print_summary(summary: dict[str, Any], path: Path) -> None:
     """Print what the run showed."""
     print_probes(summary["probes"])
-    say(f"numbers: {path}")
+    print_closing(path)
 
 
 def _training(epochs: int, batch_size: int, base_lr: float, min_lr: float) -> Training:

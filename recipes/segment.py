@@ -54,6 +54,7 @@ from recipes.engine.pretrained.shapes import ConvViTShape, EncoderShape, SwinSha
 from recipes.engine.reading import UnreadableError, read_yaml
 from recipes.engine.report import print_unreadable
 from recipes.engine.run.cli import FLAGS, Options, options_of, run_command
+from recipes.engine.run.closing import print_closing
 from recipes.engine.run.config import (
     DenseTraining,
     Preset,
@@ -426,7 +427,7 @@ def print_summary(summary: dict[str, Any], path: Path) -> None:
         texts = (f"{statistics.mean(v):.1f} ({min(v):.1f} to {max(v):.1f})" for v in values)
         say(f"{name.replace('_', ' '):19}" + "".join(f"{text:>24}" for text in texts))
     print_unreadable(summary["unreadable_images"])
-    say(f"picture, weights and numbers: {path}")
+    print_closing(path)
 
 
 def ade20k(steps_lr: float, **more: Any) -> SegmentationTraining:

@@ -34,6 +34,7 @@ from recipes.engine.pictures import TiledPicture, draw_columns
 from recipes.engine.pretrained.tokenizers import to_inputs, to_pixels
 from recipes.engine.report import print_unreadable
 from recipes.engine.run.cli import FLAGS, Options, options_of, run_command
+from recipes.engine.run.closing import print_closing
 from recipes.engine.run.config import Preset, RunConfig, Training, resolve
 from recipes.engine.run.folder import RunFolder, output_folder
 from recipes.engine.run.world import check_shard, check_shares, join, whole_weights
@@ -291,6 +292,7 @@ def print_summary(summary: dict[str, Any], config: RunConfig, folder: RunFolder)
         f"perplexity {summary['perplexity']:.1f}",
     )
     print_unreadable(summary["unreadable_images"])
+    print_closing(folder.path)
     say(f"python recipes/cae.py --tokenizer {folder.path / 'tokenizer.safetensors'}")
 
 

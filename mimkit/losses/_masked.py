@@ -102,8 +102,8 @@ def masked_l1(
         ValueError: If the shapes differ or do not fit the mask; there is no broadcasting.
 
     Source:
-        SimMIM, arXiv:2111.09886; microsoft/SimMIM divides the sum by `mask.sum() + 1e-5` and by 3,
-        whatever the number of channels; here by the number of values.
+        SimMIM, arXiv:2111.09886; microsoft/SimMIM `models/simmim.py` divides the sum by
+        `mask.sum() + 1e-5` and by `in_chans`; here by the number of values.
 
     Example:
         >>> import torch
@@ -139,8 +139,8 @@ def masked_smooth_l1(
         ValueError: If `beta` is negative, or the shapes do not fit.
 
     Source:
-        SimMIM, arXiv:2111.09886, table 5 (smooth L1); not in the released code. Errors are those of
-        `torch.nn.functional.smooth_l1_loss`.
+        SimMIM, arXiv:2111.09886, in its comparison of prediction targets; the released code has L1
+        only. Errors are those of `torch.nn.functional.smooth_l1_loss`.
 
     Example:
         >>> import torch
@@ -220,8 +220,9 @@ def masked_cross_entropy(
         ValueError: If the shapes do not fit, or (on a CPU) a class is out of range.
 
     Source:
-        BEiT, arXiv:2106.08254; CAE, Atten4Vis/CAE: plain cross-entropy, averaged over all masked
-        tokens of the batch.
+        BEiT, arXiv:2106.08254; microsoft/unilm `beit/engine_for_pretraining.py` and Atten4Vis/CAE:
+        plain cross-entropy, averaged over all masked tokens of the batch. BEiT's masks differ in
+        count, so a sample with more masked tokens weighs more; with a `RaggedMask` it does not.
 
     Example:
         >>> import torch

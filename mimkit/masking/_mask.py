@@ -60,10 +60,20 @@ class Mask:
             num_masked: Masked tokens per sample, if known. If `None` they are counted, which
                 synchronises a GPU and is not possible in a compiled graph.
 
+        Returns:
+            A mask of the given grid, on the same device.
+
         Raises:
             TypeError: If it is not boolean.
             ValueError: If samples have different numbers of masked tokens; the message names the
                 first sample that differs.
+
+        Example:
+            >>> Mask.from_bool(torch.tensor([[[False, True], [True, True]]])).masked_ids
+            tensor([[1, 2, 3]])
+            >>> Mask.from_bool(torch.tensor([[False, True], [True, True]]))
+            Traceback (most recent call last):
+            ValueError: ... the same number of tokens, 1 of 2, but sample 1 masks 2
         """
         _check_tensor("is_masked", is_masked)
         if is_masked.dtype != torch.bool:
@@ -90,6 +100,14 @@ class Mask:
         cls, noise: Float[Tensor, "batch tokens"], grid: Sequence[int], num_masked: int
     ) -> "Mask":
         """Keep the tokens with the lowest noise visible; of equal values, the lower index.
+
+        Args:
+            noise: One number per token, such as `torch.rand(batch, tokens)`; not NaN.
+            grid: Tokens per axis.
+            num_masked: Masked tokens per sample, in [0, tokens].
+
+        Returns:
+            A mask on the device of the noise.
 
         Raises:
             TypeError: If the count is not an integer.
@@ -124,6 +142,13 @@ class Mask:
     @checked
     def from_visible_ids(cls, ids: Int[Tensor, "batch visible"], grid: Sequence[int]) -> "Mask":
         """Make a mask from the row-major positions that stay visible, in any order.
+
+        Args:
+            ids: Row-major positions in [0, tokens), without repetition in a row.
+            grid: Tokens per axis.
+
+        Returns:
+            A mask on the device of the ids, which are ascending in it.
 
         Raises:
             TypeError: If the ids are not integers.
@@ -176,6 +201,9 @@ class Mask:
             grid: Tokens per axis.
             num_masked: Masked tokens per sample, if known (see `from_bool`).
 
+        Returns:
+            A mask on the device of the boxes.
+
         Raises:
             TypeError: If the bounds are not integers.
             ValueError: If the bounds do not fit the grid, or samples have different counts.
@@ -217,8 +245,20 @@ class Mask:
     def cat(cls, masks: Sequence["Mask"]) -> "Mask":
         """Concatenate masks of one grid and one count along the batch.
 
+        Args:
+            masks: At least one mask; all on one device.
+
+        Returns:
+            A mask with the samples of all, in order.
+
         Raises:
             ValueError: If there are no masks, or their grids or counts differ.
+
+        Example:
+            >>> mask = Mask.from_bool(torch.tensor([[True, False]]))
+            >>> Mask.cat([mask, ~mask]).is_masked
+            tensor([[ True, False],
+                    [False,  True]])
         """
         if not masks:
             raise ValueError("Mask.cat needs at least one mask")
@@ -284,6 +324,12 @@ class Mask:
     def refine(self, k: int | Sequence[int]) -> "Mask":
         """Split every token into `k` tokens per axis, which are masked if the token is.
 
+        Args:
+            k: Parts per axis, at least 1: one integer, or one per axis.
+
+        Returns:
+            A mask whose grid is `k` times as fine.
+
         Example:
             >>> Mask.from_bool(torch.tensor([[True, False]])).refine(2).is_masked
             tensor([[ True,  True, False, False]])
@@ -299,6 +345,12 @@ class Mask:
     @checked
     def coarsen(self, k: int | Sequence[int]) -> "Mask":
         """Undo `refine(k)`.
+
+        Args:
+            k: Tokens per axis to merge, at least 1: one integer, or one per axis.
+
+        Returns:
+            A mask whose grid is `k` times as coarse.
 
         Raises:
             ValueError: If `k` does not divide the grid, or (on a CPU) a cell is partly masked.
@@ -325,7 +377,15 @@ class Mask:
 
     @checked
     def complement(self) -> "Mask":
-        """Swap visible and masked tokens: `~mask`, which `torch.compile` cannot trace."""
+        """Swap visible and masked tokens: `~mask`, which `torch.compile` cannot trace.
+
+        Returns:
+            A mask of the same grid, without a copy of the ids.
+
+        Example:
+            >>> Mask.from_bool(torch.tensor([[True, False, False]])).complement().is_masked
+            tensor([[False,  True,  True]])
+        """
         return Mask(self.masked_ids, self.visible_ids, self.grid)
 
     def __invert__(self) -> "Mask":
@@ -342,7 +402,19 @@ class Mask:
 
     @checked
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Mask":
-        """Move the ids to `device`."""
+        """Move the ids to `device`.
+
+        Args:
+            device: A device, or its name.
+            non_blocking: Whether a copy from pinned memory may run beside the host.
+
+        Returns:
+            The same mask there.
+
+        Example:
+            >>> Mask.from_bool(torch.tensor([[True, False]])).to("cpu").device
+            device(type='cpu')
+        """
         return Mask(
             self.visible_ids.to(device, non_blocking=non_blocking),
             self.masked_ids.to(device, non_blocking=non_blocking),
@@ -351,12 +423,31 @@ class Mask:
 
     @checked
     def pin_memory(self) -> "Mask":
-        """Copy the ids to page-locked memory (`DataLoader(pin_memory=True)` calls this)."""
+        """Copy the ids to page-locked memory (`DataLoader(pin_memory=True)` calls this).
+
+        Returns:
+            The same mask, in page-locked memory of the host.
+        """
         return Mask(self.visible_ids.pin_memory(), self.masked_ids.pin_memory(), self.grid)
 
     @checked
     def equal(self, other: "Mask") -> bool:
-        """Whether both mask the same positions of the same grid in every sample."""
+        """Whether both mask the same positions of the same grid in every sample.
+
+        Args:
+            other: A mask on the same device.
+
+        Returns:
+            A Python boolean; a GPU is synchronised.
+
+        Raises:
+            ValueError: If the masks are on different devices.
+
+        Example:
+            >>> mask = Mask.from_bool(torch.tensor([[True, False]]))
+            >>> mask.equal(~~mask), mask.equal(~mask)
+            (True, False)
+        """
         check_same_device(self, other)
         return self.grid == other.grid and torch.equal(self.visible_ids, other.visible_ids)
 
@@ -364,8 +455,20 @@ class Mask:
     def expand(self, batch_size: Count) -> "Mask":
         """Repeat a mask of one sample `batch_size` times, without a copy.
 
+        Args:
+            batch_size: Number of samples.
+
+        Returns:
+            A mask of that many samples, all with the same ids.
+
         Raises:
             ValueError: If the mask has several samples.
+
+        Example:
+            >>> Mask.from_bool(torch.tensor([[True, False]])).expand(3).visible_ids
+            tensor([[1],
+                    [1],
+                    [1]])
         """
         if self.batch_size not in (1, batch_size):
             raise ValueError(f"cannot expand a mask of {self.batch_size} samples to {batch_size}")
@@ -381,6 +484,11 @@ class Mask:
 
         Raises:
             ValueError: If they are not; the message names the first wrong sample.
+
+        Example:
+            >>> Mask(torch.tensor([[1]]), torch.tensor([[1]]), (2,)).validate()
+            Traceback (most recent call last):
+            ValueError: sample 0 does not split grid (2,) into ... [1] and masked ids [1]
         """
         order = torch.cat([self.visible_ids, self.masked_ids], dim=1)
         positions = torch.arange(self.num_tokens, device=self.device)

@@ -79,9 +79,20 @@ class RaggedMask:
         Masked tokens are counted, which synchronises a GPU and is not possible in a compiled
         graph.
 
+        Args:
+            is_masked: One boolean per grid position of each sample, all on one device.
+
+        Returns:
+            A mask on that device.
+
         Raises:
             TypeError: If it is not boolean.
             ValueError: If there are no samples, or a sample has no axis.
+
+        Example:
+            >>> wide, tall = torch.tensor([[False, True]]), torch.tensor([[True], [True], [False]])
+            >>> RaggedMask.from_bool([wide, tall]).num_masked
+            (1, 2)
         """
         samples = list(is_masked)
         wrong = next((sample for sample in samples if sample.dtype != torch.bool), None)
@@ -111,6 +122,13 @@ class RaggedMask:
     ) -> "RaggedMask":
         """Make a mask from the row-major positions that are visible in each sample, in any order.
 
+        Args:
+            ids: Per sample, positions in [0, tokens) without repetition.
+            grids: Tokens per axis of each sample.
+
+        Returns:
+            A mask on the device of the ids, which are ascending in each sample.
+
         Raises:
             TypeError: If the ids are not integers.
             ValueError: If the numbers of grids and samples differ, or (on a CPU) ids are out of
@@ -130,6 +148,12 @@ class RaggedMask:
     @checked
     def cat(cls, masks: Sequence["Mask | RaggedMask"]) -> "RaggedMask":
         """Concatenate the samples of masks with any grids and counts.
+
+        Args:
+            masks: At least one mask, rectangular or ragged; all on one device.
+
+        Returns:
+            A mask with the samples of all, in order.
 
         Raises:
             ValueError: If there are no masks.
@@ -217,6 +241,13 @@ class RaggedMask:
     ) -> tuple[Tensor, ...]:
         """Split packed rows into samples: `num_prefix` rows and the visible tokens of each.
 
+        Args:
+            packed: Rows of all samples, one sample after the other.
+            num_prefix: Rows in front of the visible tokens of each sample.
+
+        Returns:
+            One view per sample, [num_prefix + its visible tokens, ...].
+
         Raises:
             ValueError: If the number of rows is wrong.
 
@@ -231,14 +262,28 @@ class RaggedMask:
     def split_masked(self, packed: Shaped[Tensor, "rows ..."]) -> tuple[Tensor, ...]:
         """Split rows of masked tokens into samples.
 
+        Args:
+            packed: One row per masked token of all samples, one sample after the other.
+
+        Returns:
+            One view per sample, [its masked tokens, ...].
+
         Raises:
             ValueError: If the number of rows is wrong.
+
+        Example:
+            >>> mask = RaggedMask.from_bool([torch.tensor([False, True]), torch.tensor([False])])
+            >>> [len(rows) for rows in mask.split_masked(torch.randn(1, 8))]
+            [1, 0]
         """
         return _split(packed, self.num_masked)
 
     @checked
     def unbind(self) -> list[Mask]:
         """Split the batch into masks of one sample.
+
+        Returns:
+            One mask per sample, each a batch of one.
 
         Example:
             >>> mask = RaggedMask.from_bool([torch.tensor([False, True]), torch.tensor([False])])
@@ -255,7 +300,16 @@ class RaggedMask:
 
     @checked
     def complement(self) -> "RaggedMask":
-        """Swap visible and masked tokens: `~mask`, which `torch.compile` cannot trace."""
+        """Swap visible and masked tokens: `~mask`, which `torch.compile` cannot trace.
+
+        Returns:
+            A mask of the same grids, without a copy of the ids.
+
+        Example:
+            >>> mask = RaggedMask.from_bool([torch.tensor([False, True]), torch.tensor([False])])
+            >>> mask.complement().num_masked
+            (1, 1)
+        """
         return RaggedMask(
             self.masked_ids,
             self.visible_ids,
@@ -286,12 +340,29 @@ class RaggedMask:
 
     @checked
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "RaggedMask":
-        """Move the tensors to `device`."""
+        """Move the tensors to `device`.
+
+        Args:
+            device: A device, or its name.
+            non_blocking: Whether a copy from pinned memory may run beside the host.
+
+        Returns:
+            The same mask there.
+
+        Example:
+            >>> mask = RaggedMask.from_bool([torch.tensor([False, True]), torch.tensor([False])])
+            >>> mask.to("cpu").device
+            device(type='cpu')
+        """
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     @checked
     def pin_memory(self) -> "RaggedMask":
-        """Copy to page-locked memory (`DataLoader(pin_memory=True)` calls this)."""
+        """Copy to page-locked memory (`DataLoader(pin_memory=True)` calls this).
+
+        Returns:
+            The same mask, in page-locked memory of the host.
+        """
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "RaggedMask":
@@ -306,7 +377,22 @@ class RaggedMask:
 
     @checked
     def equal(self, other: "RaggedMask") -> bool:
-        """Whether both mask the same positions of the same grids in every sample."""
+        """Whether both mask the same positions of the same grids in every sample.
+
+        Args:
+            other: A ragged mask on the same device.
+
+        Returns:
+            A Python boolean; a GPU is synchronised.
+
+        Raises:
+            ValueError: If the masks are on different devices.
+
+        Example:
+            >>> mask = RaggedMask.from_bool([torch.tensor([False, True]), torch.tensor([False])])
+            >>> mask.equal(~~mask), mask.equal(~mask)
+            (True, False)
+        """
         check_same_device(self, other)
         return (
             (self.grids, self.num_visible) == (other.grids, other.num_visible)
@@ -320,6 +406,10 @@ class RaggedMask:
 
         Raises:
             ValueError: If they do not; the message names the first wrong sample.
+
+        Example:
+            >>> mask = RaggedMask.from_bool([torch.tensor([False, True]), torch.tensor([False])])
+            >>> mask.validate()
         """
         for name, ids, cumulative, counts in (
             ("visible", self.visible_ids, self.cu_visible, self.num_visible),

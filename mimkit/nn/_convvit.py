@@ -404,7 +404,19 @@ class ConvViT(TimmProtocol):
 
     @checked
     def pool(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch dim"]:
-        """Pool encoded tokens to one vector per sample, by the constructor's `pool`."""
+        """Pool encoded tokens to one vector per sample, by the constructor's `pool`.
+
+        Args:
+            tokens: What `forward` returns.
+
+        Returns:
+            One vector per sample.
+
+        Example:
+            >>> encoder = ConvViT(image_size=(32, 64), dim=(8, 16, 32), depth=(1, 1, 2), heads=4)
+            >>> encoder.pool(encoder(torch.rand(2, 3, 32, 64))).shape
+            torch.Size([2, 32])
+        """
         pooled = tokens[:, 0] if self._pool == "token" else mean_of_tokens(tokens)
         summary: Tensor = self.fc_norm(pooled)
         return summary

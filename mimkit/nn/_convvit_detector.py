@@ -97,6 +97,12 @@ class ConvViTDetector(ConvViT):
     ) -> tuple[Float[Tensor, "batch dim rows columns"], ...]:
         """Return the feature maps E1 to E4, from fine to coarse.
 
+        Args:
+            images: Images of any size that is divisible into patches.
+
+        Returns:
+            Four maps at 1/4, 1/8, 1/16 and 1/32 of the images with the default patch sizes.
+
         Raises:
             ValueError: If the images are not divisible into patches, are smaller than two patches,
                 or have another number of channels.

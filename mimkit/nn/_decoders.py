@@ -244,7 +244,21 @@ class CrossDecoder(nn.Module):
         mask: Mask,
         query_ids: Int64[Tensor, "batch queries"] | None = None,
     ) -> Float[Tensor, "batch queries dim"]:
-        """Decode the masked positions, or the positions in `query_ids`, as in `MAEDecoder`."""
+        """Decode the masked positions, or the positions in `query_ids`, as in `MAEDecoder`.
+
+        Args:
+            latent: Prefix tokens, then visible tokens in ascending order of position.
+            mask: The mask that was used to encode.
+            query_ids: Positions to return, masked or visible; `None` for the masked ones.
+
+        Returns:
+            One token per masked position in ascending order, or one per query, after the last
+            norm.
+
+        Raises:
+            TypeError: If the mask is a `RaggedMask`.
+            ValueError: If the mask has another grid, or the latents do not fit the mask.
+        """
         check_latent(latent, mask, self.grid, self.num_prefix)
         query_ids = mask.masked_ids if query_ids is None else query_ids
         queries = self.mask_token + F.embedding(query_ids, self.pos_embed[0])

@@ -81,6 +81,9 @@ class FeaturePyramid(nn.Module):
         Args:
             maps: One map for all levels, or one for each.
 
+        Returns:
+            Maps of `out_dim` channels, in the order of `scales`.
+
         Raises:
             ValueError: If there is another number of maps, or a map has other channels or is too
                 small for its scale.
@@ -190,6 +193,9 @@ class UPerHead(nn.Module):
         Args:
             maps: Feature maps, from fine to coarse.
 
+        Returns:
+            Logits, one per class and position.
+
         Raises:
             ValueError: If there is another number of maps, or a map has other channels.
         """
@@ -258,6 +264,12 @@ class FCNHead(nn.Module):
         self, maps: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch classes height width"]:
         """Return logits on the grid of the map.
+
+        Args:
+            maps: One feature map of `in_dim` channels.
+
+        Returns:
+            Logits, one per class and position.
 
         Raises:
             ValueError: If the map has other channels.

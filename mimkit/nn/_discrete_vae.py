@@ -257,6 +257,9 @@ class DiscreteVAE(nn.Module):
         Args:
             images: Pixels in [0, 1], or uint8.
 
+        Returns:
+            Codes in [0, vocabulary_size), one per square of `stride` pixels.
+
         Raises:
             ValueError: If the images have another number of channels, or a size that is not
                 divisible by the stride, or (on a CPU) contain NaN.
@@ -269,7 +272,17 @@ class DiscreteVAE(nn.Module):
     def decode(
         self, ids: Int64[Tensor, "batch rows columns"]
     ) -> Float[Tensor, "batch channels height width"]:
-        """Decode codes to images in [0, 1]."""
+        """Decode codes to images in [0, 1].
+
+        Args:
+            ids: Codes in [0, vocabulary_size).
+
+        Returns:
+            Images, `stride` pixels per code and axis.
+
+        Raises:
+            ValueError: If there is no decoder.
+        """
         codes = F.one_hot(ids, self.vocabulary_size).movedim(-1, 1).float()
         mean, _ = self._statistics(codes)
         return unmap_pixels(mean.sigmoid())
@@ -292,12 +305,20 @@ class DiscreteVAE(nn.Module):
             hard: Whether the decoder reads one-hot codes with a straight-through gradient, or the
                 soft ones.
 
+        Returns:
+            The loss, and what it is made of.
+
         Raises:
             ValueError: If the images do not fit (see `encode`), or there is no decoder.
 
         Source:
             DALL-E, arXiv:2102.12092, section 2.1 and appendix A.3: Gumbel-softmax relaxation, and
             the logit-Laplace distribution of pixels.
+
+        Example:
+            >>> vae = DiscreteVAE(dim=8, groups=3, depth=1, vocabulary_size=16, stem_dim=8)
+            >>> vae(torch.rand(2, 3, 16, 24), temperature=0.5).loss.shape
+            torch.Size([])
         """
         if not len(images):
             raise ValueError("images must have at least one sample, for a mean loss; got none")

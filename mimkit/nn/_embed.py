@@ -101,6 +101,17 @@ class PatchEmbed(nn.Module):
 
         With a `RaggedMask`, images may also be a list of different sizes; the tokens of all samples
         are then concatenated.
+
+        Args:
+            images: Images, uint8 or float; with a `RaggedMask` also a list.
+            mask: Which patches are visible.
+
+        Returns:
+            One token per visible patch; with a `RaggedMask`, packed.
+
+        Raises:
+            ValueError: If the images have another number of channels or are not divisible into
+                patches, or the mask does not fit.
         """
         return self._embed(images, mask, self.patch_size)
 

@@ -52,6 +52,9 @@ class TokenHead(nn.Linear):
             target: Code of each token.
             return_accuracy: Whether to also return the top-1 accuracy, as a fraction.
 
+        Returns:
+            Logits; with a target the loss, or the loss and the accuracy.
+
         Raises:
             ValueError: If the target has another shape, or (on a CPU) codes out of range, or if
                 `return_accuracy` is set without a target.

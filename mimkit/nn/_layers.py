@@ -382,6 +382,9 @@ class TransformerBlock(nn.Module):
             packing: Sample boundaries if `tokens` is a packed sequence, and how many tokens of each
                 sample to return.
             windows: Windows to attend in, of all the patch tokens of a grid.
+
+        Returns:
+            One token per query.
         """
         kept = tokens if num_queries is None else tokens[:, tokens.shape[1] - num_queries :]
         if packing is not None:

@@ -45,7 +45,14 @@ class AttentiveProbe(nn.Module):
 
     @checked
     def forward(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch classes"]:
-        """Return class logits."""
+        """Return class logits.
+
+        Args:
+            tokens: Frozen features, prefix tokens included or not.
+
+        Returns:
+            Logits.
+        """
         query = self.norm_q(self.query_token).expand(tokens.shape[0], -1, -1)
         answer = self.cross_attn(query, self.norm_k(tokens), self.norm_v(tokens))
         logits: Tensor = self.head(self.fc_norm(answer.squeeze(1)))
@@ -56,6 +63,19 @@ class AttentiveProbe(nn.Module):
     def attention(
         self, tokens: Float[Tensor, "batch tokens dim"]
     ) -> Float[Tensor, "batch heads tokens"]:
-        """Return the query's attention weights over the tokens; they sum to 1 for each head."""
+        """Return the query's attention weights over the tokens; they sum to 1 for each head.
+
+        Args:
+            tokens: Frozen features, as for `forward`.
+
+        Returns:
+            Weights in [0, 1], without a gradient.
+
+        Example:
+            >>> probe = AttentiveProbe(dim=32, heads=4, num_classes=10)
+            >>> weights = probe.attention(torch.randn(8, 17, 32))
+            >>> weights.shape, torch.allclose(weights.sum(dim=2), torch.ones(8, 4))
+            (torch.Size([8, 4, 17]), True)
+        """
         query = self.norm_q(self.query_token).expand(tokens.shape[0], -1, -1)
         return self.cross_attn.attention_weights(query, self.norm_k(tokens)).squeeze(2)

@@ -302,7 +302,15 @@ class CAEDecoder(nn.Module):
         latent: Float[Tensor, "batch queries dim"],
         positions: Float[Tensor, "batch queries dim"],
     ) -> Float[Tensor, "batch queries dim"]:
-        """Add position embeddings to the latents, then decode them."""
+        """Add position embeddings to the latents, then decode them.
+
+        Args:
+            latent: Predicted latents of the masked positions.
+            positions: Their position embeddings.
+
+        Returns:
+            One token per latent, after the last norm.
+        """
         tokens = latent + positions
         for block in self.blocks:
             tokens = block(tokens)

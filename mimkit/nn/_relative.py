@@ -63,6 +63,12 @@ class RelativePositionBias(nn.Module):
         Args:
             mask: Which patches are visible.
             grid: Tokens per axis of images of another size; the table is resampled to them.
+
+        Returns:
+            Values to add to the attention logits; a batch axis of 1 without a mask.
+
+        Raises:
+            ValueError: If the mask has another grid.
         """
         grid = self.grid if grid is None else as_sizes("grid", grid)
         if mask is not None:

@@ -98,7 +98,14 @@ class InverseSwin(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "batch tokens in_dim"]
     ) -> Float[Tensor, "batch cells out_dim"]:
-        """Predict all cells, in row-major order, from all tokens of the grid."""
+        """Predict all cells, in row-major order, from all tokens of the grid.
+
+        Args:
+            tokens: All tokens of the encoder, row-major.
+
+        Returns:
+            One prediction per cell.
+        """
         tokens = self.embed(tokens)
         for stage in self.stages:
             _, tokens = stage(tokens)
@@ -183,6 +190,9 @@ class SimMIMHead(nn.Module):
         Args:
             tokens: All tokens of the encoder, without prefix tokens.
             mask: Which patches to predict.
+
+        Returns:
+            One patch per masked token, in ascending order of position.
         """
         if self.cell == self.patch and not self.mixes_tokens:
             predicted: Tensor = self.predict(gather_masked(tokens, mask))

@@ -188,6 +188,17 @@ class SwinTransformer(TimmProtocol):
 
         Args:
             coarse: Whether a stage is one layer.
+
+        Returns:
+            A function from the name of a parameter to its layer, as timm's `group_parameters`
+            takes it.
+
+        Example:
+            >>> sizes = {"dim": 8, "depth": (1, 1), "heads": (1, 2), "window": 4}
+            >>> encoder = SwinTransformer(image_size=32, **sizes)
+            >>> layer_of = encoder.group_matcher()
+            >>> layer_of("patch_embed.proj.weight") < layer_of("layers.1.blocks.0.attn.qkv.weight")
+            True
         """
         stages: Any = self.layers
         last = (1.0, len(stages) - 1.0, *(() if coarse else (len(stages[-1].blocks) - 1.0,)))
@@ -219,7 +230,20 @@ class SwinTransformer(TimmProtocol):
 
     @checked
     def pool(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch dim"]:
-        """Average the encoded tokens of each sample."""
+        """Average the encoded tokens of each sample.
+
+        Args:
+            tokens: What `forward` returns.
+
+        Returns:
+            One vector per sample.
+
+        Example:
+            >>> sizes = {"dim": 8, "depth": (1, 1), "heads": (1, 2), "window": 4}
+            >>> encoder = SwinTransformer(image_size=32, **sizes)
+            >>> encoder.pool(encoder(torch.rand(2, 3, 32, 32))).shape
+            torch.Size([2, 16])
+        """
         return tokens.mean(dim=1)
 
     def _embed(self, images: Tensor, mask: Mask | None, mask_token: Tensor | None) -> Tensor:

@@ -51,7 +51,17 @@ class TimmProtocol(FeatureMaps):
         return int(getattr(self.head, "out_features", 0))
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of parameters that have no weight decay."""
+        """Return the names of parameters that have no weight decay.
+
+        Returns:
+            Names as in `named_parameters`: positions, tokens, bias tables.
+
+        Example:
+            >>> from mimkit import nn
+            >>> encoder = nn.ViT(image_size=(16, 24), patch_size=8, dim=32, depth=2, heads=4)
+            >>> sorted(encoder.no_weight_decay())
+            ['cls_token', 'pos_embed']
+        """
         return {name for name, _ in self.named_parameters() if re.search(self._undecayed, name)}
 
     def group_matcher(self, coarse: bool = False) -> Matcher:
@@ -59,18 +69,52 @@ class TimmProtocol(FeatureMaps):
 
         Args:
             coarse: Whether a stage of several blocks is one layer.
+
+        Returns:
+            Patterns of parameter names by group, as timm's `group_parameters` takes them.
+
+        Example:
+            >>> from mimkit import nn
+            >>> encoder = nn.ViT(image_size=(16, 24), patch_size=8, dim=32, depth=2, heads=4)
+            >>> sorted(encoder.group_matcher())
+            ['blocks', 'stem']
         """
         blocks = [(r"^blocks\.(\d+)", None), (r"^rel_pos_bias\.(\d+)", None), (r"^norm", (99999,))]
         return {"stem": self._first_layer, "blocks": blocks}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute blocks again in backward, instead of keeping what they computed."""
+        """Compute blocks again in backward, instead of keeping what they computed.
+
+        Args:
+            enable: Whether to; it saves memory and costs a second forward of each block.
+
+        Example:
+            >>> from mimkit import nn
+            >>> encoder = nn.ViT(image_size=(16, 24), patch_size=8, dim=32, depth=2, heads=4)
+            >>> encoder.set_grad_checkpointing()
+            >>> encoder.grad_checkpointing
+            True
+        """
         self.grad_checkpointing = enable
 
     def forward_features(
         self, images: Any, mask: Mask | RaggedMask | None = None
     ) -> Float[Tensor, "batch prefix_and_tokens dim"] | Float[Tensor, "rows dim"]:
-        """Encode, as a call does."""
+        """Encode, as a call does.
+
+        Args:
+            images: Images, as `forward` takes them.
+            mask: Which patches are visible.
+
+        Returns:
+            What `forward` returns.
+
+        Example:
+            >>> from mimkit import nn
+            >>> encoder = nn.ViT(image_size=(16, 24), patch_size=8, dim=32, depth=2, heads=4)
+            >>> encoder.forward_features(torch.rand(2, 3, 16, 24)).shape
+            torch.Size([2, 7, 32])
+        """
         encoded: Tensor = self(images, mask)
         return encoded
 
@@ -87,6 +131,16 @@ class TimmProtocol(FeatureMaps):
             tokens: Encoded tokens.
             pre_logits: Whether to return the pooled tokens.
             mask: The mask, if it was a `RaggedMask`.
+
+        Returns:
+            Logits; pooled tokens if `pre_logits` or if there is no classifier.
+
+        Example:
+            >>> from mimkit import nn
+            >>> encoder = nn.ViT(image_size=(16, 24), patch_size=8, dim=32, depth=2, heads=4)
+            >>> encoder.reset_classifier(10)
+            >>> encoder.forward_head(encoder(torch.rand(2, 3, 16, 24))).shape
+            torch.Size([2, 10])
         """
         pooled = self.pool(tokens) if mask is None else self.pool(tokens, mask)
         logits: Tensor = pooled if pre_logits else self.head(pooled)
@@ -116,10 +170,20 @@ class TimmProtocol(FeatureMaps):
             intermediates_only: Whether to return the outputs of blocks only.
             mask: Which patches are visible.
 
+        Returns:
+            The encoded tokens and a list of the outputs; with `intermediates_only` the list.
+
         Raises:
             TypeError: If the mask is a `RaggedMask`.
             ValueError: If `output_fmt` is unknown, or "NCHW" with a mask, or an index is out of
                 range.
+
+        Example:
+            >>> from mimkit import nn
+            >>> encoder = nn.ViT(image_size=(16, 24), patch_size=8, dim=32, depth=2, heads=4)
+            >>> tokens, maps = encoder.forward_intermediates(torch.rand(2, 3, 16, 24), indices=1)
+            >>> tokens.shape, [tuple(map.shape) for map in maps]
+            (torch.Size([2, 7, 32]), [(2, 32, 2, 3)])
         """
         if mask is not None and not isinstance(mask, Mask):
             raise TypeError(f"forward_intermediates needs a Mask; got a {type(mask).__name__}")
@@ -147,7 +211,17 @@ class TimmProtocol(FeatureMaps):
         return split if intermediates_only else (encoded, split)
 
     def get_classifier(self) -> nn.Module:
-        """Return the classifier."""
+        """Return the classifier.
+
+        Returns:
+            The head: a linear layer, or the identity if there is none.
+
+        Example:
+            >>> from mimkit import nn
+            >>> encoder = nn.ViT(image_size=(16, 24), patch_size=8, dim=32, depth=2, heads=4)
+            >>> encoder.get_classifier()
+            Identity()
+        """
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -159,6 +233,13 @@ class TimmProtocol(FeatureMaps):
 
         Raises:
             ValueError: If the encoder cannot pool so.
+
+        Example:
+            >>> from mimkit import nn
+            >>> encoder = nn.ViT(image_size=(16, 24), patch_size=8, dim=32, depth=2, heads=4)
+            >>> encoder.reset_classifier(10, global_pool="avg")
+            >>> encoder.get_classifier()
+            Linear(in_features=32, out_features=10, bias=True)
         """
         if global_pool is not None:
             self._set_pool(global_pool)

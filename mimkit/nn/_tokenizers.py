@@ -103,6 +103,12 @@ class PatchTokenizer(nn.Module):
     ) -> Int64[Tensor, "batch *grid"]:
         """Return the code of each patch.
 
+        Args:
+            images: Images, uint8 (read as fractions in [0, 1]) or float.
+
+        Returns:
+            Codes in [0, vocabulary_size), one per patch.
+
         Raises:
             ValueError: If images are on another device than the centers, or (on a CPU) contain NaN.
         """
@@ -124,6 +130,19 @@ class PatchTokenizer(nn.Module):
             ids: One code per patch.
             like: Images that give each patch its mean and standard deviation, since codes stand for
                 normalised patches.
+
+        Returns:
+            Images of the shape of `like`.
+
+        Raises:
+            ValueError: If `ids` and `like` have different grids.
+
+        Example:
+            >>> images = torch.rand(4, 3, 8, 12)
+            >>> tokenizer = PatchTokenizer(patch_size=(4, 4), in_channels=3, vocabulary_size=8)
+            >>> ids = tokenizer.fit(images).encode(images)
+            >>> tokenizer.decode(ids, like=images).shape
+            torch.Size([4, 3, 8, 12])
         """
         check_axes(like, self.patch_size, "like")
         grid = divide("like", like.shape[2:], self.patch_size, "patch size")

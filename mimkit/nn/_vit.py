@@ -367,7 +367,20 @@ class ViT(TimmProtocol):
         tokens = [token for token in (class_token, self.reg_token) if token is not None]
         return torch.cat(tokens, dim=1) if len(tokens) > 1 else next(iter(tokens), None)
 
-    def group_matcher(self, coarse: bool = False) -> Matcher:  # noqa: D102
+    def group_matcher(self, coarse: bool = False) -> Matcher:
+        """Return what assigns parameters to layers, from first to last, for layer decay.
+
+        Args:
+            coarse: Whether a stage of several blocks is one layer; a ViT's block is one anyway.
+
+        Returns:
+            Patterns of parameter names by group, as timm's `group_parameters` takes them.
+
+        Example:
+            >>> encoder = ViT(image_size=(16, 24), patch_size=8, dim=32, depth=2, heads=4)
+            >>> sorted(encoder.group_matcher())
+            ['blocks', 'stem']
+        """
         matcher = super().group_matcher(coarse)
         if len(self.rel_pos_bias) == 1 and isinstance(matcher, dict):  # shared by all blocks
             return {**matcher, "stem": f"{self._first_layer}|rel_pos_bias"}
@@ -384,6 +397,9 @@ class ViT(TimmProtocol):
         Args:
             tokens: Encoded tokens, with their prefix tokens.
             mask: The mask, if it was a `RaggedMask`.
+
+        Returns:
+            One vector per sample.
 
         Raises:
             ValueError: If the tokens are packed and there is no mask, or the mask does not fit.

@@ -71,6 +71,9 @@ class ColorClusters:
                 no pixel changes its cluster.
             generator: Random generator for k-means++, on the CPU.
 
+        Returns:
+            The target itself.
+
         Raises:
             ValueError: If there are fewer pixels than clusters, or the initial centers have the
                 wrong shape.
@@ -96,8 +99,20 @@ class ColorClusters:
     def save(self, path: str | Path) -> None:
         """Write the colors to a file.
 
+        Args:
+            path: File to write, replaced if it exists.
+
         Raises:
             RuntimeError: If called before `fit`.
+
+        Example:
+            >>> import tempfile
+            >>> fitted = ColorClusters(4, num_clusters=8).fit(torch.rand(4, 3, 8, 8))
+            >>> with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+            ...     fitted.save(file.name)
+            ...     loaded = ColorClusters(4, num_clusters=8).load(file.name)
+            >>> torch.equal(loaded.centers, fitted.centers)
+            True
         """
         torch.save({"centers": self._fitted(torch.device("cpu"))}, path)
 
@@ -105,8 +120,23 @@ class ColorClusters:
     def load(self, path: str | Path) -> "ColorClusters":
         """Read the colors from a file that `save` wrote.
 
+        Args:
+            path: File to read; nothing in it is executed.
+
+        Returns:
+            The target itself.
+
         Raises:
             ValueError: If the file has a different number of clusters.
+
+        Example:
+            >>> import tempfile
+            >>> fitted = ColorClusters(4, num_clusters=8).fit(torch.rand(4, 3, 8, 8))
+            >>> with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+            ...     fitted.save(file.name)
+            ...     loaded = ColorClusters(4, num_clusters=8).load(file.name)
+            >>> torch.equal(loaded.centers, fitted.centers)
+            True
         """
         centers = torch.load(path, map_location="cpu", weights_only=True)["centers"]
         if len(centers) != self.num_clusters:
@@ -119,6 +149,13 @@ class ColorClusters:
         self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
     ) -> Int64[Tensor, "batch masked pixels"]:
         """Return the cluster of each masked pixel.
+
+        Args:
+            images: Images; uint8 are read as fractions in [0, 1].
+            mask: Which patches are masked; each sample the same number.
+
+        Returns:
+            Number of the nearest color of each pixel, in [0, num_clusters).
 
         Raises:
             RuntimeError: If called before `fit`.
@@ -141,7 +178,19 @@ class ColorClusters:
         images: Shaped[Tensor, "batch channels *spatial"],
         mask: Mask,
     ) -> Float[Tensor, "batch masked patch"]:
-        """Return patches filled with the colors of the clusters."""
+        """Return patches filled with the colors of the clusters.
+
+        Args:
+            values: Numbers of colors, in [0, num_clusters).
+            images: Images; not read.
+            mask: Which patches are masked; each sample the same number.
+
+        Returns:
+            One patch per masked token, in ascending order of position, [batch, masked, patch].
+
+        Raises:
+            RuntimeError: If called before `fit`.
+        """
         return self._fitted(values.device)[values].flatten(2)
 
     def _fitted(self, device: torch.device) -> Tensor:
@@ -194,7 +243,19 @@ class ChannelBins:
     def __call__(
         self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
     ) -> Int64[Tensor, "batch masked patch"]:
-        """Return the bins of the masked patches, in the order "p1 p2 c"."""
+        """Return the bins of the masked patches, in the order "p1 p2 c".
+
+        Args:
+            images: Images; uint8 are read as fractions in [0, 1].
+            mask: Which patches are masked; each sample the same number.
+
+        Returns:
+            Bins in [0, num_bins); values outside [low, high] get the first or the last.
+
+        Raises:
+            TypeError: If the mask is a `RaggedMask`.
+            ValueError: If the mask does not fit the images, or (on a CPU) they contain NaN.
+        """
         check_no_nan("images", images)
         patches = Pixels(self.patch_size)(images, mask)
         position = (patches - self.low) * (self.num_bins / (self.high - self.low))
@@ -209,7 +270,23 @@ class ChannelBins:
         images: Shaped[Tensor, "batch channels *spatial"],
         mask: Mask,
     ) -> Float[Tensor, "batch masked patch"]:
-        """Return patches filled with the centers of the bins."""
+        """Return patches filled with the centers of the bins.
+
+        Args:
+            values: Bins in [0, num_bins).
+            images: Images; not read.
+            mask: Which patches are masked; each sample the same number.
+
+        Returns:
+            One patch per masked token, in ascending order of position, [batch, masked, patch].
+
+        Example:
+            >>> images = torch.tensor([[[[0.1, 0.9]]]])
+            >>> mask = Mask.from_bool(torch.tensor([[[True]]]))
+            >>> bins = ChannelBins((1, 2), num_bins=2)
+            >>> bins.invert(bins(images, mask), images, mask)
+            tensor([[[0.2500, 0.7500]]])
+        """
         return self.low + (values + 0.5) * ((self.high - self.low) / self.num_bins)
 
 

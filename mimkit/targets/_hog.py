@@ -60,6 +60,13 @@ class HOG:
     ) -> Float[Tensor, "batch masked values"]:
         """Return the histograms of the masked patches: cells row-major, then channels, then bins.
 
+        Args:
+            images: Images, uint8 (read as fractions in [0, 1]) or float.
+            mask: Which patches are masked; each sample the same number.
+
+        Returns:
+            Histograms of unit length over the bins of a cell, float32.
+
         Raises:
             ValueError: If the cells do not divide the patches, the images do not have two spatial
                 axes, or the mask does not fit them.
@@ -86,8 +93,22 @@ class HOG:
     ) -> Float[Tensor, "batch masked patch"]:
         """Not possible: pixels cannot be computed from gradients.
 
+        Args:
+            values: Any.
+            images: Any.
+            mask: Any.
+
+        Returns:
+            Nothing: it always raises.
+
         Raises:
             NotImplementedError: Always.
+
+        Example:
+            >>> mask = Mask.from_bool(torch.tensor([[[True, False]]]))
+            >>> HOG(16).invert(torch.rand(1, 1, 108), torch.rand(1, 3, 16, 32), mask)
+            Traceback (most recent call last):
+            NotImplementedError: HOG cannot be turned back into pixels
         """
         raise NotImplementedError("HOG cannot be turned back into pixels")
 

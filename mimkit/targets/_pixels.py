@@ -59,7 +59,19 @@ class Pixels:
     def __call__(
         self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
     ) -> Float[Tensor, "batch masked patch"]:
-        """Return the pixels of the masked patches."""
+        """Return the pixels of the masked patches.
+
+        Args:
+            images: Images, uint8 (read as fractions in [0, 1]) or float.
+            mask: Which patches are masked; each sample the same number.
+
+        Returns:
+            Values after `mean` and `std`, float32.
+
+        Raises:
+            TypeError: If the mask is a `RaggedMask`.
+            ValueError: If the mask does not fit the images.
+        """
         check_even(mask)
         return gather_patches(
             images,
@@ -77,7 +89,27 @@ class Pixels:
         images: Shaped[Tensor, "batch channels *spatial"],
         mask: Mask,
     ) -> Float[Tensor, "batch masked patch"]:
-        """Undo `mean` and `std`: return patches in the range of the images (uint8: [0, 1])."""
+        """Undo `mean` and `std`: return patches in the range of the images (uint8: [0, 1]).
+
+        Args:
+            values: What `__call__` returns, or a prediction of it.
+            images: The images that the values belong to.
+            mask: Which patches are masked; each sample the same number.
+
+        Returns:
+            One patch per masked token, in ascending order of position, [batch, masked, patch].
+
+        Raises:
+            ValueError: If the values do not fit the images and the patch size.
+
+        Example:
+            >>> images = torch.rand(2, 3, 8, 8)
+            >>> mask = Mask.from_visible_ids(torch.zeros(2, 1, dtype=torch.int64), (2, 2))
+            >>> target = Pixels(4, mean=[0.5] * 3, std=[0.25] * 3)
+            >>> patches = target.invert(target(images, mask), images, mask)
+            >>> torch.allclose(patches, Pixels(4)(images, mask), atol=1e-6)
+            True
+        """
         check_values(values, images, self.patch_size)
         channels = images.shape[1]
         pixels = values.shape[2] // channels
@@ -131,6 +163,13 @@ class NormalizedPixels:
     ) -> Float[Tensor, "batch masked patch"]:
         """Return the normalised pixels of the masked patches.
 
+        Args:
+            images: Images, uint8 (read as fractions in [0, 1]) or float.
+            mask: Which patches are masked; each sample the same number.
+
+        Returns:
+            Values of mean 0 and variance 1 in each patch, float32.
+
         Raises:
             ValueError: If patches have a single value, and so no variance.
 
@@ -157,8 +196,24 @@ class NormalizedPixels:
     ) -> Float[Tensor, "batch masked patch"]:
         """Undo the normalisation with the mean and standard deviation of the true patches.
 
+        Args:
+            values: What `__call__` returns, or a prediction of it.
+            images: The true images, whose masked patches give mean and standard deviation.
+            mask: Which patches are masked; each sample the same number.
+
+        Returns:
+            One patch per masked token, in ascending order of position, [batch, masked, patch].
+
         Raises:
             ValueError: If the shape of the values is not that of the masked patches.
+
+        Example:
+            >>> images = torch.rand(2, 3, 8, 8)
+            >>> mask = Mask.from_visible_ids(torch.zeros(2, 1, dtype=torch.int64), (2, 2))
+            >>> target = NormalizedPixels(4)
+            >>> patches = target.invert(target(images, mask), images, mask)
+            >>> torch.allclose(patches, Pixels(4)(images, mask), atol=1e-5)
+            True
         """
         pixels = self._pixels(images, mask)
         if values.shape != pixels.shape:
@@ -220,6 +275,12 @@ class PCATarget:
     def fit(self, images: Shaped[Tensor, "batch channels *spatial"]) -> "PCATarget":
         """Compute the principal components of all patches of `images`.
 
+        Args:
+            images: Images, uint8 (read as fractions in [0, 1]) or float.
+
+        Returns:
+            The target itself.
+
         Raises:
             ValueError: If there are more components than values in a patch, or fewer than two
                 patches.
@@ -249,8 +310,16 @@ class PCATarget:
     ) -> Float[Tensor, "batch masked components"]:
         """Return the coefficients of the masked patches.
 
+        Args:
+            images: Images, uint8 (read as fractions in [0, 1]) or float.
+            mask: Which patches are masked; each sample the same number.
+
+        Returns:
+            Coefficients, largest variance first, float32.
+
         Raises:
             RuntimeError: If called before `fit`.
+            ValueError: If the patches have another number of values than those of `fit`.
         """
         patches = Pixels(self.patch_size, self.order)(images, mask)
         center, components = self._fitted(patches.device)
@@ -268,7 +337,20 @@ class PCATarget:
         images: Shaped[Tensor, "batch channels *spatial"],
         mask: Mask,
     ) -> Float[Tensor, "batch masked patch"]:
-        """Return the patches that have these coefficients."""
+        """Return the patches that have these coefficients.
+
+        Args:
+            values: Coefficients.
+            images: Images; not read.
+            mask: Which patches are masked; each sample the same number.
+
+        Returns:
+            One patch per masked token, in ascending order of position, [batch, masked, patch].
+
+        Raises:
+            RuntimeError: If called before `fit`.
+            ValueError: If there is another number of coefficients, or they are not float32.
+        """
         center, components = self._fitted(values.device)
         if values.dtype != components.dtype or values.shape[2] != len(components):
             raise ValueError(

@@ -55,9 +55,21 @@ class DownsampledPixels:
     def group(self, mask: Mask) -> Mask:
         """Return the mask of the predicted units: patches, or squares of several patches.
 
+        Args:
+            mask: Which patches are masked.
+
+        Returns:
+            The same mask where a square is at most a patch; else one on the coarser grid of the
+            squares.
+
         Raises:
             ValueError: If the factor does not fit the patch size, or (on a CPU) a square is partly
                 masked.
+
+        Example:
+            >>> mask = Mask.from_bool(torch.tensor([[[True, True, False, False]] * 2]))
+            >>> DownsampledPixels(4, 8).group(mask).is_masked
+            tensor([[[ True, False]]])
         """
         squares, patch = self._sizes(mask)
         return mask if squares == patch else mask.coarsen(divide("factor", squares, patch, "patch"))
@@ -66,7 +78,20 @@ class DownsampledPixels:
     def __call__(
         self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
     ) -> Float[Tensor, "batch masked patch"]:
-        """Return the means of the masked squares."""
+        """Return the means of the masked squares.
+
+        Args:
+            images: Images, uint8 (read as fractions in [0, 1]) or float.
+            mask: Which patches are masked; each sample the same number.
+
+        Returns:
+            Means, float32: one row per masked unit of `group`.
+
+        Raises:
+            TypeError: If the mask is a `RaggedMask`.
+            ValueError: If the factor does not fit the patch size, the mask does not fit the
+                images, or (on a CPU) a square is partly masked.
+        """
         outer, _ = self._sizes(mask)
         factor = per_axis("factor", self.factor, len(outer))
         pixels = Pixels(outer, "c p1 p2")(images, self.group(mask))
@@ -82,7 +107,26 @@ class DownsampledPixels:
         images: Shaped[Tensor, "batch channels *spatial"],
         mask: Mask,
     ) -> Float[Tensor, "batch masked patch"]:
-        """Return patches in which every square is filled with its mean."""
+        """Return patches in which every square is filled with its mean.
+
+        Args:
+            values: What `__call__` returns, or a prediction of it.
+            images: Images; only their number of channels is read.
+            mask: Which patches are masked; each sample the same number.
+
+        Returns:
+            One patch per masked token, in ascending order of position, [batch, masked, patch].
+
+        Raises:
+            ValueError: If the values do not fit the images, or the mask the squares.
+
+        Example:
+            >>> images = torch.arange(4.0).view(1, 1, 1, 4)
+            >>> mask = Mask.from_bool(torch.tensor([[[True]]]))
+            >>> target = DownsampledPixels((1, 4), (1, 2))
+            >>> target.invert(target(images, mask), images, mask)
+            tensor([[[0.5000, 0.5000, 2.5000, 2.5000]]])
+        """
         outer, patch = self._sizes(mask)
         factor = per_axis("factor", self.factor, len(outer))
         inside = divide("patch", outer, factor, "factor")
@@ -147,7 +191,19 @@ class WindowNormalizedPixels:
     def __call__(
         self, images: Shaped[Tensor, "batch channels *spatial"], mask: Mask
     ) -> Float[Tensor, "batch masked patch"]:
-        """Return the normalised pixels of the masked patches."""
+        """Return the normalised pixels of the masked patches.
+
+        Args:
+            images: Images, uint8 (read as fractions in [0, 1]) or float.
+            mask: Which patches are masked; each sample the same number.
+
+        Returns:
+            Values normalised by the pixels around each, float32.
+
+        Raises:
+            TypeError: If the mask is a `RaggedMask`.
+            ValueError: If the mask does not fit the images.
+        """
         images = as_floats(images).float()
         mean, std = self._statistics(images)
         return Pixels(self.patch_size, self.order)((images - mean) / std, mask)
@@ -159,7 +215,27 @@ class WindowNormalizedPixels:
         images: Shaped[Tensor, "batch channels *spatial"],
         mask: Mask,
     ) -> Float[Tensor, "batch masked patch"]:
-        """Undo the normalisation with the mean and standard deviation of the true windows."""
+        """Undo the normalisation with the mean and standard deviation of the true windows.
+
+        Args:
+            values: What `__call__` returns, or a prediction of it.
+            images: The true images, whose windows give mean and standard deviation.
+            mask: Which patches are masked; each sample the same number.
+
+        Returns:
+            One patch per masked token, in ascending order of position, [batch, masked, patch].
+
+        Raises:
+            ValueError: If the values do not fit the images and the patch size.
+
+        Example:
+            >>> images = torch.rand(2, 3, 8, 8)
+            >>> mask = Mask.from_visible_ids(torch.zeros(2, 1, dtype=torch.int64), (2, 2))
+            >>> target = WindowNormalizedPixels(4, window=3)
+            >>> patches = target.invert(target(images, mask), images, mask)
+            >>> torch.allclose(patches, Pixels(4)(images, mask), atol=1e-5)
+            True
+        """
         check_values(values, images, self.patch_size)
         mean, std = (
             Pixels(self.patch_size, self.order)(statistic, mask)

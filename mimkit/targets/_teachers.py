@@ -51,6 +51,13 @@ class TokenTarget:
     ) -> Int64[Tensor, "batch masked"]:
         """Return the codes of the masked tokens.
 
+        Args:
+            images: Images, as the tokenizer takes them.
+            mask: Which patches are masked; each sample the same number.
+
+        Returns:
+            One code per masked token, in ascending order of position.
+
         Raises:
             ValueError: If the grid of the codes is not that of the mask.
         """
@@ -65,8 +72,25 @@ class TokenTarget:
     ) -> Float[Tensor, "batch masked patch"]:
         """Decode the codes, and return the masked patches of the decoded images.
 
+        Args:
+            values: Codes of the masked tokens.
+            images: Images, which give the codes of the visible tokens.
+            mask: Which patches are masked; each sample the same number.
+
+        Returns:
+            One patch per masked token, in ascending order of position, [batch, masked, patch].
+
         Raises:
             NotImplementedError: If `decode` or `patch_size` is `None`.
+            ValueError: If the grid of the codes is not that of the mask.
+
+        Example:
+            >>> images = torch.ones(1, 1, 1, 2)
+            >>> mask = Mask.from_bool(torch.tensor([[[True, False]]]))
+            >>> encode, decode = (lambda x: x[:, 0].long()), (lambda ids: ids.unsqueeze(1).float())
+            >>> target = TokenTarget(encode, decode=decode, patch_size=1)
+            >>> target.invert(torch.tensor([[7]]), images, mask)
+            tensor([[[7.]]])
         """
         if self.decode is None or self.patch_size is None:
             raise NotImplementedError("invert needs a TokenTarget with decode and patch_size")
@@ -122,6 +146,13 @@ class FeatureTarget:
     ) -> Float[Tensor, "batch masked dim"]:
         """Return the features of the masked tokens.
 
+        Args:
+            images: Images, as the teacher takes them.
+            mask: Which patches are masked; each sample the same number.
+
+        Returns:
+            Features, float32, without a gradient.
+
         Raises:
             ValueError: If the number of tokens does not fit the mask.
         """
@@ -136,7 +167,22 @@ class FeatureTarget:
     ) -> Float[Tensor, "batch masked patch"]:
         """Not possible: pixels cannot be computed from features.
 
+        Args:
+            values: Any.
+            images: Any.
+            mask: Any.
+
+        Returns:
+            Nothing: it always raises.
+
         Raises:
             NotImplementedError: Always.
+
+        Example:
+            >>> mask = Mask.from_bool(torch.tensor([[[True]]]))
+            >>> target = FeatureTarget(torch.nn.Identity())
+            >>> target.invert(torch.rand(1, 1, 8), torch.rand(1, 3, 4, 4), mask)
+            Traceback (most recent call last):
+            NotImplementedError: a teacher's features cannot be turned back into pixels
         """
         raise NotImplementedError("a teacher's features cannot be turned back into pixels")

@@ -552,6 +552,7 @@ class _Log:
         elapsed = max(time.perf_counter() - self.since, 1e-9)
         row = {"step": done, "epoch": done / self.plan.steps_per_epoch, **self.numbers}
         row |= {"images_per_s": self.images / elapsed, "data_share": self.waited / elapsed}
+        row["seconds"] = elapsed  # since the row before
         if result is None:
             # The run may have been resumed at this step.
             row = (self.folder.read_metrics() or [{}])[-1] | row | {"skipped": True}

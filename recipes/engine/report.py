@@ -13,6 +13,7 @@ from recipes.engine.masks import first
 from recipes.engine.pictures import draw_curves, draw_more_pictures, draw_reconstructions
 from recipes.engine.pretrain import build_model, scalars
 from recipes.engine.probes import features_to_compare, print_probes, run_probes
+from recipes.engine.run.closing import print_closing
 from recipes.engine.run.config import Recipe, RunConfig
 from recipes.engine.run.folder import RunFolder
 
@@ -82,7 +83,7 @@ def score_held_out(
 def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     """Print what the run showed."""
     say(f"{summary['steps']} steps, {summary['images_per_s']:.0f} images/s")
-    say(f"training loss  {summary['final_loss']:.3f}")
+    say(f"training loss  {summary['final_loss']:.3f}   mean of the last tenth of the steps")
     held_out = summary.get("held_out")
     if held_out:
         others = (f"{name} {value:.3f}" for name, value in held_out.items() if name != "loss")
@@ -94,7 +95,7 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     if probes:
         print_probes(probes)
     print_unreadable(summary["unreadable_images"])
-    say(f"pictures, curves, weights and numbers: {folder.path}")
+    print_closing(folder.path)
 
 
 def _batches(images: Tensor, config: RunConfig) -> Iterator[tuple[int, Tensor]]:

@@ -100,8 +100,9 @@ def test_a_recipe_runs_from_any_folder_and_gives_its_exit_code(tmp_path: Path) -
 
 
 @pytest.mark.full
-def test_output_that_nobody_reads_to_its_end_gives_no_traceback() -> None:
-    code = f"cd {ROOT} && {sys.executable} -m mimkit doctor | true; exit ${{PIPESTATUS[0]}}"
+@pytest.mark.parametrize("tool", ["doctor", "--help"])
+def test_output_that_nobody_reads_to_its_end_gives_no_traceback(tool: str) -> None:
+    code = f"cd {ROOT} && {sys.executable} -m mimkit {tool} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (141, "")
 

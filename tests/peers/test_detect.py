@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from recipes.engine.pretrained.encoders import build_encoder, fill_encoder, load
 from recipes.engine.pretrained.shapes import ConvViTShape, SwinShape, ViTShape
 from recipes.engine.run.world import World
 from tests.recipes.coco_folder import write_coco
+from tests.recipes.test_signals import assert_equal_runs, start
+from tests.waiting import end_of, wait_until
 
 SMALL = DetectorShape(
     window=2,
@@ -377,6 +380,23 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(
     assert run(*line, "--out", str(tmp_path / "run")) == 0
     ended, whole = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", out))
     assert all(torch.equal(ended[name], whole[name]) for name in whole)
+
+
+@pytest.mark.full
+def test_a_run_that_was_stopped_by_a_signal_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
+    data = write_coco(tmp_path / "coco")
+    more = ["--encoder", "none", "--image-size", "32", "--batch-size", "2", "--epochs", "12"]
+    stopped, undisturbed = tmp_path / "stopped", tmp_path / "undisturbed"
+    process = start("step", "detect", data, stopped, *more)
+    wait_until(stopped.with_suffix(".reached").exists, "step", process)
+    process.send_signal(signal.SIGTERM)
+    code, printed = end_of(process)
+    assert code == 143
+    assert "stopped by SIGTERM after step 5 of 12, which is saved" in printed
+    for out in (stopped, undisturbed):
+        code, printed = end_of(start("none", "detect", data, out, *more))
+        assert code == 0, printed
+    assert_equal_runs(stopped, undisturbed, weights="model.safetensors")
 
 
 def test_a_dry_run_trains_nothing(

@@ -1,6 +1,7 @@
 """Options are derived from configuration fields: their types, help texts and ranges."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -182,6 +183,7 @@ def is_meaningful(options: type[Any], flag: str, value: str) -> bool:
     return is_name or (flag in ZERO_MEANS and value == "0")
 
 
+@functools.cache  # made from docstrings: this takes a while
 def kinds_of_options() -> dict[str, type[Any]]:
     kinds: dict[str, type[Any]] = {recipe.name: options_type(recipe) for recipe in RECIPES}
     return kinds | {

@@ -182,7 +182,7 @@ def test_a_second_ctrl_c_leaves_at_once(pictures: Path, tmp_path: Path) -> None:
 OTHERS = {"finetune": "model", "tokenizer": "tokenizer", "vit_mpp": "encoder", "probe": None}
 OTHER_CELLS = [
     *((recipe, phase) for recipe in OTHERS for phase in ("start-up", "step", "checkpoint")),
-    ("segment", "step"),  # the others' loop; detection is among the peers' tests
+    ("segment", "step"),  # detection is among the tests of the peers
 ]
 SCENES = [
     "--data", "scenes", "--encoder", "none", "--scratch", "never", "--runs", "1",

@@ -26,6 +26,11 @@ _CLASSIFIER = ("fc_norm.", "head.")
 # Tables of relative positions that a ConvViT gets in a detector.
 _OF_DETECTOR = {"window_bias.table", "global_bias.table"}
 ENCODER = "encoder.safetensors"
+_ADVICE = (
+    "give the --preset of this encoder, or put a config.yaml beside it: that of its run, or for a "
+    "ViT one line with its own numbers, model: {image_size: 224, patch_size: 16, in_channels: 3, "
+    "dim: 192, depth: 12, heads: 3, mlp_ratio: 4.0}"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,8 +245,9 @@ def _shape_from_config(path: Path, kind: type[EncoderShape]) -> EncoderShape | N
         missing = {name for name in kind.optional_fields if model.get(name) is None}
         values = {name: model[name] for name in names - missing}
     except (UnreadableError, AttributeError, KeyError, TypeError) as error:
+        lacks = f", it lacks {error}" if isinstance(error, KeyError) else ""
         raise UserError(
-            f"{file} does not hold the shape of a {kind.kind}: move it elsewhere"
+            f"{file} does not hold the shape of a {kind.kind}{lacks}: move it elsewhere"
         ) from error
     plain: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
@@ -326,7 +332,6 @@ def fill_encoder(encoder: Encoder, file: EncoderFile) -> None:
         for name, tensor in file.weights.items()
         if name in wanted or not name.startswith((*_AFTER_BLOCKS, *_CLASSIFIER))
     }
-    advice = "give the --preset of this encoder, or put the config.yaml of its run beside it"
     odd = sorted(wanted ^ weights.keys())
     if set(odd) == {"norm.weight", "norm.bias"} and "fc_norm.weight" in file.weights:
         raise UserError(
@@ -341,12 +346,12 @@ def fill_encoder(encoder: Encoder, file: EncoderFile) -> None:
         )
     if odd:
         problem = "has no weight" if odd[0] in wanted else "has an unexpected weight"
-        raise UserError(f"--encoder {file.path} {problem} {odd[0]}: {advice}")
+        raise UserError(f"--encoder {file.path} {problem} {odd[0]}: {_ADVICE}")
     fitted = file.shape.resample(weights, encoder)
     for name, tensor in fitted.items():
         if tensor.shape != own[name].shape:
             raise UserError(
                 f"--encoder {file.path}: {name} has shape {tuple(tensor.shape)} "
-                f"instead of {tuple(own[name].shape)}: {advice}"
+                f"instead of {tuple(own[name].shape)}: {_ADVICE}"
             )
     encoder.load_state_dict({**own, **fitted})

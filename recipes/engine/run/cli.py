@@ -117,6 +117,11 @@ _WORKER_LOST = re.compile(r"DataLoader worker .*(is killed by signal|exited unex
 OptionsType = TypeVar("OptionsType")
 
 
+def _called(name: str) -> str:
+    """Return how a recipe was called, for its help: as a file, or by the command `mimkit`."""
+    return sys.argv[0] if sys.argv[0].startswith("mimkit ") else f"recipes/{name}.py"
+
+
 def run_command(
     command: Callable[[Any], None],
     options_type: type[Any],
@@ -146,7 +151,7 @@ def run_command(
             parse_options(
                 options_type,
                 sys.argv[1:] if arguments is None else arguments,
-                program=f"recipes/{name}.py",
+                program=_called(name),
                 description=description,
             )
         )

@@ -77,7 +77,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
     baselines = row.get("baselines", {})
     if not isinstance(baselines, dict):
         return None
-    numbers = [row.get("loss"), row.get("images_per_s"), *baselines.values()]
+    numbers = [row.get("loss"), row.get("images_per_s"), row.get("seconds", 0), *baselines.values()]
     is_whole = all(type(number) in (int, float) for number in numbers)
     return row if is_whole and math.isfinite(row["loss"]) else None
 
