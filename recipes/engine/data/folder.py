@@ -366,8 +366,8 @@ def open_sets(
         size = image_size if isinstance(image_size, tuple) else (image_size, image_size)
         if len(size) != 2:
             raise UserError(
-                f"--image-size {arrays.shown_shape(size)} has {len(size)} axes, but the pictures "
-                f"of {split.train.root} have two: height and width"
+                f"--image-size {arrays.shown_shape(size)} must have two axes for the pictures of "
+                f"{split.train.root}: height and width"
             )
         center: Cropping = CenterCrops()
         if chosen is not None:
