@@ -10,6 +10,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -169,7 +170,7 @@ def run_transfer(transfer: Transfer, options: Any) -> None:
         encoder = world.share(lambda: find_or_pretrain(transfer, options, world))
         options = dataclasses.replace(options, encoder=encoder)
         config, file = transfer.resolve(options)
-        data = transfer.load(config)
+        data = world.share(partial(transfer.load, config))  # one process reads the folder
         config = config.with_data(data.content)
         least = _LEAST_STEPS_BETWEEN_CHECKPOINTS
         plan = make_plan(config, options, data.train, checkpoint_at_least=least)
