@@ -81,7 +81,13 @@ class Receipt:
         """Return the receipt as lines for people.
 
         Returns:
-            One line for each entry: its name, then what it says.
+            One line for each part, names of long lists being cut.
+
+        Example:
+            >>> receipt = Receipt("a.pth", "0", "b.pth", "1", "mae", "timm", "ViT", 1, (), ("x",),
+            ...                   (), None, "timm is not installed")
+            >>> receipt.lines()[4:6]
+            ['added         1: x', 'back again    every tensor equal']
         """
         same = "every tensor equal"
         difference = f"{self.difference} of the largest output ({self.compared})"
