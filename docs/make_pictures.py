@@ -52,6 +52,8 @@ SAMPLERS: dict[str, Draw] = {
     "blockwise": partial(masking.blockwise, ratio=0.5),
     "blockwise-75": partial(masking.blockwise, ratio=0.75),
     "inverse-block": partial(masking.inverse_block, ratio=0.8),
+    "visible-block": partial(masking.visible_block, ratio=0.65),
+    "prefix": partial(masking.prefix, ratio=0.5),
     "gridwise": masking.gridwise,
     "square": partial(masking.square, side=7, position="random"),
     "weighted": partial(centered, ratio=0.5),

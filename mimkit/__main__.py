@@ -18,6 +18,10 @@ _HERE = Path(__file__).resolve().parent
 _ROOTS = (_HERE / "_shipped", _HERE.parent)
 _TOOLS = {
     "export": ("recipes.engine.pretrained.export", "a run's encoder as a folder for Hugging Face"),
+    "convert": (
+        "mimkit.interop._command",
+        "weights under other names: timm, Hugging Face, ...",
+    ),
     "doctor": ("mimkit._doctor", "versions, devices, kernels, what is missing for what"),
     "masks": ("mimkit.masking", "statistics and pictures of a sampler"),
     "report": ("recipes.engine.page", "one HTML page of a run, or of several compared"),

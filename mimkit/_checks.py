@@ -61,7 +61,8 @@ def check_batch(mask: Mask, samples: Shaped[Tensor, "batch ..."], name: str) -> 
 
 
 def _check_batch_size(mask: Mask, samples: Tensor, name: str) -> None:
-    if mask.batch_size != len(samples):
+    # `len` would fix the batch size of an exported program.
+    if isinstance(samples, Tensor) and mask.batch_size != samples.shape[0]:
         raise ValueError(f"the mask has {mask.batch_size} samples, but {name} has {len(samples)}")
     check_device(mask, samples, name)
 

@@ -1,8 +1,10 @@
 """Frozen dataclasses registered as pytrees, for `torch.compile`, DDP and export."""
 
 import dataclasses
+import json
 from typing import Any, TypeVar, dataclass_transform
 
+import torch
 from torch.utils import _pytree as pytree
 
 T = TypeVar("T")
@@ -19,7 +21,8 @@ def container(cls: type[T]) -> type[T]:
 
     Use it for the outputs of models: with an unregistered output,
     `DistributedDataParallel(static_graph=True)` silently skips the gradient reduction. Fields are
-    leaves unless declared with `static`.
+    leaves unless declared with `static`. If the first one is `loss`, an output can be indexed, by a
+    field's name or number, as transformers does.
 
     Args:
         cls: A class with annotated fields.
@@ -66,11 +69,27 @@ def container(cls: type[T]) -> type[T]:
             object.__setattr__(value, name, part)
         return value
 
+    if leaf_names[:1] == ("loss",):  # transformers' Trainer reads `output["loss"]` or `output[0]`
+
+        def item(value: Any, key: int | str) -> Any:
+            return getattr(value, key if isinstance(key, str) else leaf_names[key])
+
+        setattr(frozen, "__getitem__", item)  # noqa: B010 - for mypy
+
     pytree.register_pytree_node(
         frozen,
         flatten,
         unflatten,
         flatten_with_keys_fn=flatten_with_keys,
         serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+        # JSON has lists only; grids and counts are tuples.
+        to_dumpable_context=json.dumps,
+        from_dumpable_context=lambda text: _as_tuples(json.loads(text)),
     )
+    # `torch.load(weights_only=True)` takes it: it is data, and loading it runs no code.
+    torch.serialization.add_safe_globals([frozen])
     return frozen
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value

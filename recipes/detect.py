@@ -18,16 +18,16 @@ from the authors' settings.
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 if __name__ == "__main__":
     __import__("recipes.script" if __package__ else "script")  # import path, threads
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from recipes import convmae
 from recipes.engine import fields
@@ -35,34 +35,29 @@ from recipes.engine.data.coco import is_coco, load_coco
 from recipes.engine.data.images import NORMALIZE, NormalizeByConstants
 from recipes.engine.data.instances import InstanceImages, InstanceSource, SceneInstances
 from recipes.engine.data.scenes import CLASSES, Part, load_scenes
-from recipes.engine.data.sets import DataSet
 from recipes.engine.detection.encoder import build_backbone, encoder_weights, fill_backbone
 from recipes.engine.detection.pictures import draw_found
 from recipes.engine.detection.score import KINDS, DetectionData, score
 from recipes.engine.detection.shape import DetectionTraining, DetectorShape
-from recipes.engine.detection.task import Detection, detector_groups
-from recipes.engine.errors import UserError, say
-from recipes.engine.loop import Plan, make_plan, run_steps
-from recipes.engine.pretrained.encoders import EncoderFile, EncoderOptions, open_encoder
-from recipes.engine.pretrained.shapes import ConvViTShape, EncoderShape, ViTShape
-from recipes.engine.report import print_unreadable
+from recipes.engine.detection.task import Detection
+from recipes.engine.errors import UserError
+from recipes.engine.pretrained.encoders import EncoderFile
+from recipes.engine.pretrained.shapes import ConvViTShape, ViTShape
 from recipes.engine.run.cli import FLAGS, options_of, override, parse_options, run_command
-from recipes.engine.run.closing import print_closing
-from recipes.engine.run.config import (
-    Preset,
-    RunConfig,
-    choose_preset,
-    resolve,
-    warn_of_short_schedule,
-    warn_of_slow_precision,
+from recipes.engine.run.config import Preset, choose_preset
+from recipes.engine.run.world import World
+from recipes.engine.transfer import (
+    SCENES,
+    Scores,
+    Transfer,
+    TransferConfig,
+    TransferOptions,
+    resolve_transfer,
+    run_transfer,
 )
-from recipes.engine.run.folder import RunFolder, output_folder
-from recipes.engine.run.world import World, check_shares, join
-from recipes.engine.transfer import find_or_pretrain, print_comparison
 
-SCENES = "scenes"
-_SEEDS = 3
-_TRAIN_SCENES, _TEST_SCENES = 800, 200
+NUMBERS = ("ap", "ap50", "ap75", "agnostic")
+_TRAIN_SCENES, _TEST_SCENES = 800, 100
 
 
 @dataclass(frozen=True)
@@ -77,34 +72,25 @@ class DetectionPreset(Preset):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectOptions(EncoderOptions):
+class DetectOptions(TransferOptions):
     """Options of detection.
 
     Attributes:
         data: "scenes", or a folder in COCO's layout: `train2017/`, `val2017/` and
             `annotations/instances_*.json`.
-        encoder: An `encoder.safetensors` or the folder of its run; a checkpoint of the authors'
-            MAE, CAE, SimMIM or ConvMAE, whose shape is the preset's; "none" to train from scratch;
-            or "auto" for the newest ConvMAE or CAE in `runs`, or a new ConvMAE.
-        scratch: Whether the same training is also run from an untrained encoder; "auto" does so
-            for the bundled scenes.
         seeds: Number of seeds, from `--seed` on, with which each training is run; 3 for the
             bundled scenes, otherwise 1.
     """
 
-    data: str = SCENES
-    encoder: str = "auto"
-    scratch: Literal["auto", "always", "never"] = "auto"
     seeds: fields.PositiveInt | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectConfig(RunConfig):
-    """All that decides the result; `encoder` is the digest of the weights, or "none"."""
+class DetectConfig(TransferConfig):
+    """All that decides the result."""
 
     training: DetectionTraining
     detector: DetectorShape
-    encoder: str
 
 
 def check_packages() -> None:
@@ -125,20 +111,28 @@ def check_packages() -> None:
             ) from error
 
 
-def build_model(config: DetectConfig, file: EncoderFile | None, num_classes: int) -> nn.Module:
-    """Make the detector, and load the pre-trained encoder.
+def resolve_detection(options: Any) -> tuple[DetectConfig, EncoderFile | None]:
+    """Fill in the preset's values, and read the encoder.
 
     Raises:
-        UserError: The encoder does not fit.
+        UserError: A value that does not fit, or an encoder that cannot be read.
     """
-    from recipes.engine.detection.model import Detector
-
-    encoder = build_backbone(
-        config.model, config.detector, seed=config.seed, drop_path=config.training.drop_path
+    _, preset = choose_preset(options, PRESETS)
+    config, file = resolve_transfer(
+        options,
+        "detect",
+        PRESETS,
+        DetectConfig,
+        runs=options.seeds,
+        detector=override(preset.detector, options),
     )
-    if file is not None:
-        fill_backbone(encoder, file)
-    return Detector(encoder, config.detector, num_classes).to(config.device)
+    height, width = config.model.image_axes()
+    if height != width:
+        raise UserError(f"--image-size {height} {width}: images are padded to a square, give one")
+    for flag in ("compile", "shard"):
+        if getattr(options, flag):
+            raise UserError(f"--{flag}: torchvision's detectors do not support it, omit it")
+    return config, file
 
 
 def load_images(config: DetectConfig) -> DetectionData:
@@ -170,171 +164,64 @@ def load_images(config: DetectConfig) -> DetectionData:
         InstanceImages(source, len(names), side, normalize, jitter, config.seed)
         for source, jitter in ((train, config.training.jitter), (test, None))
     )
-    images = DataSet(config.data, 3, to_train, names, normalize=normalize, content=content)
-    return DetectionData(images, to_train, to_test)
+    return DetectionData(to_train, to_test, names, content)
 
 
-def make_task(
-    config: DetectConfig, file: EncoderFile | None, num_classes: int, world: World
-) -> Detection:
-    """Make the model with its optimizer."""
-    training = config.training
+def build_model(config: DetectConfig, file: EncoderFile | None, num_classes: int) -> nn.Module:
+    """Make the detector, and load the pre-trained encoder.
 
-    def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-        groups = detector_groups(
-            model, config, weight_decay=training.weight_decay, layer_decay=training.layer_decay
-        )
-        return torch.optim.AdamW(groups, lr=config.lr, betas=training.betas, fused=True)
+    Raises:
+        UserError: The encoder does not fit.
+    """
+    from recipes.engine.detection.model import Detector
 
-    return Detection(build_model(config, file, num_classes), make_optimizer, config, world)
+    encoder = build_backbone(
+        config.model, config.detector, seed=config.seed, drop_path=config.training.drop_path
+    )
+    if file is not None:
+        fill_backbone(encoder, file)
+    return Detector(encoder, config.detector, num_classes).to(config.device)
 
 
-def train_and_score(
-    config: DetectConfig,
-    plan: Plan,
-    file: EncoderFile | None,
-    data: DetectionData,
-    options: DetectOptions,
-    folder: RunFolder,
+def make_task(model: nn.Module, config: DetectConfig, world: World, options: Any) -> Detection:
+    """Make the task of training a detector."""
+    return Detection(model, config, world)
+
+
+def weights_of_encoder(
+    model: Any, config: DetectConfig, file: EncoderFile | None
+) -> Mapping[str, Tensor]:
+    """Return the weights of the encoder, with those that only pre-training uses."""
+    return encoder_weights(model.encoder, config.model, file)
+
+
+def score_model(
+    model: nn.Module, config: DetectConfig, data: DetectionData, world: World, workers: int
 ) -> dict[str, Any]:
-    """Train from the last checkpoint, score, write weights and pictures; return the numbers."""
-    task = make_task(config, file, data.num_classes, folder.world)
-    train_set = data.train.seeded(config.seed)
-    run_steps(task, plan, train_set, folder, options)
-    model: Any = task.model
-    scores = score(model, config, data, folder.world, workers=options.workers)
-    weights = encoder_weights(model.encoder, config.model, file)
-    folder.write_tensors("encoder.safetensors", weights)
-    folder.write_weights("model.safetensors", model)
-    draw_found(model, config, data, folder)
-    unreadable = [data.train.describe(image) for image in folder.read_unreadable()]
+    """Score a detector on the test images."""
+    scores = score(model, config, data, world, workers=workers)
     return {
-        "steps": folder.read_metrics()[-1]["step"],
+        **{f"{kind}_ap": scores[kind]["ap"] for kind in KINDS},
         "scores": scores,
-        "unreadable_images": unreadable,
+        "all_scores": scores,
     }
 
 
-def detect(
-    config: DetectConfig,
-    plan: Plan,
-    file: EncoderFile | None,
-    data: DetectionData,
-    options: DetectOptions,
-    path: Path,
-    world: World,
-) -> dict[str, Any]:
-    """Train a detector, or go on with it, and return the summary.
-
-    The run with the first seed is in the folder itself, the others in folders in it, named after
-    start and seed.
-    """
-    with RunFolder(
-        path, config, world, lock=options.lock, accept_changed=options.accept_changed_data
-    ) as folder:
-        summary = folder.read_summary()
-        if summary is not None:
-            return summary
-        summary = train_and_score(config, plan, file, data, options, folder)
-        found = {_start(file): [summary["scores"]]}
-        for start, seed, other in others(config, file, options):
-            alone = dataclasses.replace(options, scratch="never", seeds=1)
-            given = file if start == "pretrained" else None
-            one = detect(other, plan, given, data, alone, path / f"{start}-{seed}", world)
-            found.setdefault(start, []).append(one["scores"])
-        for kind in KINDS:
-            summary[f"{kind}_ap"] = {
-                start: [scores[kind]["ap"] for scores in all_scores]
-                for start, all_scores in found.items()
-            }
-        summary["all_scores"] = found
-        folder.write_summary(summary)
-    return summary
+def rows_of(summary: dict[str, Any]) -> Mapping[str, Scores]:
+    """Return the rows of the printed table."""
+    return {
+        f"{kind} {name}": {
+            start: [scores[kind][name] for scores in all_scores]
+            for start, all_scores in summary["all_scores"].items()
+        }
+        for kind in KINDS
+        for name in NUMBERS
+    }
 
 
-def others(
-    config: DetectConfig, file: EncoderFile | None, options: DetectOptions
-) -> Iterator[tuple[str, int, DetectConfig]]:
-    """Yield start, seed and configuration of all runs but the first."""
-    is_bundled = options.data == SCENES
-    seeds = options.seeds or (_SEEDS if is_bundled else 1)
-    compares = options.scratch == "always" or (options.scratch == "auto" and is_bundled)
-    starts = [_start(file), *(["scratch"] if compares and file is not None else [])]
-    for start in starts:
-        for seed in range(config.seed, config.seed + seeds):
-            if (start, seed) != (starts[0], config.seed):
-                encoder = config.encoder if start == "pretrained" else "none"
-                yield start, seed, dataclasses.replace(config, seed=seed, encoder=encoder)
-
-
-def _start(file: EncoderFile | None) -> str:
-    return "scratch" if file is None else "pretrained"
-
-
-def resolve_detection(options: DetectOptions) -> tuple[DetectConfig, EncoderFile | None]:
-    """Fill in the preset's values, and read the encoder.
-
-    Raises:
-        UserError: A value that does not fit, or an encoder that cannot be read.
-    """
-    _, preset = choose_preset(options, PRESETS)
-    file = open_encoder(options, preset.model)
-    shape: EncoderShape = file.shape if file else preset.model
-    config = resolve(
-        options,
-        "detect",
-        PRESETS,
-        config_type=DetectConfig,
-        model=dataclasses.replace(shape, image_size=preset.model.image_size),
-        detector=override(preset.detector, options),
-        encoder=file.digest if file else "none",
-    )
-    height, width = config.model.image_axes()
-    if height != width:
-        raise UserError(f"--image-size {height} {width}: images are padded to a square, give one")
-    if config.model.in_channels != 3:
-        raise UserError(
-            f"--encoder {options.encoder} is for images of {config.model.in_channels} channels, "
-            f"those of {config.data} have 3"
-        )
-    for flag in ("compile", "shard"):
-        if getattr(options, flag):
-            raise UserError(f"--{flag}: torchvision's detectors do not support it, omit it")
-    return config, file
-
-
-def describe(config: DetectConfig, data: DetectionData, plan: Plan, model: nn.Module) -> list[str]:
-    """Describe a run: configuration, images, steps, parameters."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    encoder: Any = model.encoder
-    return [
-        *config.as_lines(),
-        "---",
-        f"data          {config.data}: {len(data.train):,} images of {data.num_classes} classes, "
-        f"{len(data.test):,} to score on",
-        f"steps         {plan.num_steps:,} of {config.training.batch_size:,} images",
-        f"parameters    {trained:,} trained, "
-        f"{sum(p.numel() for p in encoder.parameters()):,} in the encoder",
-    ]
-
-
-def print_summary(summary: dict[str, Any], path: Path) -> None:
-    """Print what the run showed."""
-    say(f"average precision (%), {summary['steps']} steps")
-    for start, all_scores in summary["all_scores"].items():
-        for kind in KINDS:
-            names = ("ap", "ap50", "ap75", "agnostic")
-            means = (
-                sum(scores[kind][name] for scores in all_scores) / len(all_scores) for name in names
-            )
-            numbers = "  ".join(
-                f"{name} {mean:.1f}" for name, mean in zip(names, means, strict=True)
-            )
-            say(f"{start:<11} {kind:<5} {numbers}")
-    for kind in KINDS:
-        print_comparison(f"{kind} AP", summary[f"{kind}_ap"])
-    print_unreadable(summary["unreadable_images"])
-    print_closing(path)
+def folder_of(first: DetectConfig, other: DetectConfig) -> str:
+    """Return the name of a training's folder: `scratch-0`, `pretrained-1`, `scratch-1`, ..."""
+    return f"{other.start}-{other.seed}"
 
 
 # ViTDet on MAE: box / mask AP 51.6 / 45.9, with --cascade 54.0 / 46.7. 184,375 steps of 64 images.
@@ -365,7 +252,7 @@ CAE_BASE = ViTShape(image_size=1056, layer_scale=0.1, qkv_bias="qv")
 GLOBAL = DetectorShape(window=0, global_blocks=())
 
 PRESETS = {
-    # 200 steps, six times: 8 min 30 s on two cores. Chosen on the validation part of the scenes.
+    # 200 steps, six times. Chosen on the validation part of the scenes.
     "tiny": DetectionPreset(
         ConvViTShape(
             image_size=64, patch_sizes=(2, 2, 2), dim=(32, 64, 128), depth=(2, 2, 4), heads=4
@@ -388,8 +275,8 @@ PRESETS = {
             fc_dim=128,
             convs=1,
             anchors=(16, 20, 28, 36, 48),
-            proposals=100,
-            samples=32,
+            proposals=50,
+            samples=16,
             detections=20,
             least_score=0.01,
         ),
@@ -428,37 +315,41 @@ PRESETS = {
 }
 
 
-def run(options: DetectOptions) -> None:
+# Box / mask AP on COCO val2017.
+PUBLISHED = {
+    "vitdet_base": "51.6 / 45.9; with --cascade 54.0 / 46.7",
+    "vitdet_large": "55.5 / 49.2; with --cascade 57.6 / 50.0",
+    "vitdet_huge": "56.7 / 50.2; with --cascade 58.7 / 51.0",
+    "cae_base": "50.3 / 44.2",
+    "cae_large": "54.5 / 47.5",
+    "convmae_base": "53.2 / 47.1",
+}
+
+TRANSFER = Transfer(
+    presets=PRESETS,
+    pretraining=convmae.RECIPE,
+    resolve=resolve_detection,
+    load=load_images,
+    build=build_model,
+    make_task=make_task,
+    encoder_weights=weights_of_encoder,
+    score=score_model,
+    compared=("box_ap", "mask_ap", "all_scores"),
+    table=rows_of,
+    folder_of=folder_of,
+    draw=draw_found,
+    published={name: f"{text} box / mask AP on COCO" for name, text in PUBLISHED.items()},
+)
+
+
+def run(options: Any) -> None:
     """Train detectors, and print their average precision.
 
     Raises:
         UserError: Something that was asked for does not fit.
     """
     check_packages()
-    encoder = find_or_pretrain(
-        options.encoder,
-        ("convmae", "cae"),
-        convmae.RECIPE,
-        convmae.__doc__ or "",
-        dry_run=options.dry_run,
-    )
-    options = dataclasses.replace(options, encoder=encoder)
-    config, file = resolve_detection(options)
-    data = load_images(config)
-    config = config.with_data(data.images.content)
-    plan = make_plan(config, options, data.train)
-    warn_of_slow_precision(config)
-    warn_of_short_schedule(config)
-    model = build_model(config, file, data.num_classes)  # what does not fit is found here
-    if options.dry_run:
-        say(*describe(config, data, plan, model))
-        return
-    path = output_folder(options.out, config)
-    with join(config.device, timeout=options.timeout) as world:
-        check_shares(config.training.batch_size, world, accumulate=config.accumulate)
-        summary = detect(config, plan, file, data, options, path, world)
-        if world.is_main:
-            print_summary(summary, path)
+    run_transfer(TRANSFER, options)
 
 
 # The command line.

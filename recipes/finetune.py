@@ -54,6 +54,7 @@ from recipes.engine.pretrained.shapes import (
     EncoderShape,
     SwinShape,
     ViTShape,
+    check_window,
 )
 from recipes.engine.report import print_unreadable
 from recipes.engine.run.cli import ARRAY_FLAGS, FLAGS, Options, options_of, run_command
@@ -331,9 +332,7 @@ def resolve_fine_tuning(options: FineTuneOptions) -> tuple[FineTuneConfig, Encod
     _, preset = choose_preset(options, PRESETS)
     file = open_encoder(options, preset.model)
     shape: EncoderShape = file.shape if file else preset.model
-    window = getattr(options, "window", None)
-    if window is not None and not isinstance(shape, SwinShape):
-        raise UserError(f"--window {window}: a {shape.kind} has no windows, leave it out")
+    check_window(shape, getattr(options, "window", None))
     more: dict[str, Any] = {"encoder": file.digest if file else "none"}
     more["trained_blocks"] = options.trained_blocks
     config_type: type[FineTuneConfig] = FineTuneConfig

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from mimkit import container
 from mimkit._grids import Grid
-from mimkit.masking import Mask
+from mimkit.masking import Mask, RaggedMask
 from mimkit.nn import SimMIMHead, SwinTransformer, ViT
 from recipes.engine import Preset, Recipe, Training, fields, run, targets
 from recipes.engine.masks import UnitMasking, join
@@ -162,7 +162,7 @@ class SimMIMOutput:
     """
 
     loss: Float32[Tensor, ""]
-    prediction: Float[Tensor, "samples masked ..."]
+    prediction: Float[Tensor, "samples masked ..."] | Float[Tensor, "rows values"]
     latent: Float[Tensor, "samples prefix_and_tokens dim"]
 
 
@@ -219,9 +219,19 @@ class SimMIM(nn.Module):
             self.not_decayed += ("encoder.pos_embed",)
 
     def forward(
-        self, images: Float[Tensor, "images channels *spatial"], mask: Mask | Sequence[Mask]
+        self,
+        images: Float[Tensor, "images channels *spatial"],
+        mask: Mask | RaggedMask | Sequence[Mask],
     ) -> SimMIMOutput:
-        """Predict the masked patches of `images` and score the prediction."""
+        """Predict the masked patches of `images` and score the prediction.
+
+        Under a `RaggedMask`, predictions are packed: one sample after the other.
+
+        Raises:
+            ValueError: A `RaggedMask`, and a target other than the pixels.
+        """
+        if isinstance(mask, RaggedMask):
+            return self._forward_ragged(images, mask)
         mask, images = join(mask, images)
         latent = self.encoder(images, mask, mask_token=self.mask_token)
         tokens = latent[:, self.encoder.num_prefix_tokens :]
@@ -229,6 +239,18 @@ class SimMIM(nn.Module):
         # The head's order is "c p1 p2", as published.
         prediction = rearrange(predicted, "b m (c p) -> b m (p c)", p=self.points_per_patch)
         prediction = prediction.unflatten(2, self.target.value_shape)
+        loss = self.target.loss(prediction, images, mask)
+        return SimMIMOutput(loss, prediction, latent)
+
+    def _forward_ragged(self, images: Tensor, mask: RaggedMask) -> SimMIMOutput:
+        if not isinstance(self.target, targets.PixelTarget):
+            raise ValueError(f'a RaggedMask needs target="pixels"; got {self.config.target!r}')
+        latent = self.encoder(images, mask, mask_token=self.mask_token)
+        tokens = latent[:, self.encoder.num_prefix_tokens :]
+        everywhere = torch.ones(len(images), *self.encoder.grid, dtype=torch.bool)
+        all_patches = Mask.from_bool(everywhere).to(images.device)
+        predicted = self.head(tokens, all_patches).flatten(0, 1)[mask.masked_rows]
+        prediction = rearrange(predicted, "m (c p) -> m (p c)", p=self.points_per_patch)
         loss = self.target.loss(prediction, images, mask)
         return SimMIMOutput(loss, prediction, latent)
 

@@ -62,9 +62,11 @@ def takes_kernel(name: str, tensor: Tensor, find_obstacle: Callable[[], str | No
 def is_opaque(tensor: Tensor) -> bool:
     """Return whether `torch.compile` on a CPU calls the operator instead of tracing its reference.
 
-    For references with so many steps that Inductor compiles for minutes and runs more slowly.
+    For references with so many steps that Inductor compiles for minutes and runs more slowly. ONNX
+    has no such operators, and gets the reference.
     """
     is_traced = torch.compiler.is_compiling() and tensor.device.type == "cpu"
+    is_traced = is_traced and not torch.onnx.is_in_onnx_export()
     return is_traced and Settings.backend == "auto" and not is_transformed()
 
 

@@ -1,6 +1,7 @@
 """Conversion of checkpoints and models: the authors', timm's and Hugging Face's, and back."""
 
 from mimkit.interop._convert import from_official, to_official
+from mimkit.interop._convert_file import Receipt, convert_file
 from mimkit.interop._files import load_checkpoint
 from mimkit.interop._fit import fit_encoder
 from mimkit.interop._hf import from_hf, to_hf
@@ -10,6 +11,8 @@ from mimkit.interop._timm import from_timm, to_timm, wrap_timm
 
 __all__ = [
     "Converted",
+    "Receipt",
+    "convert_file",
     "fit_encoder",
     "from_hf",
     "from_official",

@@ -130,7 +130,7 @@ _CLASSES = {
     "dinov2": "Dinov2",
     "dinov2_with_registers": "Dinov2WithRegisters",
 }
-_ARCHITECTURES: dict[str, tuple[str, _Task]] = {
+ARCHITECTURES: dict[str, tuple[str, _Task]] = {
     **{f"{name}Model": (family, "bare") for family, name in _CLASSES.items()},
     **{
         f"{name}ForImageClassification": (family, "encoder")
@@ -293,9 +293,9 @@ def _neutral(
 
 def _check_architecture(architecture: Any) -> tuple[str, _Task]:
     name = architecture if isinstance(architecture, str) else getattr(architecture, "__name__", "")
-    if name not in _ARCHITECTURES:
-        raise ValueError(f"architecture must be one of {sorted(_ARCHITECTURES)}; got {name!r}")
-    return _ARCHITECTURES[name]
+    if name not in ARCHITECTURES:
+        raise ValueError(f"architecture must be one of {sorted(ARCHITECTURES)}; got {name!r}")
+    return ARCHITECTURES[name]
 
 
 def _as_dictionary(config: Any) -> dict[str, Any] | None:
@@ -314,7 +314,7 @@ def _identify(
     text = "\n".join(tensors)
     config = config or {}
     declared = config.get("architectures") or []
-    if architecture is None and len(declared) == 1 and declared[0] in _ARCHITECTURES:
+    if architecture is None and len(declared) == 1 and declared[0] in ARCHITECTURES:
         architecture = declared[0]
     if architecture is not None:
         return _check_architecture(architecture)
@@ -360,6 +360,9 @@ def _translation(family: str, task: _Task, versions: tuple[Version, ...]) -> Tra
         if task == "mae":
             blocks = _block_rules(names, kind, "decoder_layers.{i}.", "blocks.{i}.")
             rules += within(blocks, theirs="decoder.", ours="decoder.")
+            if len(versions) > 1:  # `save_pretrained` of transformers 5 renames them to this
+                blocks = _block_rules(names, kind, "decoder_encoder.layer.{i}.", "blocks.{i}.")
+                rules += within(blocks, theirs="decoder.", ours="decoder.")
     if task == "mae":
         rules += renames(
             ("decoder.mask_token", "decoder.mask_token"),

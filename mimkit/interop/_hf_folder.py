@@ -57,13 +57,22 @@ def save_hf(encoder: nn.Module, folder: str | Path, *, version: Version = 5) -> 
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in converted.items()}
     weights = save({n: t.contiguous() for n, t in tensors.items()}, metadata={"format": "pt"})
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        problem = "has content" if folder.is_dir() else "is a file"
-        raise FileExistsError(f"{folder} {problem}: give a new or empty folder")
+    check_new_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / WEIGHTS, weights)
     _write(folder / CONFIG, _as_json(config))  # last: a folder without it is not loaded
     return str(architecture)
+
+
+def check_new_folder(folder: Path) -> None:
+    """Check that a folder is new or empty.
+
+    Raises:
+        FileExistsError: If it has content, or is a file.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        problem = "has content" if folder.is_dir() else "is a file"
+        raise FileExistsError(f"{folder} {problem}: give a new or empty folder")
 
 
 def _as_json(config: dict[str, Any]) -> bytes:

@@ -12,14 +12,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mimkit._checks import check_mask
+from mimkit._checks import check_device, check_mask
 from mimkit._features import FeatureMaps
 from mimkit._grids import Grid, as_sizes
 from mimkit._state_dicts import unwrap
 from mimkit.interop._convert import from_official, to_official
 from mimkit.interop._recognize import register_taker, select_known
 from mimkit.interop._rules import VIT, Converted, Translation, renames, same, state_of
-from mimkit.masking import Mask
+from mimkit.interop._timm_blocks import blocks_of
+from mimkit.masking import Mask, RaggedMask
 from mimkit.patches import gather_visible, grid_of, interpolate_positions, restore
 
 _VIT = Translation(
@@ -207,7 +208,7 @@ class _MaskedTimmViT(FeatureMaps):
     def forward(
         self,
         images: Float[Tensor, "batch channels *spatial"],
-        mask: Mask | None = None,
+        mask: Mask | RaggedMask | None = None,
         *,
         mask_token: Float[Tensor, "*masked dim"] | None = None,
     ) -> Float[Tensor, "batch prefix_and_tokens dim"]:
@@ -216,16 +217,17 @@ class _MaskedTimmViT(FeatureMaps):
         if mask is None and mask_token is not None:
             raise ValueError("mask_token replaces masked patches: pass a mask with it")
         if mask is not None:
-            check_mask(mask, grid_of(images, model.patch_embed.patch_size), images)
+            _check(mask, grid_of(images, model.patch_embed.patch_size), images, mask_token)
         if mask is not None and mask_token is not None:
             tokens, mask = _with_mask_token(tokens, mask, mask_token), None
-        tokens = self._first(model._pos_embed(tokens))
+        assert not isinstance(mask, RaggedMask)
+        tokens, rope = self._with_positions(tokens)
         if mask is not None:
             tokens = gather_visible(tokens, mask, num_prefix=self.num_prefix_tokens)
         if hasattr(model, "norm_pre"):
             tokens = model.norm_pre(tokens)
-        for block in model.blocks:
-            tokens = self._run(block, tokens)
+        for block, options in blocks_of(model, rope, mask):
+            tokens = self._run(block, tokens, options)
         encoded: Tensor = model.norm(tokens)
         return encoded
 
@@ -238,43 +240,58 @@ class _MaskedTimmViT(FeatureMaps):
     def _layer_outputs(self, images: Tensor) -> Iterator[tuple[Tensor, Grid]]:
         model: Any = self.model
         grid = self._grid_for(images, model.patch_embed.patch_size)
-        tokens = self._embed(images, grid)
+        tokens, rope = self._embed(images, grid)
         if hasattr(model, "norm_pre"):
             tokens = model.norm_pre(tokens)
-        for block in model.blocks:
-            tokens = self._run(block, tokens)
+        for block, options in blocks_of(model, rope, None):
+            tokens = self._run(block, tokens, options)
             yield tokens[:, self.num_prefix_tokens :], grid
 
-    def _embed(self, images: Tensor, grid: Grid) -> Tensor:
-        """Embed images of any size; timm does so if it was built with `dynamic_img_size`."""
+    def _embed(self, images: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+        """Embed images of any size; timm does so if it was built with `dynamic_img_size`.
+
+        Raises:
+            ValueError: If the size is another one, and the model has rotary or relative positions.
+        """
         model: Any = self.model
         built = tuple(model.patch_embed.grid_size)
-        if grid == built or model.dynamic_img_size:
-            return self._first(model._pos_embed(model.patch_embed(images)))
+        if grid == built or getattr(model, "dynamic_img_size", False):
+            return self._with_positions(model.patch_embed(images))
+        if getattr(model, "rope", None) is not None or not hasattr(model, "_pos_embed"):
+            raise ValueError(
+                f"this model has rotary or relative positions for a grid of {built}, not of {grid}"
+            )
         tokens: Tensor = model.patch_embed.norm(model.patch_embed.proj(images).flatten(2).mT)
         prefix = [p for p in (model.cls_token, model.reg_token) if p is not None]
         prefix = [token.expand(len(tokens), -1, -1) for token in prefix]
         if model.pos_embed is None:
-            return torch.cat([*prefix, tokens], dim=1)
+            return torch.cat([*prefix, tokens], dim=1), None
         num_prefix = 0 if model.no_embed_class else self.num_prefix_tokens
         positions = interpolate_positions(model.pos_embed[0], built, grid, num_prefix=num_prefix)
         if model.no_embed_class:
             tokens = torch.cat([*prefix, tokens + positions], dim=1)
         else:
             tokens = torch.cat([*prefix, tokens], dim=1) + positions
-        dropped: Tensor = model.pos_drop(tokens)
-        return dropped
+        return model.pos_drop(tokens), None
 
-    @staticmethod
-    def _first(embedded: Tensor | tuple[Tensor, object]) -> Tensor:
-        return embedded[0] if isinstance(embedded, tuple) else embedded  # Eva: with a rotary table
+    def _with_positions(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Add prefix tokens and positions to all patches; also return Eva's rotary table."""
+        model: Any = self.model
+        if hasattr(model, "_pos_embed"):
+            embedded = model._pos_embed(tokens)
+            return embedded if isinstance(embedded, tuple) else (embedded, None)
+        if model.cls_token is not None:  # BEiT, and models with relative positions alone
+            tokens = torch.cat([model.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        if getattr(model, "pos_embed", None) is not None:
+            tokens = tokens + model.pos_embed
+        return (model.pos_drop(tokens) if hasattr(model, "pos_drop") else tokens), None
 
-    def _run(self, block: nn.Module, tokens: Tensor) -> Tensor:
+    def _run(self, block: nn.Module, tokens: Tensor, options: dict[str, Any]) -> Tensor:
         is_kept = not getattr(self.model, "grad_checkpointing", False)
         if is_kept or not torch.is_grad_enabled():
-            encoded: Tensor = block(tokens)
+            encoded: Tensor = block(tokens, **options)
             return encoded
-        again: Tensor = checkpoint(block, tokens, use_reentrant=False)
+        again: Tensor = checkpoint(block, tokens, **options, use_reentrant=False)
         return again
 
     def pool(
@@ -284,13 +301,24 @@ class _MaskedTimmViT(FeatureMaps):
         return pooled
 
 
-def _with_mask_token(tokens: Tensor, mask: Mask, mask_token: Tensor) -> Tensor:
+def _check(mask: Mask | RaggedMask, grid: Grid, images: Tensor, mask_token: Tensor | None) -> None:
+    """Check that a mask fits; without a mask token, all images must show as many patches."""
+    if not isinstance(mask, RaggedMask) or mask_token is None:
+        check_mask(mask, grid, images)  # type: ignore[arg-type]
+    elif mask.grids != (grid,) * len(images):
+        raise ValueError(f"{len(images)} images have grid {grid}, but the mask has {mask.grids}")
+    else:
+        check_device(mask, images, "images")
+
+
+def _with_mask_token(tokens: Tensor, mask: Mask | RaggedMask, mask_token: Tensor) -> Tensor:
     """Put a mask token, or one for each masked patch, in place of the masked patches' embeddings.
 
     With `dynamic_img_size`, timm's embeddings are [batch, height, width, dim].
     """
     is_single = mask_token.numel() == mask_token.shape[-1]
-    rows = gather_visible(tokens.flatten(1, -2), mask)
+    is_packed = isinstance(mask, RaggedMask)
+    rows = gather_visible(tokens.flatten(0 if is_packed else 1, -2), mask)
     fill = mask_token.view(-1) if is_single else mask_token
     return restore(rows, mask, fill).view_as(tokens)
 
@@ -305,16 +333,17 @@ def wrap_timm(model: nn.Module) -> nn.Module:
     see visible patches only.
 
     Args:
-        model: A timm `VisionTransformer`, an `Eva` without rotary positions, or a subclass with the
-            same parts, without patch dropout.
+        model: A timm `VisionTransformer`, `Eva`, `Beit`, `VisionTransformerRelPos`, or a subclass
+            with the same parts, without patch dropout. Rotary and relative positions are those of
+            the visible patches.
 
     Returns:
         `encoder(images, mask=None, *, mask_token=None)`, with `.model`, `.num_prefix_tokens`,
         `.pool(tokens)`, and `.features(images, layers)` as in `nn.ViT`, for images of any size.
 
     Raises:
-        TypeError: If the model lacks a part of a `VisionTransformer`, has rotary or relative
-            positions, or embeds its patches by more than one convolution, whose outputs see pixels
+        TypeError: If the model lacks a part of a `VisionTransformer`, has other relative positions
+            (SAM's), or embeds its patches by more than one convolution, whose outputs see pixels
             of other patches.
         ValueError: If the model has patch dropout.
 
@@ -334,17 +363,14 @@ def wrap_timm(model: nn.Module) -> nn.Module:
     """
     parts = ("patch_embed", "_pos_embed", "blocks", "norm", "num_prefix_tokens")
     missing = [name for name in parts if not hasattr(model, name)]
+    if hasattr(model, "rel_pos_bias") or hasattr(model, "shared_rel_pos"):  # BEiT, relpos
+        missing = [name for name in missing if name != "_pos_embed"]
     kind = type(model).__name__
     if missing:
         raise TypeError(f"wrap_timm needs a timm VisionTransformer; got {kind} without {missing}")
-    if getattr(model, "rope", None) is not None:
-        raise TypeError(
-            f"wrap_timm does not support rotary position embeddings; got a {kind} with them"
-        )
-    names = [name for name, _ in model.named_parameters()]
-    relative = [name for name in names if "rel_pos" in name or "relative_position" in name]
-    if relative or hasattr(model, "rel_pos_bias"):
-        raise TypeError(f"wrap_timm does not support relative positions; got a {kind} with them")
+    others = _positions_elsewhere(model)
+    if others:
+        raise TypeError(f"wrap_timm does not know the positions of a {kind} in {others[0]!r}")
     projection = getattr(model.patch_embed, "proj", None)
     is_plain = isinstance(projection, nn.Conv2d) and projection.stride == projection.kernel_size
     if not is_plain or hasattr(model.patch_embed, "backbone"):
@@ -355,6 +381,20 @@ def wrap_timm(model: nn.Module) -> nn.Module:
     if getattr(getattr(model, "patch_drop", None), "prob", 0):
         raise ValueError("the model has patch dropout: build it with patch_drop_rate=0")
     return _MaskedTimmViT(model)
+
+
+def _positions_elsewhere(model: nn.Module) -> list[str]:
+    """Return the relative positions of a model that `blocks_of` does not gather.
+
+    Those of SAM and of windows are no bias between two tokens of the whole grid.
+    """
+    known = re.compile(
+        r"blocks\.\d+\.attn\.(relative_position_bias_table|rel_pos\..*)"
+        r"|(rel_pos_bias|shared_rel_pos)\..*"
+    )
+    names = [name for name, _ in model.named_parameters()]
+    relative = [n for n in names if "rel_pos" in n or "relative_position" in n]
+    return [name for name in relative if not known.fullmatch(name)]
 
 
 register_taker("from_timm", _VIT.unknown)

@@ -10,9 +10,11 @@ from mimkit.masking._key import Key, fresh_key, key
 from mimkit.masking._mask import Mask
 from mimkit.masking._multiblock import MultiBlock, multiblock
 from mimkit.masking._philox import FORMAT_VERSION, philox4x32
+from mimkit.masking._prefix import prefix, random_prefix
 from mimkit.masking._ragged import RaggedMask, ragged
 from mimkit.masking._samplers import gridwise, square, uniform
 from mimkit.masking._tube import tube
+from mimkit.masking._visible_block import visible_block
 from mimkit.masking._weighted import weighted
 
 __all__ = [
@@ -31,11 +33,14 @@ __all__ = [
     "multiblock",
     "num_masked",
     "philox4x32",
+    "prefix",
     "ragged",
+    "random_prefix",
     "square",
     "stats",
     "tube",
     "uniform",
+    "visible_block",
     "weighted",
     "with_ids",
 ]

@@ -1,12 +1,23 @@
 """Sample ids for any map-style data set."""
 
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from mimkit._arguments import describe
+from mimkit.masking._mask import Mask
+from mimkit.masking._ragged import RaggedMask
 
 Item = TypeVar("Item")
+
+
+def _collate(masks: Any, *, collate_fn_map: Any = None) -> Any:
+    """Concatenate the masks of samples, as a `DataLoader` stacks tensors."""
+    return type(masks[0]).cat(masks)
+
+
+default_collate_fn_map[Mask] = default_collate_fn_map[RaggedMask] = _collate
 
 
 class _WithIds(Dataset[tuple[Item, int]], Generic[Item]):

@@ -139,7 +139,7 @@ def _draw_targets(
     height, width = plane
     words = random_words(key, 4 * num_targets, sampler=_TARGETS).unflatten(1, (num_targets, 4))
     aspect_word, top_word, left_word, corner = words.unbind(2)
-    heights, widths = _sides(area, plane, log_low, log_high, key.device)
+    heights, widths = block_sides(area, plane, log_low, log_high, key.device)
     bins = aspect_word * _BINS >> 32
     h, w = heights[bins], widths[bins]
     # word * n >> 32 is uniform on [0, n), in integers.
@@ -154,7 +154,7 @@ def _draw_targets(
     return inside & (place < area)
 
 
-def _sides(
+def block_sides(
     area: int, plane: Sequence[int], log_low: float, log_high: float, device: torch.device
 ) -> tuple[Int64[Tensor, " bins"], Int64[Tensor, " bins"]]:
     """Return the sides, by aspect bin, of the smallest rectangle of at least `area` tokens."""
@@ -162,7 +162,7 @@ def _sides(
     step = (log_high - log_low) / _BINS
     ideal = [math.sqrt(area * math.exp(log_low + (i + 0.5) * step)) for i in range(_BINS)]
     heights = [min(max(round(h), -(-area // width), 1), height) for h in ideal]
-    widths = [-(-area // h) for h in heights]
+    widths = [max(-(-area // h), 1) for h in heights]
     return torch.tensor(heights, device=device), torch.tensor(widths, device=device)
 
 

@@ -8,7 +8,9 @@ Every random decision of a sampler is a 32-bit word of the counter-based generat
     stream   = (sampler << 8) | view               sampler: 0 uniform, 1 square,
                                                    2 and 3 blockwise, 4 and 5
                                                    inverse_block, 6 weighted,
-                                                   7 to 9 multiblock
+                                                   7 to 9 multiblock,
+                                                   10 visible_block,
+                                                   11 random_prefix
 
 So a mask is a function of (seed, epoch, sample id) alone, the same on every device and for any
 batching. The samplers use the words as follows:
@@ -23,6 +25,8 @@ batching. The samplers use the words as follows:
 - `multiblock`: the four words of counter block n of stream 7 give the n-th target (aspect ratio,
   top, left, corner). Stream 8 gives the context block (scale, top, left), and stream 9 sorts the
   tokens of the context.
+- `visible_block`: the first three words of stream 10 give aspect ratio, top and left.
+- `random_prefix`: the first word of stream 11 gives the length.
 
 A change of any of this is a new version of the format.
 

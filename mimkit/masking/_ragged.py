@@ -449,7 +449,9 @@ def ragged(
         sampler: Any sampler, such as `uniform` or `blockwise`.
         key: Seed, epoch and sample ids (see `masking.key`).
         grids: Tokens per axis: one grid for all samples, or one per sample.
-        ratios: Fraction of tokens to mask, in [0, 1]: one for all samples, or one per sample.
+        ratios: Fraction of tokens to mask, in [0, 1]: one for all samples, or one per sample. Here
+            0 masks no token and 1 masks all, where a sampler alone leaves one visible and one
+            masked.
         num_masked: Number of tokens to mask, instead of `ratios`.
         options: Further keyword arguments of the sampler.
 
@@ -488,11 +490,21 @@ def ragged(
         wanted = {"ratio": ratio, "num_masked": count}
         wanted = {name: value for name, value in wanted.items() if value is not None}
         part = Key(key.sample_ids[rows], key.seed_and_epoch, key.view_index)
-        drawn = sampler(part, grid, **wanted, **options)
+        if ratio in (0, 1) and count is None:
+            drawn = _none_or_all(part, grid, is_masked=ratio == 1)
+        else:
+            drawn = sampler(part, grid, **wanted, **options)
         if not isinstance(drawn, Mask):
             raise TypeError(f"sampler must return a Mask; got {type(drawn).__name__}")
         masks |= {row: drawn[i] for i, row in enumerate(rows)}
     return RaggedMask.cat([masks[row] for row in range(key.batch_size)])
+
+
+def _none_or_all(key: Key, grid: Sequence[int], *, is_masked: bool) -> Mask:
+    shape = (key.batch_size, *as_sizes("grid", grid))
+    count = count_tokens(grid) if is_masked else 0
+    flags = torch.full(shape, is_masked, device=key.device)
+    return Mask.from_bool(flags, num_masked=count)
 
 
 def _per_sample(name: str, value: Any, key: Key, *, one: bool) -> Sequence[Any]:

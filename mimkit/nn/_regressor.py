@@ -108,7 +108,7 @@ class RegressorBlock(nn.Module):
         """
         attention, tokens = self.cross_attn, mask_token + positions
         query, key = (
-            gather_masked(projected.expand(len(visible), -1, -1), mask)
+            gather_masked(projected.expand(visible.shape[0], -1, -1), mask)
             for projected in (attention.q(self.norm_q(tokens)), attention.k(self.norm_k(tokens)))
         )
         value = attention.v(self.norm_v(mask_token)).expand_as(query)
@@ -235,7 +235,7 @@ class ContextRegressor(nn.Module):
                 f"positions must be [{mask.num_tokens}, dim] for grid {mask.grid}; got "
                 f"{tuple(positions.shape)}"
             )
-        table = positions.expand(len(visible), -1, -1)
+        table = positions.expand(visible.shape[0], -1, -1)
         query_positions, visible_positions = gather_masked(table, mask), gather_visible(table, mask)
         queries = mask_token.expand_as(query_positions)
         for block in self.blocks[:1]:

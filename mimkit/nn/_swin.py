@@ -142,7 +142,7 @@ class SwinTransformer(TimmProtocol):
     def forward(
         self,
         images: Shaped[Tensor, "batch channels height width"],
-        mask: Mask | None = None,
+        mask: Mask | RaggedMask | None = None,
         *,
         mask_token: Float[Tensor, "*masked embed_dim"] | None = None,
     ) -> Float[Tensor, "batch tokens out_dim"]:
@@ -150,14 +150,14 @@ class SwinTransformer(TimmProtocol):
 
         Args:
             images: Images of the size that the encoder was built for.
-            mask: Mask on `grid`; pixels of masked patches are not read.
+            mask: Mask on `grid`, of any counts; pixels of masked patches are not read.
             mask_token: Replaces the embedding of each masked patch.
 
         Returns:
             One token per position of `out_grid`, after the last norm.
 
         Raises:
-            TypeError: If the mask is a `RaggedMask`.
+            TypeError: If the mask is neither a `Mask` nor a `RaggedMask`.
             ValueError: If the images have another size or number of channels, if the mask does not
                 fit, or if only one of `mask` and `mask_token` is given.
         """
@@ -246,12 +246,14 @@ class SwinTransformer(TimmProtocol):
         """
         return tokens.mean(dim=1)
 
-    def _embed(self, images: Tensor, mask: Mask | None, mask_token: Tensor | None) -> Tensor:
+    def _embed(
+        self, images: Tensor, mask: Mask | RaggedMask | None, mask_token: Tensor | None
+    ) -> Tensor:
         if tuple(images.shape[2:]) != self.image_size:
             raise ValueError(
                 f"this encoder takes images of size {self.image_size}; got {tuple(images.shape)}"
             )
-        if mask is not None:
+        if mask is not None and not isinstance(mask, RaggedMask):
             check_even(mask)
         if mask is not None and mask_token is None:
             raise ValueError("Swin cannot leave tokens out: pass a mask_token with the mask")
@@ -448,10 +450,15 @@ def permute(tokens: Tensor, layout: Layout, index: int) -> Tensor:
 class _Permute(torch.autograd.Function):
     """Permute tokens; backward gathers by the inverse permutation instead of scatter-adding."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(order, inverse)
+    def forward(tokens: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         return tokens.index_select(1, order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -540,7 +547,7 @@ class WindowAttention(nn.Module):
         ).unbind(0)
         windows = tokens.shape[1] // self.tokens_inside
         attended = attend(query, key, value, bias).view(
-            len(tokens), windows, self.heads, self.tokens_inside, query.shape[-1]
+            tokens.shape[0], windows, self.heads, self.tokens_inside, query.shape[-1]
         )
         out: Tensor = self.proj(rearrange(attended, "b w h n d -> b (w n) (h d)"))
         return out

@@ -115,7 +115,7 @@ class PatchTokenizer(nn.Module):
         check_no_nan("images", images)
         patches = self._normalized(images)
         ids = self._nearest(patches.flatten(0, -2))
-        return ids.view(len(images), *grid_of(images, self.patch_size))
+        return ids.view(images.shape[0], *grid_of(images, self.patch_size))
 
     @checked
     def decode(

@@ -251,25 +251,30 @@ class ViT(TimmProtocol):
                 sizes; a list where they differ.
             mask: Which patches are visible.
             mask_token: Replaces the embedding of each masked patch, as in SimMIM; all patches are
-                then encoded. Also [batch, masked, dim]: one token per masked patch.
+                then encoded, of every image as many, also with a `RaggedMask`, whose images must
+                have the encoder's size. Also one token per masked patch: [batch, masked, dim], or
+                [rows of masked patches, dim].
 
         Returns:
             The prefix tokens, then one token per encoded patch in ascending order of position,
-            after the last norm. With a `RaggedMask`, the tokens of all samples are concatenated;
-            `mask.split_visible` splits them.
+            after the last norm. With a `RaggedMask` and no `mask_token`, the tokens of all samples
+            are concatenated; `mask.split_visible` splits them.
 
         Raises:
-            TypeError: If the images are a list and the mask is not a `RaggedMask`.
+            TypeError: If the images are a list, and the mask is not a `RaggedMask` or there is a
+                `mask_token`.
             ValueError: If the images have another size or number of channels, if the mask does not
-                fit, if `mask_token` is given without a mask, if a `RaggedMask` is used with a
-                `mask_token`, relative positions or windows, or a `Mask` alone with windows.
+                fit, if `mask_token` is given without a mask, or if a mask alone is used with
+                windows, a `RaggedMask` alone also with relative positions.
         """
-        if isinstance(mask, RaggedMask):
-            if mask_token is not None or len(self.rel_pos_bias) or self.window:
+        if isinstance(mask, RaggedMask) and mask_token is None:
+            if len(self.rel_pos_bias) or self.window:
                 raise ValueError(
-                    "mask_token, relative_positions and window need a Mask; got a RaggedMask"
+                    "relative_positions and window need a Mask, or a mask_token; got a RaggedMask"
                 )
             return self._encode_packed(images, mask)
+        if mask_token is not None and not isinstance(images, Tensor):
+            raise TypeError("a mask_token needs images of one size, stacked; got a list")
         images = check_stacked(images)
         if tuple(images.shape[2:]) != self.image_size:
             raise ValueError(
@@ -280,6 +285,7 @@ class ViT(TimmProtocol):
         tokens = self.patch_embed(images, mask)
         if mask_token is not None:
             tokens, mask = insert_mask_tokens(tokens, mask, mask_token), None
+        assert not isinstance(mask, RaggedMask)
         if mask is not None and self.window is not None:
             raise ValueError(
                 f"window={self.window} needs all tokens: pass no mask, or a mask_token"
@@ -357,7 +363,7 @@ class ViT(TimmProtocol):
             tokens = tokens + positions
         if prefix is None:
             return tokens
-        return torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1)
+        return torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
     def _prefix(self) -> Float[Tensor, "1 prefix dim"] | None:
         """Return the class token, with its position, and the registers."""
@@ -422,8 +428,8 @@ class ViT(TimmProtocol):
 
 
 def insert_mask_tokens(
-    tokens: Float[Tensor, "batch visible dim"],
-    mask: Mask | None,
+    tokens: Float[Tensor, "batch visible dim"] | Float[Tensor, "rows dim"],
+    mask: Mask | RaggedMask | None,
     mask_token: Float[Tensor, "*masked dim"],
 ) -> Float[Tensor, "batch tokens dim"]:
     """Restore grid order, with a mask token (or one per position) at masked positions.
@@ -434,4 +440,5 @@ def insert_mask_tokens(
     if mask is None:
         raise ValueError("mask_token replaces masked patches: pass a mask with it")
     is_single = mask_token.numel() == mask_token.shape[-1]
-    return restore(tokens, mask, mask_token.view(-1) if is_single else mask_token)
+    whole = restore(tokens, mask, mask_token.view(-1) if is_single else mask_token)
+    return whole.unflatten(0, (mask.batch_size, -1)) if isinstance(mask, RaggedMask) else whole

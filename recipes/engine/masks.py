@@ -16,7 +16,7 @@ from recipes.engine.fields import OpenFraction, PositiveInt, Within, check_field
 Masks: TypeAlias = Mask | Sequence[Mask]
 
 Views = Annotated[int, Within(1, 1_024)]
-Sampler = Literal["uniform", "blockwise", "gridwise"]
+Sampler = Literal["uniform", "blockwise", "gridwise", "inverse_block", "visible_block", "prefix"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,9 @@ class Masking:
     Attributes:
         mask_ratio: Fraction of patches to mask, in (0, 1).
         sampler: How masks are drawn (table 1f): "uniform" patch by patch, "blockwise" in blocks;
-            "gridwise" leaves every second patch of every second row visible (ratio 0.75).
+            "gridwise" leaves every second patch of every second row visible (ratio 0.75);
+            "inverse_block" leaves blocks of 3 by 3 visible (data2vec 2.0), "visible_block" one
+            block that may wrap around the border (CAPI), "prefix" the first patches (AIM).
         views: Masks per image. Each step runs the model on all of them, and loads each image once.
         min_block: Smallest block of a "blockwise" mask, in patches.
 
@@ -56,7 +58,8 @@ class Masking:
             return masking.gridwise(key, grid)
         if self.sampler == "blockwise":
             return masking.blockwise(key, grid, self.mask_ratio, min_block=self.min_block)
-        return masking.uniform(key, grid, self.mask_ratio)
+        draw: Callable[..., Mask] = getattr(masking, self.sampler)
+        return draw(key, grid, self.mask_ratio)
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,29 @@ def layer_decay_groups(
     ]
 
 
+def transfer_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
+    """Make AdamW for a model on an encoder: layer decay in `model.encoder`, full rate elsewhere.
+
+    Args:
+        model: The model.
+        config: The run's configuration, whose `model` is the encoder's shape.
+    """
+    training: Any = config.training
+    encoder: Any = model.encoder
+    own = {id(parameter) for parameter in encoder.parameters()}
+    others = nn.ParameterList(p for p in model.parameters() if id(p) not in own)
+    groups = [
+        *layer_decay_groups(
+            encoder,
+            config.model,
+            weight_decay=training.weight_decay,
+            layer_decay=training.layer_decay,
+        ),
+        *parameter_groups(others, weight_decay=training.weight_decay),
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=training.betas, fused=True)
+
+
 def scheduled_lr(epoch: float, config: RunConfig) -> float:
     """Return the learning rate: of steps if there are milestones, of a power or of a cosine."""
     training = config.training

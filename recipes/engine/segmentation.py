@@ -17,6 +17,7 @@ from mimkit.nn import ConvViT, FCNHead, FeaturePyramid, UPerHead, ViT
 from recipes.engine.data.segmented import COLORS, IGNORED, SegmentedData, fitting_factor
 from recipes.engine.data.sets import Batch, check_readable
 from recipes.engine.loop import Moment, Task
+from recipes.engine.optim import transfer_optimizer
 from recipes.engine.pretrained.shapes import Encoder
 from recipes.engine.run.config import RunConfig
 from recipes.engine.run.loader import held_out_batches, on_device
@@ -107,7 +108,6 @@ class Segmentation(Task):
 
     Args:
         model: The model, on its device.
-        make_optimizer: Makes the optimizer of the model.
         config: The run's configuration.
         world: The processes.
         aux_weight: Weight of the auxiliary head's loss.
@@ -117,14 +117,12 @@ class Segmentation(Task):
     def __init__(
         self,
         model: nn.Module,
-        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         config: RunConfig,
         world: World,
         *,
         aux_weight: float,
         shard: bool = False,
     ) -> None:
-        self._make_optimizer = make_optimizer
         self.aux_weight = aux_weight
         if world.size > 1 and config.device == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -132,7 +130,7 @@ class Segmentation(Task):
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Make the optimizer."""
-        return self._make_optimizer(self.model)
+        return transfer_optimizer(self.model, self.config)
 
     def prepare(self, batch: Batch, at: Moment) -> tuple[Tensor, Tensor]:
         """Return images and labels."""

@@ -41,6 +41,8 @@ MADE_INSIDE = {
     "weighted": lambda key: masking.weighted(
         key, GRID, 0.5, weights=torch.linspace(0, 1, 24).expand(key.batch_size, -1)
     ),
+    "visible block": lambda key: masking.visible_block(key, GRID, 0.75),
+    "prefix": lambda key: masking.prefix(key, GRID, 0.75),
     "gridwise": lambda key: masking.gridwise(key, GRID),
     "central square": lambda key: masking.square(key, GRID, 2),
     "random square": lambda key: masking.square(key, GRID, 2, position="random"),

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from mimkit import masking
 from mimkit.masking import Mask
@@ -91,3 +98,27 @@ def test_an_iterable_dataset_raises():
 def test_iteration_ends_with_the_dataset():
     dataset = masking.with_ids(TensorDataset(torch.arange(3)))
     assert [sample_id for _, sample_id in dataset] == [0, 1, 2]
+
+
+def test_masks_of_samples_are_collated():
+    key = masking.key(range(3), seed=0)
+    mask = masking.uniform(key, (4, 4), 0.5)
+    pairs = [(torch.tensor(row), mask[row]) for row in range(3)]
+    numbers, again = default_collate(pairs)
+    assert numbers.tolist() == [0, 1, 2]
+    assert again.equal(mask)
+    ragged = masking.ragged(masking.uniform, key, (4, 4), [0, 0.5, 1])
+    assert default_collate([ragged[row] for row in range(3)]).equal(ragged)
+    with pytest.raises(ValueError, match="number of"):
+        default_collate([mask[:1], masking.uniform(key, (4, 4), 0.75)])
+
+
+def test_files_with_masks_and_keys_load_with_weights_only(tmp_path):
+    key = masking.key(range(3), seed=0)
+    mask = masking.uniform(key, (4, 4), 0.5)
+    ragged = masking.ragged(masking.uniform, key, (4, 4), [0, 0.5, 1])
+    torch.save({"mask": mask, "ragged": ragged, "key": key}, tmp_path / "masks.pt")
+    loaded = torch.load(tmp_path / "masks.pt", weights_only=True)
+    assert loaded["mask"].equal(mask)
+    assert loaded["ragged"].equal(ragged)
+    assert masking.uniform(loaded["key"], (4, 4), 0.5).equal(mask)

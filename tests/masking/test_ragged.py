@@ -100,6 +100,15 @@ def test_each_drawn_sample_equals_the_mask_drawn_alone(key, name, data):
         assert one.equal(sampler(alone, some_grids[i], ratios[i]))
 
 
+@given(keys(min_batch=1, max_batch=4), grids(max_tokens=40), st.data())
+def test_ratios_of_0_and_1_mask_none_and_all(key, grid, data):
+    batch = key.batch_size
+    ratios = data.draw(st.lists(st.sampled_from([0, 0.0, 1, 1.0]), min_size=batch, max_size=batch))
+    mask = masking.ragged(masking.uniform, key, grid, ratios)
+    mask.validate()
+    assert mask.num_masked == tuple(int(ratio) * mask.num_tokens[0] for ratio in ratios)
+
+
 def test_one_grid_ratio_or_count_applies_to_all_samples():
     key = masking.key(range(3), seed=0)
     equal = masking.ragged(masking.uniform, key, (4, 4), 0.75)

@@ -20,6 +20,9 @@ SAMPLERS = {
     "random square": lambda key: masking.square(key, (6, 5), 3, position="random"),
     "tube": lambda key: masking.tube(key, (6, 5), 0.5, shared_axes=1),
     "inverse block": lambda key: masking.inverse_block(key, (6, 5), 0.6),
+    "visible block": lambda key: masking.visible_block(key, (6, 5), 0.6),
+    "visible block inside": lambda key: masking.visible_block(key, (6, 5), 0.6, roll=False),
+    "prefix": lambda key: masking.prefix(key, (6, 5), 0.6),
     "context of blocks": lambda key: masking.multiblock(key, (6, 5)).context,
     "last target": lambda key: masking.multiblock(key, (6, 5)).targets[-1],
     "weighted": lambda key: masking.weighted(
@@ -326,6 +329,7 @@ CONFORMING = {
     "context": context,
     "target": second_target,
     "inverse_block": masking.inverse_block,
+    "visible_block": masking.visible_block,
     "tube": tubes,
     "weighted": weighted_by_position,
 }
@@ -336,6 +340,8 @@ def assert_conforms_on(name, grid, ratio):
     if name == "tube" and len(grid) > 1:
         assume(math.prod(grid) // min(grid) >= 2)
         count = masking.num_masked(math.prod(grid) // min(grid), ratio) * min(grid)
+    if name == "visible_block":
+        assume(len(grid) < 3)
     if name == "blockwise":
         assume(len(grid) < 3)
         ratio, least = min(ratio, 0.75), 0.02
@@ -354,8 +360,9 @@ def assert_conforms_on(name, grid, ratio):
     assert_sampler_conforms(CONFORMING[name], grid, ratio, num_masked=count, least=least)
 
 
-# On given grids they are quick: test_blockwise.py, test_inverse_block.py, test_multiblock.py.
-LONG = {"blockwise", "context", "inverse_block", "target"}
+# On given grids they are quick: test_blockwise.py, test_inverse_block.py, test_multiblock.py and
+# test_visible_block.py.
+LONG = {"blockwise", "context", "inverse_block", "target", "visible_block"}
 
 
 @pytest.mark.untyped

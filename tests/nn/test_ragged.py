@@ -1,6 +1,8 @@
 """ViT and MAE with a `RaggedMask`: different counts and image sizes in one batch."""
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from mimkit.targets import DownsampledPixels
 from mimkit.testing import assert_no_leak, assert_samples_isolated
 from recipes.engine.masks import join
 from recipes.mae import MAE, MAEConfig
+from recipes.simmim import SimMIM, SimMIMConfig
 from tests.nn import plain
 from tests.strategies import generators, ragged_masks
 
@@ -441,6 +444,84 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
         torch.testing.assert_close(found[name], grad, **CLOSE_LOSS)
 
 
+# Encoders that take a mask token, on a grid of 2 x 4 patches of 4 x 4 pixels.
+WITH_TOKEN: dict[str, Callable[[], nn.Module]] = {
+    "vit": lambda: ViT(**SMALL),
+    "relative positions": lambda: ViT(
+        **SMALL, relative_positions="shared", absolute_positions=False
+    ),
+    "windows": lambda: ViT(**SMALL, class_token=False, window=2),
+    "swin": lambda: SwinTransformer(
+        image_size=(8, 16), patch_size=4, in_channels=2, dim=8, depth=(2,), heads=(2,), window=2
+    ),
+}
+SMALL: dict[str, Any] = {
+    "image_size": (8, 16), "patch_size": 4, "in_channels": 2, "dim": 8, "depth": 2, "heads": 2
+}  # fmt: skip
+# Some, none and all of the patches are masked.
+COUNTS = st.lists(st.sampled_from([0, 1, 5, 8]), min_size=1, max_size=4)
+
+
+def draw_counts(counts: list[int]) -> RaggedMask:
+    key = masking.key(range(len(counts)), seed=0)
+    return masking.ragged(masking.uniform, key, (2, 4), num_masked=counts)
+
+
+@pytest.mark.parametrize("name", WITH_TOKEN)
+@settings(max_examples=6)
+@given(counts=COUNTS, generator=generators())
+def test_mask_tokens_under_different_counts_give_what_each_sample_gives_alone(
+    name, counts, generator
+):
+    torch.manual_seed(0)
+    model, mask = WITH_TOKEN[name]().double(), draw_counts(counts)
+    plain.randomize(model)
+    images = torch.randn(len(counts), 2, 8, 16, generator=generator).double()
+    token = torch.randn(8, generator=generator).double()
+    hidden = torch.stack([one.refine(4).is_masked for one in mask.unbind()])
+    poisoned = images.masked_fill(hidden, torch.nan)
+    found = model(poisoned, mask, mask_token=token)
+    for row, one in enumerate(mask.unbind()):
+        expected = model(images[row : row + 1], one, mask_token=token)
+        torch.testing.assert_close(found[row : row + 1], expected)
+    per_patch = token.expand(sum(mask.num_masked), -1)
+    torch.testing.assert_close(model(images, mask, mask_token=per_patch), found)
+
+
+@pytest.mark.parametrize("encoder", ["vit", "swin"])
+@settings(max_examples=6)
+@given(counts=COUNTS, generator=generators())
+def test_simmim_under_different_counts_gives_what_each_sample_gives_alone(
+    encoder, counts, generator
+):
+    torch.manual_seed(0)
+    shape = {"depth": (2,), "heads": (2,), "window": 2} if encoder == "swin" else {}
+    model = SimMIM(SimMIMConfig(encoder=encoder, **(SMALL | shape))).double()
+    mask = draw_counts(counts)
+    images = torch.randn(len(counts), 2, 8, 16, generator=generator).double()
+    output = model(images, mask)
+    alone = [model(images[i : i + 1], one) for i, one in enumerate(mask.unbind())]
+    torch.testing.assert_close(output.loss, torch.stack([one.loss for one in alone]).mean())
+    rows = torch.cat([one.prediction[0] for one in alone])
+    torch.testing.assert_close(output.prediction, rows)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(output.loss, weights, allow_unused=True)
+    mean = torch.stack([one.loss for one in alone]).mean()
+    expected = torch.autograd.grad(mean, weights, allow_unused=True)
+    for one, other in zip(found, expected, strict=True):
+        zero = torch.zeros(())
+        torch.testing.assert_close(
+            zero if one is None else one.sum(), zero if other is None else other.sum(),
+            check_dtype=False,
+        )  # fmt: skip
+
+
+def test_simmim_under_different_counts_needs_pixels():
+    model = SimMIM(SimMIMConfig(encoder="vit", **SMALL, target="hog"))
+    with pytest.raises(ValueError, match="RaggedMask needs target=\"pixels\"; got 'hog'"):
+        model(torch.zeros(1, 2, 8, 16), draw_counts([1]))
+
+
 class TestErrors:
     mask = make_ragged()
     images = make_images(mask, torch.Generator().manual_seed(0))
@@ -461,8 +542,15 @@ class TestErrors:
             ),
             (
                 lambda s: s.encoder()(s.images, s.mask, mask_token=torch.zeros(DIM)),
+                TypeError,
+                "images of one size",
+            ),
+            (
+                lambda s: s.encoder()(
+                    torch.zeros(4, 2, 4, 9).double(), s.mask, mask_token=torch.zeros(DIM).double()
+                ),
                 ValueError,
-                "need a Mask",
+                "grid",
             ),
             (
                 lambda s: s.encoder(relative_positions="shared")(s.images, s.mask),
@@ -481,9 +569,9 @@ class TestErrors:
                 lambda s: SwinTransformer(
                     image_size=16, patch_size=4, in_channels=2, dim=8, depth=(1,), heads=(1,),
                     window=4,
-                )(torch.zeros(4, 2, 16, 16), s.mask, mask_token=torch.zeros(8)),
-                TypeError,
-                "needs a Mask",
+                )(torch.zeros(4, 2, 16, 16), s.mask),
+                ValueError,
+                "pass a mask_token",
             ),
             (
                 lambda s: ConvViT(image_size=16, in_channels=2, dim=(8, 8, 8), depth=(1, 1, 1),

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mimkit.interop import save_hf
+from mimkit.interop import from_hf, save_hf
 from mimkit.nn import ConvStem, ConvViT, SwinTransformer, ViT
 from recipes import mae, simmim
 from recipes.engine.pretrain import build_model
@@ -217,3 +218,14 @@ def test_a_finished_run_is_exported(recipe, tmp_path):
     expected, found = theirs(images).last_hidden_state, encoder(images)
     scale = expected.abs().max()
     torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=2e-6)
+
+
+def test_a_pretraining_model_that_they_saved_converts_whole(tmp_path):
+    model = hf.ViTMAEForPreTraining(
+        hf.ViTMAEConfig(**SMALL | {"decoder_hidden_size": 32, "decoder_intermediate_size": 64})
+    )
+    model.save_pretrained(tmp_path)
+    saved = from_hf(load_file(tmp_path / "model.safetensors"), model.config)
+    expected = from_hf(model)
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())

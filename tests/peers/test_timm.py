@@ -1,14 +1,18 @@
 """timm's Vision Transformers with a mimkit mask, and conversion of their weights."""
 
+import importlib.util
 from doctest import ELLIPSIS, SKIP, DocTestFinder, DocTestRunner
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
 from hypothesis import given
+from timm.models.beit import Beit
 from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import DiffParallelScalingBlock, VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from mimkit import masking
@@ -35,6 +39,7 @@ MODELS = {
     "no class token": lambda: timm_vit(class_token=False, global_pool="avg"),
     "norm before the blocks": lambda: timm_vit(pre_norm=True),
     "class token without position": lambda: timm_vit(no_embed_class=True),
+    "parallel blocks": lambda: timm_vit(block_fn=DiffParallelScalingBlock),
 }
 
 
@@ -220,6 +225,24 @@ def test_a_mask_token_in_a_wrapped_model_works_as_in_mimkits(options, images):
         wrap_timm(model)(images, mask_token=token)
 
 
+@pytest.mark.parametrize("options", [{}, {"dynamic_img_size": True}, {"reg_tokens": 2}])
+@torch.no_grad()
+def test_different_counts_in_a_wrapped_model_give_what_each_sample_gives_alone(options):
+    encoder = wrap_timm(timm_vit(**options))
+    key = masking.key(range(4), seed=0)
+    mask = masking.ragged(masking.uniform, key, GRID, [0, 0.3, 0.8, 1])
+    images, token = torch.randn(4, 3, 16, 16), torch.randn(12)
+    hidden = torch.stack([one.refine(4).is_masked for one in mask.unbind()])
+    found = encoder(images.masked_fill(hidden, float("nan")), mask, mask_token=token)
+    for row, one in enumerate(mask.unbind()):
+        alone = encoder(images[row : row + 1], one, mask_token=token)
+        torch.testing.assert_close(found[row : row + 1], alone, rtol=1e-5, atol=1e-5)
+    with pytest.raises(TypeError, match="needs a Mask"):
+        encoder(images, mask)
+    with pytest.raises(ValueError, match=r"4 images have grid \(4, 4\)"):
+        encoder(images, mask[:3], mask_token=token)
+
+
 def test_checkpointing_of_a_model_is_honored_when_it_is_wrapped(images):
     model = timm_vit()
     model.set_grad_checkpointing()
@@ -233,14 +256,140 @@ def test_checkpointing_of_a_model_is_honored_when_it_is_wrapped(images):
 def test_models_whose_masked_patches_would_leak_or_fail_are_refused_when_wrapped():
     with torch.device("meta"):
         hybrid = timm.create_model("vit_tiny_r_s16_p8_224")
-        beit = timm.create_model("beit_base_patch16_224")
-        rotary = timm.create_model("eva02_tiny_patch14_224")
+        sam = timm.create_model("samvit_base_patch16_224")
+        swin = timm.create_model("swin_tiny_patch4_window7_224")
+        cait = timm.create_model("cait_xxs24_224")
     with pytest.raises(TypeError, match="patches that do not overlap.*HybridEmbed"):
         wrap_timm(hybrid)
-    with pytest.raises(TypeError, match="relative positions|without"):
-        wrap_timm(beit)
-    with pytest.raises(TypeError, match="rotary"):
-        wrap_timm(rotary)
+    with pytest.raises(TypeError, match="without|does not know the positions"):
+        wrap_timm(sam)
+    for model in (swin, cait):
+        with pytest.raises(TypeError, match="without .*_pos_embed"):
+            wrap_timm(model)
+
+
+SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
+# Rotary and relative positions.
+PLACED = {
+    "eva02": lambda: Eva(**SMALL, use_rot_pos_emb=True, swiglu_mlp=True, scale_mlp=True),
+    "dinov3": lambda: Eva(
+        **SMALL, use_rot_pos_emb=True, use_abs_pos_emb=False, num_reg_tokens=2,
+        rope_type="dinov3", rope_rotate_half=True, init_values=0.1,
+    ),
+    "mixed": lambda: Eva(**SMALL, use_rot_pos_emb=True, rope_type="mixed"),
+    "dynamic": lambda: Eva(**SMALL, use_rot_pos_emb=True, dynamic_img_size=True),
+    "no class token": lambda: Eva(
+        **SMALL, use_rot_pos_emb=True, class_token=False, global_pool="avg"
+    ),
+    "after the norm": lambda: Eva(**SMALL, use_rot_pos_emb=True, use_post_norm=True),
+    "beit": lambda: Beit(
+        **SMALL, use_rel_pos_bias=True, use_abs_pos_emb=False, init_values=0.1
+    ),
+    "beit, shared": lambda: Beit(**SMALL, use_shared_rel_pos_bias=True),
+    "beit, absolute": lambda: Beit(**SMALL),
+    "relpos": lambda: VisionTransformerRelPos(**SMALL, rel_pos_type="bias"),
+    "relpos, class token": lambda: VisionTransformerRelPos(
+        **SMALL, rel_pos_type="bias", class_token=True
+    ),
+    "relpos mlp": lambda: VisionTransformerRelPos(**SMALL, rel_pos_type="mlp"),
+    "relpos, shared": lambda: VisionTransformerRelPos(
+        **SMALL, rel_pos_type="bias", shared_rel_pos=True
+    ),
+}  # fmt: skip
+
+
+def placed(name: str) -> Any:
+    torch.manual_seed(0)
+    model: Any = PLACED[name]().eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=0.3)
+    return model
+
+
+def attend_to_visible(is_seen: Tensor) -> Any:
+    """Attention that reads visible tokens only: [batch, tokens], True = seen."""
+    attend = nn.functional.scaled_dot_product_attention
+
+    def masked(query, key, value, attn_mask=None, **options):
+        seen = torch.zeros(is_seen.shape).masked_fill(~is_seen, -torch.inf)[:, None, None]
+        bias = seen if attn_mask is None else attn_mask + seen
+        return attend(query, key, value, attn_mask=bias, **options)
+
+    return masked
+
+
+@pytest.mark.parametrize("name", PLACED)
+@torch.no_grad()
+def test_visible_tokens_keep_their_rotary_or_relative_positions(name, images, monkeypatch):
+    """A plain definition: all tokens are computed, and attention reads the visible ones."""
+    model = placed(name)
+    encoder = wrap_timm(model)
+    torch.testing.assert_close(encoder(images), model.forward_features(images), rtol=0, atol=0)
+    nothing = Mask.from_bool(torch.zeros(2, *GRID, dtype=torch.bool))
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(encoder(images, nothing), model.forward_features(images), **close)
+    mask = masking.uniform(masking.key([0, 1], seed=0), GRID, 0.6)
+    hidden = mask.refine(4).is_masked.unsqueeze(1)
+    found = encoder(images.masked_fill(hidden, float("nan")), mask)
+    prefix = torch.ones(2, model.num_prefix_tokens, dtype=torch.bool)
+    is_seen = torch.cat([prefix, ~mask.is_masked.flatten(1)], dim=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.functional, "scaled_dot_product_attention", attend_to_visible(is_seen))
+        expected = model.forward_features(images)[is_seen].view_as(found)
+    torch.testing.assert_close(found, expected, **close)
+    token = torch.randn(24)
+    whole = encoder(images, mask, mask_token=token)
+    assert whole.shape == model.forward_features(images).shape
+    assert torch.equal(model.forward_features(images), encoder(images))  # the model is as it was
+
+
+def load_script() -> Any:
+    path = Path(__file__).parents[2] / "docs" / "make_timm_table.py"
+    spec = importlib.util.spec_from_file_location("make_timm_table", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def test_the_script_of_the_table_judges_and_finds_a_wrapper_that_is_wrong(monkeypatch):
+    script = load_script()
+    listed = (script.PAGE).read_text().partition(script.START)[2].partition(script.END)[0]
+    for name, verdict in (("eva02_tiny_patch14_224", "exact"), ("cait_xxs24_224", "refused: ")):
+        assert script.judge(name).startswith(verdict)
+        (row,) = (line for line in listed.splitlines() if f"`{name}`" in line)
+        assert f"| {verdict}" in row
+
+    class FirstRows(nn.Module):
+        """Encodes the first patches instead of the visible ones."""
+
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, images: Tensor, mask: Mask | None = None) -> Tensor:
+            tokens: Tensor = self.model.forward_features(images)
+            return tokens if mask is None else tokens[:, : 1 + mask.num_visible]
+
+    monkeypatch.setattr(script, "wrap_timm", FirstRows)
+    assert script.judge("vit_tiny_patch16_224") == "WRONG"
+
+
+@pytest.mark.parametrize("name", ["eva02", "beit", "relpos"])
+def test_gradients_and_checkpointing_of_rotary_and_relative_models(name, images):
+    model = placed(name)
+    mask = masking.uniform(masking.key([0, 1], seed=0), GRID, 0.6)
+    wrap_timm(model)(images, mask).pow(2).mean().backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert any("rel" in n or "q_proj" in n or "qkv" in n for n in expected)
+    model.zero_grad()
+    model.set_grad_checkpointing()
+    wrap_timm(model)(images, mask).pow(2).mean().backward()
+    for n, p in model.named_parameters():
+        if n in expected:
+            torch.testing.assert_close(p.grad, expected[n])
 
 
 @pytest.mark.untyped

@@ -98,7 +98,8 @@ def test_an_encoder_with_numbers_that_are_not_finite_is_refused(value: float, co
 @pytest.fixture
 def folder(encoder: Path, tmp_path: Path) -> Path:
     """The encoder of a finished run, exported for Hugging Face."""
-    assert export(encoder.parent, tmp_path / "exported") == "ViTModel"
+    receipt = export(encoder.parent, tmp_path / "exported")
+    assert (receipt.model, receipt.not_equal) == ("ViTModel", ())
     return tmp_path / "exported"
 
 

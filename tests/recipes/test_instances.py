@@ -1,6 +1,5 @@
 """Images with objects: COCO's files, large-scale jitter, and what a detector must not be given."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from recipes.engine.data.instances import (
 )
 from recipes.engine.errors import UserError
 from recipes.engine.reading import UnreadableError
-from recipes.engine.transfer import find_encoder
 from tests.recipes.coco_folder import write_coco
 
 SIZE = (12, 16)
@@ -257,27 +255,6 @@ def test_run_lengths_are_columns(counts: list[int]) -> None:
     expected = np.array(flat, dtype=bool).reshape(width, -1).T
     drawn = draw_mask({"size": [*size], "counts": counts}, size, name="object")
     assert np.array_equal(drawn, expected)
-
-
-def write_run(root: Path, name: str, recipe: str) -> Path:
-    folder = root / name
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(json.dumps({"recipe": recipe}))
-    (folder / "encoder.safetensors").write_bytes(b"")
-    return folder
-
-
-def test_the_newest_run_of_a_recipe_gives_the_encoder(tmp_path: Path) -> None:
-    assert find_encoder("auto", ("convmae",), tmp_path) is None
-    first = write_run(tmp_path, "a", "convmae") / "encoder.safetensors"
-    write_run(tmp_path, "b", "mae")
-    assert find_encoder("auto", ("convmae", "cae"), tmp_path) == str(first)
-    second = write_run(tmp_path, "c", "cae")
-    assert find_encoder("auto", ("convmae", "cae"), tmp_path) == str(second / "encoder.safetensors")
-    assert find_encoder(str(second), (), tmp_path) == str(second / "encoder.safetensors")
-    assert find_encoder("none", (), tmp_path) == "none"
-    with pytest.raises(UserError, match="without encoder.safetensors"):
-        find_encoder(str(tmp_path), (), tmp_path)
 
 
 def test_detection_without_its_packages_is_one_line(

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.recipes.pictures import write_noise
@@ -111,6 +113,93 @@ def test_a_tokenizer_trains_in_two_processes(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(np.isfinite(row["loss"]) for row in rows)
     assert (tmp_path / "run/tokenizer.safetensors").exists()
+
+
+# SyncBatchNorm needs a GPU, and each process draws its own dropout: both are switched off here.
+SEGMENT = """
+import sys
+from torch import nn
+from torch.nn import functional as F
+from recipes import segment
+
+def fixed(norm, x):
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+
+def score_alike(model, config, data, world, score=segment.score, **more):
+    own = [buffer.tolist() for buffer in model.buffers()]
+    assert all(other == own for other in world.gather(own))  # running means
+    return score(model, config, data, world, **more)
+
+segment.score = score_alike
+if sys.argv.pop(1) == "fixed":
+    nn.BatchNorm2d.forward = fixed
+    nn.Dropout2d.forward = lambda self, x: x
+sys.exit(segment.main(sys.argv[1:]))
+"""
+
+
+def write_labelled(root: Path) -> Path:
+    """Write a folder for segmentation: 16 images to train on, seven to score on."""
+    rng = np.random.default_rng(0)
+    for part, number in (("training", 16), ("validation", 7)):
+        for index in range(number):
+            image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            labels = (image[..., 0] // 86).astype(np.uint8)
+            for kind, pixels in (("images", image), ("annotations", labels)):
+                file = root / kind / part / f"{index}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(file)
+    return root
+
+
+def segment(out: Path, processes: int, norm: str, *more: str) -> dict[str, Any]:
+    """Train a segmentation for four steps in real processes, and return its summary."""
+    script, data = out.parent / "segment.py", out.parent / "set"
+    script.write_text(SEGMENT)
+    start = command(out, processes)
+    start[start.index(str(ROOT / "recipes/mae.py")) :] = [
+        str(script), norm, "--encoder", "none", "--data", str(data), "--num-classes", "3",
+        "--image-size", "32", "--head-dim", "8", "--aux-dim", "8", "--batch-size", "8",
+        "--epochs", "2", "--log-every", "1", "--out", str(out), *more,
+    ]  # fmt: skip
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        start, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert (out / "summary.json").exists(), result.stderr
+    summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    return summary
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("more", [[], ["--accumulate", "2"]], ids=str)
+def test_a_segmentation_trains_and_scores_the_same_in_two_processes(
+    more: list[str], tmp_path: Path
+) -> None:
+    """Seven images to score on: one counted twice would change the scores."""
+    write_labelled(tmp_path / "set")
+    runs = [tmp_path / "one", tmp_path / "two"]
+    one, two = (segment(run, number, "fixed", *more) for number, run in enumerate(runs, start=1))
+    np.testing.assert_allclose(losses(runs[1]), losses(runs[0]), rtol=1e-5)
+    first, second = (load_file(run / "model.safetensors") for run in runs)
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(second[name], first[name], rtol=1e-3, atol=1e-5)
+    for name in ("miou", "mean_accuracy", "pixel_accuracy"):
+        assert two[name]["scratch"] == pytest.approx(one[name]["scratch"], abs=0.1)
+
+
+@pytest.mark.full
+def test_a_segmentation_in_bfloat16_trains_in_two_processes_that_score_one_model(
+    tmp_path: Path,
+) -> None:
+    write_labelled(tmp_path / "set")
+    summary = segment(tmp_path / "run", 2, "own", "--precision", "bf16")
+    assert all(np.isfinite(loss) for loss in losses(tmp_path / "run"))
+    assert 0 <= summary["miou"]["scratch"][0] <= 100
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
 LISTING = """

@@ -1,7 +1,6 @@
 """Segmentation: data, augmentation, loss, scores, sliding windows, and whole runs."""
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -429,20 +428,6 @@ def test_batch_norm_with_one_image_is_refused(capsys: pytest.CaptureFixture[str]
 def test_a_preset_of_a_paper_needs_an_encoder(capsys: pytest.CaptureFixture[str]) -> None:
     assert segment.main(["--preset", "mae_b_ade20k"]) == 2
     assert "--preset mae_b_ade20k needs --encoder" in capsys.readouterr().err
-
-
-def test_the_newest_finished_run_of_a_fitting_recipe_is_taken(tmp_path: Path) -> None:
-    names = {"old": "convmae", "new": "cae", "newest": "mae", "unfinished": "convmae"}
-    for age, (name, recipe) in enumerate(names.items()):
-        run = tmp_path / name
-        run.mkdir()
-        (run / "config.yaml").write_text(f"recipe: {recipe}\n")
-        (run / "encoder.safetensors").write_bytes(b"")
-        os.utime(run / "encoder.safetensors", (age, age))
-        if name != "unfinished":
-            (run / "summary.json").write_text("{}")
-    options = segment.OPTIONS()
-    assert segment.find_encoder(tmp_path, options) == str(tmp_path / "new" / "encoder.safetensors")
 
 
 def test_scenes_are_normalized_by_image_and_labels_kept() -> None:

@@ -10,6 +10,7 @@ and `validation` beside `training`. `labels` or `masks` may stand for `annotatio
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import math
@@ -59,8 +60,8 @@ class SegmentedData:
     """
 
     name: str
-    train: TrainSet
-    test: TrainSet
+    train: Segmented
+    test: Segmented
     class_names: tuple[str, ...]
     content: str | None = None
 
@@ -182,6 +183,12 @@ class Segmented(TrainSet):
         Raises:
             UnreadableError: If it cannot be read.
         """
+
+    def seeded(self, seed: int) -> Segmented:
+        """Return the same items with another seed of the augmentation."""
+        other = copy.copy(self)
+        other.seed = seed
+        return other
 
     def __getitem__(self, index: tuple[int, int]) -> Item:
         epoch, sample_id = index

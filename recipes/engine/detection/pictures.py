@@ -2,6 +2,7 @@
 
 import colorsys
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -16,19 +17,25 @@ from recipes.engine.detection.score import DetectionData, find
 from recipes.engine.pictures import save_picture
 from recipes.engine.reading import UnreadableError
 from recipes.engine.run.config import RunConfig
-from recipes.engine.run.folder import RunFolder
 
 FILE = "detections.png"
 _NUMBER = 6
 _SIDE = 224
-_LEAST_SCORE = 0.3
+_BEST = 5
 
 
 @torch.no_grad()
-def draw_found(model: nn.Module, config: RunConfig, data: DetectionData, folder: RunFolder) -> None:
-    """Draw boxes, masks and scores of the objects in the first images to score on."""
-    if not folder.world.is_main:
-        return
+def draw_found(
+    models: Mapping[str, nn.Module], config: RunConfig, data: DetectionData, path: Path
+) -> None:
+    """Draw the objects in the first images to score on, and what is best scored of what is found.
+
+    Args:
+        models: The detectors, by what they started from.
+        config: The run's configuration.
+        data: The images.
+        path: Output folder.
+    """
     rows = []
     for number in range(min(len(data.test), _NUMBER)):
         try:
@@ -37,15 +44,21 @@ def draw_found(model: nn.Module, config: RunConfig, data: DetectionData, folder:
             continue
         batch = data.test.__getitems__([(0, number)])
         images = data.test.to_inputs(batch.images.to(config.device))
-        (found,) = find(model, config, images, batch.targets)
-        found = {name: one.cpu() for name, one in found.items()}
-        found = {name: one[found["scores"] >= _LEAST_SCORE] for name, one in found.items()}
-        there = {"boxes": truth.boxes, "labels": truth.classes, "masks": truth.masks}
-        columns = [{}, there, found]
-        rows.append([draw_objects(image, one, data.images.class_names) for one in columns])
-    captions = ["input (not trained on)", "objects", f"found, score {_LEAST_SCORE} or more"]
+        columns: list[Mapping[str, Tensor]] = [
+            {},
+            {"boxes": truth.boxes, "labels": truth.classes, "masks": truth.masks},
+        ]
+        for model in models.values():
+            (found,) = find(model, config, images, batch.targets)
+            best = found["scores"].argsort(descending=True)[:_BEST]
+            columns.append({name: one[best].cpu() for name, one in found.items()})
+        rows.append([draw_objects(image, one, data.class_names) for one in columns])
+    captions = ["input (not trained on)", "objects", *models]
+    note = (
+        f"What is found: in each image the {_BEST} objects with the highest scores, written there."
+    )
     if rows:
-        save_picture(viz.panel(rows, captions), folder.path / FILE)
+        save_picture(viz.panel(rows, captions, note=note), path / FILE)
 
 
 def draw_objects(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from recipes.engine.data.instances import InstanceImages, Instances, fitted
-from recipes.engine.data.sets import DataSet, check_readable
+from recipes.engine.data.sets import check_readable
 from recipes.engine.errors import UserError, say
 from recipes.engine.run.config import RunConfig
 from recipes.engine.run.loader import held_out_batches, on_device
@@ -25,19 +25,16 @@ class DetectionData:
     """Images with objects.
 
     Attributes:
-        images: The data set; its `train` holds the training images.
         train: Training images.
         test: Images to score on.
+        class_names: Names of the classes, from 1 on.
+        content: Number and digest of stored samples; None if images are composed.
     """
 
-    images: DataSet
     train: InstanceImages
     test: InstanceImages
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes, without the background."""
-        return len(self.images.class_names)
+    class_names: tuple[str, ...]
+    content: str | None = None
 
 
 class AveragePrecision:

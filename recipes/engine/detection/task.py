@@ -1,6 +1,6 @@
 """The task of detection: a detector with its optimizer, and its loss."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -8,36 +8,17 @@ from torch import Tensor, nn
 from recipes.engine.data.instances import Instances, join_targets, no_instances
 from recipes.engine.data.sets import Batch
 from recipes.engine.loop import Moment, Task
-from recipes.engine.optim import layer_decay_groups, parameter_groups
-from recipes.engine.run.config import RunConfig
-from recipes.engine.run.world import World
+from recipes.engine.optim import transfer_optimizer
 
 Inputs = tuple[Tensor, list[dict[str, Tensor]]]
 
 
 class Detection(Task):
-    """Detection: the model maps images and their objects to losses by name.
-
-    Args:
-        model: The detector, on its device.
-        make_optimizer: Makes the optimizer of the detector.
-        config: The run's configuration.
-        world: The processes.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
-        config: RunConfig,
-        world: World,
-    ) -> None:
-        self._make_optimizer = make_optimizer
-        super().__init__(model, config, world)
+    """Detection: the model maps images and their objects to losses by name."""
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Make the optimizer."""
-        return self._make_optimizer(self.model)
+        return transfer_optimizer(self.model, self.config)
 
     def prepare(self, batch: Batch, at: Moment) -> Inputs:
         """Move images and objects to the device."""
@@ -68,21 +49,3 @@ class Detection(Task):
     def _nothing(self, images: Tensor) -> list[dict[str, Tensor]]:
         nothing: Instances = no_instances((images.shape[2], images.shape[3]))
         return [{name: one.to(images.device) for name, one in join_targets([nothing])[0].items()}]
-
-
-def detector_groups(
-    model: nn.Module, config: RunConfig, *, weight_decay: float, layer_decay: float
-) -> list[dict[str, object]]:
-    """Group parameters: the encoder's by layer, the others at the full rate."""
-    encoder = model.get_submodule("backbone.encoder")
-    own = {id(parameter) for parameter in encoder.parameters()}
-    others = nn.ParameterList(p for p in model.parameters() if id(p) not in own)
-    return [
-        *layer_decay_groups(
-            encoder,  # type: ignore[arg-type]
-            config.model,
-            weight_decay=weight_decay,
-            layer_decay=layer_decay,
-        ),
-        *parameter_groups(others, weight_decay=weight_decay),
-    ]

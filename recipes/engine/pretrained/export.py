@@ -11,20 +11,15 @@ from typing import Annotated
 
 import tyro
 
-from mimkit.interop import save_hf
+from mimkit.interop import Receipt, convert_file
 from recipes.engine.errors import UserError, say
-from recipes.engine.pretrained.encoders import (
-    build_encoder,
-    check_no_windows,
-    fill_encoder,
-    load_encoder,
-)
+from recipes.engine.pretrained.encoders import check_no_windows, load_encoder
 from recipes.engine.pretrained.shapes import ConvViTShape, ViTShape
 from recipes.engine.run.cli import run_command
 
 
-def export(run: Path, out: Path) -> str:
-    """Export an encoder for Hugging Face, and return the name of their class.
+def export(run: Path, out: Path) -> Receipt:
+    """Export an encoder for Hugging Face: `mimkit convert RUN OUT --from mimkit --to hf`.
 
     Args:
         run: The folder of a finished run, or its `encoder.safetensors`.
@@ -37,18 +32,16 @@ def export(run: Path, out: Path) -> str:
     path = run / "encoder.safetensors" if run.is_dir() else run
     if not path.with_name("config.yaml").is_file():
         raise UserError(f"{run} holds no finished run: its config.yaml is not there")
-    file = load_encoder(path, ViTShape())
+    file = load_encoder(path, ViTShape())  # compares it with its digest, and its configuration
     check_no_windows(file)
     if isinstance(file.shape, ConvViTShape):
         raise UserError(f"{path} cannot be exported: Hugging Face has no class for a ConvViT")
-    encoder = build_encoder(file.shape, seed=0)
-    fill_encoder(encoder, file)
     try:
-        return save_hf(encoder, out)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be exported: {error}") from error
+        return convert_file(path, out, from_format="mimkit", to_format="hf")
     except FileExistsError as error:
         raise UserError(f"OUT {error}") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be exported: {error}") from error
     except OSError as error:
         raise UserError(f"OUT {out} cannot be written to: {error.strerror}") from error
 
@@ -71,8 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit code."""
 
     def command(options: Export) -> None:
-        architecture = export(options.run, options.out)
-        say(f"{options.out}: a {architecture}, for AutoModel.from_pretrained")
+        receipt = export(options.run, options.out)
+        say(*receipt.lines())
+        say(f"{options.out}: a {receipt.model}, for AutoModel.from_pretrained")
 
     return run_command(
         command,

@@ -415,3 +415,13 @@ class ConvViTShape(EncoderShape):
 
 
 KINDS: tuple[type[EncoderShape], ...] = (ViTShape, SwinShape, ConvViTShape)
+
+
+def check_window(shape: EncoderShape, window: int | None) -> None:
+    """Check that `--window` is given for an encoder with windows only.
+
+    Raises:
+        UserError: If it is given for another one.
+    """
+    if window is not None and not isinstance(shape, SwinShape):
+        raise UserError(f"--window {window}: a {shape.kind} has no windows, leave it out")

@@ -1,0 +1,207 @@
+"""Files converted from the names of one project to those of another, with a receipt."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mimkit import interop, nn
+from mimkit.interop import convert_file
+from mimkit.interop._command import main
+from mimkit.interop._convert_file import not_equal
+from mimkit.interop._formats import ENCODERS, FORMATS, model_of, select
+from mimkit.interop._rules import Converted
+from recipes.cae import CAE, CAEConfig
+from recipes.convmae import ConvMAE, ConvMAEConfig
+from recipes.mae import MAE, MAEConfig
+from recipes.simmim import SimMIM, SimMIMConfig
+from tests import hostile
+
+VIT: dict[str, Any] = {"image_size": 32, "patch_size": 8, "dim": 64, "depth": 2, "heads": 1}
+SWIN: dict[str, Any] = {
+    "image_size": 32, "patch_size": 2, "dim": 16, "depth": (2, 2), "heads": (2, 4), "window": 4
+}  # fmt: skip
+CONV: dict[str, Any] = {"image_size": 32, "dim": (8, 16, 64), "depth": (1, 1, 2), "heads": 1}
+DECODER: dict[str, Any] = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
+BLOCK_TABLES = {"relative_positions": "block", "qkv_bias": "qv", "absolute_positions": False}
+MODELS: dict[str, Any] = {
+    "MAE": lambda: MAE(MAEConfig(**VIT, **DECODER)),
+    "SimMIM with a ViT": lambda: SimMIM(SimMIMConfig(encoder="vit", **VIT)),
+    "SimMIM with a Swin": lambda: SimMIM(SimMIMConfig(encoder="swin", **SWIN)),
+    "CAE": lambda: CAE(CAEConfig(**VIT, **DECODER, regressor_depth=1, vocabulary_size=16)),
+    "ConvMAE": lambda: ConvMAE(ConvMAEConfig(**CONV, **DECODER)),
+    "ViT": lambda: nn.ViT(**VIT),
+    "ViT with tables": lambda: nn.ViT(**VIT, **BLOCK_TABLES),
+    "SwinTransformer": lambda: nn.SwinTransformer(**SWIN),
+    "ConvViT": lambda: nn.ConvViT(**CONV),
+    "ConvViTDetector": lambda: nn.ConvViTDetector(**CONV, window=2, global_layers=(1,)),
+    "AttentiveProbe": lambda: nn.AttentiveProbe(dim=64, heads=1, num_classes=3),
+    "DiscreteVAE": lambda: nn.DiscreteVAE(dim=16, depth=1, stem_dim=8, vocabulary_size=8),
+}
+
+
+@pytest.fixture(scope="module")
+def states() -> dict[str, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    return {name: make().state_dict() for name, make in MODELS.items()}
+
+
+def takes(wanted: str, model: str) -> bool:
+    plain = model.removesuffix(" with tables")
+    return {plain, ENCODERS.get(plain)} & {*FORMATS[wanted].models} != set()
+
+
+def test_every_format_has_an_example(states):
+    for name, model in FORMATS.items():
+        assert {*model.models} <= {n.removesuffix(" with tables") for n in states}, name
+    for name, state in states.items():
+        assert model_of(state) == name.removesuffix(" with tables")
+
+
+@settings(max_examples=30)
+@given(st.data())
+def test_every_pair_of_formats_converts_or_names_what_is_lacking(states, data):
+    """What comes out of one format and goes into another comes back the same."""
+    model = data.draw(st.sampled_from(sorted(states)))
+    fitting = sorted(name for name in FORMATS if name != "hf" and takes(name, model))
+    first, second = (data.draw(st.sampled_from(fitting)) for _ in range(2))
+    lacking = None
+    try:
+        _, ours = select(Converted(states[model], ()), first)
+        given = FORMATS[first].to_ours(FORMATS[first].to_theirs(ours))
+        kind, chosen = select(given, second)
+        result = FORMATS[second].to_theirs(chosen)
+    except ValueError as error:
+        lacking = str(error)
+    if lacking is not None:  # relative positions, layer scale, or a decoder
+        has_more = any(re.search("rel_pos_bias|gamma_1", name) for name in states[model])
+        assert re.search("rel_pos_bias|gamma_1", lacking) if has_more else "holds a" in lacking
+        return
+    assert kind in FORMATS[second].models
+    assert not_equal(second, chosen, result, {}) == ()
+
+
+@pytest.mark.parametrize(
+    ("model", "from_format", "to_format", "kind"),
+    [
+        ("MAE", "mae", "mae_vit", "ViT"),
+        ("MAE", "mae", "ViTMAEForPreTraining", "MAE"),
+        ("SimMIM with a ViT", "simmim_vit", "simmim_vit_finetune", "ViT"),
+        ("SimMIM with a Swin", "simmim_swin", "SwinModel", "SwinTransformer"),
+        ("CAE", "cae", "cae_vit", "ViT"),
+        ("ConvMAE", "fastconvmae", "convmae_vit", "ConvViT"),
+        ("ConvMAE", "convmae", "mimkit", "ConvMAE"),
+        ("ViT with tables", "timm", "BeitModel", "ViT"),
+        ("SwinTransformer", "timm", "simmim_swin_finetune", "SwinTransformer"),
+    ],
+)
+def test_a_file_is_converted_with_a_receipt(
+    model, from_format, to_format, kind, states, tmp_path, capsys
+):
+    source, out = tmp_path / "in.pth", tmp_path / "out.safetensors"
+    theirs = FORMATS[from_format].to_theirs(Converted(states[model], ()))
+    torch.save({"epoch": 3, "model": dict(theirs)}, source)
+    written = tmp_path / "receipt.json"
+    arguments = [str(source), str(out), "--from", from_format, "--to", to_format]
+    assert main([*arguments, "--receipt", str(written)]) == 0
+    printed, receipt = capsys.readouterr().out, json.loads(written.read_text())
+    assert receipt["model"] == kind
+    assert receipt["not_equal"] == []
+    assert receipt["out_sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
+    assert receipt["out_sha256"] in printed
+    result = load_file(out)
+    assert receipt["num_tensors"] == len(result)
+    kept = FORMATS[to_format].to_ours(result)
+    _, expected = select(FORMATS[from_format].to_ours(theirs), to_format)
+    for name in expected.keys() - {*receipt["dropped"]}:
+        assert torch.equal(kept[name], expected[name])
+
+
+def test_weights_come_back_through_pth_files_and_folders(tmp_path, states):
+    encoder = nn.ViT(**VIT)
+    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors")
+    (tmp_path / "config.yaml").write_text("model: {heads: 1, image_size: 32}\n")
+    folder, back = tmp_path / "folder", tmp_path / "back.pth"
+    receipt = convert_file(tmp_path, folder, from_format="mimkit", to_format="hf")
+    assert (receipt.model, receipt.not_equal) == ("ViTModel", ())
+    receipt = convert_file(folder, back, from_format="hf", to_format="mae_vit")
+    assert receipt.dropped == ()
+    official = interop.load_checkpoint(back)["model"]
+    assert official.keys() == interop.to_official("mae_vit", encoder.state_dict()).keys()
+    assert torch.equal(official["cls_token"], encoder.cls_token)
+
+
+def test_a_vit_that_a_detector_trained_in_windows_stays_where_it_is(tmp_path, states):
+    save_file(states["ViT"], tmp_path / "encoder.safetensors")
+    config = "model: {heads: 1, image_size: 32}\ndetector: {window: 2}\n"
+    (tmp_path / "config.yaml").write_text(config)
+    with pytest.raises(ValueError, match="attention windows of 2 tokens"):
+        convert_file(tmp_path, tmp_path / "out.pth", from_format="mimkit", to_format="timm")
+
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "no file": (["none.pth", "new.pth", "--from", "mae", "--to", "timm"], "no file"),
+    "format": (["in.pth", "new.pth", "--from", "mea", "--to", "timm"], "'mea'"),
+    "exists": (["in.pth", "in.pth", "--from", "mae_vit", "--to", "timm"], "exists"),
+    "suffix": (["in.pth", "new.bin", "--from", "mae_vit", "--to", "timm"], "new.bin"),
+    "folder": (["in.pth", "no/new.pth", "--from", "mae_vit", "--to", "timm"], "no folder"),
+    "kind": (["in.pth", "new.pth", "--from", "mae_vit", "--to", "convmae_vit"], "of a ViT"),
+    "whole": (["in.pth", "new.pth", "--from", "mae_vit", "--to", "mae"], "holds a MAE"),
+    "other": (["in.pth", "new.pth", "--from", "convmae", "--to", "timm"], "does not know"),
+    "heads": (["in.pth", "new", "--from", "mae_vit", "--to", "hf"], "--heads"),
+    "wrong heads": (
+        ["in.pth", "new", "--from", "mae_vit", "--to", "hf", "--heads", "7"], "heads"
+    ),
+    "none": ([], "required"),
+    "hostile": (["bad.pth", "new.pth", "--from", "mae", "--to", "timm"], "run code"),
+    "text": (["text.pth", "new.pth", "--from", "mae", "--to", "timm"], "neither"),
+    "size": (
+        ["in.pth", "new", "--from", "mae_vit", "--to", "hf", "--heads", "1", "--image-size", "9"],
+        "fits",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_nothing_is_written(name, tmp_path, monkeypatch, capsys, states):
+    monkeypatch.chdir(tmp_path)
+    torch.save(states["ViT"], "in.pth")
+    hostile.PYTORCH[0](Path("bad.pth"))
+    Path("text.pth").write_text("text")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    arguments, message = MISTAKES[name]
+    try:
+        code = main(arguments)
+    except SystemExit as error:  # of argparse
+        code = error.code
+    captured = capsys.readouterr()
+    assert (code, captured.out, captured.err.count("\n")) == (2, "", 1)
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_receipt_names_what_does_not_come_back(monkeypatch, tmp_path, states):
+    from mimkit.interop import _formats
+
+    def damaged(tensors: Any) -> Converted:
+        right = interop.to_official("mae_vit", tensors)
+        return Converted({**right, "cls_token": right["cls_token"] + 1}, right.dropped)
+
+    right = _formats.FORMATS["mae_vit"]
+    wrong = _formats.Format(right.models, right.to_ours, damaged)
+    monkeypatch.setitem(_formats.FORMATS, "mae_vit", wrong)
+    torch.save(states["ViT"], tmp_path / "in.pth")
+    receipt = convert_file(
+        tmp_path / "in.pth", tmp_path / "out.pth", from_format="mimkit", to_format="mae_vit"
+    )
+    assert receipt.not_equal == ("cls_token",)
+    assert "differ: 1: cls_token" in "\n".join(receipt.lines())
