@@ -96,6 +96,8 @@ class Crops(StoredSet):
     def picture_size(self, sample_id: int) -> tuple[int, ...]:
         """Return the size of a picture to be shown."""
         height, width = self.image_size
+        if isinstance(self.crop, arrays.OfArray):  # as it is stored: there may be no more of it
+            return height, width
         return picture_size((height, width))
 
 
