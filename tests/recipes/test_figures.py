@@ -99,7 +99,7 @@ def test_frozen_parameters_have_neither_a_gradient_nor_a_state_of_the_optimizer(
     assert isinstance(config, finetune.PartialConfig)
     small = ViTShape(**VIT, in_channels=3)
     training = dataclasses.replace(config, model=small).training_of(blocks)
-    data = finetune.load_images(training, World())
+    data = finetune.load_images(training, None, options, World())
     task = finetune.make_task(training, None, data, options, World())
     named = dict(task.model.encoder.named_parameters())
     wanted = {

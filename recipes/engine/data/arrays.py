@@ -354,7 +354,7 @@ def whole(values: Values, size: tuple[int, ...], rng: np.random.Generator) -> Te
         return crop
     numbers = crop.float()
     for axis, length in enumerate(size, 1):
-        # As the last axis of four: with one column, PyTorch 2.13 and 2.14 mix up the values.
+        # As the last axis of four: with one column, PyTorch 2.13 mixes up the values.
         rows = numbers.movedim(axis, -1)
         flat = rows.reshape(1, -1, 1, rows.shape[-1]).contiguous()
         flat = F.interpolate(flat, (1, length), mode="bilinear", antialias=True)
