@@ -70,7 +70,7 @@ def _vit(config: Mapping[str, Any], family: str) -> dict[str, Any]:
         "dim": dim,
         "depth": config["num_hidden_layers"],
         "heads": config["num_attention_heads"],
-        "mlp_ratio": _ratio(dim, hidden),
+        "mlp_ratio": _ratio(dim, float(hidden)),
         "drop_path": config.get("drop_path_rate", 0.0),
         "norm_eps": config["layer_norm_eps"],
         "qkv_bias": "qv" if is_beit else config.get("qkv_bias", True),

@@ -88,6 +88,8 @@ def random_prefix(
         >>> random_prefix(masking.key([7, 8, 9], seed=0), (14, 14)).num_visible
         (32, 74, 98)
     """
+    if key.device.type == "meta":
+        raise ValueError("key must hold numbers, from which lengths are drawn; got one on meta")
     grid = as_sizes("grid", grid)
     num_tokens = count_tokens(grid)
     longest = max(num_tokens - 1, 1) if longest is None else longest

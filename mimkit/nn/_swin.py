@@ -210,8 +210,8 @@ class SwinTransformer(TimmProtocol):
                 return outside.get(name.split(".")[0], (math.inf,))
             stage, block = int(inside[1]), inside[2]
             if coarse:
-                return (1, stage if block else stage + 1)
-            return (1, stage, int(block)) if block else (1, stage + 1, 0)
+                return (1.0, float(stage if block else stage + 1))
+            return (1.0, float(stage), float(block)) if block else (1.0, stage + 1.0, 0.0)
 
         return layer_of
 

@@ -107,7 +107,7 @@ def test_masks_of_samples_are_collated():
     numbers, again = default_collate(pairs)
     assert numbers.tolist() == [0, 1, 2]
     assert again.equal(mask)
-    ragged = masking.ragged(masking.uniform, key, (4, 4), [0, 0.5, 1])
+    ragged = masking.ragged(masking.uniform, key, (4, 4), [0.0, 0.5, 1.0])
     assert default_collate([ragged[row] for row in range(3)]).equal(ragged)
     with pytest.raises(ValueError, match="number of"):
         default_collate([mask[:1], masking.uniform(key, (4, 4), 0.75)])
@@ -116,7 +116,7 @@ def test_masks_of_samples_are_collated():
 def test_files_with_masks_and_keys_load_with_weights_only(tmp_path):
     key = masking.key(range(3), seed=0)
     mask = masking.uniform(key, (4, 4), 0.5)
-    ragged = masking.ragged(masking.uniform, key, (4, 4), [0, 0.5, 1])
+    ragged = masking.ragged(masking.uniform, key, (4, 4), [0.0, 0.5, 1.0])
     torch.save({"mask": mask, "ragged": ragged, "key": key}, tmp_path / "masks.pt")
     loaded = torch.load(tmp_path / "masks.pt", weights_only=True)
     assert loaded["mask"].equal(mask)

@@ -100,6 +100,7 @@ def test_each_drawn_sample_equals_the_mask_drawn_alone(key, name, data):
         assert one.equal(sampler(alone, some_grids[i], ratios[i]))
 
 
+@pytest.mark.untyped  # integers for fractions
 @given(keys(min_batch=1, max_batch=4), grids(max_tokens=40), st.data())
 def test_ratios_of_0_and_1_mask_none_and_all(key, grid, data):
     batch = key.batch_size

@@ -152,9 +152,9 @@ def test_a_range_includes_its_ends_unless_it_is_open() -> None:
 
 # What every flag is tried with.
 ODD = ("nan", "inf", "-inf", "-1", "0", "1" + "0" * 400, "")
-# A folder or file may have such a name. Whether it exists is checked where it is read.
+# A folder, a file or an array may have such a name. Whether it exists is checked where it is read.
 # (`--teacher` alone is refused: it needs `--target features`.)
-NAMES_OF_FILES = {"data", "out", "resume", "tokenizer"}
+NAMES = {"data", "out", "resume", "tokenizer", "array_key"}
 # Flags whose 0 means something.
 ZERO_MEANS = {
     "seed": "a seed like any other",
@@ -173,14 +173,16 @@ ZERO_MEANS = {
     "ignore_label": "class 0 does not count",
     "trained_blocks": "no block is trained",
     "blocks": "no block is trained",
+    "patch_size": "that of the base model (SimMIM)",
 }
 
 
 def is_meaningful(options: type[Any], flag: str, value: str) -> bool:
     """Whether a flag may have one of the odd values."""
     kind = get_type_hints(options, include_extras=True)[flag]
-    is_name = flag in NAMES_OF_FILES and admits(kind, value)
-    return is_name or (flag in ZERO_MEANS and value == "0")
+    is_name = flag in NAMES and admits(kind, value)
+    takes_zero = flag in ZERO_MEANS and (admits(kind, 0) or admits(kind, (0,)))
+    return is_name or (takes_zero and value == "0")
 
 
 @functools.cache  # made from docstrings: this takes a while
@@ -204,7 +206,7 @@ def flags_of_all_scripts() -> list[Any]:
     for name, options in kinds_of_options().items():
         hints = get_type_hints(options)
         for flag in flags_with_a_value(options):
-            alike = f"{flag in NAMES_OF_FILES} {flag in ZERO_MEANS} {hints[flag]}"
+            alike = f"{flag in NAMES} {flag in ZERO_MEANS} {hints[flag]}"
             marks = [pytest.mark.full] if alike in seen else []
             found.append(pytest.param(name, flag, marks=marks))
             seen.add(alike)
