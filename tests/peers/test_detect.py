@@ -28,7 +28,7 @@ from recipes.engine.pretrained.encoders import build_encoder, fill_encoder, load
 from recipes.engine.pretrained.shapes import ConvViTShape, SwinShape, ViTShape
 from recipes.engine.run.world import World
 from tests.recipes.coco_folder import write_coco
-from tests.recipes.test_signals import assert_equal_runs, start
+from tests.recipes.stopping import assert_equal_runs, start
 from tests.waiting import end_of, wait_until
 
 SMALL = DetectorShape(

@@ -16,3 +16,13 @@ def loading_is_measured_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of 24 images of noise, not to be changed."""
     return write_noise(tmp_path_factory.mktemp("noise") / "pictures", 24)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of noise images in two classes."""
+    folder = tmp_path_factory.mktemp("signals") / "pictures"
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            write_noise(folder / part / name, 8)
+    return folder

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from recipes.engine import run
 from recipes.engine.errors import ProcessError
@@ -26,76 +25,18 @@ from recipes.engine.run.world import World, join, name_of_start
 from recipes.mae import RECIPE
 from recipes.signals import EXIT_CODES
 from tests.recipes.command import config_for
-from tests.recipes.pictures import write_noise
 from tests.recipes.slow_phase import PHASES
-from tests.recipes.threads import single_thread
+from tests.recipes.stopping import (
+    ENV,
+    ROOT,
+    STEPS,
+    assert_equal_runs,
+    finish,
+    options,
+    start,
+    stop_in,
+)
 from tests.waiting import end_of, wait_until
-
-ROOT = Path(__file__).resolve().parents[2]
-STEPS = 12
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of noise images in two classes."""
-    folder = tmp_path_factory.mktemp("signals") / "pictures"
-    for part in ("train", "val"):
-        for name in ("a", "b"):
-            write_noise(folder / part / name, 8)
-    return folder
-
-
-def options(pictures: Path, out: Path, *more: str) -> list[str]:
-    return [
-        "--data", str(pictures), "--out", str(out), "--batch-size", "4", "--epochs", "8",
-        "--max-steps", str(STEPS), "--checkpoint-every", "4", "--log-every", "1", *more,
-    ]  # fmt: skip
-
-
-def start(phase: str, recipe: str, pictures: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-    reached = out.with_suffix(".reached")
-    command = [sys.executable, "-m", "tests.recipes.slow_phase", phase, str(reached), recipe]
-    return subprocess.Popen(
-        [*command, *options(pictures, out, *more)],
-        cwd=ROOT,
-        env=ENV,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def stop_in(phase: str, number: signal.Signals, recipe: str, pictures: Path, out: Path) -> str:
-    """Signal a run in a phase, check exit code and messages, and return the line about the stop."""
-    process = start(phase, recipe, pictures, out)
-    wait_until(out.with_suffix(".reached").exists, phase, process)
-    time.sleep(0.1)
-    process.send_signal(number)
-    code, printed = end_of(process)
-    assert code == EXIT_CODES[number], printed
-    lines = [line for line in printed.splitlines() if not line.startswith("step ")]
-    assert len(lines) == 1, printed
-    assert lines[0].startswith(f"stopped by {number.name} ")
-    assert lines[0].endswith(("start the same command again", "for the rest"))
-    return lines[0]
-
-
-def finish(pictures: Path, out: Path) -> None:
-    """Let a run of MAE finish, in this process: importing takes most of the time of a new one."""
-    with single_thread():
-        assert run(RECIPE, "", options(pictures, out)) == 0
-
-
-def assert_equal_runs(one: Path, other: Path, weights: str = "encoder.safetensors") -> None:
-    first, second = load_file(one / weights), load_file(other / weights)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert losses(one) == losses(other)
-
-
-def losses(out: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").open()]
 
 
 @pytest.fixture(scope="module")
@@ -177,51 +118,6 @@ def test_a_second_ctrl_c_leaves_at_once(pictures: Path, tmp_path: Path) -> None:
     assert code == 130
     assert "Traceback" not in printed
     assert not list((tmp_path / "run/checkpoints").glob("*5"))
-
-
-OTHERS = {"finetune": "model", "tokenizer": "tokenizer", "vit_mpp": "encoder", "probe": None}
-OTHER_CELLS = [
-    *((recipe, phase) for recipe in OTHERS for phase in ("start-up", "step", "checkpoint")),
-    ("segment", "step"),  # detection is among the tests of the peers
-]
-SCENES = [
-    "--data", "scenes", "--encoder", "none", "--scratch", "never", "--runs", "1",
-    "--image-size", "32", "--head-dim", "8",
-]  # fmt: skip
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(("recipe", "phase"), OTHER_CELLS)
-def test_other_recipes_stop_and_continue_in_the_same_way(
-    recipe: str, phase: str, labelled: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    encoder = str(undisturbed / "encoder.safetensors")
-    more = {
-        "finetune": ["--encoder", "none"],
-        "probe": ["--encoder", encoder, "--protocol", "paper"],
-        "segment": SCENES,
-    }.get(recipe, [])
-    runs = {name: tmp_path / name for name in ("stopped", "undisturbed")}
-    process = start(phase, recipe, labelled, runs["stopped"], *more)
-    wait_until(runs["stopped"].with_suffix(".reached").exists, phase, process)
-    process.send_signal(signal.SIGTERM)
-    code, printed = end_of(process)
-    assert code == 143
-    assert printed.count("stopped by SIGTERM") == 1
-    assert "Traceback" not in printed
-    for out in runs.values():
-        code, printed = end_of(start("none", recipe, labelled, out, *more))
-        assert code == 0, printed
-    if recipe != "probe":
-        weights = OTHERS.get(recipe, "model")
-        assert_equal_runs(*runs.values(), weights=f"{weights}.safetensors")
-    else:  # six classifiers, each with a folder in it
-        one, other = (json.loads((out / "summary.json").read_text()) for out in runs.values())
-        assert one["probes"] == other["probes"]
-        folders = sorted(out.name for out in runs["stopped"].glob("*-*/"))
-        assert len(folders) == 6
-        for name in folders:
-            assert losses(runs["stopped"] / name) == losses(runs["undisturbed"] / name)
 
 
 @pytest.mark.full
