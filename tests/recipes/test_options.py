@@ -154,7 +154,7 @@ def test_a_range_includes_its_ends_unless_it_is_open() -> None:
 ODD = ("nan", "inf", "-inf", "-1", "0", "1" + "0" * 400, "")
 # A folder, a file or an array may have such a name. Whether it exists is checked where it is read.
 # (`--teacher` alone is refused: it needs `--target features`.)
-NAMES = {"data", "out", "resume", "tokenizer", "array_key"}
+FREE_NAMES = {"data", "out", "resume", "tokenizer", "array_key"}
 # Flags whose 0 means something.
 ZERO_MEANS = {
     "seed": "a seed like any other",
@@ -180,7 +180,7 @@ ZERO_MEANS = {
 def is_meaningful(options: type[Any], flag: str, value: str) -> bool:
     """Whether a flag may have one of the odd values."""
     kind = get_type_hints(options, include_extras=True)[flag]
-    is_name = flag in NAMES and admits(kind, value)
+    is_name = flag in FREE_NAMES and admits(kind, value)
     takes_zero = flag in ZERO_MEANS and (admits(kind, 0) or admits(kind, (0,)))
     return is_name or (takes_zero and value == "0")
 
@@ -206,7 +206,7 @@ def flags_of_all_scripts() -> list[Any]:
     for name, options in kinds_of_options().items():
         hints = get_type_hints(options)
         for flag in flags_with_a_value(options):
-            alike = f"{flag in NAMES} {flag in ZERO_MEANS} {hints[flag]}"
+            alike = f"{flag in FREE_NAMES} {flag in ZERO_MEANS} {hints[flag]}"
             marks = [pytest.mark.full] if alike in seen else []
             found.append(pytest.param(name, flag, marks=marks))
             seen.add(alike)
