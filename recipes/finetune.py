@@ -66,7 +66,7 @@ from recipes.engine.run.config import (
     resolve,
     warn_of_slow_precision,
 )
-from recipes.engine.run.folder import RunFolder, output_folder
+from recipes.engine.run.folder import open_folder, output_folder
 from recipes.engine.run.world import World, check_shard, check_shares, join, whole_weights
 
 Augment = Literal["crop", "randaugment"]
@@ -242,9 +242,7 @@ def fine_tune(
         path: Output folder; the comparison run has the folder `scratch` in it.
         world: The processes.
     """
-    with RunFolder(
-        path, config, world, lock=options.lock, accept_changed=options.accept_changed_data
-    ) as folder:
+    with open_folder(path, config, world, options) as folder:
         summary = folder.read_summary()
         if summary is not None:
             return summary
@@ -297,9 +295,7 @@ def fine_tune_partly(
     Source:
         MAE, arXiv:2111.06377, section 4.3 and figure 9.
     """
-    with RunFolder(
-        path, config, world, lock=options.lock, accept_changed=options.accept_changed_data
-    ) as folder:
+    with open_folder(path, config, world, options) as folder:
         summary = folder.read_summary()
         if summary is not None:
             return summary

@@ -61,7 +61,7 @@ from recipes.engine.run.config import (
     resolve,
     warn_of_slow_precision,
 )
-from recipes.engine.run.folder import RunFolder, output_folder
+from recipes.engine.run.folder import open_folder, output_folder
 from recipes.engine.run.world import World, check_shares, join
 
 Pool = Literal["token", "mean"]
@@ -191,9 +191,7 @@ def probe_encoder(
 ) -> dict[str, Any]:
     """Probe an encoder, and return the summary."""
     assert data.probe is not None
-    with RunFolder(
-        path, config, world, lock=options.lock, accept_changed=options.accept_changed_data
-    ) as folder:
+    with open_folder(path, config, world, options) as folder:
         summary = folder.read_summary()
         if summary is None:
             signals.set_moment("before the probes end: start the same command again")

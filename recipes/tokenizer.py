@@ -36,7 +36,7 @@ from recipes.engine.report import print_unreadable
 from recipes.engine.run.cli import FLAGS, Options, options_of, run_command
 from recipes.engine.run.closing import print_closing
 from recipes.engine.run.config import Preset, RunConfig, Training, resolve
-from recipes.engine.run.folder import RunFolder, output_folder
+from recipes.engine.run.folder import RunFolder, open_folder, output_folder
 from recipes.engine.run.world import check_shard, check_shares, join, whole_weights
 
 
@@ -230,9 +230,7 @@ def run(options: Options) -> None:
                 say(*config.as_lines(), "---", f"parameters    {num_parameters:,}")
             return
         path = output_folder(options.out, config)
-        with RunFolder(
-            path, config, world, lock=options.lock, accept_changed=options.accept_changed_data
-        ) as folder:
+        with open_folder(path, config, world, options) as folder:
             summary = folder.read_summary()
             if summary is None:
                 torch.manual_seed(config.seed)

@@ -34,7 +34,7 @@ from recipes.engine.run.config import (
     warn_of_short_schedule,
     warn_of_slow_precision,
 )
-from recipes.engine.run.folder import RunFolder, find_statistics, output_folder
+from recipes.engine.run.folder import RunFolder, find_statistics, open_folder, output_folder
 from recipes.engine.run.world import World, check_shard, check_shares, join, whole_weights
 
 
@@ -109,9 +109,7 @@ def _run(recipe: Recipe, given: DataSet | None, options: Options) -> None:
         path = output_folder(options.out, config)
         if not world.agree(path.exists()):
             find_origin(options.resume, world, plan.num_steps)  # fails before creating the folder
-        with RunFolder(
-            path, config, world, lock=options.lock, accept_changed=options.accept_changed_data
-        ) as folder:
+        with open_folder(path, config, world, options) as folder:
             summary = folder.read_summary()
             if summary is None:
                 summary = _train(recipe, config, data, plan, folder, options)

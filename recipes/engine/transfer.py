@@ -41,7 +41,7 @@ from recipes.engine.run.config import (
     warn_of_short_schedule,
     warn_of_slow_precision,
 )
-from recipes.engine.run.folder import RunFolder, output_folder
+from recipes.engine.run.folder import RunFolder, open_folder, output_folder
 from recipes.engine.run.state import SUMMARY
 from recipes.engine.run.world import World, check_shard, check_shares, join, whole_weights
 
@@ -318,9 +318,7 @@ def train_and_compare(
             continues by itself after a stop.
         world: The processes.
     """
-    with RunFolder(
-        path, config, world, lock=options.lock, accept_changed=options.accept_changed_data
-    ) as folder:
+    with open_folder(path, config, world, options) as folder:
         summary = folder.read_summary()
         if summary is not None:
             return summary

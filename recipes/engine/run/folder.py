@@ -28,6 +28,7 @@ from recipes.engine.errors import UserError, say
 from recipes.engine.reading import UnreadableError, read_yaml, seal
 from recipes.engine.run import state
 from recipes.engine.run.checkpoint import check_checkpoints, steps_in
+from recipes.engine.run.cli import Options
 from recipes.engine.run.config import RunConfig
 from recipes.engine.run.world import World
 from recipes.engine.writing import PARTIAL, put_aside, write_atomically, write_json
@@ -328,6 +329,13 @@ class RunFolder:
             content = save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
             write_atomically(self.path / name, content)
             self._digests[name] = hashlib.sha256(content).hexdigest()
+
+
+def open_folder(path: Path, config: RunConfig, world: World, options: Options) -> RunFolder:
+    """Return the folder of a run, locked and compared with its configuration as the options ask."""
+    return RunFolder(
+        path, config, world, lock=options.lock, accept_changed=options.accept_changed_data
+    )
 
 
 def output_folder(out: str | None, config: RunConfig) -> Path:
