@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mimkit.masking import Mask
 from recipes.engine.data.arrays import ArrayOptions, Channels, CropName
 from recipes.engine.data.decode import Background, Decoder, Orientation
-from recipes.engine.data.images import Interpolation
+from recipes.engine.data.images import Interpolation, NativeCrops
 from recipes.engine.data.sets import DataSet
 from recipes.engine.data.statistics import Statistics
 from recipes.engine.errors import UserError, say
@@ -31,6 +31,7 @@ from recipes.engine.fields import (
     PositiveFloat,
     PositiveFraction,
     PositiveInt,
+    Tokens,
     check_fields,
     shown,
 )
@@ -77,6 +78,8 @@ class Training:
         crop: Of arrays, and of pictures instead of the papers' resized crops: "random" cuts out
             boxes, nothing is resized or flipped; "whole" resamples all of it to the image size; for
             folders only.
+        native_size: Keep the aspect ratios of pictures, and encode at most this many patches of
+            each; instead of resized crops of the image size; for folders only.
         array_key: Name of the array in .npz files that hold several; for folders only.
         bands: Channels of an array to be shown as red, green and blue, or one as gray, counted from
             1; by default the first three.
@@ -101,6 +104,7 @@ class Training:
     value_range: tuple[float, float] | None = None
     channels: Channels | None = None
     crop: CropName | None = None
+    native_size: Tokens | None = None
     array_key: str | None = None
     bands: tuple[PositiveInt, ...] | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -112,6 +116,11 @@ class Training:
         low, high = self.value_range or (0, 1)
         if not -math.inf < low < high < math.inf:
             raise FieldError("value_range", self.value_range, "two numbers, the smaller one first")
+        if self.native_size is not None and self.crop is not None:
+            raise ValueError(
+                f"--native-size {self.native_size} and --crop {self.crop} contradict each other: "
+                "give one of them"
+            )
         if self.bands is not None and len(self.bands) not in (1, 3):
             raise FieldError("bands", self.bands, "one channel or three")
 
@@ -190,6 +199,7 @@ class Recipe:
             (model, model inputs).
         fit: Fits the parts of a model that need images before the first step: (model, model
             inputs).
+        takes_any_size: Whether the model takes lists of images with a `RaggedMask`, too.
     """
 
     name: str
@@ -203,6 +213,7 @@ class Recipe:
         default_factory=dict
     )
     fit: Callable[[Any, Tensor], None] | None = defaults.fit
+    takes_any_size: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +248,22 @@ class RunConfig:
         """Pixels per axis."""
         size = self.model.image_size
         return tuple(size) if isinstance(size, tuple) else (size, size)
+
+    @property
+    def native(self) -> NativeCrops | None:
+        """How images are cropped to sizes of their own, if they are.
+
+        Raises:
+            UserError: If their patches have not two axes.
+        """
+        most = self.training.native_size
+        if most is None:
+            return None
+        size = self.model.patch_size
+        patch = size if isinstance(size, tuple) else (size, size)
+        if len(patch) != 2:
+            raise UserError(f"--native-size {most} is for pictures, whose patches have two axes")
+        return NativeCrops(most, (patch[0], patch[1]), self.training.interpolation)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the autocast context of the configured precision."""
