@@ -218,14 +218,17 @@ def _choose_form(
         channels: As in `split_folder`.
     """
     num_arrays = sum(others[os.path.splitext("x" + ending)[1]] for ending in arrays.SUFFIXES)
-    if isinstance(samples, Shards) or channels == "rgb" or not (num_arrays or samples):
+    if channels == "rgb" or not (num_arrays or samples):
         return ("pictures" if channels == "keep" else "rgb"), None
     num_pictures, num_tiffs = 0, 0
-    if isinstance(samples, Files):
-        num_pictures, num_tiffs = len(samples), samples.count(arrays.TIFF)
+    if isinstance(samples, Files | Shards):
+        num_pictures = len(samples)
+        num_tiffs = samples.names.count(arrays.TIFF, samples.rows)
     are_arrays = num_arrays > num_pictures or (
         2 * num_tiffs > num_pictures and (channels == "keep" or not _is_rgb(samples))
     )
+    if isinstance(samples, Shards) and are_arrays:
+        return "arrays", None
     if channels == "keep" and num_arrays:
         pictures = [suffix for some in formats().values() for suffix in some]
         return ("arrays" if are_arrays else "pictures"), [*arrays.SUFFIXES, *pictures]
