@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import sys
@@ -367,6 +368,7 @@ def resolve(
     Raises:
         UserError: If the preset or device does not exist, or a value does not fit.
     """
+    check_decode(options.decode)
     name, preset = choose_preset(options, presets)
     training = override(preset.training, options)
     model = override(preset.model if model is None else model, options)
@@ -392,6 +394,25 @@ def resolve(
             f"{_MOST_PIXELS:,} pixels in all"
         )
     return config
+
+
+def check_decode(name: str) -> None:
+    """Check that image files can be decoded where they shall be.
+
+    Raises:
+        UserError: If that is the GPU: crops leave the loading processes as pixels, which use no
+            GPU. The message names what else is missing for torchvision's nvJPEG.
+    """
+    if name != "gpu":
+        return
+    missing = [] if torch.cuda.is_available() else ["an NVIDIA GPU, which PyTorch does not find"]
+    if importlib.util.find_spec("torchvision") is None:
+        missing.append("torchvision, which is not installed")
+    needs = f" It would also need {' and '.join(missing)}." if missing else ""
+    raise UserError(
+        f"--decode gpu: images are decoded on the CPU only, in the processes of --workers.{needs} "
+        "Give --decode cpu, or omit it"
+    )
 
 
 def choose_device(name: str) -> str:
