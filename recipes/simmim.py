@@ -32,9 +32,8 @@ from mimkit._grids import Grid
 from mimkit.masking import Mask, RaggedMask
 from mimkit.nn import SimMIMHead, SwinTransformer, ViT
 from recipes.engine import Preset, Recipe, Training, fields, run, targets
-from recipes.engine.masks import UnitMasking, join
-from recipes.engine.pretrained.teachers import load_teacher
-from recipes.engine.pretrained.tokenizers import make_tokenizer
+from recipes.engine.masks import UnitMasking, join, mask_all
+from recipes.engine.vit import TargetConfig
 
 TargetName = Literal[
     "pixels", "pixels_2x", "pixels_4x", "pixels_8x", "pixels_16x", "pixels_32x",
@@ -50,21 +49,17 @@ _BASE: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class SimMIMConfig:
+class SimMIMConfig(TargetConfig):
     """Shape of the model; the defaults are the paper's ViT-B/16, or Swin-B with `encoder="swin"`.
 
     Attributes:
-        image_size: Pixels per axis; an integer means a square image.
         encoder: "vit" or "swin".
         patch_size: Pixels per patch, which is what a mask is of; 0 for the base model's.
-        in_channels: Channels of the images.
         dim: Width of the encoder (of Swin's first stage); 0 for the base model's.
         depth: Blocks of the encoder; for Swin, of each stage.
         heads: Attention heads; for Swin, of each stage.
         window: Tokens per axis of a Swin window.
-        mlp_ratio: Hidden width of every MLP over its input's.
         layer_scale: First value of the ViT's learned factors of residual branches; None for none.
-        drop_path: Fraction of samples whose residual branches the last encoder block leaves out.
         positions: Positions of the ViT: "relative", one table for all blocks as in the paper;
             "absolute" for a learned table; "none".
         qkv_bias: Biases of the ViT's attention: "qv" for queries and values as in the paper, True
@@ -80,24 +75,15 @@ class SimMIMConfig:
         loss: "l1", "l2", "smooth_l1"; of features also "cosine"; of classes, "cross_entropy"
             (table 5). None for "l1" or, of features and classes, these.
         num_clusters: Number of color clusters, or of the codes of tokenizer "patches".
-        tokenizer: With target "tokens", "patches" for k-means codes of normalised patches, fitted
-            on the first images; or a file: `tokenizer.safetensors` of `recipes/tokenizer.py`, or
-            DALL-E's encoder.
-        teacher: With target "features", the encoder that makes them: an encoder.safetensors with
-            its config.yaml, or a checkpoint of the authors' MAE or CAE.
     """
 
-    image_size: fields.Pixels | tuple[fields.Pixels, ...]
     encoder: Literal["vit", "swin"] = "vit"
     patch_size: Annotated[int, fields.Within(0, 2**24)] | tuple[fields.Pixels, ...] = 0
-    in_channels: fields.PositiveInt = 3
     dim: Annotated[int, fields.Within(0, 2**17)] = 0
-    depth: fields.Depth | tuple[fields.Depth, ...] = 0
-    heads: fields.NonNegativeInt | tuple[fields.PositiveInt, ...] = 0
+    depth: fields.Depth | tuple[fields.Depth, ...] = 0  # type: ignore[assignment]
+    heads: fields.NonNegativeInt | tuple[fields.PositiveInt, ...] = 0  # type: ignore[assignment]
     window: fields.PositiveInt = 6
-    mlp_ratio: fields.PositiveFloat = 4.0
     layer_scale: fields.NonNegativeFloat | None = 0.1
-    drop_path: fields.Fraction = 0.0
     positions: Literal["relative", "absolute", "none"] = "relative"
     qkv_bias: bool | Literal["qv"] = "qv"
     norm_eps: fields.PositiveFloat | None = None
@@ -106,13 +92,9 @@ class SimMIMConfig:
     head: HeadName = "linear"
     loss: LossName | None = None
     num_clusters: fields.PositiveInt = 512
-    tokenizer: str = "patches"
-    teacher: str | None = None
 
     def __post_init__(self) -> None:
-        fields.check_fields(self)
-        if self.teacher is not None and self.target != "features":
-            raise ValueError(f'a teacher is for target "features"; got target {self.target!r}')
+        super().__post_init__()
         if self.loss not in (None, *self._fitting_losses):
             raise ValueError(
                 f"loss {self.loss!r} does not fit target {self.target!r}: choose of "
@@ -132,9 +114,8 @@ class SimMIMConfig:
     @property
     def encoder_shape(self) -> dict[str, Any]:
         """What ViT and Swin are built from alike."""
-        names = ("image_size", "patch_size", "in_channels", "dim", "depth", "heads")
-        shape = {name: getattr(self, name) for name in (*names, "mlp_ratio", "drop_path", "act")}
-        return shape | ({} if self.norm_eps is None else {"norm_eps": self.norm_eps})
+        norm_eps = {} if self.norm_eps is None else {"norm_eps": self.norm_eps}
+        return super().encoder_shape | norm_eps | {"act": self.act}
 
     @property
     def scored_by(self) -> LossName:
@@ -230,28 +211,22 @@ class SimMIM(nn.Module):
         Raises:
             ValueError: A `RaggedMask`, and a target other than the pixels.
         """
-        if isinstance(mask, RaggedMask):
-            return self._forward_ragged(images, mask)
-        mask, images = join(mask, images)
-        latent = self.encoder(images, mask, mask_token=self.mask_token)
-        tokens = latent[:, self.encoder.num_prefix_tokens :]
-        predicted = self.head(tokens, self.target.group(mask))
-        # The head's order is "c p1 p2", as published.
-        prediction = rearrange(predicted, "b m (c p) -> b m (p c)", p=self.points_per_patch)
-        prediction = prediction.unflatten(2, self.target.value_shape)
-        loss = self.target.loss(prediction, images, mask)
-        return SimMIMOutput(loss, prediction, latent)
-
-    def _forward_ragged(self, images: Tensor, mask: RaggedMask) -> SimMIMOutput:
-        if not isinstance(self.target, targets.PixelTarget):
+        if not isinstance(mask, RaggedMask):
+            mask, images = join(mask, images)
+        elif self.config.target != "pixels":
             raise ValueError(f'a RaggedMask needs target="pixels"; got {self.config.target!r}')
         latent = self.encoder(images, mask, mask_token=self.mask_token)
         tokens = latent[:, self.encoder.num_prefix_tokens :]
-        everywhere = torch.ones(len(images), *self.encoder.grid, dtype=torch.bool)
-        all_patches = Mask.from_bool(everywhere).to(images.device)
-        predicted = self.head(tokens, all_patches).flatten(0, 1)[mask.masked_rows]
-        prediction = rearrange(predicted, "m (c p) -> m (p c)", p=self.points_per_patch)
-        loss = self.target.loss(prediction, images, mask)
+        if isinstance(mask, RaggedMask):  # predict all patches, keep the masked ones
+            predicted = self.head(tokens, mask_all(images, self.encoder.grid))
+            predicted = predicted.flatten(0, 1)[mask.masked_rows]
+        else:
+            predicted = self.head(tokens, self.target.group(mask))
+        # The head's order is "c p1 p2", as published.
+        prediction = rearrange(predicted, "... (c p) -> ... (p c)", p=self.points_per_patch)
+        prediction = prediction.unflatten(-1, self.target.value_shape)
+        # Of the targets, `PixelTarget` takes a `RaggedMask`.
+        loss = self.target.loss(prediction, images, cast(Any, mask))
         return SimMIMOutput(loss, prediction, latent)
 
     def check_masks(self, mask: Mask) -> None:
@@ -280,12 +255,8 @@ def make_target(config: SimMIMConfig, patch_size: Grid) -> targets.Target:
     if name.startswith("bins_"):  # "bins_256"
         return targets.BinTarget(*shape, int(name.removeprefix("bins_")))
     if name == "tokens":
-        return targets.TokenTarget(
-            make_tokenizer(config.tokenizer, config.image_size, *shape, config.num_clusters),
-            patch_size,
-        )
-    teacher = load_teacher(config.teacher, config.image_size, *shape)
-    return targets.FeatureTarget(teacher, normalize=True, error=error)
+        return targets.TokenTarget(config.make_tokenizer(config.num_clusters), patch_size)
+    return targets.FeatureTarget(config.load_teacher(), normalize=True, error=error)
 
 
 def make_vit(config: SimMIMConfig) -> ViT:
@@ -348,15 +319,7 @@ SWIN_BASE = SimMIMConfig(image_size=192, encoder="swin")
 
 PRESETS = {
     "tiny": Preset(
-        SimMIMConfig(
-            image_size=32,
-            encoder="swin",
-            patch_size=4,
-            dim=64,
-            depth=(2, 4),
-            heads=(2, 4),
-            window=4,
-        ),
+        dataclasses.replace(SWIN_BASE, image_size=32, dim=64, depth=(2, 4), heads=(2, 4), window=4),
         Training(epochs=7, batch_size=64, base_lr=6e-3, warmup_epochs=0.3, clip_grad=1.0),
         UnitMasking(mask_ratio=0.6, unit=2),
     ),
