@@ -19,6 +19,7 @@ from recipes.engine.reading import UnreadableError, read_json, read_yaml
 from recipes.engine.run.cli import Options
 from recipes.engine.run.config import RunConfig
 from recipes.engine.run.folder import find_statistics, read_statistics
+from recipes.engine.run.world import World
 
 # Modules after the last block: pre-training and fine-tuning have different ones.
 _AFTER_BLOCKS = ("norm.", "fusions.")
@@ -99,6 +100,33 @@ def array_options(file: EncoderFile | None, config: RunConfig) -> ArrayOptions:
     if file is not None and file.statistics is not None and options.channels is None:
         return dataclasses.replace(options, channels="keep")
     return options
+
+
+def loading_options(
+    config: RunConfig, file: EncoderFile | None, options: Options, world: World
+) -> dict[str, Any]:
+    """Return how labelled images are loaded for an encoder: arguments of `load_data`."""
+    return {
+        "image_size": config.model.image_size,
+        "seed": config.seed,
+        "decode": config.training.decoder,
+        "options": array_options(file, config),
+        "find_statistics": statistics_of(file, options, config),
+        "share": world.share,
+    }
+
+
+def check_channels(encoder: str | Path, shape: EncoderShape, data: str, channels: int) -> None:
+    """Check that an encoder has the channels of the images.
+
+    Raises:
+        UserError: It has others.
+    """
+    if shape.in_channels != channels:
+        raise UserError(
+            f"--encoder {encoder} is for images of {shape.in_channels} channels, "
+            f"those of {data} have {channels}"
+        )
 
 
 def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
