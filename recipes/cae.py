@@ -36,14 +36,16 @@ from mimkit.nn import CAEDecoder, ContextRegressor, PixelHead, TokenHead
 from mimkit.patches import sincos_positions, unpatchify
 from recipes.engine import Masking, Preset, Recipe, Training, fields, run, targets
 from recipes.engine.masks import join, mask_all
+from recipes.engine.pretrained.teachers import load_teacher
+from recipes.engine.pretrained.tokenizers import make_tokenizer
 from recipes.engine.run import defaults
-from recipes.engine.vit import TargetConfig
+from recipes.engine.vit import TargetConfig, ViTConfig
 
 Target = Literal["tokens", "rgb", "features"]
 
 
 @dataclass(frozen=True)
-class CAEConfig(TargetConfig):
+class CAEConfig(TargetConfig, ViTConfig):
     """Shape of the model; the defaults are the paper's ViT-B/16.
 
     Attributes:
@@ -259,13 +261,14 @@ class CAE(nn.Module):
 
 def build_with_target(config: CAEConfig) -> CAE:
     """Make the model together with the frozen tokenizer or teacher that makes its target."""
+    images = (config.image_size, config.patch_sides, config.in_channels)
     target: targets.Target
     if config.target == "tokens":
-        tokenizer = config.make_tokenizer(config.vocabulary_size)
+        tokenizer = make_tokenizer(config.tokenizer, *images, config.vocabulary_size)
         target = targets.CountedTokenTarget(tokenizer, config.patch_sides)
         config = dataclasses.replace(config, vocabulary_size=target.num_values)
     elif config.target == "features":
-        target = targets.SimilarityTarget(config.load_teacher())
+        target = targets.SimilarityTarget(load_teacher(config.teacher, *images))
         config = dataclasses.replace(config, feature_dim=target.num_values)
     else:
         target = targets.PixelTarget(config.patch_sides, config.in_channels, normalize=True)

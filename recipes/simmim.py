@@ -33,6 +33,8 @@ from mimkit.masking import Mask, RaggedMask
 from mimkit.nn import SimMIMHead, SwinTransformer, ViT
 from recipes.engine import Preset, Recipe, Training, fields, run, targets
 from recipes.engine.masks import UnitMasking, join, mask_all
+from recipes.engine.pretrained.teachers import load_teacher
+from recipes.engine.pretrained.tokenizers import make_tokenizer
 from recipes.engine.vit import TargetConfig
 
 TargetName = Literal[
@@ -53,13 +55,17 @@ class SimMIMConfig(TargetConfig):
     """Shape of the model; the defaults are the paper's ViT-B/16, or Swin-B with `encoder="swin"`.
 
     Attributes:
+        image_size: Pixels per axis; an integer means a square image.
         encoder: "vit" or "swin".
         patch_size: Pixels per patch, which is what a mask is of; 0 for the base model's.
+        in_channels: Channels of the images.
         dim: Width of the encoder (of Swin's first stage); 0 for the base model's.
         depth: Blocks of the encoder; for Swin, of each stage.
         heads: Attention heads; for Swin, of each stage.
         window: Tokens per axis of a Swin window.
+        mlp_ratio: Hidden width of every MLP over its input's.
         layer_scale: First value of the ViT's learned factors of residual branches; None for none.
+        drop_path: Fraction of samples whose residual branches the last encoder block leaves out.
         positions: Positions of the ViT: "relative", one table for all blocks as in the paper;
             "absolute" for a learned table; "none".
         qkv_bias: Biases of the ViT's attention: "qv" for queries and values as in the paper, True
@@ -77,13 +83,17 @@ class SimMIMConfig(TargetConfig):
         num_clusters: Number of color clusters, or of the codes of tokenizer "patches".
     """
 
+    image_size: fields.Pixels | tuple[fields.Pixels, ...]
     encoder: Literal["vit", "swin"] = "vit"
     patch_size: Annotated[int, fields.Within(0, 2**24)] | tuple[fields.Pixels, ...] = 0
+    in_channels: fields.PositiveInt = 3
     dim: Annotated[int, fields.Within(0, 2**17)] = 0
-    depth: fields.Depth | tuple[fields.Depth, ...] = 0  # type: ignore[assignment]
-    heads: fields.NonNegativeInt | tuple[fields.PositiveInt, ...] = 0  # type: ignore[assignment]
+    depth: fields.Depth | tuple[fields.Depth, ...] = 0
+    heads: fields.NonNegativeInt | tuple[fields.PositiveInt, ...] = 0
     window: fields.PositiveInt = 6
+    mlp_ratio: fields.PositiveFloat = 4.0
     layer_scale: fields.NonNegativeFloat | None = 0.1
+    drop_path: fields.Fraction = 0.0
     positions: Literal["relative", "absolute", "none"] = "relative"
     qkv_bias: bool | Literal["qv"] = "qv"
     norm_eps: fields.PositiveFloat | None = None
@@ -114,8 +124,9 @@ class SimMIMConfig(TargetConfig):
     @property
     def encoder_shape(self) -> dict[str, Any]:
         """What ViT and Swin are built from alike."""
-        norm_eps = {} if self.norm_eps is None else {"norm_eps": self.norm_eps}
-        return super().encoder_shape | norm_eps | {"act": self.act}
+        names = ("image_size", "patch_size", "in_channels", "dim", "depth", "heads")
+        shape = {name: getattr(self, name) for name in (*names, "mlp_ratio", "drop_path", "act")}
+        return shape | ({} if self.norm_eps is None else {"norm_eps": self.norm_eps})
 
     @property
     def scored_by(self) -> LossName:
@@ -229,14 +240,6 @@ class SimMIM(nn.Module):
         loss = self.target.loss(prediction, images, cast(Any, mask))
         return SimMIMOutput(loss, prediction, latent)
 
-    def check_masks(self, mask: Mask) -> None:
-        """Check that masked patches fill whole squares, where these are to be predicted.
-
-        Raises:
-            ValueError: They do not.
-        """
-        self.target.group(mask)
-
 
 def make_target(config: SimMIMConfig, patch_size: Grid) -> targets.Target:
     """Make what is predicted."""
@@ -255,8 +258,11 @@ def make_target(config: SimMIMConfig, patch_size: Grid) -> targets.Target:
     if name.startswith("bins_"):  # "bins_256"
         return targets.BinTarget(*shape, int(name.removeprefix("bins_")))
     if name == "tokens":
-        return targets.TokenTarget(config.make_tokenizer(config.num_clusters), patch_size)
-    return targets.FeatureTarget(config.load_teacher(), normalize=True, error=error)
+        codes = config.num_clusters
+        tokenizer = make_tokenizer(config.tokenizer, config.image_size, *shape, codes)
+        return targets.TokenTarget(tokenizer, patch_size)
+    teacher = load_teacher(config.teacher, config.image_size, *shape)
+    return targets.FeatureTarget(teacher, normalize=True, error=error)
 
 
 def make_vit(config: SimMIMConfig) -> ViT:

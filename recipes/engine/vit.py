@@ -1,4 +1,4 @@
-"""Fields that the configurations of several recipes share: the encoder's shape, frozen models."""
+"""Fields that the configurations of several recipes share: the ViT, frozen models."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,13 +6,11 @@ from typing import Any
 from mimkit._grids import Grid, per_axis, sides_of
 from mimkit.nn import ViT
 from recipes.engine import fields
-from recipes.engine.pretrained.teachers import load_teacher
-from recipes.engine.pretrained.tokenizers import Tokenizer, make_tokenizer
 
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Fields of a configuration that shape the encoder; the defaults are ViT-B/16's.
+    """Fields of a configuration that shape its ViT; the defaults are ViT-B/16's.
 
     Attributes:
         image_size: Pixels per axis; an integer means a square image.
@@ -39,12 +37,6 @@ class ViTConfig:
         fields.check_fields(self)
 
     @property
-    def encoder_shape(self) -> dict[str, Any]:
-        """What an encoder is built from: the fields above, as arguments of its constructor."""
-        names = ("image_size", "patch_size", "in_channels", "dim", "depth", "heads")
-        return {name: getattr(self, name) for name in (*names, "mlp_ratio", "drop_path")}
-
-    @property
     def patch_sides(self) -> Grid:
         """Pixels per axis of a patch."""
         num_axes = len(sides_of("image_size", self.image_size))
@@ -52,15 +44,24 @@ class ViTConfig:
 
     def build_vit(self, **options: Any) -> ViT:
         """Build the ViT, with further options of its constructor."""
-        return ViT(**self.encoder_shape, **options)
+        return ViT(
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            in_channels=self.in_channels,
+            dim=self.dim,
+            depth=self.depth,
+            heads=self.heads,
+            mlp_ratio=self.mlp_ratio,
+            drop_path=self.drop_path,
+            **options,
+        )
 
 
-@dataclass(frozen=True)
-class TargetConfig(ViTConfig):
-    """Fields of a configuration whose target may be computed by a frozen model.
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """Fields of a configuration whose `target` may be computed by a frozen model.
 
     Attributes:
-        target: What is predicted.
         tokenizer: With target "tokens", "patches" for k-means codes of normalised patches, fitted
             on the first images; or a file: `tokenizer.safetensors` of `recipes/tokenizer.py`, or
             DALL-E's encoder.
@@ -68,21 +69,11 @@ class TargetConfig(ViTConfig):
             its config.yaml, or a checkpoint of the authors' MAE or CAE.
     """
 
-    target: str = "pixels"
     tokenizer: str = "patches"
     teacher: str | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.teacher is not None and self.target != "features":
-            raise ValueError(f'a teacher is for target "features"; got target {self.target!r}')
-
-    def make_tokenizer(self, vocabulary_size: int) -> Tokenizer:
-        """Make the tokenizer; of "patches", with this many codes."""
-        return make_tokenizer(
-            self.tokenizer, self.image_size, self.patch_size, self.in_channels, vocabulary_size
-        )
-
-    def load_teacher(self) -> ViT:
-        """Load the frozen teacher."""
-        return load_teacher(self.teacher, self.image_size, self.patch_size, self.in_channels)
+        fields.check_fields(self)
+        target = getattr(self, "target", None)  # a field of the subclass
+        if self.teacher is not None and target != "features":
+            raise ValueError(f'a teacher is for target "features"; got target {target!r}')

@@ -1,7 +1,8 @@
 """Pre-trained encoders: load them from files, and check that they fit."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -286,6 +287,20 @@ def _shape_from_config(path: Path, kind: type[EncoderShape]) -> EncoderShape | N
         raise UserError(f"{file} is damaged: {error}; move it elsewhere") from error
 
 
+@contextlib.contextmanager
+def drawing_weights(seed: int) -> Iterator[None]:
+    """Draw the weights of an encoder from a seed.
+
+    Raises:
+        UserError: If no encoder can be built with the given shape.
+    """
+    torch.manual_seed(seed)
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"no encoder of this shape: {error}") from error
+
+
 def build_encoder(
     shape: EncoderShape, *, seed: int, pool: Literal["mean", "token"] = "mean"
 ) -> Encoder:
@@ -299,11 +314,8 @@ def build_encoder(
     Raises:
         UserError: If no encoder can be built with this shape.
     """
-    torch.manual_seed(seed)
-    try:
+    with drawing_weights(seed):
         return shape.build(pool=pool)
-    except ValueError as error:
-        raise UserError(f"no encoder of this shape: {error}") from error
 
 
 def build_classifier(
@@ -320,11 +332,8 @@ def build_classifier(
     Raises:
         UserError: If no encoder can be built with this shape.
     """
-    torch.manual_seed(seed)
-    try:
+    with drawing_weights(seed):
         return shape.build_classifier(num_classes=num_classes, drop_path=drop_path)
-    except ValueError as error:
-        raise UserError(f"no encoder of this shape: {error}") from error
 
 
 def build_backbone(shape: EncoderShape, *, seed: int, drop_path: float) -> Encoder:
@@ -338,11 +347,8 @@ def build_backbone(shape: EncoderShape, *, seed: int, drop_path: float) -> Encod
     Raises:
         UserError: If no encoder can be built with this shape.
     """
-    torch.manual_seed(seed)
-    try:
+    with drawing_weights(seed):
         return shape.build_backbone(drop_path=drop_path)
-    except ValueError as error:
-        raise UserError(f"no encoder of this shape: {error}") from error
 
 
 def fill_encoder(encoder: Encoder, file: EncoderFile) -> None:
