@@ -42,7 +42,7 @@ _ADVICE = (
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderOptions(Options):
-    """Options shared by fine-tuning and probing.
+    """Options of every recipe that takes a pre-trained encoder.
 
     Attributes:
         encoder: The folder of a finished run, or its `encoder.safetensors`, whose shape is in the
