@@ -184,22 +184,21 @@ class MAE(nn.Module):
 
     def _forward_ragged(self, images: Tensor | Sequence[Tensor], mask: RaggedMask) -> MAEOutput:
         """Run the paper's own model on samples that hide different numbers of patches."""
-        self.check_masks(mask)
+        self.check_ragged()
         latent = self.encoder(images, mask)
         prediction = self.head(self.decoder(latent, mask))
         assert isinstance(self.target, targets.PixelTarget)
         return MAEOutput(self.target.loss(prediction, images, mask), prediction, latent)
 
-    def check_masks(self, mask: Mask | RaggedMask | Sequence[Mask]) -> None:
-        """Check that the model takes masks of this kind.
+    def check_ragged(self) -> None:
+        """Check that the model takes a `RaggedMask`.
 
         Raises:
-            ValueError: If it is a variant of the paper's own model, and they are ragged.
+            ValueError: If it is a variant of the paper's own model.
         """
         config = self.config
         choices = (config.target, config.loss_on, config.mask_tokens, config.decoder)
-        is_own = (*choices, config.decode_fraction) == ("pixels", "masked", "decoder", "self", 1.0)
-        if isinstance(mask, RaggedMask) and not is_own:
+        if (*choices, config.decode_fraction) != ("pixels", "masked", "decoder", "self", 1.0):
             raise ValueError(
                 'a RaggedMask needs target="pixels", loss_on="masked", mask_tokens="decoder", '
                 f'decoder="self" and decode_fraction=1; got {config}'
