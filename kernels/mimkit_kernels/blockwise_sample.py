@@ -128,9 +128,9 @@ class Options(NamedTuple):
         """
         root = math.isqrt(self.min_block << 32)
         limits = []
-        roots = aspect_roots(self.log_low, self.log_high)
-        for size, of_aspects in zip((self.height, self.width), roots, strict=True):
-            limit, smallest = max(size - 1, 1), (root * min(of_aspects) + (1 << 31)) >> 32
+        tall, flat = aspect_roots(self.log_low, self.log_high)  # ascending, descending
+        for size, aspect in ((self.height, tall[0]), (self.width, flat[-1])):
+            limit, smallest = max(size - 1, 1), (root * aspect + (1 << 31)) >> 32
             limits.append(limit if smallest > limit else _UNLIMITED)
         return limits[0], limits[1]
 

@@ -204,10 +204,25 @@ def _mean_and_scale(
 
 
 @jit
-def _through_norm(grad: tl.tensor, x: tl.tensor, scale: tl.tensor, dim: tl.tensor) -> tl.tensor:
-    """Return the gradient of a norm's input; `grad` is that of its normalized row `x`."""
-    along = tl.sum(grad * x, axis=0) / dim
-    return scale * (grad - tl.sum(grad, axis=0) / dim - x * along)
+def _through_norms(
+    grad_k: tl.tensor,
+    x_k: tl.tensor,
+    scale_k: tl.tensor,
+    grad_v: tl.tensor,
+    x_v: tl.tensor,
+    scale_v: tl.tensor,
+    dim: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return the gradients of two norms' inputs; `grad_*` are those of their normalized rows `x_*`.
+
+    The four sums over the row are one reduction, so that warps wait for each other once.
+    """
+    of_k, of_v = tl.join(grad_k, grad_k * x_k), tl.join(grad_v, grad_v * x_v)
+    mean_k, mean_v = tl.split(tl.sum(tl.join(of_k, of_v), axis=0) / dim)
+    plain_k, along_k = tl.split(mean_k)
+    plain_v, along_v = tl.split(mean_v)
+    through_k = scale_k * (grad_k - plain_k - x_k * along_k)
+    return through_k, scale_v * (grad_v - plain_v - x_v * along_v)
 
 
 @jit
@@ -309,18 +324,20 @@ def _backward_kernel(
         is_query = column < tl.where(row < inputs.num_visible, 0, width)
         of_query = tl.load(source + column, mask=is_query, other=0.0).to(tl.float32)
 
-        x = (moved - mean_k) * scale_k
+        x_k = (moved - mean_k) * scale_k
+        x_v = (token - mean_v) * scale_v
         sum_q += of_query
-        sum_qx += of_query * x
+        sum_qx += of_query * x_k
         sum_k += of_key
-        sum_kx += of_key * x
-        # 0 in masked columns, since gradients are 0 there.
-        of_moved = _through_norm(of_key * weight_k + of_query * weight_q, x, scale_k, dim)
-
-        x = (token - mean_v) * scale_v
+        sum_kx += of_key * x_k
         sum_v += of_value
-        sum_vx += of_value * x
-        of_token = of_moved + _through_norm(of_value * weight_v, x, scale_v, dim)
+        sum_vx += of_value * x_v
+        # 0 in masked columns, since gradients are 0 there.
+        of_normed = of_key * weight_k + of_query * weight_q
+        of_moved, of_token = _through_norms(
+            of_normed, x_k, scale_k, of_value * weight_v, x_v, scale_v, dim
+        )
+        of_token += of_moved
         _store_either(grad_visible, grad_queries, of_token, sample, row, width, column, inputs)
         if grad_visible_positions is not None:
             _store_either(

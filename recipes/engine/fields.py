@@ -168,7 +168,7 @@ def describe(kind: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(describe(part) for part in parts if part is not NoneType)
     if origin is Literal:
-        return f"one of {parts}"
+        return f"one of {parts}" if len(parts) > 1 else repr(parts[0])
     if origin is tuple:
         count = "values" if parts[-1] is Ellipsis else f"{len(parts)} values"
         return f"a tuple of {count}, each {describe(parts[0])}"

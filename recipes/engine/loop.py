@@ -180,7 +180,7 @@ class Task(ABC):
         self.spread = distribute(model, world, shard=shard)
         self.optimizer = self.make_optimizer()  # FSDP2 has replaced the parameters by now
         if config.compile:
-            self.spread.compile()
+            self.spread.compile(mode="reduce-overhead" if config.compile == "graphs" else None)
 
     @abstractmethod
     def make_optimizer(self) -> Optimizer:
@@ -258,6 +258,10 @@ class Task(ABC):
             The task's numbers and the number of images, over all processes.
         """
         self.spread.zero_grad(set_to_none=True)
+        if self.config.compile == "graphs":
+            # The graphs may now reuse memory: of the last step's results, gradients are the last
+            # to be needed. All parts of a batch belong to one step, so that they can be added up.
+            torch.compiler.cudagraph_mark_step_begin()
         # Filled on the device: a copy from the host would wait for it.
         count = self.world.total(torch.full((), float(num_images), device=self.config.device))
         # DDP averages over processes, which may have different numbers of readable images.
@@ -397,6 +401,8 @@ def _run_from(
             return _rewind(error, task, folder, checkpoints, options)
         if result is None or result.num_images < task.config.training.batch_size:
             _note_unreadable(batch, unreadable, train_set, folder)
+        if step == first_step and task.config.compile == "graphs" and task.world.is_main:
+            _warn_of_left_out_graphs()
         done = step + 1
         log.add(done, batch, result)
         if plan.saves(done):
@@ -408,6 +414,17 @@ def _run_from(
     checkpoints.finish()
     _stop(done, plan, task.world)
     return None
+
+
+def _warn_of_left_out_graphs() -> None:
+    """Say so if a part of the model, compiled by now, gets no CUDA graph; PyTorch does not."""
+    number = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    if number:
+        say(
+            f"warning: --compile graphs: PyTorch makes no CUDA graph of {number} compiled parts "
+            "and launches their kernels one by one; TORCH_LOGS=perf_hints tells why",
+            file=sys.stderr,
+        )
 
 
 def _stop(done: int, plan: Plan, world: World) -> None:

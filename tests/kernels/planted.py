@@ -1,4 +1,4 @@
-"""Kernels with a race, each beside its correct form, for the tests of the race checker."""
+"""Kernels with a fault, each beside its correct form, for the tests of the checkers."""
 
 from __future__ import annotations
 
@@ -86,3 +86,16 @@ def misaligned_kernel(out: tl.tensor, offset: tl.tensor, BLOCK: tl.constexpr) ->
     """Claims that the address at an offset is aligned."""
     start = tl.multiple_of(out + offset, 16)
     tl.store(start + tl.arange(0, BLOCK), 1.0)
+
+
+@jit
+def narrow_kernel(out: tl.tensor, x: tl.tensor, BLOCK: tl.constexpr, KIND: tl.constexpr) -> None:
+    """Computes in the dtype of `x`, unless KIND is "float32"."""
+    values = tl.load(x + tl.arange(0, BLOCK))
+    if KIND == "float32":
+        values = values.to(tl.float32)
+    if KIND == "product":
+        values = values * values
+    tl.store(out + tl.arange(0, BLOCK), values.to(out.dtype.element_ty))
+    if KIND == "sum" or KIND == "float32":
+        tl.store(out, tl.sum(values, axis=0).to(out.dtype.element_ty))

@@ -328,16 +328,38 @@ def compiled_text(launch: Any) -> str:
     return compiled(launch, "sm_90").asm["ttir"]
 
 
+def narrow_arithmetic(launch: Any) -> str | None:
+    """Return an operation of a launch that computes in 16 bits, if there is one."""
+    # Of scalars or tensors: "bf16" or "tensor<64xbf16>".
+    narrow = r"(?:arith\.(?:add|sub|mul|div|rem)f|math\.\w+) [^\n]*: [^\n]*(?:\b|x)b?f16\b"
+    found = re.search(narrow, compiled_text(launch))
+    return found and found.group()
+
+
+@compiles
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["product", "sum", "float32"])
+def test_planted_arithmetic_in_16_bits_is_found(kind, dtype):
+    x = meta(64, dtype=dtype)
+
+    def launch() -> None:
+        planted.narrow_kernel[(1,)](torch.empty_like(x), x, BLOCK=64, KIND=kind, num_warps=1)
+
+    (launched,) = record(launch)
+    assert (narrow_arithmetic(launched) is None) == (kind == "float32")
+
+
 @compiles
 @pytest.mark.full
 def test_sums_and_products_are_computed_in_float32():
-    narrow = r"arith\.(add|sub|mul|div)f [^\n]*: [^\n]*\b(bf16|f16)\b|math\.\w+ [^\n]*(bf16|f16)"
     cases = [c for c in all_launches() if "float16" in c[1]]
-    assert cases
+    # Samplers have no floats.
+    names = {kernel for kernel, _ in all_launches() if not kernel.endswith("_sample")}
+    assert {kernel for kernel, _ in cases} == names
     for case in cases:
         for launch in record(all_launches()[case]):
-            found = re.search(narrow, compiled_text(launch))
-            assert found is None, (case, found and found.group())
+            assert narrow_arithmetic(launch) is None, case
 
 
 # Second derivatives

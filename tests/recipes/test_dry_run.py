@@ -140,7 +140,7 @@ def test_tokenizer_options_that_do_not_fit_give_one_line(options, says, pictures
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"compile: maybe\n", "compile must be true or false; got 'maybe'"),
+        (b"recompute: maybe\n", "recompute must be true or false; got 'maybe'"),
         (b"\xff\xfe", "is not YAML"),
     ],
 )

@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
-from recipes import finetune, tokenizer
+from mimkit import masking
+from recipes import finetune, tokenizer, vit_mpp
 from recipes.cae import RECIPE as CAE
 from recipes.convmae import RECIPE as CONVMAE
 from recipes.engine import Recipe, Training, run
@@ -207,6 +209,39 @@ def test_a_set_of_which_nothing_can_be_read_to_fit_a_target_is_one_line() -> Non
         first_inputs(Damaged(), 8)
 
 
+@pytest.mark.parametrize("runs", [False, pytest.param(True, marks=pytest.mark.full)])
+@pytest.mark.parametrize(("choice", "mode"), [(True, None), ("graphs", "reduce-overhead")])
+def test_compiled_steps_are_the_same_and_graphs_are_told_where_each_begins(
+    choice: Any, mode: str | None, runs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = train(tmp_path / "plain", Line(make_config(accumulate=2)))
+    modes, marks, real = [], [], torch.compile
+
+    def compile_with(function: Any, *, mode: str | None) -> Any:
+        modes.append(mode)
+        return real(function, mode=mode) if runs else function
+
+    monkeypatch.setattr(torch, "compile", compile_with)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    rows = train(tmp_path / "run", Line(make_config(accumulate=2, compile=choice)))
+    assert modes == [mode]
+    assert len(marks) == (len(rows) if choice == "graphs" else 0)  # once for both parts of a batch
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose([r[name] for r in rows], [r[name] for r in plain], rtol=1e-5)
+
+
+def test_graphs_that_pytorch_leaves_out_are_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, mode: function)
+    skipped = {"inductor": {"cudagraph_skips": 2}}
+    monkeypatch.setattr(torch._dynamo.utils, "counters", skipped)
+    train(tmp_path / "run", Line(make_config(compile="graphs")))
+    said = capsys.readouterr().err
+    assert said.count("warning: --compile graphs: PyTorch makes no CUDA graph of 2 ") == 1
+    assert "TORCH_LOGS=perf_hints" in said
+
+
 def test_a_plan_saves_and_logs_at_its_end() -> None:
     for num_steps in range(1, 12):
         plan = Plan(steps_per_epoch=4, num_steps=num_steps, checkpoint_every=5, log_every=3)
@@ -250,6 +285,26 @@ def test_a_step_synchronizes_with_the_device_once(
     # CAE checks the range of codes, and its tokenizer that images are finite, but only on a CPU,
     # where this needs no synchronization.
     assert (len(fetched), syncs.count) == (1, 3 if recipe is CAE else 0)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "recipe", [MAE, SIMMIM, CONVMAE, CAE, vit_mpp.RECIPE], ids=lambda recipe: recipe.name
+)
+def test_a_compiled_model_is_one_graph_with_all_tensors_on_its_device(recipe: Recipe) -> None:
+    """Else `--compile graphs` launches its kernels one by one. The meta device stands for a GPU."""
+    config = config_for(recipe, "--data", "digits", "--device", "cpu")
+    model = recipe.build(config.model).to("meta")
+    key = masking.key(torch.arange(4), seed=0)
+    masks = config.masking.draw(key, model.encoder.grid)
+    images = torch.empty(4, 3, *model.encoder.image_size)
+    inputs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (images, masks))
+    graphs: list[torch.fx.GraphModule] = []
+    compiled = torch.compile(model, fullgraph=True, backend=lambda g, _: graphs.append(g) or g)
+    compiled(*inputs)
+    values = [node.meta.get("example_value") for graph in graphs for node in graph.graph.nodes]
+    assert {value.device.type for value in values if isinstance(value, Tensor)} == {"meta"}
+    assert len(graphs) == 1
 
 
 def spoiled(recipe: Recipe, bad: set[int]) -> Recipe:

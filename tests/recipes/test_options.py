@@ -373,7 +373,9 @@ def test_the_command_line_takes_precedence_over_a_yaml_file(tmp_path: Path) -> N
     [
         ("epochs: -1", "--epochs"),
         ("epoch: 1", "unknown key 'epoch'"),
-        ("compile: maybe", "must be true or false"),
+        ("recompute: maybe", "must be true or false"),
+        ("compile: maybe", "compile must be true or false or 'graphs'; got"),
+        ("compile: [yes]", "compile must be true or false"),
         ("image_size: [32, a]", "--image-size"),
         ("image_size: [32, yes]", "image_size must be"),
         ("data: yes", "data must be a name or a path; got True"),
@@ -393,6 +395,51 @@ def test_a_mistake_in_a_yaml_file_gives_one_line(text: str, says: str, tmp_path:
         config_for(MAE, "--config", str(file))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1_000
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", False), ("--compile", True), ("--compile graphs", "graphs"), ("--no-compile", False),
+        ("--compile --lr 1", True), ("--compile=graphs", "graphs"), ("--out compile", False),
+        ("--compile graphs --no-compile --lock", False), ("true", True), ("false", False),
+        ("graphs", "graphs"), ("graphs --no-compile", False), ("false --compile", True),
+    ],
+)  # fmt: skip
+def test_compiling_is_a_switch_and_takes_a_word(
+    given: str, expected: bool | str, tmp_path: Path
+) -> None:
+    in_file, *arguments = given.split() or [""]
+    if in_file in ("true", "false", "graphs"):
+        file = tmp_path / "options.yaml"
+        file.write_text(f"compile: {in_file}\n")
+        arguments += ["--config", str(file)]
+    else:
+        arguments = given.split()
+    chosen = parse(*arguments).compile
+    assert (chosen, type(chosen)) == (expected, type(expected))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "has_gpu", "says"),
+    [
+        ("--compile graphs", False, "--compile graphs: CUDA graphs need a GPU, this is a cpu"),
+        ("--compile graphs --device cpu", True, "--compile graphs: CUDA graphs need a GPU"),
+        ("--compile graphs --shard", True, "--compile graphs needs weights that stay .* --shard"),
+        ("--compile maybe", True, "--compile 'maybe': give true or false or 'graphs'"),
+    ],
+)
+def test_graphs_that_cannot_be_are_one_line(
+    arguments: str, has_gpu: bool, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    with pytest.raises(UserError, match=says):
+        config_for(MAE, *arguments.split())
+
+
+def test_graphs_are_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert config_for(MAE, "--compile", "graphs").compile == "graphs"
 
 
 def test_options_of_a_yaml_file_may_not_contradict_each_other(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import io
+import itertools
 import os
 import re
 import sys
@@ -34,6 +35,8 @@ from recipes.engine.fields import (
 from recipes.engine.reading import UnreadableError, read_yaml
 from recipes.engine.run.world import fails_alone, world_from_environment
 
+Compile = bool | Literal["graphs"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -50,7 +53,8 @@ class Options:
         workers: Processes that load images; 0 loads in the training process.
         decode: What decodes image files: "auto" and "cpu" the loading processes; "gpu" is not there
             yet, and refused.
-        compile: Compile the model with torch.compile.
+        compile: Compile the model with torch.compile; "graphs" also replays its kernels as CUDA
+            graphs, which saves the time to launch them; --no-compile overrides a --config.
         accumulate: Gradient accumulation: number of parts a batch is split into, to save memory.
         recompute: Activation checkpointing: compute the encoder's blocks again in the backward pass
             instead of keeping what they computed.
@@ -83,7 +87,7 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: Workers = 0
     decode: Literal["auto", "cpu", "gpu"] = "auto"
-    compile: bool = False
+    compile: Compile = False
     accumulate: PositiveInt = 1
     recompute: bool = False
     shard: bool = False
@@ -327,7 +331,7 @@ def parse_options(
         with contextlib.redirect_stderr(messages):
             options = tyro.cli(
                 options_type,
-                args=[*from_file, *arguments],
+                args=_spelled_out([*from_file, *arguments], options_type),
                 prog=program,
                 description=description,
             )
@@ -341,6 +345,18 @@ def parse_options(
         check_fields(options)
     _check_given(options)
     return options
+
+
+def _spelled_out(arguments: Sequence[str], options_type: type[Any]) -> list[str]:
+    """Give a switch that also takes a word its value: `--compile` is `--compile True`."""
+    values: dict[str, list[str]] = {}
+    for name, kind in get_type_hints(options_type).items():
+        if kind == Compile:
+            values |= {f"--{name}": [f"--{name}", "True"], f"--no-{name}": [f"--{name}", "False"]}
+    spelled: list[str] = []
+    for argument, after in itertools.pairwise([*arguments, "-"]):
+        spelled += values.get(argument, [argument]) if after.startswith("-") else [argument]
+    return spelled
 
 
 def _about_a_value(message: str, options_type: type[Any]) -> str | None:
@@ -411,15 +427,12 @@ def _yaml_arguments(path: Path | None, options_type: type[Any]) -> list[str]:
         kind = known[option]
         values = value if isinstance(value, list) else [value]
         # YAML 1.1 reads yes and no as booleans, where a text or number may be meant.
-        if any(isinstance(each, bool) and not admits(kind, each) for each in values) or not all(
+        to_check = [value] if _is_switch(kind) else [v for v in values if isinstance(v, bool)]
+        if not all(admits(kind, each) for each in to_check) or not all(
             isinstance(each, str | int | float | date | None) for each in values
         ):
             raise UserError(f"--config {path}: {name} must be {describe(kind)}; got {shown(value)}")
-        if _is_switch(kind):
-            if not isinstance(value, bool):
-                raise UserError(
-                    f"--config {path}: {name} must be true or false; got {shown(value)}"
-                )
+        if _is_switch(kind) and isinstance(value, bool):
             arguments.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
             arguments += [f"--{flag}", *map(str, values)]
@@ -427,7 +440,7 @@ def _yaml_arguments(path: Path | None, options_type: type[Any]) -> list[str]:
 
 
 def _is_switch(kind: Any) -> bool:
-    """Whether an option is given without a value; one that is derived carries its help."""
+    """Whether an option can be given without a value; one that is derived carries its help."""
     return kind is bool or get_args(kind)[:1] == (bool,)
 
 

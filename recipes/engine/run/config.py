@@ -38,7 +38,7 @@ from recipes.engine.fields import (
 )
 from recipes.engine.reading import UnreadableError, sha256_of
 from recipes.engine.run import defaults
-from recipes.engine.run.cli import Options, override, refusing
+from recipes.engine.run.cli import Compile, Options, override, refusing
 
 # Pixels of a model input: 4096 x 16384, or a volume of 256 x 512 x 512.
 _MOST_PIXELS = 2**26
@@ -238,7 +238,7 @@ class RunConfig:
     max_steps: int | None
     seed: int
     device: str
-    compile: bool
+    compile: Compile
     accumulate: int
     contents: Mapping[str, str] | None = None
     statistics: Statistics | None = None
@@ -388,6 +388,8 @@ def resolve(
         contents=_contents(model) or None,
         **more,
     )
+    if config.compile == "graphs":
+        _check_graphs(config.device, options)
     if math.prod(config.image_size) > _MOST_PIXELS:
         raise UserError(
             f"--image-size {shown(model.image_size)} is too large: give at most "
@@ -425,6 +427,18 @@ def choose_device(name: str) -> str:
     if name == "cuda" and not has_gpu:
         raise UserError("--device cuda: PyTorch finds no GPU here; choose cpu or auto")
     return "cuda" if name == "auto" and has_gpu else name.replace("auto", "cpu")
+
+
+def _check_graphs(device: str, options: Options) -> None:
+    if device != "cuda":
+        raise UserError(
+            f"--compile graphs: CUDA graphs need a GPU, this is a {device}; omit graphs"
+        )
+    if options.shard:
+        raise UserError(
+            "--compile graphs needs weights that stay where they are in memory, and --shard moves "
+            "them: give one of the two"
+        )
 
 
 def _contents(model: Any) -> dict[str, str]:
