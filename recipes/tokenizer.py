@@ -1,4 +1,4 @@
-"""Train a small discrete VAE, whose codes are tokens for `recipes/cae.py`.
+"""Train a small discrete VAE, whose codes are the tokens that CAE predicts.
 
     python recipes/tokenizer.py                                  # two minutes on a CPU
     python recipes/tokenizer.py --data /path/to/images --preset base
