@@ -78,7 +78,8 @@ def _run_as_main(name: str) -> None:
     `runpy.run_module` leaves `sys.modules["__main__"]` as it is, or changes `sys.argv`.
     """
     spec = importlib.util.find_spec(name)
-    assert spec and isinstance(spec.loader, InspectLoader)
+    assert spec is not None
+    assert isinstance(spec.loader, InspectLoader)
     module = sys.modules["__main__"] = importlib.util.module_from_spec(spec)
     module.__name__ = "__main__"
     exec(spec.loader.get_code(name) or "", vars(module))
