@@ -47,6 +47,7 @@ from recipes.engine.pretrained.encoders import (
     fill_encoder,
     open_encoder,
     statistics_of,
+    warn_of_other_values,
 )
 from recipes.engine.pretrained.shapes import (
     ConvViTShape,
@@ -494,6 +495,7 @@ def run(options: FineTuneOptions) -> None:
         check_shares(config.training.batch_size, world, accumulate=config.accumulate)
         if world.is_main:
             warn_of_slow_precision(config)
+            warn_of_other_values(file, data.images)
         model = build_model(config, file, data.num_classes)  # what does not fit is found here
         if options.dry_run:
             if world.is_main:

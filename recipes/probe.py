@@ -28,7 +28,7 @@ from recipes import signals
 from recipes.engine import Training
 from recipes.engine.classify import plan_classifier
 from recipes.engine.data.augment import Augmentation
-from recipes.engine.data.labelled import LabelledData, load_labelled
+from recipes.engine.data.labelled import LabelledData, check_classes, load_labelled
 from recipes.engine.data.load import load_data
 from recipes.engine.data.sets import DataSet, ProbeData
 from recipes.engine.errors import UserError, say
@@ -42,6 +42,7 @@ from recipes.engine.pretrained.encoders import (
     fill_encoder,
     open_encoder,
     statistics_of,
+    warn_of_other_values,
 )
 from recipes.engine.pretrained.shapes import ConvViTShape, EncoderShape, SwinShape, ViTShape
 from recipes.engine.probes import (
@@ -324,6 +325,7 @@ def run(options: ProbeOptions) -> None:
         check_shares(config.training.batch_size, world)
         if world.is_main:
             warn_of_slow_precision(config)
+            warn_of_other_values(file, data)
         load_features(config, file)  # what does not fit is found before the folder is made
         if config.protocol == "paper":
             plan_classifier(
@@ -345,8 +347,7 @@ def check_data(config: ProbeConfig, file: EncoderFile, data: DataSet) -> None:
     Raises:
         UserError: They do not.
     """
-    if data.load_probe is None:
-        raise UserError(f"--data {config.data} has no labels: expected train/<class>/<image> in it")
+    check_classes(data)
     if data.in_channels != file.shape.in_channels:
         raise UserError(
             f"--encoder {file.path} is for images of {file.shape.in_channels} channels, "

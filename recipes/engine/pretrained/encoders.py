@@ -1,6 +1,7 @@
 """Pre-trained encoders: load them from files, and check that they fit."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from mimkit.interop import from_hf
 from recipes.engine.data.arrays import ArrayOptions
-from recipes.engine.data.statistics import FindStatistics, Statistics
-from recipes.engine.errors import UserError
+from recipes.engine.data.folder import spread
+from recipes.engine.data.sets import DataSet, read_first
+from recipes.engine.data.statistics import FindStatistics, Statistics, measure
+from recipes.engine.errors import UserError, say
 from recipes.engine.pretrained.files import check_finite, read_weights
 from recipes.engine.pretrained.shapes import KINDS, Encoder, EncoderShape, ViTShape
 from recipes.engine.reading import UnreadableError, read_json, read_yaml
@@ -26,6 +29,8 @@ _CLASSIFIER = ("fc_norm.", "head.")
 # Tables of relative positions that a ConvViT gets in a detector.
 _OF_DETECTOR = {"window_bias.table", "global_bias.table"}
 ENCODER = "encoder.safetensors"
+_COMPARED = 16  # samples of which statistics are compared
+_FAR = 5.0  # deviations of the encoder's arrays
 _ADVICE = (
     "give the --preset of this encoder, or put a config.yaml beside it: that of its run, or for a "
     "ViT one line with its own numbers, model: {image_size: 224, patch_size: 16, in_channels: 3, "
@@ -73,6 +78,7 @@ class EncoderFile:
         shape: Shape of the encoder.
         weights: Its weights, under mimkit's names.
         statistics: What its inputs were normalised by, if it was trained on arrays.
+        window: Tokens per axis of the attention windows that a detector trained it with; 0 without.
     """
 
     path: Path
@@ -80,6 +86,7 @@ class EncoderFile:
     shape: EncoderShape
     weights: Mapping[str, Tensor]
     statistics: Statistics | None = None
+    window: int = 0
 
 
 def statistics_of(file: EncoderFile | None, options: Options, config: RunConfig) -> FindStatistics:
@@ -91,6 +98,26 @@ def statistics_of(file: EncoderFile | None, options: Options, config: RunConfig)
         return find_statistics(options.out, config, channels, image_size)
 
     return find
+
+
+def warn_of_other_values(file: EncoderFile | None, data: DataSet) -> None:
+    """Warn if arrays are far from those that the encoder was trained on: in another unit, say."""
+    known = None if file is None else file.statistics
+    if known is None or data.statistics != known:
+        return
+    ids = spread(len(data.train), _COMPARED)
+    found = measure(image for image, _ in read_first(data.train, ids, _COMPARED, set()))
+    for channel, (mean, std, own_mean, own_std) in enumerate(
+        zip(known.mean, known.std, found.mean, found.std, strict=True)
+    ):
+        if abs(own_mean - mean) > _FAR * std or not 1 / _FAR < own_std / std < _FAR:
+            say(
+                f"note: channel {channel} of {data.name} has mean {own_mean:.3g} and deviation "
+                f"{own_std:.3g}; the encoder was trained with {mean:.3g} and {std:.3g}, by which "
+                "its inputs are normalised: are they in the same unit?",
+                file=sys.stderr,
+            )
+            return
 
 
 def array_options(file: EncoderFile | None, config: RunConfig) -> ArrayOptions:
@@ -151,26 +178,34 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
         _check_shape(path.with_name("config.yaml"), path, found.read(weights), weights)
     shape = found.read(weights)
     config = path.with_name("config.yaml")
-    statistics = read_statistics(config, shape.in_channels) if config.is_file() else None
-    return EncoderFile(path, file.digest, shape, weights, statistics)
+    if not config.is_file():
+        return EncoderFile(path, file.digest, shape, weights)
+    statistics = read_statistics(config, shape.in_channels)
+    return EncoderFile(
+        path, file.digest, shape, weights, statistics, window=_window_from_config(config)
+    )
 
 
 def check_no_windows(file: EncoderFile) -> None:
-    """Check that an encoder of a run computes what its run trained: a detector's ViT has windows.
+    """Check that a plain Vision Transformer computes what was trained: a detector's has windows.
 
     Raises:
         UserError: If it was trained with attention windows, which its shape does not have.
     """
-    try:
-        detector = read_yaml(file.path.with_name("config.yaml")).get("detector") or {}
-        window = int(detector.get("window", 0))
-    except (UnreadableError, AttributeError, ValueError, TypeError) as error:
-        raise UserError(f"{file.path.with_name('config.yaml')} cannot be read: {error}") from error
-    if window and isinstance(file.shape, ViTShape):
+    if file.window and isinstance(file.shape, ViTShape):
         raise UserError(
-            f"{file.path} was trained in a detector with attention windows of {window} tokens, and "
-            "without a class token: as a plain Vision Transformer it computes something else"
+            f"{file.path} was trained in a detector with attention windows of {file.window} tokens,"
+            " and without a class token: as a plain Vision Transformer it computes something else"
         )
+
+
+def _window_from_config(config: Path) -> int:
+    """Read the window of a detector from the `config.yaml` of a run; 0 for any other run."""
+    try:
+        detector = read_yaml(config).get("detector") or {}
+        return int(detector.get("window") or 0)
+    except (UnreadableError, AttributeError, ValueError, TypeError) as error:
+        raise UserError(f"{config} cannot be read: {error}") from error
 
 
 def _load_folder(folder: Path) -> EncoderFile:
@@ -323,8 +358,11 @@ def fill_encoder(encoder: Encoder, file: EncoderFile) -> None:
     Position tables are resampled if the encoder has another image size or window.
 
     Raises:
-        UserError: If weights are missing, unexpected or of another shape.
+        UserError: If weights are missing, unexpected or of another shape, or were trained with
+            attention windows that `encoder` does not have.
     """
+    if getattr(encoder, "window", None) is None:
+        check_no_windows(file)
     own = encoder.state_dict()
     wanted = {name for name in own if not name.startswith(_CLASSIFIER)}
     weights = {
