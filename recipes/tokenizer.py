@@ -291,7 +291,7 @@ def print_summary(summary: dict[str, Any], config: RunConfig, folder: RunFolder)
     )
     print_unreadable(summary["unreadable_images"])
     print_closing(folder.path)
-    say(f"python recipes/cae.py --tokenizer {folder.path / 'tokenizer.safetensors'}")
+    say(f"mimkit cae --tokenizer {folder.path / 'tokenizer.safetensors'}")
 
 
 # The command line.

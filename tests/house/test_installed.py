@@ -91,7 +91,7 @@ def trained(installed: Installed) -> Installed:
         (f"vit-mpp {SHORT} --out vit-mpp", "vit-mpp/encoder.safetensors"),
         (f"cae {SHORT} --out cae", "cae/encoder.safetensors"),
         (f"tokenizer {SHORT} --out tokenizer", "tokenizer/tokenizer.safetensors"),
-        ("probe --encoder mae --data digits --out probe", "probe/summary.json"),
+        ("probe --encoder mae --out probe", "probe/summary.json"),
         ("finetune --encoder mae --max-steps 2 --scratch never --out fine", "fine/summary.json"),
         ("segment --encoder convmae --max-steps 2 --runs 1 --out segment", "segment/summary.json"),
         ("pack images shards --workers 2", "shards/index.npz"),
@@ -110,11 +110,20 @@ def test_a_command_writes_what_it_is_for(trained: Installed, line: str, written:
         assert (trained.folder / written).stat().st_size > 0
 
 
+def commands(installed: Installed) -> list[str]:
+    listed = installed.mimkit("--help").splitlines()
+    return [line.split()[0] for line in listed if line.startswith("  ")]
+
+
 def test_the_commands_above_are_all_but_detect(installed: Installed) -> None:
     lines = test_a_command_writes_what_it_is_for.pytestmark[0].args[1]
-    listed = installed.mimkit("--help").splitlines()
-    names = {line.split()[0] for line in listed if line.startswith("  ")}
-    assert names - {line.split()[0] for line, _ in lines} == {"detect"}
+    assert set(commands(installed)) - {line.split()[0] for line, _ in lines} == {"detect"}
+
+
+def test_no_help_names_files_that_an_installation_has_not(installed: Installed) -> None:
+    for command in commands(installed):
+        if command != "doctor":  # which takes no options
+            assert "recipes/" not in installed.mimkit(f"{command} --help"), command
 
 
 def test_detect_without_torchvision_says_what_to_install(installed: Installed) -> None:
@@ -123,3 +132,4 @@ def test_detect_without_torchvision_says_what_to_install(installed: Installed) -
     done = installed.run("mimkit", "detect")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "mimkit[detect]" in done.stderr
+    assert "recipes/" not in done.stderr
