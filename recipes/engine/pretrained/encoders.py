@@ -1,8 +1,9 @@
 """Pre-trained encoders: load them from files, and check that they fit."""
 
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from recipes.engine.reading import UnreadableError, read_json, read_yaml
 from recipes.engine.run.cli import Options
 from recipes.engine.run.config import RunConfig
 from recipes.engine.run.folder import find_statistics, read_statistics
+from recipes.engine.run.world import World
 
 # Modules after the last block: pre-training and fine-tuning have different ones.
 _AFTER_BLOCKS = ("norm.", "fusions.")
@@ -40,7 +42,7 @@ _ADVICE = (
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderOptions(Options):
-    """Options shared by fine-tuning and probing.
+    """Options of every recipe that takes a pre-trained encoder.
 
     Attributes:
         encoder: The folder of a finished run, or its `encoder.safetensors`, whose shape is in the
@@ -126,6 +128,33 @@ def array_options(file: EncoderFile | None, config: RunConfig) -> ArrayOptions:
     if file is not None and file.statistics is not None and options.channels is None:
         return dataclasses.replace(options, channels="keep")
     return options
+
+
+def loading_options(
+    config: RunConfig, file: EncoderFile | None, options: Options, world: World
+) -> dict[str, Any]:
+    """Return how labelled images are loaded for an encoder: arguments of `load_data`."""
+    return {
+        "image_size": config.model.image_size,
+        "seed": config.seed,
+        "decode": config.training.decoder,
+        "options": array_options(file, config),
+        "find_statistics": statistics_of(file, options, config),
+        "share": world.share,
+    }
+
+
+def check_channels(encoder: str | Path, shape: EncoderShape, data: str, channels: int) -> None:
+    """Check that an encoder has the channels of the images.
+
+    Raises:
+        UserError: It has others.
+    """
+    if shape.in_channels != channels:
+        raise UserError(
+            f"--encoder {encoder} is for images of {shape.in_channels} channels, "
+            f"those of {data} have {channels}"
+        )
 
 
 def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
@@ -293,6 +322,20 @@ def _shape_from_config(path: Path, kind: type[EncoderShape]) -> EncoderShape | N
         raise UserError(f"{file} is damaged: {error}; move it elsewhere") from error
 
 
+@contextlib.contextmanager
+def drawing_weights(seed: int) -> Iterator[None]:
+    """Draw the weights of an encoder from a seed.
+
+    Raises:
+        UserError: If no encoder can be built with the given shape.
+    """
+    torch.manual_seed(seed)
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"no encoder of this shape: {error}") from error
+
+
 def build_encoder(
     shape: EncoderShape, *, seed: int, pool: Literal["mean", "token"] = "mean"
 ) -> Encoder:
@@ -306,11 +349,8 @@ def build_encoder(
     Raises:
         UserError: If no encoder can be built with this shape.
     """
-    torch.manual_seed(seed)
-    try:
+    with drawing_weights(seed):
         return shape.build(pool=pool)
-    except ValueError as error:
-        raise UserError(f"no encoder of this shape: {error}") from error
 
 
 def build_classifier(
@@ -327,11 +367,8 @@ def build_classifier(
     Raises:
         UserError: If no encoder can be built with this shape.
     """
-    torch.manual_seed(seed)
-    try:
+    with drawing_weights(seed):
         return shape.build_classifier(num_classes=num_classes, drop_path=drop_path)
-    except ValueError as error:
-        raise UserError(f"no encoder of this shape: {error}") from error
 
 
 def build_backbone(shape: EncoderShape, *, seed: int, drop_path: float) -> Encoder:
@@ -345,11 +382,8 @@ def build_backbone(shape: EncoderShape, *, seed: int, drop_path: float) -> Encod
     Raises:
         UserError: If no encoder can be built with this shape.
     """
-    torch.manual_seed(seed)
-    try:
+    with drawing_weights(seed):
         return shape.build_backbone(drop_path=drop_path)
-    except ValueError as error:
-        raise UserError(f"no encoder of this shape: {error}") from error
 
 
 def fill_encoder(encoder: Encoder, file: EncoderFile) -> None:
