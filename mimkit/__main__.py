@@ -5,10 +5,11 @@ installed. They are put on the path of this process only, and run as the modules
 """
 
 import ast
+import importlib.util
 import os
-import runpy
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.abc import InspectLoader
 from pathlib import Path
 
 from mimkit import _completion
@@ -23,9 +24,9 @@ _TOOLS = {
         "weights under other names: timm, Hugging Face, ...",
     ),
     "doctor": ("mimkit._doctor", "versions, devices, kernels, what is missing for what"),
-    "masks": ("mimkit.masking", "statistics and pictures of a sampler"),
+    "masks": ("mimkit.masking.__main__", "statistics and pictures of a sampler"),
     "report": ("recipes.engine.page", "one HTML page of a run, or of several compared"),
-    "pictures": ("recipes.engine.pictures", "the pictures of several runs side by side"),
+    "pictures": ("recipes.engine.pictures.__main__", "the pictures of several runs side by side"),
 }
 
 
@@ -67,8 +68,21 @@ def _run(arguments: Sequence[str] | None) -> int:
     if command == "--print-completion":
         return _print_completion(rest, modules)
     sys.argv = [f"mimkit {command}", *rest]
-    runpy.run_module(modules[command], run_name="__main__")
+    _run_as_main(modules[command])
     return 0
+
+
+def _run_as_main(name: str) -> None:
+    """Run a module as `python -m` does: other processes can unpickle what it defines.
+
+    `runpy.run_module` leaves `sys.modules["__main__"]` as it is, or changes `sys.argv`.
+    """
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert isinstance(spec.loader, InspectLoader)
+    module = sys.modules["__main__"] = importlib.util.module_from_spec(spec)
+    module.__name__ = "__main__"
+    exec(spec.loader.get_code(name) or "", vars(module))
 
 
 def _print_completion(shells: Sequence[str], modules: Mapping[str, str]) -> int:

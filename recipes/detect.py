@@ -105,7 +105,7 @@ def check_packages() -> None:
         except Exception as error:  # a torchvision of another PyTorch fails in ways of its own
             reason = " ".join(str(error).split())[:150]
             raise UserError(
-                f"recipes/detect.py needs {package.partition('.')[0]}, which cannot be imported "
+                f"mimkit detect needs {package.partition('.')[0]}, which cannot be imported "
                 f'({reason}): pip install "mimkit[detect]", with the torchvision that is made for '
                 f"torch {torch.__version__}"
             ) from error

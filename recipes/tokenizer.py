@@ -1,4 +1,4 @@
-"""Train a small discrete VAE, whose codes are tokens for `recipes/cae.py`.
+"""Train a small discrete VAE, whose codes are the tokens that CAE predicts.
 
     python recipes/tokenizer.py                                  # two minutes on a CPU
     python recipes/tokenizer.py --data /path/to/images --preset base
@@ -291,7 +291,7 @@ def print_summary(summary: dict[str, Any], config: RunConfig, folder: RunFolder)
     )
     print_unreadable(summary["unreadable_images"])
     print_closing(folder.path)
-    say(f"python recipes/cae.py --tokenizer {folder.path / 'tokenizer.safetensors'}")
+    say(f"mimkit cae --tokenizer {folder.path / 'tokenizer.safetensors'}")
 
 
 # The command line.

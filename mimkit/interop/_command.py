@@ -1,6 +1,5 @@
 """`mimkit convert IN OUT --from F --to T`: convert a file of weights, and say what was done."""
 
-import argparse
 import json
 import os
 import pickle
@@ -8,20 +7,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
 
+from mimkit._parser import Parser
 from mimkit.interop._convert_file import convert_file
 from mimkit.interop._formats import FORMATS
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="mimkit convert", description="Convert a file of weights.")
+def _parser() -> Parser:
+    parser = Parser(prog="mimkit convert", description="Convert a file of weights.")
     names = ", ".join(FORMATS)
     parser.add_argument("source", type=Path, metavar="IN", help="file, run, or folder of an hf")
     parser.add_argument(

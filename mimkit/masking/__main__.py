@@ -1,6 +1,8 @@
-"""`python -m mimkit.masking describe SAMPLER`: print statistics of a sampler and draw masks."""
+"""`mimkit masks describe SAMPLER`: print statistics of a sampler and draw masks.
 
-import argparse
+`python -m mimkit.masking describe SAMPLER` does the same.
+"""
+
 import ast
 import inspect
 import sys
@@ -12,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mimkit import masking
+from mimkit._parser import Parser
 from mimkit.masking import Mask, stats
 
 _SHOWN = 8  # masks in the picture
@@ -65,8 +68,9 @@ def _own_options(sampler: Callable[..., Mask]) -> list[str]:
     return [*inspect.signature(sampler).parameters][2:]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mimkit.masking", description=__doc__)
+def _parser() -> Parser:
+    called = sys.argv[0] if sys.argv[0].startswith("mimkit ") else "python -m mimkit.masking"
+    parser = Parser(prog=called, description=__doc__)
     describe = parser.add_subparsers(required=True, metavar="describe").add_parser(
         "describe", help="print counts, marginal map and average distance; draw some masks"
     )

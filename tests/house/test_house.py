@@ -167,6 +167,7 @@ def test_a_wheel_built_from_the_sdist_holds_both_packages_the_recipes_and_nothin
         tops = {name.split("/")[1] for name in archive.getnames() if "/" in name}
     assert {"mimkit", "kernels", "recipes", "tests", "benchmarks", "LICENSE"} <= tops
     assert not tops & {"runs", ".git", "dist"}
+    assert sdist.stat().st_size < 1_000_000
 
 
 def run_typed(*paths: str) -> None:

@@ -263,11 +263,21 @@ def test_a_mistake_prints_one_line_and_exits_with_code_two(capsys, arguments, me
     assert len(err.splitlines()) == 1
 
 
-def test_an_unknown_sampler_is_an_error_that_lists_the_known_ones(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["checkers", "--grid", "4"], ["checkers", "uniform", "square", "gridwise"]),
+        (["uniform", "--grid", "14x14"], ["--grid", "14x14"]),
+        (["uniform", "--ratio", "0.5"], ["--grid"]),
+    ],
+)
+def test_what_cannot_be_parsed_is_one_line_that_names_it(capsys, arguments, names):
     with pytest.raises(SystemExit, match="2"):
-        main(["describe", "checkers", "--grid", "4"])
+        main(["describe", *arguments])
     err = capsys.readouterr().err
-    assert all(name in err for name in ("checkers", "uniform", "square", "gridwise"))
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1
+    assert all(name in err for name in names)
 
 
 def test_every_sampler_with_defaults_can_be_described(capsys, tmp_path):

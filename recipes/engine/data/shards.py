@@ -135,7 +135,7 @@ def list_shards(
         UserError: If a shard is damaged, or is not as the index says.
     """
     if (root / UNFINISHED).exists():
-        raise UserError(f"packing {root} is not finished: start recipes/pack.py again")
+        raise UserError(f"packing {root} is not finished: start mimkit pack again")
     notes: list[str] = []
     file = root / INDEX
     if os.path.lexists(file):

@@ -182,7 +182,7 @@ def load_tokenizer(
     if not path.is_file():
         raise UserError(
             f"--tokenizer {path} is not a file: give a tokenizer.safetensors of "
-            "recipes/tokenizer.py, the weights of DALL-E's encoder, or patches"
+            "mimkit tokenizer, the weights of DALL-E's encoder, or patches"
         )
     weights = read_weights("--tokenizer", path).tensors
     check_finite("--tokenizer", path, weights)

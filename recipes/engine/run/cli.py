@@ -129,6 +129,14 @@ def _called(name: str) -> str:
     return sys.argv[0] if sys.argv[0].startswith("mimkit ") else f"recipes/{name}.py"
 
 
+def _as_called(text: str, program: str) -> str:
+    """Return a help text with the recipes' names as commands, if `mimkit` was called."""
+    if not program.startswith("mimkit "):
+        return text
+    name = re.compile(r"(?:python )?recipes/(\w+)\.py")
+    return name.sub(lambda found: f"mimkit {found[1].replace('_', '-')}", text)
+
+
 def run_command(
     command: Callable[[Any], None],
     options_type: type[Any],
@@ -333,7 +341,7 @@ def parse_options(
                 options_type,
                 args=_spelled_out([*from_file, *arguments], options_type),
                 prog=program,
-                description=description,
+                description=_as_called(description, program),
             )
     except SystemExit as stop:
         if not stop.code:  # --help
