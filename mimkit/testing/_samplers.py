@@ -140,10 +140,11 @@ def _bounded(grid: Grid) -> Iterator[None]:
 
 
 def _check_count(drawn: Drawn, grid: Grid, ratio: float | None, num_masked: int | None) -> None:
-    if ratio is None and num_masked is None:
-        return
-    num_tokens = count_tokens(grid)
-    expected = count_masked(num_tokens, ratio) if num_masked is None else num_masked
+    num_tokens, expected = count_tokens(grid), num_masked
+    if expected is None:
+        if ratio is None:
+            return
+        expected = count_masked(num_tokens, ratio)
     for count in drawn.flatten(1).sum(dim=1).tolist():
         if count != expected:
             at = "" if ratio is None else f" at ratio {ratio}"
