@@ -117,6 +117,8 @@ def convert_file(
     to_format: str,
     heads: Size | None = None,
     image_size: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Receipt:
     """Convert a file of weights from one project's names to another's.
 
@@ -134,6 +136,8 @@ def convert_file(
         heads: Attention heads, which weights do not tell. "hf" needs them where no configuration
             does; a comparison takes 64 channels to a head instead.
         image_size: Pixels per axis, where the positions do not form a square.
+        mean: For "hf", what its image processor normalises by, as in `save_hf`.
+        std: The same.
 
     Returns:
         What was dropped and added, digests, and the largest difference of the outputs of both
@@ -147,7 +151,8 @@ def convert_file(
         pickle.UnpicklingError: If reading the source could run code.
         TypeError: If the source holds no dictionary of tensors.
         ValueError: If a format is unknown, the source is not of its format, the target cannot hold
-            these weights, or `out` has another suffix. Nothing is written then.
+            these weights, `mean` or `std` do not fit, or `out` has another suffix. Nothing is
+            written then.
 
     Source:
         mimkit's own.
@@ -166,6 +171,8 @@ def convert_file(
     for name, value in (("from_format", from_format), ("to_format", to_format)):
         if value not in FORMATS:
             raise ValueError(f"{name} must be one of {sorted(FORMATS)}; got {value!r}")
+    if to_format != "hf" and (mean is not None or std is not None):
+        raise ValueError(f'mean and std are for to_format="hf"; got {to_format!r}')
     out = Path(out)
     _check_out(out, to_format)
     path, tensors, config = _read(Path(source), from_format)
@@ -200,12 +207,16 @@ def convert_file(
         second = _Side(architecture, result, None)
         difference, compared = _compare(first, second, model, built, back, known)
     different = not_equal(ours, result, back)
-    digest = _write(out, to_format, result, built)
+    if to_format == "hf":
+        assert built is not None
+        save_hf(built, out, mean=mean, std=std)
+    else:
+        _write(out, result)
     return Receipt(
         source=str(path),
         source_sha256=_sha256(path),
         out=str(out),
-        out_sha256=digest,
+        out_sha256=_sha256(out / WEIGHTS if to_format == "hf" else out),
         from_format=from_format,
         to_format=to_format,
         model=architecture if to_format == "hf" else model,
@@ -383,11 +394,7 @@ def _with_key_bias(tensors: dict[str, Tensor], back: Mapping[str, Tensor]) -> di
     return tensors
 
 
-def _write(out: Path, to_format: str, result: Converted, encoder: nn.Module | None) -> str:
-    if to_format == "hf":
-        assert encoder is not None
-        save_hf(encoder, out)
-        return _sha256(out / WEIGHTS)
+def _write(out: Path, result: Converted) -> None:
     partial = out.with_name(f"{out.name}.partial")
     # Tensors may share memory, which the format of safetensors does not have.
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in result.items()}
@@ -396,11 +403,9 @@ def _write(out: Path, to_format: str, result: Converted, encoder: nn.Module | No
             torch.save({"model": tensors}, partial)
         else:
             _save_safetensors(tensors, partial)
-        digest = _sha256(partial)
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
-    return digest
 
 
 def _save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
