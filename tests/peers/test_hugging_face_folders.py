@@ -290,13 +290,16 @@ def test_a_folder_of_theirs_is_fine_tuned_to_its_end(name, tmp_path):
     cls = getattr(hf, name)
     torch.manual_seed(0)
     cls(cls.config_class(**options)).save_pretrained(tmp_path / "theirs")
-    arguments = ["--encoder", tmp_path / "theirs", "--data", "digits", "--max-steps", 4]
+    arguments = ["--encoder", tmp_path / "theirs", "--data", "photos", "--max-steps", 2]
     arguments += ["--out", tmp_path / "run"]
     command = [sys.executable, "recipes/finetune.py", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    print(summary)
+    assert summary["steps"] == 2
+    assert 0 <= summary["accuracy"] <= 100
+    classifier = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in classifier.values())
 
 
 def test_a_pretraining_model_that_they_saved_converts_whole(tmp_path):
