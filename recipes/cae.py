@@ -31,22 +31,21 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
 from mimkit import container, losses
-from mimkit._grids import per_axis, sides_of
 from mimkit.masking import Mask
 from mimkit.nn import CAEDecoder, ContextRegressor, PixelHead, TokenHead
 from mimkit.patches import sincos_positions, unpatchify
 from recipes.engine import Masking, Preset, Recipe, Training, fields, run, targets
-from recipes.engine.masks import join
+from recipes.engine.masks import join, mask_all
 from recipes.engine.pretrained.teachers import load_teacher
 from recipes.engine.pretrained.tokenizers import make_tokenizer
 from recipes.engine.run import defaults
-from recipes.engine.vit import ViTConfig
+from recipes.engine.vit import TargetConfig, ViTConfig
 
 Target = Literal["tokens", "rgb", "features"]
 
 
 @dataclass(frozen=True)
-class CAEConfig(ViTConfig):
+class CAEConfig(TargetConfig, ViTConfig):
     """Shape of the model; the defaults are the paper's ViT-B/16.
 
     Attributes:
@@ -65,10 +64,6 @@ class CAEConfig(ViTConfig):
         no_decoder: Whether to predict from the regressor's output directly (the paper's ablation).
         alignment_drop_path: Whether paths are dropped where the alignment's target is made, too,
             as published.
-        tokenizer: "patches" for k-means codes of normalised patches, fitted on the first images; or
-            a file: `tokenizer.safetensors` of `recipes/tokenizer.py`, or DALL-E's encoder.
-        teacher: With target "features", the encoder that makes them: an encoder.safetensors with
-            its config.yaml, or a checkpoint of the authors' MAE or CAE.
     """
 
     layer_scale: fields.NonNegativeFloat | None = 0.1
@@ -84,13 +79,6 @@ class CAEConfig(ViTConfig):
     no_alignment: bool = False
     no_decoder: bool = False
     alignment_drop_path: bool = True
-    tokenizer: str = "patches"
-    teacher: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.teacher is not None and self.target != "features":
-            raise ValueError(f'a teacher is for target "features"; got target {self.target!r}')
 
 
 @container
@@ -273,17 +261,17 @@ class CAE(nn.Module):
 
 def build_with_target(config: CAEConfig) -> CAE:
     """Make the model together with the frozen tokenizer or teacher that makes its target."""
-    axes = len(sides_of("image_size", config.image_size))
-    patch_size = per_axis("patch_size", config.patch_size, axes)
-    images = (config.image_size, patch_size, config.in_channels)
-    target: targets.Target = targets.PixelTarget(patch_size, config.in_channels, normalize=True)
+    images = (config.image_size, config.patch_sides, config.in_channels)
+    target: targets.Target
     if config.target == "tokens":
         tokenizer = make_tokenizer(config.tokenizer, *images, config.vocabulary_size)
-        target = targets.CountedTokenTarget(tokenizer, patch_size)
+        target = targets.CountedTokenTarget(tokenizer, config.patch_sides)
         config = dataclasses.replace(config, vocabulary_size=target.num_values)
     elif config.target == "features":
         target = targets.SimilarityTarget(load_teacher(config.teacher, *images))
         config = dataclasses.replace(config, feature_dim=target.num_values)
+    else:
+        target = targets.PixelTarget(config.patch_sides, config.in_channels, normalize=True)
     model = CAE(config)
     model.target = target
     return model
@@ -302,8 +290,7 @@ def decode_full(
     latent = model.project(model.encoder(images)[:, prefix:])
     positions = model.pos_embed[:, prefix:].expand(len(images), -1, -1)
     prediction = model.head(model.decoder(latent, positions)).float()
-    nothing = torch.zeros(len(images), 0, dtype=torch.int64)
-    everything = Mask.from_visible_ids(nothing, grid).to(images.device)
+    everything = mask_all(images, grid)
     columns = {"encoder + decoder": model.target.invert(prediction, images, everything)}
     columns |= model.target.draw_references(images, everything)
     return {name: unpatchify(patches, grid, model.patch_size) for name, patches in columns.items()}

@@ -43,10 +43,11 @@ from recipes.engine.pretrained import encoders
 from recipes.engine.pretrained.encoders import (
     EncoderFile,
     EncoderOptions,
-    array_options,
+    check_channels,
     fill_encoder,
+    loading_options,
     open_encoder,
-    statistics_of,
+    warn_of_other_values,
 )
 from recipes.engine.pretrained.shapes import (
     ConvViTShape,
@@ -363,33 +364,8 @@ def load_images(
     augmentation = Augmentation()
     if config.training.augment == "randaugment":
         augmentation = Augmentation(policy=rand_augment(config.model.image_axes()), erase=0.25)
-    return load_labelled(
-        config.data,
-        image_size=config.model.image_size,
-        augmentation=augmentation,
-        seed=config.seed,
-        decode=config.training.decoder,
-        options=array_options(file, config),
-        find_statistics=statistics_of(file, options, config),
-        share=world.share,
-    )
-
-
-def fit_channels(
-    config: FineTuneConfig, file: EncoderFile | None, data: LabelledData
-) -> FineTuneConfig:
-    """Take the number of channels from the data.
-
-    Raises:
-        UserError: A pre-trained encoder has another one.
-    """
-    channels = data.images.in_channels
-    if file is not None and file.shape.in_channels != channels:
-        raise UserError(
-            f"--encoder {file.path} is for images of {file.shape.in_channels} channels, "
-            f"those of {config.data} have {channels}"
-        )
-    return config.for_data(data.images)
+    how = loading_options(config, file, options, world)
+    return load_labelled(config.data, augmentation=augmentation, **how)
 
 
 def describe(config: FineTuneConfig, data: LabelledData, plan: Plan, model: nn.Module) -> list[str]:
@@ -431,9 +407,7 @@ PAPER = FineTuning(
     drop_path=0.1,
     augment="randaugment",
 )
-PAPER_LARGE = dataclasses.replace(
-    PAPER, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2
-)  # fmt: skip
+PAPER_LARGE = dataclasses.replace(PAPER, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2)
 
 # 1.25e-3 per 512 images.
 SIMMIM = FineTuning(
@@ -488,12 +462,15 @@ def run(options: FineTuneOptions) -> None:
     config, file = resolve_fine_tuning(options)
     with join(config.device, timeout=options.timeout) as world:
         data = load_images(config, file, options, world)
-        config = fit_channels(config, file, data)
+        if file is not None:
+            check_channels(file.path, file.shape, config.data, data.images.in_channels)
+        config = config.for_data(data.images)
         plan = plan_classifier(config, options, data)
         check_shard(options.shard)
         check_shares(config.training.batch_size, world, accumulate=config.accumulate)
         if world.is_main:
             warn_of_slow_precision(config)
+            warn_of_other_values(file, data.images)
         model = build_model(config, file, data.num_classes)  # what does not fit is found here
         if options.dry_run:
             if world.is_main:

@@ -23,12 +23,11 @@ from typing import Any, Literal
 if __name__ == "__main__":
     __import__("recipes.script" if __package__ else "script")  # import path, threads
 
-
 from recipes import signals
 from recipes.engine import Training
 from recipes.engine.classify import plan_classifier
 from recipes.engine.data.augment import Augmentation
-from recipes.engine.data.labelled import LabelledData, load_labelled
+from recipes.engine.data.labelled import LabelledData, check_classes, load_labelled
 from recipes.engine.data.load import load_data
 from recipes.engine.data.sets import DataSet, ProbeData
 from recipes.engine.errors import UserError, say
@@ -37,11 +36,12 @@ from recipes.engine.pictures import draw_attention
 from recipes.engine.pretrained.encoders import (
     EncoderFile,
     EncoderOptions,
-    array_options,
     build_encoder,
+    check_channels,
     fill_encoder,
+    loading_options,
     open_encoder,
-    statistics_of,
+    warn_of_other_values,
 )
 from recipes.engine.pretrained.shapes import ConvViTShape, EncoderShape, SwinShape, ViTShape
 from recipes.engine.probes import (
@@ -160,16 +160,8 @@ def load_all(
     config: ProbeConfig, file: EncoderFile, options: ProbeOptions, world: World
 ) -> LabelledData:
     """Load all labelled images, cropped as MAE's linear probe does: one draw, cut to fit."""
-    return load_labelled(
-        config.data,
-        image_size=config.model.image_size,
-        augmentation=Augmentation(attempts=1),
-        seed=config.seed,
-        decode=config.training.decoder,
-        options=array_options(file, config),
-        find_statistics=statistics_of(file, options, config),
-        share=world.share,
-    )
+    how = loading_options(config, file, options, world)
+    return load_labelled(config.data, augmentation=Augmentation(attempts=1), **how)
 
 
 def nearest(features: Features, probe: ProbeData) -> float:
@@ -310,25 +302,17 @@ def run(options: ProbeOptions) -> None:
     config, file = resolve_probing(options)
     _, preset = choose_preset(options, PRESETS)
     with join(config.device, timeout=options.timeout) as world:
-        data = load_data(
-            config.data,
-            image_size=config.model.image_size,
-            seed=config.seed,
-            decode=config.training.decoder,
-            options=array_options(file, config),
-            find_statistics=statistics_of(file, options, config),
-            share=world.share,
-        )
+        data = load_data(config.data, **loading_options(config, file, options, world))
         check_data(config, file, data)
         config = config.for_data(data)
         check_shares(config.training.batch_size, world)
         if world.is_main:
             warn_of_slow_precision(config)
+            warn_of_other_values(file, data)
         load_features(config, file)  # what does not fit is found before the folder is made
         if config.protocol == "paper":
-            plan_classifier(
-                config, options, load_all(config, file, options, world)
-            )  # a batch that is too large
+            # A batch that is larger than the data set.
+            plan_classifier(config, options, load_all(config, file, options, world))
         if options.dry_run:
             if world.is_main:
                 say(*config.as_lines())
@@ -345,13 +329,8 @@ def check_data(config: ProbeConfig, file: EncoderFile, data: DataSet) -> None:
     Raises:
         UserError: They do not.
     """
-    if data.load_probe is None:
-        raise UserError(f"--data {config.data} has no labels: expected train/<class>/<image> in it")
-    if data.in_channels != file.shape.in_channels:
-        raise UserError(
-            f"--encoder {file.path} is for images of {file.shape.in_channels} channels, "
-            f"those of {config.data} have {data.in_channels}"
-        )
+    check_classes(data)
+    check_channels(file.path, file.shape, config.data, data.in_channels)
 
 
 # The command line.

@@ -32,9 +32,10 @@ from mimkit._grids import Grid
 from mimkit.masking import Mask, RaggedMask
 from mimkit.nn import SimMIMHead, SwinTransformer, ViT
 from recipes.engine import Preset, Recipe, Training, fields, run, targets
-from recipes.engine.masks import UnitMasking, join
+from recipes.engine.masks import UnitMasking, join, mask_all
 from recipes.engine.pretrained.teachers import load_teacher
 from recipes.engine.pretrained.tokenizers import make_tokenizer
+from recipes.engine.vit import TargetConfig
 
 TargetName = Literal[
     "pixels", "pixels_2x", "pixels_4x", "pixels_8x", "pixels_16x", "pixels_32x",
@@ -50,7 +51,7 @@ _BASE: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class SimMIMConfig:
+class SimMIMConfig(TargetConfig):
     """Shape of the model; the defaults are the paper's ViT-B/16, or Swin-B with `encoder="swin"`.
 
     Attributes:
@@ -80,11 +81,6 @@ class SimMIMConfig:
         loss: "l1", "l2", "smooth_l1"; of features also "cosine"; of classes, "cross_entropy"
             (table 5). None for "l1" or, of features and classes, these.
         num_clusters: Number of color clusters, or of the codes of tokenizer "patches".
-        tokenizer: With target "tokens", "patches" for k-means codes of normalised patches, fitted
-            on the first images; or a file: `tokenizer.safetensors` of `recipes/tokenizer.py`, or
-            DALL-E's encoder.
-        teacher: With target "features", the encoder that makes them: an encoder.safetensors with
-            its config.yaml, or a checkpoint of the authors' MAE or CAE.
     """
 
     image_size: fields.Pixels | tuple[fields.Pixels, ...]
@@ -106,13 +102,9 @@ class SimMIMConfig:
     head: HeadName = "linear"
     loss: LossName | None = None
     num_clusters: fields.PositiveInt = 512
-    tokenizer: str = "patches"
-    teacher: str | None = None
 
     def __post_init__(self) -> None:
-        fields.check_fields(self)
-        if self.teacher is not None and self.target != "features":
-            raise ValueError(f'a teacher is for target "features"; got target {self.target!r}')
+        super().__post_init__()
         if self.loss not in (None, *self._fitting_losses):
             raise ValueError(
                 f"loss {self.loss!r} does not fit target {self.target!r}: choose of "
@@ -230,37 +222,23 @@ class SimMIM(nn.Module):
         Raises:
             ValueError: A `RaggedMask`, and a target other than the pixels.
         """
-        if isinstance(mask, RaggedMask):
-            return self._forward_ragged(images, mask)
-        mask, images = join(mask, images)
-        latent = self.encoder(images, mask, mask_token=self.mask_token)
-        tokens = latent[:, self.encoder.num_prefix_tokens :]
-        predicted = self.head(tokens, self.target.group(mask))
-        # The head's order is "c p1 p2", as published.
-        prediction = rearrange(predicted, "b m (c p) -> b m (p c)", p=self.points_per_patch)
-        prediction = prediction.unflatten(2, self.target.value_shape)
-        loss = self.target.loss(prediction, images, mask)
-        return SimMIMOutput(loss, prediction, latent)
-
-    def _forward_ragged(self, images: Tensor, mask: RaggedMask) -> SimMIMOutput:
-        if not isinstance(self.target, targets.PixelTarget):
+        if not isinstance(mask, RaggedMask):
+            mask, images = join(mask, images)
+        elif self.config.target != "pixels":
             raise ValueError(f'a RaggedMask needs target="pixels"; got {self.config.target!r}')
         latent = self.encoder(images, mask, mask_token=self.mask_token)
         tokens = latent[:, self.encoder.num_prefix_tokens :]
-        everywhere = torch.ones(len(images), *self.encoder.grid, dtype=torch.bool)
-        all_patches = Mask.from_bool(everywhere).to(images.device)
-        predicted = self.head(tokens, all_patches).flatten(0, 1)[mask.masked_rows]
-        prediction = rearrange(predicted, "m (c p) -> m (p c)", p=self.points_per_patch)
-        loss = self.target.loss(prediction, images, mask)
+        if isinstance(mask, RaggedMask):  # predict all patches, keep the masked ones
+            predicted = self.head(tokens, mask_all(images, self.encoder.grid))
+            predicted = predicted.flatten(0, 1)[mask.masked_rows]
+        else:
+            predicted = self.head(tokens, self.target.group(mask))
+        # The head's order is "c p1 p2", as published.
+        prediction = rearrange(predicted, "... (c p) -> ... (p c)", p=self.points_per_patch)
+        prediction = prediction.unflatten(-1, self.target.value_shape)
+        # Of the targets, `PixelTarget` takes a `RaggedMask`.
+        loss = self.target.loss(prediction, images, cast(Any, mask))
         return SimMIMOutput(loss, prediction, latent)
-
-    def check_masks(self, mask: Mask) -> None:
-        """Check that masked patches fill whole squares, where these are to be predicted.
-
-        Raises:
-            ValueError: They do not.
-        """
-        self.target.group(mask)
 
 
 def make_target(config: SimMIMConfig, patch_size: Grid) -> targets.Target:
@@ -280,10 +258,9 @@ def make_target(config: SimMIMConfig, patch_size: Grid) -> targets.Target:
     if name.startswith("bins_"):  # "bins_256"
         return targets.BinTarget(*shape, int(name.removeprefix("bins_")))
     if name == "tokens":
-        return targets.TokenTarget(
-            make_tokenizer(config.tokenizer, config.image_size, *shape, config.num_clusters),
-            patch_size,
-        )
+        codes = config.num_clusters
+        tokenizer = make_tokenizer(config.tokenizer, config.image_size, *shape, codes)
+        return targets.TokenTarget(tokenizer, patch_size)
     teacher = load_teacher(config.teacher, config.image_size, *shape)
     return targets.FeatureTarget(teacher, normalize=True, error=error)
 
@@ -348,15 +325,7 @@ SWIN_BASE = SimMIMConfig(image_size=192, encoder="swin")
 
 PRESETS = {
     "tiny": Preset(
-        SimMIMConfig(
-            image_size=32,
-            encoder="swin",
-            patch_size=4,
-            dim=64,
-            depth=(2, 4),
-            heads=(2, 4),
-            window=4,
-        ),
+        dataclasses.replace(SWIN_BASE, image_size=32, dim=64, depth=(2, 4), heads=(2, 4), window=4),
         Training(epochs=7, batch_size=64, base_lr=6e-3, warmup_epochs=0.3, clip_grad=1.0),
         UnitMasking(mask_ratio=0.6, unit=2),
     ),

@@ -1,8 +1,8 @@
 """The training loop of every recipe.
 
-A `Task` holds the model and its optimizer, and computes the loss of a batch. There is one for
-pre-training, one for classifiers and one for tokenizers. `run_steps` loads batches, steps, logs and
-saves checkpoints, and can rewind when a loss or gradient is not finite.
+A `Task` holds the model and its optimizer, and computes the loss of a batch. Pre-training,
+classification, segmentation, detection and the tokenizer each have one. `run_steps` loads batches,
+steps, logs and saves checkpoints, and can rewind when a loss or gradient is not finite.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ from recipes.engine.seeds import stream_seed
 IMAGENET = 1_281_167  # training images of ImageNet-1K
 _MAX_SKIPPED = 10
 _LINES_PER_RUN = 50  # if stderr is not a terminal, which gets a progress bar
-_MEASURED = 20  # steps that tell the expected time, after the first one, which warms up
+_MEASURED = 20  # steps that the remaining time is estimated from; the first one is slow
 
 
 @dataclass(frozen=True)

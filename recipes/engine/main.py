@@ -15,6 +15,7 @@ from recipes.engine.data.sets import DataSet
 from recipes.engine.dry_run import describe
 from recipes.engine.errors import UserError, say
 from recipes.engine.loop import Plan, make_plan, run_steps
+from recipes.engine.masks import first
 from recipes.engine.pretrain import Pretraining, build_model, check_memory
 from recipes.engine.pretrained.tokenizers import missing_files_allowed
 from recipes.engine.report import print_summary, write_report
@@ -36,6 +37,7 @@ from recipes.engine.run.config import (
 )
 from recipes.engine.run.folder import RunFolder, find_statistics, open_folder, output_folder
 from recipes.engine.run.world import World, check_shard, check_shares, join, whole_weights
+from recipes.engine.targets import Target
 
 
 def run(
@@ -147,7 +149,8 @@ def check_fit(recipe: Recipe, config: RunConfig) -> nn.Module:
         raise UserError(f"preset {config.preset} on {config.data}: {error}") from error
     try:
         masks = config.masking.draw(masking.key([0], seed=config.seed), model.encoder.grid)
-        getattr(model, "check_masks", lambda masks: None)(masks)
+        if isinstance(target := getattr(model, "target", None), Target):
+            target.group(first(masks))
     except ValueError as error:
         raise UserError(f"masks of preset {config.preset}: {error}") from error
     return cast(nn.Module, model)

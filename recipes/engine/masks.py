@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from mimkit import masking
@@ -126,3 +127,9 @@ def join(masks: Masks, images: Tensor) -> tuple[Mask, Tensor]:
 def first(masks: Masks) -> Mask:
     """Return the first mask, if there are several."""
     return masks if isinstance(masks, Mask) else masks[0]
+
+
+def mask_all(images: Tensor, grid: tuple[int, ...]) -> Mask:
+    """Mask every patch of every image."""
+    nothing = torch.zeros(len(images), 0, dtype=torch.int64)
+    return Mask.from_visible_ids(nothing, grid).to(images.device)

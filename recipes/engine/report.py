@@ -47,6 +47,7 @@ def write_report(
     if data.probe is not None:
         scores = score_held_out(recipe, config, data.probe, model)
         summary["held_out"], summary["held_out_numbers"] = scores
+    if data.probe is not None and len(data.class_names) > 1:  # train/all/ holds no classes
         untrained: Any = build_model(recipe, config)
         features = features_to_compare(encoder, untrained.encoder, config)
         summary["probes"] = run_probes(features, data.probe, seed=config.seed)

@@ -24,6 +24,7 @@ from recipes.engine.pretrained.encoders import (
     ENCODER,
     EncoderFile,
     EncoderOptions,
+    check_channels,
     open_encoder,
 )
 from recipes.engine.pretrained.files import read_weights
@@ -287,11 +288,7 @@ def resolve_transfer(
         and (options.scratch == "always" or (options.scratch == "auto" and is_bundled)),
         **more,
     )
-    if config.model.in_channels != _COLORS:
-        raise UserError(
-            f"--encoder {options.encoder} is for images of {config.model.in_channels} channels, "
-            f"those of {config.data} have {_COLORS}"
-        )
+    check_channels(options.encoder, config.model, config.data, _COLORS)
     return config, file
 
 

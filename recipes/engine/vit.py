@@ -1,15 +1,16 @@
-"""Shape of the ViT that several recipes train."""
+"""Fields that the configurations of several recipes share: the ViT, frozen models."""
 
 from dataclasses import dataclass
 from typing import Any
 
+from mimkit._grids import Grid, per_axis, sides_of
 from mimkit.nn import ViT
 from recipes.engine import fields
 
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Fields of a recipe's configuration that shape its ViT; the defaults are ViT-B/16's.
+    """Fields of a configuration that shape its ViT; the defaults are ViT-B/16's.
 
     Attributes:
         image_size: Pixels per axis; an integer means a square image.
@@ -35,6 +36,12 @@ class ViTConfig:
     def __post_init__(self) -> None:
         fields.check_fields(self)
 
+    @property
+    def patch_sides(self) -> Grid:
+        """Pixels per axis of a patch."""
+        num_axes = len(sides_of("image_size", self.image_size))
+        return per_axis("patch_size", self.patch_size, num_axes)
+
     def build_vit(self, **options: Any) -> ViT:
         """Build the ViT, with further options of its constructor."""
         return ViT(
@@ -48,3 +55,25 @@ class ViTConfig:
             drop_path=self.drop_path,
             **options,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """Fields of a configuration whose `target` may be computed by a frozen model.
+
+    Attributes:
+        tokenizer: With target "tokens", "patches" for k-means codes of normalised patches, fitted
+            on the first images; or a file: `tokenizer.safetensors` of `recipes/tokenizer.py`, or
+            DALL-E's encoder.
+        teacher: With target "features", the encoder that makes them: an encoder.safetensors with
+            its config.yaml, or a checkpoint of the authors' MAE or CAE.
+    """
+
+    tokenizer: str = "patches"
+    teacher: str | None = None
+
+    def __post_init__(self) -> None:
+        fields.check_fields(self)
+        target = getattr(self, "target", None)  # a field of the subclass
+        if self.teacher is not None and target != "features":
+            raise ValueError(f'a teacher is for target "features"; got target {target!r}')

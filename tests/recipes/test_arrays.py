@@ -23,6 +23,8 @@ from recipes.engine.data.statistics import measure
 from recipes.engine.errors import UserError
 from recipes.engine.main import check_fit
 from recipes.engine.pictures.flat import flatten_image
+from recipes.engine.pretrained.encoders import EncoderFile, warn_of_other_values
+from recipes.engine.pretrained.shapes import ViTShape
 from recipes.engine.reading import UnreadableError
 from tests.recipes.command import config_for
 
@@ -287,6 +289,22 @@ def test_known_statistics_are_used_and_not_measured_again(tmp_path):
     assert torch.equal(data.train.to_inputs(torch.full((1, 1, 8, 8), 7.0)), torch.ones(1, 1, 8, 8))
 
 
+@pytest.mark.parametrize(("factor", "far"), [(1.0, False), (2.0, False), (1 / 255, True)])
+def test_arrays_in_another_unit_than_those_of_the_encoder_are_noted(tmp_path, capfd, factor, far):
+    rng = np.random.default_rng(0)
+    for index in range(20):
+        np.save(tmp_path / f"{index}.npy", rng.normal(100, 40, (2, 12, 14)).astype(np.float32))
+    known = load(tmp_path, (8, 8)).statistics
+    for path in tmp_path.iterdir():
+        np.save(path, np.load(path) * np.float32(factor))
+    data = load_data(
+        str(tmp_path), image_size=(8, 8), seed=0, find_statistics=lambda channels, size: known
+    )
+    file = EncoderFile(tmp_path, "", ViTShape(), {}, known)
+    warn_of_other_values(file, data)
+    assert ("are they in the same unit?" in capfd.readouterr().err) == far
+
+
 @pytest.mark.parametrize(
     ("odd", "says"),
     [
@@ -483,6 +501,22 @@ def test_mae_trains_on_arrays_and_its_encoder_is_probed_and_fine_tuned(tmp_path,
     for folder in ("probe", "tuned"):
         found = yaml.safe_load((tmp_path / folder / "config.yaml").read_text())
         assert found["statistics"] == config["statistics"]
+
+
+@pytest.mark.full
+def test_a_folder_of_one_class_is_not_probed_but_has_a_held_out_loss(tmp_path):
+    from recipes import probe
+    from recipes.engine.main import run as pretrain
+
+    fill(tmp_path / "data/train/all", "{}.npy", 2, 12, 14, number=20)
+    arguments = ["--data", str(tmp_path / "data"), "--image-size", "8", *SMALL]
+    assert pretrain(mae.RECIPE, "", [*arguments, "--out", str(tmp_path / "run")]) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["held_out"]["loss"] > 0
+    assert "probes" not in summary
+    encoder = ["--encoder", str(tmp_path / "run"), "--out", str(tmp_path / "probe")]
+    assert probe.main([*arguments[:2], *encoder]) == 2
+    assert not (tmp_path / "probe").exists()
 
 
 @pytest.mark.full

@@ -510,6 +510,13 @@ def test_erasing_replaces_one_box(height, width, seed):
     assert (inputs == 100).all()
 
 
+def test_a_folder_of_one_class_is_refused(images, tmp_path):
+    kept, *_ = sorted((images / "train").iterdir())
+    shutil.copytree(kept, tmp_path / "train" / kept.name)
+    with pytest.raises(UserError, match=f"has one class \\({kept.name}\\): a classifier needs two"):
+        load_labelled(str(tmp_path), image_size=(8, 8), augmentation=Augmentation(), seed=0)
+
+
 def test_a_folder_without_labels_is_refused(images):
     with pytest.raises(UserError, match="has no labels"):
         load_labelled(str(images / "val"), image_size=(8, 8), augmentation=Augmentation(), seed=0)

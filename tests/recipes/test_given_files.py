@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from recipes.engine.errors import UserError
-from recipes.engine.pretrained.encoders import load_encoder
+from recipes.engine.pretrained.encoders import build_encoder, fill_encoder, load_encoder
 from recipes.engine.pretrained.export import export
 from recipes.engine.pretrained.export import main as export_command
 from recipes.engine.pretrained.shapes import ViTShape
@@ -93,6 +94,16 @@ def test_an_encoder_with_numbers_that_are_not_finite_is_refused(value: float, co
     save_file(weights, copied.with_name("other.safetensors"))
     with pytest.raises(UserError, match=r"blocks.0.norm1.weight has values that are not finite"):
         load_encoder(copied.with_name("other.safetensors"), ViTShape())
+
+
+def test_a_plain_vit_does_not_take_what_a_detector_trained_with_windows(copied: Path) -> None:
+    config = copied.with_name("config.yaml")
+    written = yaml.safe_load(config.read_text())
+    for detector, fits in ((None, True), ({"window": 0}, True), ({"window": 4}, False)):
+        config.write_text(yaml.safe_dump(written | {"detector": detector}))
+        file = load_encoder(copied, ViTShape())
+        with nullcontext() if fits else pytest.raises(UserError, match="windows of 4 tokens"):
+            fill_encoder(build_encoder(file.shape, seed=0), file)
 
 
 @pytest.fixture

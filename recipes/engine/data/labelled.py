@@ -95,9 +95,8 @@ def load_labelled(
         UserError: If there is no such data set, or it has no labels.
     """
     if name not in ("photos", "digits") and Path(name).is_dir():
-        no_labels = UserError(f"--data {name} has no labels: expected train/<class>/<file> in it")
         if not (Path(name) / "train").is_dir():
-            raise no_labels
+            raise _without_labels(name)
         data = load_folder(
             name,
             image_size=image_size,
@@ -108,8 +107,7 @@ def load_labelled(
             find_statistics=find_statistics,
             share=share,
         )
-        if not data.class_names:
-            raise no_labels
+        check_classes(data)
         if augmentation.policy is not None and data.statistics is not None:
             raise UserError("--augment randaugment is for RGB pictures: choose --augment crop")
         return _of_folder(data)
@@ -121,6 +119,25 @@ def load_labelled(
     return LabelledData(
         _with_train(data, images), probe.train_labels, test, probe.test_labels
     )  # fmt: skip
+
+
+def check_classes(data: DataSet) -> None:
+    """Check that there are two classes or more.
+
+    Raises:
+        UserError: There are not.
+    """
+    if not data.class_names:
+        raise _without_labels(data.name)
+    if len(data.class_names) == 1:
+        raise UserError(
+            f"--data {data.name} has one class ({data.class_names[0]}): a classifier needs two or "
+            "more folders in train/"
+        )
+
+
+def _without_labels(name: str) -> UserError:
+    return UserError(f"--data {name} has no labels: expected train/<class>/<file> in it")
 
 
 def _of_folder(data: DataSet) -> LabelledData:

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from mimkit.nn import ConvViTDetector, SwinTransformer, ViT
 from recipes.engine.detection.shape import DetectorShape
-from recipes.engine.errors import UserError
-from recipes.engine.pretrained.encoders import EncoderFile, fill_encoder
+from recipes.engine.pretrained.encoders import EncoderFile, drawing_weights, fill_encoder
 from recipes.engine.pretrained.shapes import ConvViTShape, EncoderShape, SwinShape, ViTShape
 
 _TABLES = ("window_bias.table", "global_bias.table")
@@ -28,11 +27,8 @@ def build_backbone(
     Raises:
         UserError: If no encoder can be built with this shape.
     """
-    torch.manual_seed(seed)
-    try:
+    with drawing_weights(seed):
         encoder = _build(shape, detector, drop_path)
-    except ValueError as error:
-        raise UserError(f"no encoder of this shape: {error}") from error
     for name, parameter in encoder.named_parameters():
         if name in _TABLES:
             nn.init.zeros_(parameter)

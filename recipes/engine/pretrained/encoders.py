@@ -1,7 +1,9 @@
 """Pre-trained encoders: load them from files, and check that they fit."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,14 +13,17 @@ from torch import Tensor
 
 from mimkit.interop import from_hf
 from recipes.engine.data.arrays import ArrayOptions
-from recipes.engine.data.statistics import FindStatistics, Statistics
-from recipes.engine.errors import UserError
+from recipes.engine.data.folder import spread
+from recipes.engine.data.sets import DataSet, read_first
+from recipes.engine.data.statistics import FindStatistics, Statistics, measure
+from recipes.engine.errors import UserError, say
 from recipes.engine.pretrained.files import check_finite, read_weights
 from recipes.engine.pretrained.shapes import KINDS, Encoder, EncoderShape, ViTShape
 from recipes.engine.reading import UnreadableError, read_json, read_yaml
 from recipes.engine.run.cli import Options
 from recipes.engine.run.config import RunConfig
 from recipes.engine.run.folder import find_statistics, read_statistics
+from recipes.engine.run.world import World
 
 # Modules after the last block: pre-training and fine-tuning have different ones.
 _AFTER_BLOCKS = ("norm.", "fusions.")
@@ -26,6 +31,8 @@ _CLASSIFIER = ("fc_norm.", "head.")
 # Tables of relative positions that a ConvViT gets in a detector.
 _OF_DETECTOR = {"window_bias.table", "global_bias.table"}
 ENCODER = "encoder.safetensors"
+_COMPARED = 16  # samples of which statistics are compared
+_FAR = 5.0  # deviations of the encoder's arrays
 _ADVICE = (
     "give the --preset of this encoder, or put a config.yaml beside it: that of its run, or for a "
     "ViT one line with its own numbers, model: {image_size: 224, patch_size: 16, in_channels: 3, "
@@ -35,7 +42,7 @@ _ADVICE = (
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderOptions(Options):
-    """Options shared by fine-tuning and probing.
+    """Options of every recipe that takes a pre-trained encoder.
 
     Attributes:
         encoder: The folder of a finished run, or its `encoder.safetensors`, whose shape is in the
@@ -73,6 +80,7 @@ class EncoderFile:
         shape: Shape of the encoder.
         weights: Its weights, under mimkit's names.
         statistics: What its inputs were normalised by, if it was trained on arrays.
+        window: Tokens per axis of the attention windows that a detector trained it with; 0 without.
     """
 
     path: Path
@@ -80,6 +88,7 @@ class EncoderFile:
     shape: EncoderShape
     weights: Mapping[str, Tensor]
     statistics: Statistics | None = None
+    window: int = 0
 
 
 def statistics_of(file: EncoderFile | None, options: Options, config: RunConfig) -> FindStatistics:
@@ -93,12 +102,59 @@ def statistics_of(file: EncoderFile | None, options: Options, config: RunConfig)
     return find
 
 
+def warn_of_other_values(file: EncoderFile | None, data: DataSet) -> None:
+    """Warn if arrays are far from those that the encoder was trained on: in another unit, say."""
+    known = None if file is None else file.statistics
+    if known is None or data.statistics != known:
+        return
+    ids = spread(len(data.train), _COMPARED)
+    found = measure(image for image, _ in read_first(data.train, ids, _COMPARED, set()))
+    for channel, (mean, std, own_mean, own_std) in enumerate(
+        zip(known.mean, known.std, found.mean, found.std, strict=True)
+    ):
+        if abs(own_mean - mean) > _FAR * std or not 1 / _FAR < own_std / std < _FAR:
+            say(
+                f"note: channel {channel} of {data.name} has mean {own_mean:.3g} and deviation "
+                f"{own_std:.3g}; the encoder was trained with {mean:.3g} and {std:.3g}, by which "
+                "its inputs are normalised: are they in the same unit?",
+                file=sys.stderr,
+            )
+            return
+
+
 def array_options(file: EncoderFile | None, config: RunConfig) -> ArrayOptions:
     """Return how files are read: for an encoder of arrays, with the channels that they have."""
     options = config.training.arrays
     if file is not None and file.statistics is not None and options.channels is None:
         return dataclasses.replace(options, channels="keep")
     return options
+
+
+def loading_options(
+    config: RunConfig, file: EncoderFile | None, options: Options, world: World
+) -> dict[str, Any]:
+    """Return how labelled images are loaded for an encoder: arguments of `load_data`."""
+    return {
+        "image_size": config.model.image_size,
+        "seed": config.seed,
+        "decode": config.training.decoder,
+        "options": array_options(file, config),
+        "find_statistics": statistics_of(file, options, config),
+        "share": world.share,
+    }
+
+
+def check_channels(encoder: str | Path, shape: EncoderShape, data: str, channels: int) -> None:
+    """Check that an encoder has the channels of the images.
+
+    Raises:
+        UserError: It has others.
+    """
+    if shape.in_channels != channels:
+        raise UserError(
+            f"--encoder {encoder} is for images of {shape.in_channels} channels, "
+            f"those of {data} have {channels}"
+        )
 
 
 def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
@@ -151,26 +207,34 @@ def load_encoder(path: Path, shape: EncoderShape) -> EncoderFile:
         _check_shape(path.with_name("config.yaml"), path, found.read(weights), weights)
     shape = found.read(weights)
     config = path.with_name("config.yaml")
-    statistics = read_statistics(config, shape.in_channels) if config.is_file() else None
-    return EncoderFile(path, file.digest, shape, weights, statistics)
+    if not config.is_file():
+        return EncoderFile(path, file.digest, shape, weights)
+    statistics = read_statistics(config, shape.in_channels)
+    return EncoderFile(
+        path, file.digest, shape, weights, statistics, window=_window_from_config(config)
+    )
 
 
 def check_no_windows(file: EncoderFile) -> None:
-    """Check that an encoder of a run computes what its run trained: a detector's ViT has windows.
+    """Check that a plain Vision Transformer computes what was trained: a detector's has windows.
 
     Raises:
         UserError: If it was trained with attention windows, which its shape does not have.
     """
-    try:
-        detector = read_yaml(file.path.with_name("config.yaml")).get("detector") or {}
-        window = int(detector.get("window", 0))
-    except (UnreadableError, AttributeError, ValueError, TypeError) as error:
-        raise UserError(f"{file.path.with_name('config.yaml')} cannot be read: {error}") from error
-    if window and isinstance(file.shape, ViTShape):
+    if file.window and isinstance(file.shape, ViTShape):
         raise UserError(
-            f"{file.path} was trained in a detector with attention windows of {window} tokens, and "
-            "without a class token: as a plain Vision Transformer it computes something else"
+            f"{file.path} was trained in a detector with attention windows of {file.window} tokens,"
+            " and without a class token: as a plain Vision Transformer it computes something else"
         )
+
+
+def _window_from_config(config: Path) -> int:
+    """Read the window of a detector from the `config.yaml` of a run; 0 for any other run."""
+    try:
+        detector = read_yaml(config).get("detector") or {}
+        return int(detector.get("window") or 0)
+    except (UnreadableError, AttributeError, ValueError, TypeError) as error:
+        raise UserError(f"{config} cannot be read: {error}") from error
 
 
 def _load_folder(folder: Path) -> EncoderFile:
@@ -258,6 +322,20 @@ def _shape_from_config(path: Path, kind: type[EncoderShape]) -> EncoderShape | N
         raise UserError(f"{file} is damaged: {error}; move it elsewhere") from error
 
 
+@contextlib.contextmanager
+def drawing_weights(seed: int) -> Iterator[None]:
+    """Draw the weights of an encoder from a seed.
+
+    Raises:
+        UserError: If no encoder can be built with the given shape.
+    """
+    torch.manual_seed(seed)
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"no encoder of this shape: {error}") from error
+
+
 def build_encoder(
     shape: EncoderShape, *, seed: int, pool: Literal["mean", "token"] = "mean"
 ) -> Encoder:
@@ -271,11 +349,8 @@ def build_encoder(
     Raises:
         UserError: If no encoder can be built with this shape.
     """
-    torch.manual_seed(seed)
-    try:
+    with drawing_weights(seed):
         return shape.build(pool=pool)
-    except ValueError as error:
-        raise UserError(f"no encoder of this shape: {error}") from error
 
 
 def build_classifier(
@@ -292,11 +367,8 @@ def build_classifier(
     Raises:
         UserError: If no encoder can be built with this shape.
     """
-    torch.manual_seed(seed)
-    try:
+    with drawing_weights(seed):
         return shape.build_classifier(num_classes=num_classes, drop_path=drop_path)
-    except ValueError as error:
-        raise UserError(f"no encoder of this shape: {error}") from error
 
 
 def build_backbone(shape: EncoderShape, *, seed: int, drop_path: float) -> Encoder:
@@ -310,11 +382,8 @@ def build_backbone(shape: EncoderShape, *, seed: int, drop_path: float) -> Encod
     Raises:
         UserError: If no encoder can be built with this shape.
     """
-    torch.manual_seed(seed)
-    try:
+    with drawing_weights(seed):
         return shape.build_backbone(drop_path=drop_path)
-    except ValueError as error:
-        raise UserError(f"no encoder of this shape: {error}") from error
 
 
 def fill_encoder(encoder: Encoder, file: EncoderFile) -> None:
@@ -323,8 +392,11 @@ def fill_encoder(encoder: Encoder, file: EncoderFile) -> None:
     Position tables are resampled if the encoder has another image size or window.
 
     Raises:
-        UserError: If weights are missing, unexpected or of another shape.
+        UserError: If weights are missing, unexpected or of another shape, or were trained with
+            attention windows that `encoder` does not have.
     """
+    if getattr(encoder, "window", None) is None:
+        check_no_windows(file)
     own = encoder.state_dict()
     wanted = {name for name in own if not name.startswith(_CLASSIFIER)}
     weights = {

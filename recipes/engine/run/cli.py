@@ -180,7 +180,7 @@ def run_command(
 
 
 def _about_the_machine(error: Exception) -> str | None:
-    """Return the line about an error of which neither a traceback nor another option tells more."""
+    """Return one line about missing memory or a killed loading worker; None for other errors."""
     is_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if isinstance(error, OSError):
         is_of_memory = error.errno == errno.ENOMEM

@@ -103,7 +103,7 @@ class World:
 
 
 def world_from_environment() -> World:
-    """Return what `torchrun` told this process by environment variables; one process without them.
+    """Return the processes that `torchrun` set in the environment; without it, this one alone.
 
     Raises:
         ProcessError: If a variable is missing, or its value does not fit.
@@ -303,8 +303,8 @@ class Watchdog:
     """Ends a process that waits for another one for too long, and says for which.
 
     Each process notes what it does; that takes no time. If nothing new is noted for too long, a
-    thread tells the others by the job's store what was noted last. Processes that tell nothing hang
-    as a whole. If all tell something, those hang that are behind.
+    thread tells the others by the job's store what was noted last. If some say nothing, those hang.
+    If all say something, those hang whose step is the earliest.
 
     Args:
         world: The processes.
