@@ -184,6 +184,18 @@ class MAE(nn.Module):
 
     def _forward_ragged(self, images: Tensor | Sequence[Tensor], mask: RaggedMask) -> MAEOutput:
         """Run the paper's own model on samples that hide different numbers of patches."""
+        self.check_ragged()
+        latent = self.encoder(images, mask)
+        prediction = self.head(self.decoder(latent, mask))
+        assert isinstance(self.target, targets.PixelTarget)
+        return MAEOutput(self.target.loss(prediction, images, mask), prediction, latent)
+
+    def check_ragged(self) -> None:
+        """Check that the model takes a `RaggedMask`.
+
+        Raises:
+            ValueError: If it is a variant of the paper's own model.
+        """
         config = self.config
         choices = (config.target, config.loss_on, config.mask_tokens, config.decoder)
         if (*choices, config.decode_fraction) != ("pixels", "masked", "decoder", "self", 1.0):
@@ -191,10 +203,6 @@ class MAE(nn.Module):
                 'a RaggedMask needs target="pixels", loss_on="masked", mask_tokens="decoder", '
                 f'decoder="self" and decode_fraction=1; got {config}'
             )
-        latent = self.encoder(images, mask)
-        prediction = self.head(self.decoder(latent, mask))
-        assert isinstance(self.target, targets.PixelTarget)
-        return MAEOutput(self.target.loss(prediction, images, mask), prediction, latent)
 
     def _choose_scored(self, mask: Mask) -> Mask:
         """Return a mask of the patches to predict and to score."""
@@ -266,6 +274,7 @@ RECIPE = Recipe(
         "decoder_depth",
         "decoder_heads",
     ),
+    takes_any_size=True,
 )
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from recipes.engine import fields
+from recipes.engine.data.arrays import SUFFIXES as ARRAYS
 from recipes.engine.data.decode import DECODE, formats
 from recipes.engine.data.images import resize
 from recipes.engine.data.listing import MAX_FILE_BYTES, Files, FolderId, list_files, relabel
@@ -153,7 +154,8 @@ def _content_of(path: str, short_side: int | None, quality: int) -> tuple[bytes,
     scale = short_side / min(height, width)
     with Image.open(io.BytesIO(data)) as header:
         has_many_bits, exif = header.mode[0] in "IF", header.getexif()
-    if scale >= 1 or has_many_bits:
+        is_stack = header.format == "TIFF" and getattr(header, "n_frames", 1) > 1
+    if scale >= 1 or has_many_bits or is_stack:
         return data, False
     size = max(1, round(height * scale)), max(1, round(width * scale))
     resized = resize(pixels, (0, 0, width, height), size, "bicubic")
@@ -301,6 +303,32 @@ def _packed_before(out: Path, settings: dict[str, Any]) -> list[int]:
     return []
 
 
+def _list(
+    root: Path, *, labelled: bool, seen: set[FolderId]
+) -> tuple[Files, tuple[str, ...], list[str]]:
+    """List the images of a folder.
+
+    Raises:
+        UserError: If there are none, or `--data` would read arrays instead of them.
+    """
+    others = Counter[str]()
+    found, problem = None, None
+    try:
+        found = list_files(root, SUFFIXES, labelled=labelled, seen=seen, others=others)
+    except UserError as error:
+        problem = error
+    endings = sorted({os.path.splitext("x" + suffix)[1] for suffix in ARRAYS} & set(others))
+    if sum(others[ending] for ending in endings) > (0 if found is None else len(found[0])):
+        raise UserError(
+            f"{root} holds arrays ({', '.join(endings)}), which are not packed: give the folder "
+            "itself as --data"
+        )
+    if found is None:
+        assert problem is not None
+        raise problem
+    return found
+
+
 def run(options: PackOptions) -> None:
     """Pack a folder, with its `train/` and `val/` if it has them.
 
@@ -315,9 +343,7 @@ def run(options: PackOptions) -> None:
     seen: set[FolderId] = set()
     for part in parts if has_train else [""]:
         labelled = has_train and (part == "train" or bool(class_names))
-        files, names, notes = list_files(
-            options.folder / part, SUFFIXES, labelled=labelled, seen=seen
-        )
+        files, names, notes = _list(options.folder / part, labelled=labelled, seen=seen)
         say(*(f"note: {note}" for note in notes), file=sys.stderr)
         class_names = names if part == "train" else class_names
         files = relabel(files, names, class_names) if part == "val" else files

@@ -53,6 +53,7 @@ PositiveInt = Annotated[int, Within(1, _MOST, "1 or more, and at most 1,000,000,
 NonNegativeInt = Annotated[int, Within(0, _MOST, "0 or more, and at most 1,000,000,000")]
 Seed = Annotated[int, Within(0, 2**63 - 1, "0 or more, and less than 2**63")]
 Pixels = Annotated[int, Within(1, 2**24)]
+Tokens = Annotated[int, Within(2, 65_536)]  # of an image with a mask
 Width = Annotated[int, Within(1, 2**17)]
 Depth = Annotated[int, Within(0, 1_000)]
 Seconds = Annotated[float, Within(1, 604_800, "1 to 604,800 seconds, which is a week")]

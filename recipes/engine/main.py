@@ -16,7 +16,12 @@ from recipes.engine.dry_run import describe
 from recipes.engine.errors import UserError, say
 from recipes.engine.loop import Plan, make_plan, run_steps
 from recipes.engine.masks import first
-from recipes.engine.pretrain import Pretraining, build_model, check_memory
+from recipes.engine.pretrain import (
+    NativePretraining,
+    Pretraining,
+    build_model,
+    check_memory,
+)
 from recipes.engine.pretrained.tokenizers import missing_files_allowed
 from recipes.engine.report import print_summary, write_report
 from recipes.engine.run.checkpoint import find_origin
@@ -83,7 +88,15 @@ def pretrain(recipe: Recipe, arguments: Sequence[str]) -> None:
 def options_type(recipe: Recipe) -> type[Options]:
     """Derive the options of a recipe from its first preset."""
     preset = next(iter(recipe.presets.values()))
-    names = (*FLAGS, "patch_size", *ARRAY_FLAGS, "bands", "mask_ratio", *recipe.flags)
+    names = (
+        *FLAGS,
+        "patch_size",
+        *ARRAY_FLAGS,
+        "native_size",
+        "bands",
+        "mask_ratio",
+        *recipe.flags,
+    )
     return options_of(preset.parts, names, Options)
 
 
@@ -91,6 +104,7 @@ def _run(recipe: Recipe, given: DataSet | None, options: Options) -> None:
     if given is not None:
         options = dataclasses.replace(options, data=given.name)
     config = resolve(options, recipe.name, recipe.presets, config_type=RunConfig)
+    check_sizes(recipe, config)
     with join(config.device, timeout=options.timeout) as world:
         data = _load(config, options, world) if given is None else given
         config = config.for_data(data)
@@ -126,11 +140,31 @@ def _load(config: RunConfig, options: Options, world: World) -> DataSet:
         seed=config.seed,
         crop_area=config.training.crop_area,
         interpolation=config.training.interpolation,
+        native=config.native,
         decode=config.training.decoder,
         options=config.training.arrays,
         find_statistics=partial(find_statistics, options.out, config),
         share=world.share,
     )
+
+
+def check_sizes(recipe: Recipe, config: RunConfig) -> None:
+    """Check that the recipe takes images of different sizes, if it shall.
+
+    Raises:
+        UserError: If it does not.
+    """
+    given = f"--native-size {config.training.native_size}"
+    if config.training.native_size is None:
+        return
+    if not recipe.takes_any_size:
+        raise UserError(
+            f"{given}: {recipe.name} needs images of one size, omit it; recipes/mae.py takes it"
+        )
+    if config.compile:
+        raise UserError(f"{given}: a compiled model needs images of one size, omit --compile")
+    if getattr(config.masking, "views", 1) > 1:
+        raise UserError(f"{given} needs one mask an image: omit --views")
 
 
 def check_fit(recipe: Recipe, config: RunConfig) -> nn.Module:
@@ -151,6 +185,8 @@ def check_fit(recipe: Recipe, config: RunConfig) -> nn.Module:
         masks = config.masking.draw(masking.key([0], seed=config.seed), model.encoder.grid)
         if isinstance(target := getattr(model, "target", None), Target):
             target.group(first(masks))
+        if config.training.native_size is not None:
+            model.check_ragged()
     except ValueError as error:
         raise UserError(f"masks of preset {config.preset}: {error}") from error
     return cast(nn.Module, model)
@@ -165,7 +201,8 @@ def _train(
     options: Options,
 ) -> dict[str, Any]:
     """Train from the last checkpoint, evaluate, and return the summary."""
-    task = Pretraining(recipe, config, data, folder.world, shard=options.shard)
+    kind = Pretraining if config.training.native_size is None else NativePretraining
+    task = kind(recipe, config, data, folder.world, shard=options.shard)
     run_steps(task, plan, data.train, folder, options)
     weights = whole_weights(task.model)
     if not folder.world.is_main:

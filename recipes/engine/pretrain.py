@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mimkit import masking
+from mimkit.masking import Mask, RaggedMask
+from mimkit.patches import grid_of
 from recipes.engine.data.sets import Batch, DataSet, first_inputs
 from recipes.engine.errors import UserError
 from recipes.engine.loop import Moment, Task
@@ -58,7 +60,7 @@ class Pretraining(Task):
         shard: Whether to shard the weights (FSDP2) instead of copying them (DDP).
     """
 
-    inputs: tuple[Tensor, Masks]
+    inputs: Any  # images and masks
 
     def __init__(
         self,
@@ -83,7 +85,7 @@ class Pretraining(Task):
         groups = parameter_groups(self.model, weight_decay=training.weight_decay)
         return torch.optim.AdamW(groups, betas=training.betas, fused=True)
 
-    def prepare(self, batch: Batch, at: Moment) -> tuple[Tensor, Masks]:
+    def prepare(self, batch: Batch, at: Moment) -> tuple[Any, Any]:
         """Move images to the device, and draw their masks there."""
         device = self.config.device
         images = batch.images.to(device, non_blocking=True)
@@ -102,6 +104,51 @@ class Pretraining(Task):
         images, masks = self.inputs
         scores = self.recipe.baselines(self.model, images, first(masks))
         return {"baselines": {name: score.item() for name, score in scores.items()}}
+
+
+class NativePretraining(Pretraining):
+    """Pre-training on images of different sizes, each on its own grid of patches.
+
+    The loss is the mean of the images' means, so that parts of a batch add up to it.
+    """
+
+    def __init__(self, recipe: Recipe, *arguments: Any, **options: Any) -> None:
+        # Pixels, the only target that takes these images, have nothing to fit.
+        super().__init__(dataclasses.replace(recipe, fit=None), *arguments, **options)
+
+    def prepare(self, batch: Batch, at: Moment) -> tuple[list[Tensor], RaggedMask]:
+        """Draw the masks of images that are on the device."""
+        images: list[Tensor] = batch.images
+        sample_ids = batch.sample_ids.to(self.config.device, non_blocking=True)
+        if not images:  # this process must still take part in the step; it does not count
+            images = [torch.zeros(self.image_shape, device=self.config.device)]
+            sample_ids = sample_ids.new_zeros(1)
+        key = masking.key(sample_ids, seed=self.config.seed, epoch=int(at.epoch))
+        patch = tuple(n // g for n, g in zip(self.image_shape[1:], self.grid, strict=True))
+        grids = [grid_of(image[None], patch) for image in images]
+        return images, masking.ragged(self.config.masking.draw, key, grids)
+
+    def take(self, inputs: tuple[list[Tensor], RaggedMask], rows: slice) -> Any:
+        """Select some images; one that does not count, if there are none."""
+        images, mask = inputs
+        if rows.start == rows.stop:
+            rows = slice(0, 1)
+        return images[rows], mask[rows]
+
+    def extras(self) -> dict[str, Any]:
+        """Return the losses of trivial predictors, computed grid by grid."""
+        images, mask = self.inputs
+        rows_of: dict[tuple[int, ...], list[int]] = {}
+        for row, grid in enumerate(mask.grids):
+            rows_of.setdefault(grid, []).append(row)
+        each, totals = mask.unbind(), dict[str, float]()
+        for rows in rows_of.values():
+            stacked = torch.stack([images[row] for row in rows])
+            same = Mask.cat([each[row] for row in rows])
+            for name, score in self.recipe.baselines(self.model, stacked, same).items():
+                share = len(rows) / len(images)
+                totals[name] = totals.get(name, 0.0) + score.item() * share
+        return {"baselines": totals}
 
 
 def scalars(output: Any) -> dict[str, Tensor]:

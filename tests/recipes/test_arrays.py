@@ -349,10 +349,12 @@ def test_a_pipe_with_the_name_of_an_array_is_not_opened(tmp_path, capsys):
 # Pictures or arrays
 
 
-def noise_png(path: Path, mode: str, size: int = 20) -> None:
+def noise_png(path: Path, mode: str, size: int = 20, seed: int = 0) -> None:
+    path.parent.mkdir(exist_ok=True)
     channels = {"L": (), "RGB": (3,), "RGBA": (4,)}.get(mode, ())
     kind = np.uint16 if mode == "I;16" else np.uint8
-    pixels = np.random.default_rng(0).integers(0, 255, (size, size, *channels)).astype(kind)
+    most = np.iinfo(kind).max
+    pixels = np.random.default_rng(seed).integers(0, most, (size, size, *channels)).astype(kind)
     Image.fromarray(pixels).save(path)
 
 
@@ -501,6 +503,33 @@ def test_mae_trains_on_arrays_and_its_encoder_is_probed_and_fine_tuned(tmp_path,
     for folder in ("probe", "tuned"):
         found = yaml.safe_load((tmp_path / folder / "config.yaml").read_text())
         assert found["statistics"] == config["statistics"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mode", ["L", "I;16"])
+def test_mae_trains_on_gray_pictures_without_a_detour_over_rgb(mode, tmp_path, monkeypatch):
+    from recipes.engine.main import run as pretrain
+
+    for index in range(16):
+        noise_png(tmp_path / f"data/{index:02d}.png", mode, size=24 + index, seed=index)
+
+    def refuse(self: Image.Image, *arguments: object, **options: object) -> None:
+        raise AssertionError("converted")
+
+    out = tmp_path / "run"
+    arguments = ["--data", str(tmp_path / "data"), "--image-size", "16", *SMALL]
+    arguments += ["--channels", "keep", "--out", str(out), "--log-every", "1"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Image.Image, "convert", refuse)
+        assert pretrain(mae.RECIPE, "", arguments) == 0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 6
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["model"]["in_channels"] == 1
+    assert (config["statistics"]["std"][0] > 255) == (mode == "I;16")
+    with Image.open(out / "reconstructions.png") as picture:
+        assert len(np.unique(np.asarray(picture))) > 50
 
 
 @pytest.mark.full

@@ -81,6 +81,21 @@ def test_two_processes_give_the_losses_and_weights_of_one(more: list[str], folde
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.full
+def test_two_processes_train_on_arrays_as_one_does(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(36):
+        array = rng.normal(100, 30, (2, 40, 48)).astype(np.float32)
+        np.save(tmp_path / f"pictures/{index:02d}.npy", array)
+    for name, processes in (("one", 1), ("two", 2)):
+        train(tmp_path / name, processes)
+    assert len(losses(tmp_path / "one")) == STEPS
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
+    one, two = ((tmp_path / name / "config.yaml").read_text() for name in ("one", "two"))
+    assert one == two  # with the statistics, which the main process alone has measured
+
+
 def launch(script: str, out: Path, processes: int, *more: str) -> list[dict[str, float]]:
     """Run another recipe for a few steps on digits, and return its rows."""
     start = command(out, processes)

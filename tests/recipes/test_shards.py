@@ -14,6 +14,7 @@ from PIL import Image
 
 from recipes import pack
 from recipes.engine import run
+from recipes.engine.data.arrays import ArrayOptions
 from recipes.engine.data.load import load_data
 from recipes.engine.data.shards import INDEX, find_shards, list_shards, make_index
 from recipes.engine.errors import UserError
@@ -302,6 +303,39 @@ def test_two_images_with_one_key_are_one_line(second, tmp_path):
     write_tar(tmp_path / "x.tar", [("a.png", png(0)), (second, png(1))])
     with pytest.raises(UserError, match=rf"two images with the key a: a\.png and {second}"):
         load_data(str(tmp_path), image_size=(8, 8), seed=0)
+
+
+@pytest.mark.parametrize(("kind", "channels"), [(np.uint8, None), (np.uint16, "keep")])
+def test_stacks_of_bands_are_the_same_arrays_in_shards(kind, channels, tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.engine.data.folder.MEASURED_CROPS", 6)
+    tifffile = pytest.importorskip("tifffile")
+    (tmp_path / "set").mkdir()
+    for index in range(6):
+        bands = np.random.default_rng(index).integers(0, 255, (13, 20, 20)).astype(kind)
+        tifffile.imwrite(tmp_path / f"set/{index}.tif", bands)
+    out = packed(tmp_path / "set", tmp_path / "packed", "--short-side", "12")
+    options = ArrayOptions(channels=channels)
+    before, after = (
+        load_data(str(folder), image_size=(8, 8), seed=0, options=options)
+        for folder in (tmp_path / "set", out)
+    )
+    assert after.in_channels == before.in_channels == 13
+    assert after.statistics == before.statistics
+    for index in ((0, 0), (3, 1)):
+        assert torch.equal(after.train[index][0], before.train[index][0])
+
+
+@pytest.mark.parametrize("pictures", [0, 2])
+def test_arrays_are_not_packed_but_named_in_one_line(pictures, tmp_path, capfd):
+    folder = write_images(tmp_path / "set", [f"{i}.png" for i in range(pictures)])
+    folder.mkdir(exist_ok=True)
+    for index in range(3):
+        np.save(folder / f"{index}.npy", np.ones((2, 12, 14)))
+    assert pack.main([str(folder), str(tmp_path / "out"), "--workers", "0"]) == 2
+    error = capfd.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert "arrays (.npy), which are not packed: give the folder itself as --data" in error[0]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.full

@@ -32,6 +32,7 @@ from recipes.engine.data.images import (
     NORMALIZE,
     CenterCrops,
     Cropping,
+    NativeCrops,
     model_inputs,
     picture_size,
     to_unit,
@@ -217,14 +218,17 @@ def _choose_form(
         channels: As in `split_folder`.
     """
     num_arrays = sum(others[os.path.splitext("x" + ending)[1]] for ending in arrays.SUFFIXES)
-    if isinstance(samples, Shards) or channels == "rgb" or not (num_arrays or samples):
+    if channels == "rgb" or not (num_arrays or samples):
         return ("pictures" if channels == "keep" else "rgb"), None
     num_pictures, num_tiffs = 0, 0
-    if isinstance(samples, Files):
-        num_pictures, num_tiffs = len(samples), samples.count(arrays.TIFF)
+    if isinstance(samples, Files | Shards):
+        num_pictures = len(samples)
+        num_tiffs = samples.names.count(arrays.TIFF, samples.rows)
     are_arrays = num_arrays > num_pictures or (
         2 * num_tiffs > num_pictures and (channels == "keep" or not _is_rgb(samples))
     )
+    if isinstance(samples, Shards) and are_arrays:
+        return "arrays", None
     if channels == "keep" and num_arrays:
         pictures = [suffix for some in formats().values() for suffix in some]
         return ("arrays" if are_arrays else "pictures"), [*arrays.SUFFIXES, *pictures]
@@ -281,6 +285,7 @@ def load_folder(
     image_size: int | tuple[int, ...],
     seed: int,
     crop: Cropping,
+    native: NativeCrops | None = None,
     decode: Decoder = DECODE,
     options: ArrayOptions = AS_FITS,
     find_statistics: FindStatistics = unknown,
@@ -296,6 +301,8 @@ def load_folder(
         image_size: Size of a model input per axis; one integer if it is the same on every axis.
         seed: Seed of the run.
         crop: How training images are cropped, if `options` does not say.
+        native: How they are cropped instead to sizes of their own, and pictures, too. Probes get
+            crops of `image_size`.
         decode: How images are decoded.
         options: How arrays are read.
         find_statistics: As in `load_data`.
@@ -305,25 +312,33 @@ def load_folder(
         The data set.
 
     Raises:
-        UserError: If the folder holds too few readable images, or only some of them have classes.
+        UserError: If the folder holds too few readable images, only some of them have classes, or
+            it holds no pictures to be cropped to sizes of their own.
     """
     split = split_folder(Path(name), share, options.channels)
     train, held_out = open_sets(
         split, image_size=image_size, seed=seed, crop=crop, decode=decode, options=options
     )
+    if native is not None:
+        if split.form == "arrays":
+            raise UserError(f"--native-size is for pictures, and {name} holds arrays: omit it")
+        train = with_own_sizes(train, native)
     if isinstance(train, arrays.Arrays) and isinstance(held_out, arrays.Arrays):
         known = find_statistics(train.num_channels, train.image_size)
         train = with_statistics(train, known, share)
         held_out = dataclasses.replace(held_out, statistics=train.statistics)
     for _ in read_first(train, range(len(train)), 1, set()):
         pass  # raises an error if nothing can be read
+    looked_at = held_out
+    if native is not None:
+        looked_at = with_own_sizes(held_out, dataclasses.replace(native, is_random=False))
     found = DataSet(
         name=name,
         in_channels=train.num_channels,
         class_names=split.class_names,
         content=split.content,
         train=train,
-        pictures=Pictures(held_out, to_unit),
+        pictures=Pictures(looked_at, to_unit),
         normalize=NORMALIZE,
         load_probe=partial(load_probe, split, held_out, seed) if split.class_names else None,
         image_size=train.image_size,
@@ -335,7 +350,7 @@ def load_folder(
     assert statistics is not None
     return dataclasses.replace(
         found,
-        pictures=Pictures(held_out, statistics.to_shown),
+        pictures=Pictures(looked_at, statistics.to_shown),
         normalize=statistics.from_shown,
         statistics=statistics,
     )
@@ -385,6 +400,13 @@ def open_sets(
         split.train, image_size, chosen or default, key=options.key, seed=seed
     )
     return opened, arrays.for_evaluation(opened, split.held_out)
+
+
+def with_own_sizes(samples: StoredSet, crop: NativeCrops) -> StoredSet:
+    """Crop pictures to sizes of their own."""
+    of_form = arrays.AsPicture(crop) if isinstance(samples, arrays.Arrays) else crop
+    changes: dict[str, Any] = {"crop": of_form, "sizes_differ": True}
+    return dataclasses.replace(samples, **changes)
 
 
 def with_statistics(train: arrays.Arrays, known: Statistics | None, share: Share) -> arrays.Arrays:

@@ -15,6 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from recipes.engine.reading import UnreadableError
+
 Interpolation = Literal["bicubic", "bilinear"]
 
 Normalize = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -161,6 +163,81 @@ class CenterCrops:
         )
         left, top = (width - box_width) // 2, (height - box_height) // 2
         return resize(pixels, (left, top, left + box_width, top + box_height), size, "bicubic")
+
+
+@dataclass(frozen=True)
+class NativeCrops:
+    """Images in their own aspect ratios, each of as many patches as fit into a number of tokens.
+
+    Images of more pixels are scaled down, others keep their size. What is left over of the last
+    patch of an axis is cut off, and nothing is distorted.
+
+    Attributes:
+        most: Largest number of patches of an image.
+        patch: Height and width of a patch in pixels.
+        interpolation: How images are resized.
+        is_random: Whether cut and flip are drawn; otherwise as much is cut off on both sides.
+
+    Source:
+        The sizes of NaViT, arXiv:2307.06304, section 2; which patches fit is mimkit's own.
+    """
+
+    most: int
+    patch: tuple[int, int]
+    interpolation: Interpolation = "bicubic"
+    is_random: bool = True
+
+    def __call__(self, pixels: Pixels, size: tuple[int, int], rng: np.random.Generator) -> Crop:
+        """Crop and resize an image to a size of its own, instead of `size`."""
+        sides = pixels.shape[0], pixels.shape[1]
+        grid = native_grid(sides, self.patch, self.most)
+        if grid == (1, 1):
+            raise UnreadableError(
+                f"it has {sides[0]} x {sides[1]} pixels, too few for two patches of "
+                f"{self.patch[0]} x {self.patch[1]}"
+            )
+        inside = grid[0] * self.patch[0], grid[1] * self.patch[1]
+        scale = max(new / old for new, old in zip(inside, sides, strict=True))
+        height, width = (
+            min(old, max(1, round(new / scale))) for new, old in zip(inside, sides, strict=True)
+        )
+        top, left = (sides[0] - height) // 2, (sides[1] - width) // 2
+        if self.is_random:
+            top = int(rng.integers(sides[0] - height + 1))
+            left = int(rng.integers(sides[1] - width + 1))
+        crop = resize(pixels, (left, top, left + width, top + height), inside, self.interpolation)
+        return crop.flip(-1) if self.is_random and rng.integers(2) else crop
+
+
+def native_grid(sides: tuple[int, int], patch: tuple[int, int], most: int) -> tuple[int, int]:
+    """Return how many patches of an image are encoded, with its aspect ratio.
+
+    Args:
+        sides: Height and width in pixels.
+        patch: Height and width of a patch.
+        most: Largest number of patches.
+
+    Returns:
+        Rows and columns: those that cut off least of the image.
+
+    Example:
+        >>> native_grid((375, 500), (16, 16), 196), native_grid((60, 100), (16, 16), 196)
+        ((12, 16), (4, 6))
+    """
+    exact = [side / size for side, size in zip(sides, patch, strict=True)]
+    scale = min(1.0, math.sqrt(most / math.prod(exact)))
+    rows, columns = (min(max(number * scale, 1.0), most) for number in exact)
+
+    def kept(grid: tuple[int, int]) -> float:
+        ratio = (grid[0] * exact[1]) / (grid[1] * exact[0])
+        return min(ratio, 1 / ratio)
+
+    around = (
+        (height, width)
+        for height in (math.floor(rows), math.ceil(rows))
+        for width in (math.floor(columns), math.ceil(columns))
+    )
+    return max((grid for grid in around if math.prod(grid) <= most), key=kept)
 
 
 def random_box(

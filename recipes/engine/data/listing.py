@@ -102,6 +102,19 @@ class Names:
         start = self.ends[index - 1] if index else 0
         return self.text[start : self.ends[index]].tobytes()
 
+    def count(self, suffixes: Iterable[str], rows: NDArray[np.int64]) -> int:
+        """Count the strings of some rows that end in one of some suffixes, in any case."""
+        text, ends = self.text, self.ends[rows]
+        found = np.zeros(len(ends), np.bool_)
+        starts = ends - np.diff(self.ends, prepend=0)[rows]
+        for suffix in suffixes:
+            fits = ends - starts >= len(suffix)
+            for back, letter in enumerate(reversed(suffix.encode()), 1):
+                letters = text[np.maximum(ends - back, 0)]
+                fits &= (letters == letter) | (letters == ord(chr(letter).upper()))
+            found |= fits
+        return int(found.sum())
+
 
 @dataclass(frozen=True, eq=False)
 class Files(Samples):
@@ -141,19 +154,6 @@ class Files(Samples):
             UnreadableError: If it cannot be opened, or is not a regular file.
         """
         return open_regular(Path(self.name(index)))
-
-    def count(self, suffixes: Iterable[str]) -> int:
-        """Count the files whose names end in one of some suffixes, in any case."""
-        text, ends = self.names.text, self.names.ends[self.rows]
-        found = np.zeros(len(ends), np.bool_)
-        starts = ends - np.diff(self.names.ends, prepend=0)[self.rows]
-        for suffix in suffixes:
-            fits = ends - starts >= len(suffix)
-            for back, letter in enumerate(reversed(suffix.encode()), 1):
-                letters = text[np.maximum(ends - back, 0)]
-                fits &= (letters == letter) | (letters == ord(chr(letter).upper()))
-            found |= fits
-        return int(found.sum())
 
 
 # Listing

@@ -5,7 +5,7 @@ from pathlib import Path
 from recipes.engine.data.arrays import AS_FITS, ArrayOptions
 from recipes.engine.data.decode import DECODE, Decoder
 from recipes.engine.data.folder import Share, alone, load_folder
-from recipes.engine.data.images import Interpolation, RandomCrops
+from recipes.engine.data.images import Interpolation, NativeCrops, RandomCrops
 from recipes.engine.data.sets import DataSet
 from recipes.engine.data.statistics import FindStatistics, unknown
 from recipes.engine.errors import UserError
@@ -18,6 +18,7 @@ def load_data(
     seed: int,
     crop_area: tuple[float, float] = (0.2, 1.0),
     interpolation: Interpolation = "bicubic",
+    native: NativeCrops | None = None,
     decode: Decoder = DECODE,
     options: ArrayOptions = AS_FITS,
     find_statistics: FindStatistics = unknown,
@@ -32,6 +33,7 @@ def load_data(
         seed: Seed of the run, 0 or more.
         crop_area: Least and largest share of the image in a random crop; for folders only.
         interpolation: How random crops are resized; for folders only.
+        native: As in `load_folder`.
         decode: How images are decoded; for folders only.
         options: How arrays are read; for folders only.
         find_statistics: Finds what arrays are normalised by: (channels, image size) -> statistics,
@@ -55,6 +57,7 @@ def load_data(
             image_size=image_size,
             seed=seed,
             crop=RandomCrops(crop_area, interpolation),
+            native=native,
             decode=decode,
             options=options,
             find_statistics=find_statistics,
@@ -65,6 +68,11 @@ def load_data(
     if name not in ("photos", "digits"):
         raise UserError(
             f"no data set {name!r}: choose photos, digits or an existing folder of images"
+        )
+    if native is not None:
+        raise UserError(
+            f"--native-size needs a folder of pictures: those of {name} have the size of "
+            "--image-size, omit it"
         )
     if len(sides) != 2:
         raise UserError(f"image_size {sides} must have two axes for {name}: height and width")

@@ -7,6 +7,7 @@ Axes: batch images, channels, height and width in pixels. `image_size` is (heigh
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ class StoredSet(TrainSet):
         seed: Seed of the run.
         num_channels: Channels of a crop.
         dtype: Its type: bytes or floats.
+        sizes_differ: Whether crops have sizes of their own instead of `image_size`.
     """
 
     samples: Samples
@@ -81,6 +83,7 @@ class StoredSet(TrainSet):
     seed: int
     num_channels: int = 3
     dtype: torch.dtype = torch.uint8
+    sizes_differ: bool = False
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -93,6 +96,8 @@ class StoredSet(TrainSet):
 
     def __getitems__(self, indices: list[tuple[int, int]]) -> Batch:
         """Return a batch, which is filled in place. `DataLoader` calls this method."""
+        if self.sizes_differ:
+            return pack(self[index] for index in indices)
         shape = (len(indices), self.num_channels, *self.image_size)
         images = torch.empty(shape, dtype=self.dtype)
         sample_ids: list[int] = []
@@ -244,12 +249,34 @@ class Batch(NamedTuple):
         sample_ids: Sample id of each image.
         unreadable_ids: Sample ids of the images that could not be read.
         targets: What is in each image, where the data set loads it with the image.
+        shapes: Shape of each image, if they differ. `images` is a list on the device, and before
+            that one row of all their values: a worker sends one tensor, not one for each image.
     """
 
-    images: Float[Tensor, "batch channels *spatial"] | UInt8[Tensor, "batch channels *spatial"]
+    images: Any
     sample_ids: Int64[Tensor, " batch"]
     unreadable_ids: list[int]
     targets: tuple[Any, ...] = ()
+    shapes: tuple[tuple[int, ...], ...] | None = None
+
+
+def pack(items: Iterable[Item]) -> Batch:
+    """Put the readable items of a batch, of any sizes, into one row of values."""
+    found = list(items)
+    images = [image for image, _ in found if image is not None]
+    return Batch(
+        torch.cat([image.flatten() for image in images]) if images else torch.empty(0),
+        torch.tensor([id for image, id in found if image is not None], dtype=torch.int64),
+        [id for image, id in found if image is None],
+        shapes=tuple(tuple(image.shape) for image in images),
+    )
+
+
+def unpack(batch: Batch) -> list[Tensor]:
+    """Return the images of a batch that `pack` has made, without a copy."""
+    assert batch.shapes is not None
+    rows = batch.images.split([math.prod(shape) for shape in batch.shapes])
+    return [row.view(shape) for row, shape in zip(rows, batch.shapes, strict=True)]
 
 
 def collate(items: Batch | Iterable[Item]) -> Batch:

@@ -23,11 +23,11 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from mimkit import masking, viz
-from mimkit.patches import patchify, unpatchify
+from mimkit.patches import grid_of, patchify, unpatchify
 from recipes.engine.data.sets import DataSet, ProbeData
 from recipes.engine.errors import UserError, escaped, say
 from recipes.engine.masks import first
-from recipes.engine.pictures.flat import flatten_image, middle, plane
+from recipes.engine.pictures.flat import enlarged, flatten_image, middle, plane
 from recipes.engine.probes import Features, compute_features, fit_attentive, standardize
 from recipes.engine.reading import UnreadableError, read_yaml
 from recipes.engine.run.cli import run_command
@@ -67,14 +67,15 @@ def draw_reconstructions(
 ) -> None:
     """Draw held-out pictures: as they are, masked, and reconstructed tile by tile."""
     encoder: Any = model.encoder
-    show = shown_by(config)
+    show, own_sizes = shown_by(config), config.native
 
     def columns(number: int, picture: "TiledPicture") -> dict[str, Tensor]:
         ids = torch.arange(len(picture.tiles)) + (number << 32)
-        mask = first(config.masking.draw(masking.key(ids, seed=config.seed), encoder.grid))
-        patch_size = [  # not always the encoder's
-            size // n for size, n in zip(encoder.image_size, mask.grid, strict=True)
-        ]
+        sides = picture.tiles.shape[2:]
+        grid = encoder.grid if own_sizes is None else grid_of(picture.tiles, own_sizes.patch)
+        mask = first(config.masking.draw(masking.key(ids, seed=config.seed), grid))
+        # Not always the encoder's.
+        patch_size = [size // n for size, n in zip(sides, mask.grid, strict=True)]
         with config.autocast():
             filled = recipe.reconstruct(
                 model, picture.inputs.to(config.device), mask.to(config.device)
@@ -87,8 +88,12 @@ def draw_reconstructions(
         return {share: masked, "reconstruction": picture.from_inputs(filled)}
 
     note = f"{_tile_note(encoder)} and filled in by itself.\n{_note(recipe, model)}"
+    if own_sizes is not None:
+        show = partial(_show_whole, show)
+        note = f"Whole pictures of at most {own_sizes.most} patches each.\n{_note(recipe, model)}"
     file = folder.path / "reconstructions.png"
-    draw_columns(file, data, encoder.image_size, columns, note=note, show=show)
+    size = encoder.image_size if own_sizes is None else None
+    draw_columns(file, data, size, columns, note=note, show=show)
 
 
 @torch.no_grad()
@@ -109,6 +114,11 @@ def draw_more_pictures(
         draw_columns(file, data, encoder.image_size, columns, note=note, show=shown_by(config))
 
 
+def _show_whole(show: Callable[[Tensor], Tensor], picture: Tensor) -> Tensor:
+    """Show a picture that is one tile, which may be small."""
+    return enlarged(show(picture))
+
+
 def shown_by(config: RunConfig) -> Callable[[Tensor], Tensor]:
     """Return what turns values in [0, 1] into pictures, in the bands of `--bands`."""
     return partial(flatten_image, bands=config.training.bands)
@@ -117,7 +127,7 @@ def shown_by(config: RunConfig) -> Callable[[Tensor], Tensor]:
 def draw_columns(
     file: Path,
     data: DataSet,
-    size: tuple[int, ...],
+    size: tuple[int, ...] | None,
     columns: Callable[[int, "TiledPicture"], Mapping[str, Tensor]],
     *,
     note: str = "",
@@ -128,7 +138,7 @@ def draw_columns(
     Args:
         file: Where to.
         data: Has the pictures.
-        size: Size of a tile per axis.
+        size: Size of a tile per axis; None for one tile a picture.
         columns: Makes tiles in [0, 1] by caption, of a picture and its number.
         note: Text below.
         show: Turns values in [0, 1] of any channels and axes into a picture.
@@ -174,12 +184,13 @@ class TiledPicture:
         return unpatchify(patches, self.counts, tuple(tiles.shape[2:]), order="c p1 p2")[0]
 
 
-def tiled_pictures(data: DataSet, size: tuple[int, ...]) -> Iterator[TiledPicture]:
-    """Cut each held-out picture into tiles of a size."""
+def tiled_pictures(data: DataSet, size: tuple[int, ...] | None) -> Iterator[TiledPicture]:
+    """Cut each held-out picture into tiles of a size; into one tile, if it is None."""
     for picture in data.pictures:
-        counts = tuple(n // side for n, side in zip(picture.shape[1:], size, strict=True))
-        patches = patchify(picture[None], size, order="c p1 p2")[0]
-        tiles = patches.view(-1, len(picture), *size)
+        sides = tuple(picture.shape[1:]) if size is None else size
+        counts = tuple(n // side for n, side in zip(picture.shape[1:], sides, strict=True))
+        patches = patchify(picture[None], sides, order="c p1 p2")[0]
+        tiles = patches.view(-1, len(picture), *sides)
         yield TiledPicture(tiles, *data.normalize(tiles), counts)
 
 

@@ -33,7 +33,7 @@ def flatten_image(
     """
     if image.ndim == 3 and bands is None and len(image) in (1, 3):
         return image
-    image = _enlarged(choose(image, bands))
+    image = enlarged(choose(image, bands))
     if image.ndim == 2:
         return torch.cat([_curve(signal) for signal in image], dim=1)
     if image.ndim == 3:
@@ -73,7 +73,7 @@ def choose(
     return image[[band - 1 for band in bands]]
 
 
-def _enlarged(image: Tensor) -> Tensor:
+def enlarged(image: Float[Tensor, "channels *spatial"]) -> Tensor:
     """Repeat points until the longer side has 128 pixels."""
     times = max(_LEAST // max(image.shape[1:]), 1)
     for axis in range(1, image.ndim):

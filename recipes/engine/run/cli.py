@@ -48,6 +48,8 @@ class Options:
         seed: Seed of weights, data order, augmentation and masks.
         device: Where to train; "auto" takes a GPU if there is one.
         workers: Processes that load images; 0 loads in the training process.
+        decode: What decodes image files: "auto" and "cpu" the loading processes; "gpu" is not there
+            yet, and refused.
         compile: Compile the model with torch.compile.
         accumulate: Gradient accumulation: number of parts a batch is split into, to save memory.
         recompute: Activation checkpointing: compute the encoder's blocks again in the backward pass
@@ -80,6 +82,7 @@ class Options:
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: Workers = 0
+    decode: Literal["auto", "cpu", "gpu"] = "auto"
     compile: bool = False
     accumulate: PositiveInt = 1
     recompute: bool = False

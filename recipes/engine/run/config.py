@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import sys
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from mimkit.masking import Mask
 from recipes.engine.data.arrays import ArrayOptions, Channels, CropName
 from recipes.engine.data.decode import Background, Decoder, Orientation
-from recipes.engine.data.images import Interpolation
+from recipes.engine.data.images import Interpolation, NativeCrops
 from recipes.engine.data.sets import DataSet
 from recipes.engine.data.statistics import Statistics
 from recipes.engine.errors import UserError, say
@@ -31,6 +32,7 @@ from recipes.engine.fields import (
     PositiveFloat,
     PositiveFraction,
     PositiveInt,
+    Tokens,
     check_fields,
     shown,
 )
@@ -77,6 +79,8 @@ class Training:
         crop: Of arrays, and of pictures instead of the papers' resized crops: "random" cuts out
             boxes, nothing is resized or flipped; "whole" resamples all of it to the image size; for
             folders only.
+        native_size: Keep the aspect ratios of pictures, and encode at most this many patches of
+            each; instead of resized crops of the image size; for folders only.
         array_key: Name of the array in .npz files that hold several; for folders only.
         bands: Channels of an array to be shown as red, green and blue, or one as gray, counted from
             1; by default the first three.
@@ -101,6 +105,7 @@ class Training:
     value_range: tuple[float, float] | None = None
     channels: Channels | None = None
     crop: CropName | None = None
+    native_size: Tokens | None = None
     array_key: str | None = None
     bands: tuple[PositiveInt, ...] | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -112,6 +117,11 @@ class Training:
         low, high = self.value_range or (0, 1)
         if not -math.inf < low < high < math.inf:
             raise FieldError("value_range", self.value_range, "two numbers, the smaller one first")
+        if self.native_size is not None and self.crop is not None:
+            raise ValueError(
+                f"--native-size {self.native_size} and --crop {self.crop} contradict each other: "
+                "give one of them"
+            )
         if self.bands is not None and len(self.bands) not in (1, 3):
             raise FieldError("bands", self.bands, "one channel or three")
 
@@ -190,6 +200,7 @@ class Recipe:
             (model, model inputs).
         fit: Fits the parts of a model that need images before the first step: (model, model
             inputs).
+        takes_any_size: Whether the model takes lists of images with a `RaggedMask`, too.
     """
 
     name: str
@@ -203,6 +214,7 @@ class Recipe:
         default_factory=dict
     )
     fit: Callable[[Any, Tensor], None] | None = defaults.fit
+    takes_any_size: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +249,22 @@ class RunConfig:
         """Pixels per axis."""
         size = self.model.image_size
         return tuple(size) if isinstance(size, tuple) else (size, size)
+
+    @property
+    def native(self) -> NativeCrops | None:
+        """How images are cropped to sizes of their own, if they are.
+
+        Raises:
+            UserError: If their patches have not two axes.
+        """
+        most = self.training.native_size
+        if most is None:
+            return None
+        size = self.model.patch_size
+        patch = size if isinstance(size, tuple) else (size, size)
+        if len(patch) != 2:
+            raise UserError(f"--native-size {most} is for pictures, whose patches have two axes")
+        return NativeCrops(most, (patch[0], patch[1]), self.training.interpolation)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the autocast context of the configured precision."""
@@ -340,6 +368,7 @@ def resolve(
     Raises:
         UserError: If the preset or device does not exist, or a value does not fit.
     """
+    check_decode(options.decode)
     name, preset = choose_preset(options, presets)
     training = override(preset.training, options)
     model = override(preset.model if model is None else model, options)
@@ -365,6 +394,25 @@ def resolve(
             f"{_MOST_PIXELS:,} pixels in all"
         )
     return config
+
+
+def check_decode(name: str) -> None:
+    """Check that image files can be decoded where they shall be.
+
+    Raises:
+        UserError: If that is the GPU: crops leave the loading processes as pixels, which use no
+            GPU. The message names what else is missing for torchvision's nvJPEG.
+    """
+    if name != "gpu":
+        return
+    missing = [] if torch.cuda.is_available() else ["an NVIDIA GPU, which PyTorch does not find"]
+    if importlib.util.find_spec("torchvision") is None:
+        missing.append("torchvision, which is not installed")
+    needs = f" It would also need {' and '.join(missing)}." if missing else ""
+    raise UserError(
+        f"--decode gpu: images are decoded on the CPU only, in the processes of --workers.{needs} "
+        "Give --decode cpu, or omit it"
+    )
 
 
 def choose_device(name: str) -> str:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from mimkit import viz
-from mimkit.masking import Mask
+from mimkit.masking import Mask, RaggedMask
 
 
 def fit(model: Any, images: Float[Tensor, "batch channels *spatial"]) -> None:
@@ -32,12 +32,16 @@ def reconstruct(
 
     Args:
         model: The model.
-        images: Model inputs.
+        images: Model inputs; also of another size than the encoder's, if it takes a `RaggedMask`.
         mask: Which patches are masked.
         more: More arguments of the model.
     """
     patch_size = [size // n for size, n in zip(images.shape[2:], mask.grid, strict=True)]
-    prediction = model(images, mask, **more).prediction.float()
+    if tuple(images.shape[2:]) == model.encoder.image_size:
+        prediction = model(images, mask, **more).prediction.float()
+    else:
+        packed = model(images, RaggedMask.cat([mask]), **more).prediction.float()
+        prediction = packed.unflatten(0, (len(images), -1))
     try:
         patches = _target_of(model).invert(prediction, images, mask)
     except NotImplementedError:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from recipes import signals
-from recipes.engine.data.sets import Batch, TrainSet, collate
+from recipes.engine.data.sets import Batch, TrainSet, collate, unpack
 from recipes.engine.run.world import World
 from recipes.engine.seeds import sample_rng
 
@@ -103,7 +103,10 @@ def make_loader(
 
 def on_device(batch: Batch, data: TrainSet, device: str) -> Batch:
     """Move the images of a batch to a device, and normalize them there if they are bytes."""
-    return batch._replace(images=data.to_inputs(batch.images.to(device, non_blocking=True)))
+    batch = batch._replace(images=batch.images.to(device, non_blocking=True))
+    if batch.shapes is None:
+        return batch._replace(images=data.to_inputs(batch.images))
+    return batch._replace(images=[data.to_inputs(image[None])[0] for image in unpack(batch)])
 
 
 def held_out_batches(
