@@ -1,4 +1,7 @@
-"""Models built from weights alone, and the largest difference of the outputs of two of them."""
+"""Models built from weights alone, and the largest difference of the outputs of two of them.
+
+Encoders are compared by their tokens, whole models by their predictions for masked patches.
+"""
 
 import math
 import re
@@ -9,14 +12,108 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mimkit._grids import NUM_CLASS_ROWS
-from mimkit.interop._hf_config import theirs_from_encoder
-from mimkit.nn import ConvViT, SwinTransformer, ViT
+from mimkit._grids import NUM_CLASS_ROWS, Grid
+from mimkit.interop._formats import ENCODERS
+from mimkit.interop._hf_config import CLASSES, theirs_from_encoder, theirs_from_whole
+from mimkit.masking import Mask, key, uniform
+from mimkit.nn import ConvViT, MAEDecoder, PixelHead, SimMIMHead, SwinTransformer, ViT
+from mimkit.patches import gather_masked, patchify
 
 _MOST_PIXELS = 1 << 22
 _WIDTH_OF_HEAD = 64  # of every ViT whose authors' checkpoints mimkit reads
+_WIDTH_OF_DECODER_HEAD = 32
+
+_FAMILIES = sorted(CLASSES.values(), key=len, reverse=True)  # "ViTMAE" before "ViT"
 
 Weights = Mapping[str, Tensor]
+
+
+def model_from(model: str, weights: Weights, known: Mapping[str, Any]) -> nn.Module:
+    """Build a model of mimkit for weights, and load them.
+
+    A whole model is put together from its parts as its recipe does.
+
+    Args:
+        model: What the weights load into, as `model_of` says.
+        weights: Name -> tensor, with mimkit's names.
+        known: Arguments of the class, as in `encoder_from`; also `decoder_heads`.
+
+    Raises:
+        ValueError: If the weights are not those of one such model, or nothing builds it.
+    """
+    if model in ENCODERS.values():
+        return encoder_from(model, weights, known)
+    if model not in _WHOLE:
+        raise ValueError(f"no {model} is built here, see whether its tensors come back")
+    prefix = "encoder."
+    inside = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
+    encoder = encoder_from(ENCODERS[model], inside, known)
+    try:
+        whole = _WHOLE[model](encoder, weights, known).eval()
+        whole.load_state_dict({n: t for n, t in weights.items() if not n.startswith("target.")})
+    except (ArithmeticError, KeyError, IndexError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the weights are not those of one {model}: {reason:.200}") from error
+    return whole
+
+
+class _Autoencoder(nn.Module):
+    """MAE and ConvMAE: the encoder sees visible patches, a decoder predicts the masked ones."""
+
+    def __init__(self, encoder: Any, weights: Weights, known: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        dim, in_dim = weights["decoder.embed.weight"].shape
+        self.decoder = MAEDecoder(
+            grid=encoder.grid,
+            in_dim=in_dim,
+            dim=dim,
+            depth=_count(r"decoder\.blocks\.(\d+)\.", weights),
+            heads=known.get("decoder_heads") or max(dim // _WIDTH_OF_DECODER_HEAD, 1),
+            mlp_ratio=_mlp_ratio(weights["decoder.blocks.0.mlp.fc1.weight"]),
+            num_prefix=encoder.num_prefix_tokens,
+            **{name: known[name] for name in ("norm_eps", "act") if known.get(name)},
+        )
+        embeds = [p for n, p in encoder.named_parameters() if n.endswith("embed.proj.weight")]
+        patch_size = [side // n for side, n in zip(encoder.image_size, encoder.grid, strict=True)]
+        self.head = PixelHead(dim=dim, patch_size=patch_size, in_channels=embeds[0].shape[1])
+
+    def forward(self, images: Tensor, mask: Mask) -> Tensor:
+        predicted: Tensor = self.head(self.decoder(self.encoder(images, mask), mask))
+        return predicted
+
+
+class _SimMIM(nn.Module):
+    """SimMIM: the encoder sees mask tokens, a linear head predicts the masked patches."""
+
+    def __init__(self, encoder: Any, weights: Weights, known: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.mask_token = nn.Parameter(torch.empty_like(weights["mask_token"]))
+        num_outputs, patch = len(weights["head.predict.weight"]), encoder.patch_embed.patch_size
+        token = getattr(encoder, "stride", patch)
+        if token == patch:  # also classes
+            token = patch = (1,) * len(patch)
+        self.head = SimMIMHead(
+            grid=getattr(encoder, "out_grid", encoder.grid),
+            dim=weights["head.predict.weight"].shape[1],
+            token=token,
+            patch=patch,
+            values=num_outputs // math.prod(token),
+        )
+
+    def forward(self, images: Tensor, mask: Mask) -> Tensor:
+        latent = self.encoder(images, mask, mask_token=self.mask_token)
+        predicted: Tensor = self.head(latent[:, self.encoder.num_prefix_tokens :], mask)
+        return predicted
+
+
+_WHOLE: dict[str, Callable[..., nn.Module]] = {
+    "MAE": _Autoencoder,
+    "ConvMAE": _Autoencoder,
+    "SimMIM with a ViT": _SimMIM,
+    "SimMIM with a Swin": _SimMIM,
+}
 
 
 def encoder_from(model: str, weights: Weights, known: Mapping[str, Any]) -> nn.Module:
@@ -169,15 +266,17 @@ def _num_classes(weights: Weights) -> int:
     return len(weights["head.weight"]) if "head.weight" in weights else 0
 
 
-Encode = Callable[[Tensor], Tensor]
+Outputs = Callable[[Tensor, Mask], Tensor]
 
 
-def encode_ours(encoder: Any) -> Encode:
-    """Return the encoder as a function from images to tokens."""
-    return lambda images: encoder(images)
+def outputs_of(model: nn.Module) -> Outputs:
+    """Return a model of `model_from` as a function from images and a mask to what is compared."""
+    if hasattr(model, "encoder"):
+        return lambda images, mask: model(images, mask)
+    return lambda images, mask: model(images)
 
 
-def encode_timm(encoder: Any, tensors: Weights) -> Encode:
+def outputs_of_timm(encoder: Any, tensors: Weights) -> Outputs:
     """Build timm's model for weights that mimkit's encoder stands for.
 
     Raises:
@@ -244,7 +343,7 @@ def encode_timm(encoder: Any, tensors: Weights) -> Encode:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"timm's {model.__name__} does not load them: {reason:.200}") from error
-    return lambda images: built.forward_features(images).reshape(len(images), -1, encoder.dim)
+    return lambda images, mask: built.forward_features(images).reshape(len(images), -1, encoder.dim)
 
 
 def _replace_activations(model: nn.Module, act: nn.Module, eps: float) -> None:
@@ -255,51 +354,113 @@ def _replace_activations(model: nn.Module, act: nn.Module, eps: float) -> None:
             module.act = act
 
 
-def encode_hf(encoder: nn.Module, tensors: Weights, config: Mapping[str, Any] | None) -> Encode:
-    """Build the base model of transformers for weights; with `config`, that it belongs to.
+def outputs_of_hf(
+    model: Any, tensors: Weights, architecture: str | None, config: Mapping[str, Any] | None
+) -> Outputs:
+    """Build the class of transformers for weights.
+
+    Args:
+        model: mimkit's model for them: a whole one, or an encoder, of which their base model is
+            built.
+        tensors: Their weights.
+        architecture: The name of their class; `None` for what the configuration names, or the one
+            that computes what the encoder does.
+        config: Their configuration; that of `model` if `None`.
 
     Raises:
+        CannotBuild: If the configuration does not fit.
         ModuleNotFoundError: If transformers is not installed.
-        ValueError: If transformers has no model for these weights.
+        ValueError: If the class does not load the weights.
     """
-    from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoModel
+    import transformers
 
-    arguments = dict(theirs_from_encoder(encoder) if config is None else config)
+    try:
+        arguments = dict(config or _their_config(model, architecture))
+        settings = transformers.AutoConfig.for_model(arguments.pop("model_type"), **arguments)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CannotBuild(" ".join(str(error).split())) from error
+    if not hasattr(model, "encoder"):
+        built = _load_hf(transformers.AutoModel, settings, _base_of(tensors))
+        if settings.model_type == "vit_mae":
+            return _outputs_of_vitmae(built, model.grid, is_whole=False)
+        return lambda images, mask: built(images).last_hidden_state
+    named = architecture or next(iter(settings.architectures or []), None)
+    if named is None:
+        raise CannotBuild("the configuration names no class")
+    built = _load_hf(getattr(transformers, named), settings, tensors)
+    if settings.model_type == "vit_mae":
+        return _outputs_of_vitmae(built, model.encoder.grid, is_whole=True)
+    patch_size = model.encoder.patch_embed.patch_size
+
+    def predict(images: Tensor, mask: Mask) -> Tensor:
+        output = built(images, bool_masked_pos=mask.is_masked.flatten(1))
+        if "logits" in output:
+            return gather_masked(output.logits, mask)
+        return gather_masked(patchify(output.reconstruction, patch_size, order="c p1 p2"), mask)
+
+    return predict
+
+
+class CannotBuild(Exception):
+    """No model of a package can be built for these weights, and so none can be compared."""
+
+
+def _their_config(model: Any, architecture: str | None) -> dict[str, Any]:
+    family = next((name for name in _FAMILIES if (architecture or "").startswith(name)), None)
+    if not hasattr(model, "encoder"):
+        return theirs_from_encoder(model, family)
+    if family is None:
+        raise ValueError("nothing tells the class of transformers")
+    return theirs_from_whole(model, family)
+
+
+def _base_of(tensors: Weights) -> dict[str, Tensor]:
+    """Select the weights of the base model that a model with a head has."""
     mark = "embeddings.patch_embeddings."
     prefix = next((name.partition(mark)[0] for name in tensors if mark in name), "")
-    base = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
-    settings = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _load_hf(cls: Any, settings: Any, tensors: Weights) -> Any:
+    from safetensors.torch import save_file
+
     with tempfile.TemporaryDirectory() as folder:  # their loader knows the names of version 4, too
         settings.save_pretrained(folder)
-        tensors = {name: tensor.clone().contiguous() for name, tensor in base.items()}
-        save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})
-        built, found = AutoModel.from_pretrained(folder, output_loading_info=True)
+        copies = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+        save_file(copies, f"{folder}/model.safetensors", metadata={"format": "pt"})
+        built, found = cls.from_pretrained(folder, output_loading_info=True)
     lacking = [name for name in found["missing_keys"] if not name.startswith("pooler.")]
     if lacking:
         raise ValueError(f"transformers' {type(built).__name__} lacks {lacking[0]!r} in them")
-    built = built.eval()
-    if arguments.get("mask_ratio") is not None:  # a ViTMAE hides nothing here
-        built.config.mask_ratio = 0.0
-        noise = torch.arange(float(math.prod(encoder.grid)))  # type: ignore[arg-type]
-        return lambda images: built(images, noise=noise.expand(len(images), -1)).last_hidden_state
-    return lambda images: built(images).last_hidden_state
+    return built.eval()
+
+
+def _outputs_of_vitmae(built: Any, grid: Grid, *, is_whole: bool) -> Outputs:
+    """Give a ViTMAE the noise that ranks visible patches first; its encoder alone hides nothing."""
+    num_tokens = math.prod(grid)
+
+    def outputs(images: Tensor, mask: Mask) -> Tensor:
+        hidden = mask.is_masked.flatten(1) * is_whole
+        built.config.mask_ratio = 1 - (float(num_tokens - int(hidden[0].sum())) + 0.5) / num_tokens
+        noise = hidden * num_tokens + torch.arange(float(num_tokens))
+        output = built(images, noise=noise)
+        return gather_masked(output.logits, mask) if is_whole else output.last_hidden_state
+
+    return outputs
 
 
 @torch.no_grad()
-def largest_difference(first: Encode, second: Encode, encoder: Any) -> float:
-    """Return the largest difference of two encoders' tokens on two fixed images of noise.
+def largest_difference(first: Outputs, second: Outputs, model: Any) -> float:
+    """Return the largest difference of two models' outputs on two fixed images of noise.
 
-    It is relative to the largest token.
+    It is relative to the largest output. Half of the patches are masked, if a mask matters.
     """
+    encoder = getattr(model, "encoder", model)
     channels = next(p.shape[1] for n, p in encoder.named_parameters() if n.endswith("proj.weight"))
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, channels, *encoder.image_size, generator=generator)
-    expected, found = first(images).double(), second(images).double()
+    mask = uniform(key([0, 1], seed=0), encoder.grid, 0.5)
+    expected, found = first(images, mask).double(), second(images, mask).double()
     if expected.shape != found.shape:
-        raise ValueError(f"their tokens have the shapes {[*expected.shape]} and {[*found.shape]}")
+        raise ValueError(f"their outputs have shapes {[*expected.shape]} and {[*found.shape]}")
     return float((found - expected).abs().max() / expected.abs().max())

@@ -69,6 +69,7 @@ TRANSLATIONS = {
         ),
         _encoder_of,
         left_out=_NOT_ENCODER,
+        table_per_block=True,
     ),
     "cae_probe": Translation(
         (

@@ -24,6 +24,8 @@ def _parser() -> Parser:
     parser.add_argument("--to", required=True, dest="to_format", metavar="T", help="one of these")
     parser.add_argument("--heads", type=int, help="attention heads, where nothing tells them")
     parser.add_argument("--image-size", type=int, nargs="+", help="pixels per axis, if no square")
+    parser.add_argument("--mean", type=float, nargs="+", help="hf: of its image processor")
+    parser.add_argument("--std", type=float, nargs="+", help="the same")
     parser.add_argument("--receipt", type=Path, help="also write the receipt, as JSON")
     return parser
 

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from mimkit._arguments import Size, checked
 from mimkit._state_dicts import unwrap
 from mimkit.interop._built import (
-    Encode,
-    encode_hf,
-    encode_ours,
-    encode_timm,
-    encoder_from,
+    CannotBuild,
+    Outputs,
     largest_difference,
+    model_from,
+    outputs_of,
+    outputs_of_hf,
+    outputs_of_timm,
 )
 from mimkit.interop._files import load_checkpoint
-from mimkit.interop._formats import ENCODERS, FORMATS, select
+from mimkit.interop._formats import FORMATS, select
 from mimkit.interop._hf import ARCHITECTURES, to_hf
 from mimkit.interop._hf_config import theirs_from_encoder
 from mimkit.interop._hf_folder import CONFIG, WEIGHTS, check_new_folder, save_hf
@@ -116,6 +117,8 @@ def convert_file(
     to_format: str,
     heads: Size | None = None,
     image_size: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Receipt:
     """Convert a file of weights from one project's names to another's.
 
@@ -133,6 +136,8 @@ def convert_file(
         heads: Attention heads, which weights do not tell. "hf" needs them where no configuration
             does; a comparison takes 64 channels to a head instead.
         image_size: Pixels per axis, where the positions do not form a square.
+        mean: For "hf", what its image processor normalises by, as in `save_hf`.
+        std: The same.
 
     Returns:
         What was dropped and added, digests, and the largest difference of the outputs of both
@@ -146,7 +151,8 @@ def convert_file(
         pickle.UnpicklingError: If reading the source could run code.
         TypeError: If the source holds no dictionary of tensors.
         ValueError: If a format is unknown, the source is not of its format, the target cannot hold
-            these weights, or `out` has another suffix. Nothing is written then.
+            these weights, `mean` or `std` do not fit, or `out` has another suffix. Nothing is
+            written then.
 
     Source:
         mimkit's own.
@@ -165,6 +171,8 @@ def convert_file(
     for name, value in (("from_format", from_format), ("to_format", to_format)):
         if value not in FORMATS:
             raise ValueError(f"{name} must be one of {sorted(FORMATS)}; got {value!r}")
+    if to_format != "hf" and (mean is not None or std is not None):
+        raise ValueError(f'mean and std are for to_format="hf"; got {to_format!r}')
     out = Path(out)
     _check_out(out, to_format)
     path, tensors, config = _read(Path(source), from_format)
@@ -183,29 +191,35 @@ def convert_file(
             f"{path} was trained in a detector with attention windows of {config['window']} tokens,"
             f" which weights of {to_format} do not have"
         )
-    encoder, problem = None, f"mimkit builds encoders here, no {model}"
-    if model in ENCODERS.values():
-        try:
-            encoder, problem = encoder_from(model, ours, known), ""
-        except ValueError as error:
-            problem = str(error)
+    built, compared = None, ""
+    try:
+        built = model_from(model, ours, known)
+    except ValueError as error:
+        compared = str(error)
     if to_format == "hf":
-        result, model = _to_folder(ours, encoder, problem, known)
+        result, architecture = _to_folder(ours, built, compared, known)
     else:
-        result = FORMATS[to_format].to_theirs(ours)
-    difference, compared = None, problem
-    if encoder is not None:
-        difference, compared = _compare(from_format, to_format, tensors, result, encoder, config)
-    different = not_equal(to_format, ours, result, known)
-    digest = _write(out, to_format, result, encoder)
+        result, architecture = FORMATS[to_format].to_theirs(ours), to_format
+    back = _to_ours(to_format, result, {}, known)
+    difference = None
+    if built is not None:
+        first = _Side(from_format, tensors, None if "model" in config else config)
+        second = _Side(architecture, result, None)
+        difference, compared = _compare(first, second, model, built, back, known)
+    different = not_equal(ours, result, back)
+    if to_format == "hf":
+        assert built is not None
+        save_hf(built, out, mean=mean, std=std)
+    else:
+        _write(out, result)
     return Receipt(
         source=str(path),
         source_sha256=_sha256(path),
         out=str(out),
-        out_sha256=digest,
+        out_sha256=_sha256(out / WEIGHTS if to_format == "hf" else out),
         from_format=from_format,
         to_format=to_format,
-        model=model,
+        model=architecture if to_format == "hf" else model,
         num_tensors=len(result),
         dropped=tuple(sorted({*ours.dropped, *result.dropped})),
         added=tuple(sorted({*ours.filled, *result.filled})),
@@ -237,7 +251,7 @@ def _read(source: Path, from_format: str) -> tuple[Path, Mapping[str, Tensor], d
     tensors = {name: value for name, value in contents.items() if isinstance(value, Tensor)}
     if from_format == "mimkit":
         return path, tensors, _read_run(path.with_name(_RUN))
-    is_theirs = _package_of(from_format) == "transformers"
+    is_theirs = _Side(from_format, tensors, None).package == "transformers"
     return path, tensors, _read_config(path.with_name(CONFIG)) if is_theirs else {}
 
 
@@ -303,56 +317,67 @@ def _to_folder(
     return to_hf(encoder, architecture, settings), architecture
 
 
+@dataclass(frozen=True)
+class _Side:
+    """One side of a comparison: names, weights under them, and what a file says of their class."""
+
+    names: str
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any] | None
+
+    @property
+    def package(self) -> str:
+        """The package whose class computes with these names."""
+        if self.names == "timm":
+            return "timm"
+        is_theirs = self.names == "hf" or self.names in ARCHITECTURES
+        return "transformers" if is_theirs else "mimkit"
+
+    def outputs(self, model: nn.Module) -> Outputs:
+        """Build the class, or take mimkit's."""
+        if self.package == "timm":
+            return outputs_of_timm(model, self.tensors)
+        if self.package == "transformers":
+            named = None if self.names == "hf" else self.names
+            return outputs_of_hf(model, self.tensors, named, self.config or None)
+        return outputs_of(model)
+
+
 def _compare(
-    from_format: str,
-    to_format: str,
-    tensors: Mapping[str, Tensor],
-    result: Mapping[str, Tensor],
-    encoder: nn.Module,
-    config: Mapping[str, Any],
+    first: _Side,
+    second: _Side,
+    kind: str,
+    built: nn.Module,
+    back: Converted,
+    known: Mapping[str, Any],
 ) -> tuple[float | None, str]:
-    """Compare the tokens of both sides: of their packages where they are, else of mimkit's class.
+    """Compare the outputs of both sides, and say which they are, or why they were not compared.
+
+    The authors' names compute in mimkit's class: on the second side, with the weights that come
+    back from the result.
 
     Raises:
         ValueError: If the target's class does not load the result.
     """
-    settings = None if "model" in config or not config else config
     try:
-        first = _side(from_format, tensors, encoder, settings)
-    except (ModuleNotFoundError, ValueError) as error:
-        return None, str(error)
+        outputs = first.outputs(built)
+    except (CannotBuild, ModuleNotFoundError, ValueError) as error:
+        return None, f"{first.package}: {error}"
     try:
-        second = _side(to_format, result, encoder, None)
-    except ModuleNotFoundError as error:
-        return None, str(error)
-    if first is None and second is None:
-        return None, "neither side is a class of timm or transformers"
-    names = (_package_of(from_format) or "mimkit", _package_of(to_format) or "mimkit")
-    ours = encode_ours(encoder)
-    return largest_difference(first or ours, second or ours, encoder), " and ".join(names)
+        theirs = built if second.package != "mimkit" else model_from(kind, back, known)
+    except ValueError as error:
+        return None, f"the result alone is no whole {kind}: {error}"
+    try:
+        found = second.outputs(theirs)
+    except (CannotBuild, ModuleNotFoundError) as error:
+        return None, f"{second.package}: {error}"
+    again = ", converted back" if second.package == "mimkit" else ""
+    names = f"{first.package} and {second.package}{again}"
+    return largest_difference(outputs, found, built), names
 
 
-def _package_of(name: str) -> str | None:
-    """Return the package whose classes have a format's names, if it can be installed."""
-    if name == "timm":
-        return "timm"
-    return "transformers" if name == "hf" or name in ARCHITECTURES else None
-
-
-def _side(
-    name: str, tensors: Mapping[str, Tensor], encoder: nn.Module, config: Mapping[str, Any] | None
-) -> Encode | None:
-    package = _package_of(name)
-    if package == "timm":
-        return encode_timm(encoder, tensors)
-    return encode_hf(encoder, tensors, config) if package else None
-
-
-def not_equal(
-    to_format: str, ours: Converted, result: Converted, known: Mapping[str, Any]
-) -> tuple[str, ...]:
-    """Convert the result back, and return the names whose tensors differ."""
-    back = _to_ours(to_format, result, {}, known)
+def not_equal(ours: Converted, result: Converted, back: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return the names whose tensors differ when the result has been converted back."""
     wanted = _with_key_bias({n: t for n, t in ours.items() if n not in result.dropped}, back)
     return tuple(
         sorted(n for n, t in wanted.items() if n not in back or not torch.equal(back[n], t))
@@ -369,11 +394,7 @@ def _with_key_bias(tensors: dict[str, Tensor], back: Mapping[str, Tensor]) -> di
     return tensors
 
 
-def _write(out: Path, to_format: str, result: Converted, encoder: nn.Module | None) -> str:
-    if to_format == "hf":
-        assert encoder is not None
-        save_hf(encoder, out)
-        return _sha256(out / WEIGHTS)
+def _write(out: Path, result: Converted) -> None:
     partial = out.with_name(f"{out.name}.partial")
     # Tensors may share memory, which the format of safetensors does not have.
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in result.items()}
@@ -382,11 +403,9 @@ def _write(out: Path, to_format: str, result: Converted, encoder: nn.Module | No
             torch.save({"model": tensors}, partial)
         else:
             _save_safetensors(tensors, partial)
-        digest = _sha256(partial)
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
-    return digest
 
 
 def _save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:

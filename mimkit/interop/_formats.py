@@ -21,7 +21,6 @@ ENCODERS = {
     "ConvMAE": "ConvViT",
 }
 _CLASSES = (*ENCODERS, "ViT", "SwinTransformer", "ConvViT", "ConvViTDetector", "AttentiveProbe")
-_TABLE_PER_BLOCK = {"timm", "simmim_vit_finetune", "cae_vit"}  # none is shared by all blocks
 # What only the names of a class hold, the special ones first.
 _MARKS = {
     "CAE": ("regressor.",),
@@ -125,7 +124,7 @@ def select(ours: Converted, wanted: str) -> tuple[str, Converted]:
     """
     model, models = model_of(ours), FORMATS[wanted].models
     if model in models:
-        return model, _with_own_tables(ours) if wanted in _TABLE_PER_BLOCK else ours
+        return model, ours
     if ENCODERS.get(model) not in models:
         raise ValueError(f"these weights are of a {model}, and {wanted} holds a {models[0]}")
     prefix = "encoder."
@@ -134,19 +133,3 @@ def select(ours: Converted, wanted: str) -> tuple[str, Converted]:
     dropped = (*ours.dropped, *outside)
     encoder = Converted(inside, dropped, filled=ours.filled, config=ours.config)
     return select(encoder, wanted)
-
-
-def _with_own_tables(ours: Converted) -> Converted:
-    """Copy a table of relative positions that all blocks share to every block."""
-    blocks = {name.split(".")[1] for name in ours if name.startswith("blocks.")}
-    names = [f"rel_pos_bias.{block}.table" for block in sorted(blocks, key=int)]
-    shared = ours.get("rel_pos_bias.0.table")
-    if shared is None or "rel_pos_bias.1.table" in ours:
-        return ours
-    added = tuple(name for name in names if name not in ours)
-    return Converted(
-        {**ours, **dict.fromkeys(names, shared)},
-        ours.dropped,
-        filled=(*ours.filled, *added),
-        config=ours.config,
-    )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mimkit._state_dicts import unwrap
-from mimkit.interop._hf_config import ours_from_config
+from mimkit.interop._hf_config import CLASSES, ours_from_config
 from mimkit.interop._recognize import register_taker, select_known
 from mimkit.interop._rules import (
     Converted,
@@ -121,24 +121,15 @@ _FAMILIES = {
         head=None,
     ),
 }
-_CLASSES = {
-    "vit": "ViT",
-    "vit_mae": "ViTMAE",
-    "swin": "Swin",
-    "beit": "Beit",
-    "data2vec-vision": "Data2VecVision",
-    "dinov2": "Dinov2",
-    "dinov2_with_registers": "Dinov2WithRegisters",
-}
 ARCHITECTURES: dict[str, tuple[str, _Task]] = {
-    **{f"{name}Model": (family, "bare") for family, name in _CLASSES.items()},
+    **{f"{name}Model": (family, "bare") for family, name in CLASSES.items()},
     **{
         f"{name}ForImageClassification": (family, "encoder")
-        for family, name in _CLASSES.items()
+        for family, name in CLASSES.items()
         if family != "vit_mae"
     },
     **{
-        f"{_CLASSES[family]}ForMaskedImageModeling": (family, "simmim")
+        f"{CLASSES[family]}ForMaskedImageModeling": (family, "simmim")
         for family in ("vit", "swin", "beit")
     },
     "ViTMAEForPreTraining": ("vit_mae", "mae"),

@@ -16,6 +16,17 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 _THEIR_ACTIVATIONS = {"none": "gelu", "tanh": "gelu_pytorch_tanh"}
+# Their `model_type` -> how the names of its classes start.
+CLASSES = {
+    "vit": "ViT",
+    "vit_mae": "ViTMAE",
+    "swin": "Swin",
+    "beit": "Beit",
+    "data2vec-vision": "Data2VecVision",
+    "dinov2": "Dinov2",
+    "dinov2_with_registers": "Dinov2WithRegisters",
+}
+_MODEL_TYPES = {name: model_type for model_type, name in CLASSES.items()}
 _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
@@ -168,8 +179,13 @@ def _refusal(name: str, value: Any, wanted: str) -> ValueError:
     return ValueError(f"{name} of the configuration must be {wanted}; got {value!r}")
 
 
-def theirs_from_encoder(encoder: nn.Module) -> dict[str, Any]:
+def theirs_from_encoder(encoder: nn.Module, family: str | None = None) -> dict[str, Any]:
     """Return the configuration of the model of theirs that computes what an encoder does.
+
+    Args:
+        encoder: A `nn.ViT` or `nn.SwinTransformer`.
+        family: Start of the name of their class, such as "Dinov2"; if `None`, that of the class
+            with the fewest parts that computes the same.
 
     Raises:
         TypeError: If it is neither a `nn.ViT` nor a `nn.SwinTransformer`.
@@ -178,7 +194,9 @@ def theirs_from_encoder(encoder: nn.Module) -> dict[str, Any]:
     if isinstance(encoder, SwinTransformer):
         family, config = "Swin", _theirs_from_swin(encoder)
     elif isinstance(encoder, ViT):
-        family, config = _theirs_from_vit(encoder)
+        family = family or _family_of(encoder)
+        _check_vit(encoder, family)
+        config = _theirs_from_vit(encoder, family)
     else:
         kind = type(encoder).__name__
         raise TypeError(f"Hugging Face has classes for ViT and SwinTransformer; got a {kind}")
@@ -197,17 +215,50 @@ def theirs_from_encoder(encoder: nn.Module) -> dict[str, Any]:
     }
 
 
-def _theirs_from_vit(encoder: ViT) -> tuple[str, dict[str, Any]]:
+def theirs_from_whole(model: Any, family: str) -> dict[str, Any]:
+    """Return the configuration of their pre-training model: a ViTMAE, or one of masked images.
+
+    Args:
+        model: An encoder with a decoder, or with a head alone.
+        family: Start of the name of their class.
+
+    Raises:
+        ValueError: If no model of theirs computes the same.
+    """
+    config = theirs_from_encoder(model.encoder, family)
+    if family == "ViTMAE":
+        block = model.decoder.blocks[0]
+        return config | {
+            "decoder_hidden_size": block.attn.proj.out_features,
+            "decoder_num_hidden_layers": len(model.decoder.blocks),
+            "decoder_num_attention_heads": block.attn.heads,
+            "decoder_intermediate_size": block.mlp.fc1.out_features,
+        }
+    stride = getattr(model.encoder, "stride", model.encoder.patch_embed.patch_size)
+    return config | {
+        "encoder_stride": _sides(stride),
+        "use_mask_token": True,
+        "use_mean_pooling": True,  # BEiT: the norm at the end is the head's
+        "vocab_size": model.head.predict.out_features,
+    }
+
+
+def _family_of(encoder: ViT) -> str:
     """Choose the class for a ViT: BEiT has most options, DINOv2 has registers, ViT has neither."""
     block: Any = encoder.blocks[0]
-    has_qv_bias = block.attn.q_bias is not None
+    if encoder.reg_token is not None:
+        return "Dinov2WithRegisters"
     has_pool_norm = not isinstance(encoder.fc_norm, nn.Identity)
+    has_parts = block.attn.q_bias is not None or block.gamma_1 is not None
+    has_parts = has_parts or has_pool_norm or len(encoder.rel_pos_bias) > 0
+    return "Beit" if has_parts or encoder.pos_embed is None else "ViT"
+
+
+def _theirs_from_vit(encoder: ViT, family: str) -> dict[str, Any]:
+    block: Any = encoder.blocks[0]
     num_tables, has_scale = len(encoder.rel_pos_bias), block.gamma_1 is not None
-    needs_beit = has_qv_bias or has_pool_norm or has_scale or num_tables
-    family = "Beit" if needs_beit or encoder.pos_embed is None else "ViT"
-    family = "Dinov2WithRegisters" if encoder.reg_token is not None else family
-    _check_vit(encoder, family)
     config = {
+        "model_type": _MODEL_TYPES[family],
         "hidden_size": encoder.dim,
         "num_hidden_layers": len(encoder.blocks),
         "num_attention_heads": block.attn.heads,
@@ -216,27 +267,24 @@ def _theirs_from_vit(encoder: ViT) -> tuple[str, dict[str, Any]]:
         "hidden_act": _THEIR_ACTIVATIONS[block.mlp.approximate],
         "qkv_bias": block.attn.qkv.bias is not None,
     }
-    if family == "Beit":
+    if family in ("Beit", "Data2VecVision"):
         config |= {
-            "model_type": "beit",
             "use_mask_token": False,
             "use_absolute_position_embeddings": encoder.pos_embed is not None,
             "use_relative_position_bias": num_tables > 1,
             "use_shared_relative_position_bias": num_tables == 1,
-            "use_mean_pooling": has_pool_norm,
+            "use_mean_pooling": not isinstance(encoder.fc_norm, nn.Identity),
             "layer_scale_init_value": 0.1 if has_scale else 0.0,
         }
-    elif family == "ViT":
-        config |= {"model_type": "vit"}
-    else:
+    elif family.startswith("Dinov2"):
         config |= {
-            "model_type": "dinov2_with_registers",
             "mlp_ratio": block.mlp.fc1.out_features // encoder.dim,
-            "num_register_tokens": encoder.num_prefix_tokens - 1,
             "use_swiglu_ffn": False,
             "layerscale_value": 1.0,
         }
-    return family, config
+        if family == "Dinov2WithRegisters":
+            config["num_register_tokens"] = encoder.num_prefix_tokens - 1
+    return config
 
 
 def _check_vit(encoder: ViT, family: str) -> None:
@@ -244,7 +292,7 @@ def _check_vit(encoder: ViT, family: str) -> None:
     block: Any = encoder.blocks[0]
     attention, pool = block.attn, encoder._pool
     has_pool_norm = not isinstance(encoder.fc_norm, nn.Identity)
-    is_beit, is_dino = family == "Beit", family.startswith("Dino")
+    is_beit, is_dino = family in ("Beit", "Data2VecVision"), family.startswith("Dino")
     problems = {
         "images that have not two axes": len(encoder.image_size) != 2,
         "attention windows": encoder.window is not None,
@@ -258,7 +306,7 @@ def _check_vit(encoder: ViT, family: str) -> None:
         "registers and a head": is_dino and encoder.num_classes > 0,
         "registers and an mlp_ratio that is no integer": is_dino
         and block.mlp.fc1.out_features % encoder.dim != 0,
-        f"positions and images that are not square, as a {family}": family != "ViT"
+        f"positions and images that are not square, as a {family}": not family.startswith("ViT")
         and (encoder.pos_embed is not None or len(encoder.rel_pos_bias) > 0)
         and len({*encoder.image_size}) > 1,
         f'pool="{pool}" and pool_norm={has_pool_norm}': (has_pool_norm or encoder.num_classes > 0)

@@ -25,7 +25,7 @@ class Converted(dict[str, Tensor]):
     Attributes:
         dropped: Names of the input that have no counterpart.
         filled: Names of the result that the input had not. They are zero (the weight of a norm and
-            layer scale: one).
+            layer scale: one), or copies of a table of relative positions that blocks share.
         config: What to build the model with that these weights are for, where it is known: the
             keyword arguments of its class.
 
@@ -81,12 +81,15 @@ class Translation:
             returns fine-tuning name -> name in the checkpoint. The identity for other checkpoints.
         left_out: Patterns of the authors' names that are known and dropped.
         ours_left_out: The same of mimkit's names.
+        table_per_block: Whether each of their blocks has a table of relative positions of its own,
+            so that one that all of ours share is copied to every block.
     """
 
     rules: tuple[Rule, ...]
     encoder_of: Callable[[Iterable[str]], Mapping[str, str]] = lambda names: {n: n for n in names}
     left_out: tuple[str, ...] = ()
     ours_left_out: tuple[str, ...] = ()
+    table_per_block: bool = False
 
     def to_ours(self, tensors: Mapping[str, Any]) -> Converted:
         """Convert the authors' tensors to mimkit's.
@@ -120,7 +123,8 @@ class Translation:
         swapped.sort(key=lambda entry: entry[1] == "{rest}")  # the catch-all pattern comes last
         converted: dict[str, Tensor] = {}
         dropped = []
-        for name, tensor in tensors.items():
+        copies = _copied_tables(tensors) if self.table_per_block else {}
+        for name, tensor in {**tensors, **copies}.items():
             found = [] if not isinstance(tensor, Tensor) else list(matches(name, swapped))
             if not found:
                 dropped.append(name)
@@ -136,7 +140,8 @@ class Translation:
                 for rule, new in found:
                     if rule.part is not None and new not in converted:
                         converted[new] = tensor.chunk(rule.part[1])[rule.part[0]]
-        return Converted(converted, tuple(dropped))
+        filled = (new for name in copies for _, new in matches(name, swapped))
+        return Converted(converted, tuple(dropped), filled=tuple(filled))
 
     def unknown(self, tensors: Mapping[str, Any], *, ours: bool = False) -> list[str]:
         """Return the names of the tensors that no rule knows; `ours` for mimkit's names."""
@@ -153,6 +158,15 @@ class Translation:
             for name, tensor in tensors.items()
             if isinstance(tensor, Tensor) and name not in known and not is_known(name)
         ]
+
+
+def _copied_tables(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return copies of a table that all blocks share, one for each block after the first."""
+    blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")} - {"0"}
+    shared = tensors.get("rel_pos_bias.0.table")
+    if shared is None or "rel_pos_bias.1.table" in tensors:
+        return {}
+    return {f"rel_pos_bias.{block}.table": shared for block in sorted(blocks, key=int)}
 
 
 def _join(name: str, sources: Sequence[str | None], tensors: Mapping[str, Tensor]) -> Tensor:

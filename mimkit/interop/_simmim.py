@@ -70,6 +70,7 @@ TRANSLATIONS = {
         ),
         _encoder_of,
         left_out=(*_NOT_ENCODER, f"encoder.{_SHARED_TABLE}"),
+        table_per_block=True,
     ),
     "simmim_swin_finetune": Translation(
         (*_CONSTANTS, *_SWIN, *same("head.{rest}")), _encoder_of, left_out=_NOT_ENCODER

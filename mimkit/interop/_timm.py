@@ -18,7 +18,7 @@ from mimkit._grids import Grid, as_sizes
 from mimkit._state_dicts import unwrap
 from mimkit.interop._convert import from_official, to_official
 from mimkit.interop._recognize import register_taker, select_known
-from mimkit.interop._rules import VIT, Converted, Translation, renames, same, state_of
+from mimkit.interop._rules import VIT, Converted, Rule, Translation, renames, same, state_of
 from mimkit.interop._timm_blocks import blocks_of
 from mimkit.masking import Mask, RaggedMask
 from mimkit.patches import gather_visible, grid_of, interpolate_positions, restore
@@ -28,14 +28,20 @@ _VIT = Translation(
         *renames(("blocks.{i}.ls1.gamma", "blocks.{i}.gamma_1")),
         *renames(("blocks.{i}.ls2.gamma", "blocks.{i}.gamma_2")),
         *renames(("blocks.{i}.attn.relative_position_bias_table", "rel_pos_bias.{i}.table")),
+        *renames(("rel_pos_bias.relative_position_bias_table", "rel_pos_bias.0.table")),
         *VIT,
         *same("reg_token", "fc_norm.{rest}", "head.{rest}"),
     ),
     left_out=("{rest}.relative_position_index",),
+    table_per_block=True,
 )
 Model = Literal["vit", "swin"]
-# timm's BEiT has layer scale under mimkit's names.
-_BEIT = replace(_VIT, rules=_VIT.rules[2:])
+# timm's BEiT has layer scale under mimkit's names, and no bias of keys, which softmax cancels.
+_QV_BIAS = (
+    Rule("blocks.{i}.attn.q_bias", "blocks.{i}.attn.qkv.bias", part=(0, 3)),
+    Rule("blocks.{i}.attn.v_bias", "blocks.{i}.attn.qkv.bias", part=(2, 3)),
+)
+_BEIT = replace(_VIT, rules=(*_QV_BIAS, *_VIT.rules[2:]))
 _MERGING = re.compile(r"layers\.(\d+)\.downsample\.")
 
 
@@ -51,6 +57,8 @@ def to_timm(state_dict: nn.Module | Mapping[str, Any], *, model: Model | None = 
         The converted tensors; `.dropped` lists the names that have no counterpart. With registers
         they load into a model with `no_embed_class=True`; if the class token has a position that is
         not zero, into one with `no_embed_class=False`, where the registers' positions are zero.
+        With relative positions they load into timm's `Beit` with `use_rel_pos_bias=True`: a table
+        that all blocks share is copied to every block, and `.filled` lists the copies.
 
     Raises:
         ValueError: If `model` is unknown, or less than nine tenths of the tensors are known.

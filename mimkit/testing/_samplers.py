@@ -1,4 +1,4 @@
-"""Property test of random mask samplers."""
+"""Property test of mask samplers."""
 
 import math
 import random
@@ -10,12 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from mimkit._grids import Grid, as_sizes, count_tokens
-from mimkit.masking import Key, Mask, key
+from mimkit.masking import Key, Mask, RaggedMask, key
 from mimkit.masking import num_masked as count_masked
 
-Sampler = Callable[[Key, Grid, float], Mask]
+# Called as `sampler(key, grid, ratio)`, or without a ratio as `sampler(key, grid)`.
+Sampler = Callable[..., Mask | RaggedMask]
+Drawn = Bool[Tensor, "batch *grid"]  # True where masked
 
 _BATCH = 64
 # Several single samples: one alone may happen to get the same mask as in the batch.
@@ -29,22 +33,24 @@ _MAX_LINES = 1_000_000  # Python lines run by one call; a vectorized sampler run
 def assert_sampler_conforms(
     sampler: Sampler,
     grid: Sequence[int],
-    ratio: float,
+    ratio: float | None = None,
     *,
     num_masked: int | None = None,
     least: float = 0.1,
+    fixed: Bool[Tensor, "*grid"] | None = None,
 ) -> None:
-    """Check the properties that every random sampler must have.
+    """Check the properties that every sampler must have.
 
     Sampling ends. Masks are valid and have the requested count. They are a pure function of (seed,
     epoch, sample id): independent of batch size, batch order and global random generators. Other
     seeds, epochs and sample ids give other masks. Every position is masked in some masks and
-    visible in others.
+    visible in others, but for those that are `fixed`, which are the same in all masks.
 
     Args:
-        sampler: Called as `sampler(key, grid, ratio)`; returns a `Mask`.
+        sampler: Called as `sampler(key, grid, ratio)`, without a ratio as `sampler(key, grid)`;
+            returns a `Mask`, or a `RaggedMask` where counts may differ.
         grid: Tokens per axis.
-        ratio: Fraction to mask, in (0, 1).
+        ratio: Fraction to mask, in (0, 1); `None` for a sampler that draws the count itself.
         num_masked: Expected number of masked tokens, if it is not `masking.num_masked` of the
             ratio, as for a sampler of larger units.
         least: Smallest allowed rate at which a position is masked, and visible, as a fraction of
@@ -52,10 +58,12 @@ def assert_sampler_conforms(
             `blockwise` is at high ratios. A smaller value draws more masks, up to 33 million
             tokens; beyond that, only a whole row, column, ... that is never masked (or never
             visible) is reported.
+        fixed: Which positions are the same in all masks by design: all of `prefix`, the first and
+            the last of `random_prefix`. None if `None`.
 
     Raises:
         AssertionError: At the first property that fails, with expected and actual values.
-        ValueError: If `least` is not in (0, 1].
+        ValueError: If `least` is not in (0, 1], or `fixed` does not have the grid's shape.
 
     Source:
         mimkit's own, after faults of published samplers: a last row and column that are never
@@ -72,19 +80,23 @@ def assert_sampler_conforms(
     grid = as_sizes("grid", grid)
     if not 0 < least <= 1:
         raise ValueError(f"least must be a fraction in (0, 1]; got {least}")
+    free = torch.ones(grid, dtype=torch.bool) if fixed is None else ~fixed
+    if free.shape != grid:
+        raise ValueError(f"fixed must have the shape of the grid {grid}; got {tuple(free.shape)}")
     ids = torch.arange(_BATCH) * 7919 + 2**40
     with _bounded(grid):
         drawn = _draw(sampler, key(ids, seed=1), grid, ratio)
     _check_count(drawn, grid, ratio, num_masked)
     _check_purity(sampler, drawn, ids, grid, ratio)
     _check_batching(sampler, drawn, ids, grid, ratio)
-    _check_variety(sampler, drawn, ids, grid, ratio)
-    _check_support(sampler, grid, ratio, drawn, least)
+    if free.any():
+        _check_variety(sampler, drawn, ids, grid, ratio)
+    _check_support(sampler, grid, ratio, drawn, least, free)
 
 
-def _draw(sampler: Sampler, k: Key, grid: Grid, ratio: float) -> Mask:
+def _draw(sampler: Sampler, k: Key, grid: Grid, ratio: float | None) -> Drawn:
     try:
-        mask = sampler(k, grid, ratio)
+        mask = sampler(k, grid) if ratio is None else sampler(k, grid, ratio)
     except AssertionError:
         raise
     except Exception as error:
@@ -92,15 +104,16 @@ def _draw(sampler: Sampler, k: Key, grid: Grid, ratio: float) -> Mask:
             f"expected masks of grid {grid} at ratio {ratio}; the sampler raised "
             f"{type(error).__name__}: {error}"
         ) from error
-    if not isinstance(mask, Mask):
+    if not isinstance(mask, Mask | RaggedMask):
         raise AssertionError(f"expected a Mask; got {type(mask).__name__}")
-    if mask.grid != grid or mask.batch_size != k.batch_size:
+    grids = mask.grids if isinstance(mask, RaggedMask) else (mask.grid,) * mask.batch_size
+    if grids != (grid,) * k.batch_size:
         raise AssertionError(f"expected {k.batch_size} masks of grid {grid}; got {mask}")
     try:
         mask.validate()
     except ValueError as error:
         raise AssertionError(f"expected valid masks: {error}") from error
-    return mask
+    return mask.is_masked if isinstance(mask, Mask) else torch.stack(mask.is_masked)
 
 
 @contextmanager
@@ -126,22 +139,26 @@ def _bounded(grid: Grid) -> Iterator[None]:
         sys.settrace(before)
 
 
-def _check_count(drawn: Mask, grid: Grid, ratio: float, num_masked: int | None) -> None:
-    num_tokens = count_tokens(grid)
-    expected = count_masked(num_tokens, ratio) if num_masked is None else num_masked
-    if drawn.num_masked != expected:
-        raise AssertionError(
-            f"expected {expected} of {num_tokens} tokens masked at ratio {ratio}; "
-            f"got {drawn.num_masked}"
-        )
+def _check_count(drawn: Drawn, grid: Grid, ratio: float | None, num_masked: int | None) -> None:
+    num_tokens, expected = count_tokens(grid), num_masked
+    if expected is None:
+        if ratio is None:
+            return
+        expected = count_masked(num_tokens, ratio)
+    for count in drawn.flatten(1).sum(dim=1).tolist():
+        if count != expected:
+            at = "" if ratio is None else f" at ratio {ratio}"
+            raise AssertionError(
+                f"expected {expected} of {num_tokens} tokens masked{at}; got {count}"
+            )
 
 
 def _check_purity(
-    sampler: Sampler, drawn: Mask, ids: torch.Tensor, grid: Grid, ratio: float
+    sampler: Sampler, drawn: Drawn, ids: Tensor, grid: Grid, ratio: float | None
 ) -> None:
     before = _global_states()
     again = _draw(sampler, key(ids, seed=1), grid, ratio)
-    if not again.equal(drawn):
+    if not torch.equal(again, drawn):
         raise AssertionError(
             f"expected equal masks from equal keys; got different ones: "
             f"{_first_difference(again, drawn, ids)}"
@@ -157,7 +174,7 @@ def _check_purity(
 
 
 def _check_batching(
-    sampler: Sampler, drawn: Mask, ids: torch.Tensor, grid: Grid, ratio: float
+    sampler: Sampler, drawn: Drawn, ids: Tensor, grid: Grid, ratio: float | None
 ) -> None:
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
     permuted = _draw(sampler, key(ids[order], seed=1), grid, ratio)
@@ -166,26 +183,30 @@ def _check_batching(
         part = _draw(sampler, key(ids[rows], seed=1), grid, ratio)
         cases.append(("size", ids[rows], part, drawn[rows]))
     for name, of, actual, expected in cases:
-        if not actual.equal(expected):
+        if not torch.equal(actual, expected):
             raise AssertionError(
                 f"expected masks that do not depend on the batch's {name}; in a batch of {len(of)} "
                 f"of {len(ids)} samples, {_first_difference(actual, expected, of)}"
             )
 
 
-def _first_difference(actual: Mask, expected: Mask, ids: torch.Tensor) -> str:
+def _first_difference(actual: Drawn, expected: Drawn, ids: Tensor) -> str:
     """Describe the first sample whose masks differ."""
-    differs = (actual.is_masked != expected.is_masked).flatten(1).any(dim=1)
-    row = int(differs.nonzero()[0])
+    row = int((actual != expected).flatten(1).any(dim=1).nonzero()[0])
     both = [
-        f"{mask.num_masked} positions, {mask.masked_ids[row, :_SHOWN].tolist()} ..."
-        for mask in (expected, actual)
+        f"{len(masked)} positions, {masked[:_SHOWN]} ..."
+        for masked in (_masked_ids(expected[row]), _masked_ids(actual[row]))
     ]
     return f"sample id {int(ids[row])} masks {both[0]} the first time, then {both[1]}"
 
 
+def _masked_ids(is_masked: Bool[Tensor, "*grid"]) -> list[int]:
+    ids: list[int] = is_masked.flatten().nonzero().flatten().tolist()
+    return ids
+
+
 def _check_variety(
-    sampler: Sampler, drawn: Mask, ids: torch.Tensor, grid: Grid, ratio: float
+    sampler: Sampler, drawn: Drawn, ids: Tensor, grid: Grid, ratio: float | None
 ) -> None:
     others = {
         "seeds": key(ids, seed=2),
@@ -193,29 +214,44 @@ def _check_variety(
         "sample ids": key(ids + 1, seed=1),
     }
     for name, other in others.items():
-        if _draw(sampler, other, grid, ratio).equal(drawn):
-            first = drawn.masked_ids[0, :_SHOWN].tolist()
+        if torch.equal(_draw(sampler, other, grid, ratio), drawn):
+            first = _masked_ids(drawn[0])[:_SHOWN]
             raise AssertionError(
                 f"expected other masks for other {name}; all {_BATCH} are equal: the masked ids "
                 f"of sample ids {int(ids[0])} and {int(other.sample_ids[0])} both start {first}"
             )
 
 
-def _check_support(sampler: Sampler, grid: Grid, ratio: float, drawn: Mask, least: float) -> None:
-    """Check that every position is masked and visible in some of many masks.
+def _check_support(
+    sampler: Sampler,
+    grid: Grid,
+    ratio: float | None,
+    drawn: Drawn,
+    least: float,
+    free: Bool[Tensor, "*grid"],
+) -> None:
+    """Check that every free position is masked and visible in some of many masks, no other is both.
 
     Enough masks are drawn that a position at the smallest allowed rate is missed with a probability
     below 1e-9.
     """
-    if not (drawn.num_masked and drawn.num_visible):
+    share = float(drawn.double().mean())
+    rate = min(share, 1 - share) * least
+    if not rate:
         return
-    rate = min(drawn.num_masked, drawn.num_visible) / drawn.num_tokens * least
-    enough = math.ceil(math.log(drawn.num_tokens / 1e-9) / rate)
-    num_draws = max(min(enough, _MAX_DRAWN_TOKENS // drawn.num_tokens), _BATCH)
+    enough = math.ceil(math.log(free.numel() / 1e-9) / rate)
+    num_draws = max(min(enough, _MAX_DRAWN_TOKENS // free.numel()), _BATCH)
     counts = torch.zeros(grid, dtype=torch.int64)
     for ids in torch.arange(num_draws).split(1024):
-        counts += _draw(sampler, key(ids, seed=3), grid, ratio).is_masked.sum(dim=0)
+        counts += _draw(sampler, key(ids, seed=3), grid, ratio).sum(dim=0)
+    varies = ~free & (counts > 0) & (counts < num_draws)
+    if varies.any():
+        raise AssertionError(
+            f"expected fixed positions to be the same in all masks; in {num_draws} masks, position "
+            f"{tuple(varies.nonzero()[0].tolist())} is masked {int(counts[varies][0])} times"
+        )
     for name, missed in (("masked", counts == 0), ("visible", counts == num_draws)):
+        missed &= free
         lines = _missed_lines(missed, least_positions=enough / num_draws)
         first = tuple(missed.nonzero()[0].tolist()) if missed.any() else None
         if lines or (first and num_draws >= enough):
@@ -225,7 +261,7 @@ def _check_support(sampler: Sampler, grid: Grid, ratio: float, drawn: Mask, leas
             )
 
 
-def _missed_lines(missed: torch.Tensor, *, least_positions: float) -> list[str]:
+def _missed_lines(missed: Tensor, *, least_positions: float) -> list[str]:
     """List rows, columns, ... that were missed as a whole and are long enough to be significant."""
     return [
         f"index {index} of axis {axis}"

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mimkit.interop import from_hf, from_timm, to_hf, to_timm
+from mimkit.interop import from_hf, from_timm, to_hf, to_official, to_timm
 from mimkit.nn import ViT
 
 SIZES = {"image_size": (8, 16), "patch_size": 4, "dim": 8, "depth": 1, "heads": 2}
@@ -17,7 +17,7 @@ SIZES = {"image_size": (8, 16), "patch_size": 4, "dim": 8, "depth": 1, "heads": 
 def encoder(**options: object) -> ViT:
     """An encoder on a grid of 2 x 4 patches, with one class token 9: a square."""
     torch.manual_seed(0)
-    model = ViT(**SIZES, **options)
+    model = ViT(**SIZES | options)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
@@ -121,6 +121,17 @@ def test_only_the_missing_key_bias_of_a_beit_is_no_fault():
         from_hf(parts | biases, architecture="ViTModel")
     with pytest.raises(ValueError, match=r"'blocks.0.attn.qkv.weight' is 3 .* got \[25, 8\]"):
         to_hf({"blocks.0.attn.qkv.weight": torch.ones(25, 8)}, "ViTModel")
+
+
+@pytest.mark.parametrize("method", ["simmim_vit_finetune", "cae_vit"])
+def test_a_shared_table_goes_to_every_block_of_those_that_have_their_own(method):
+    shared = encoder(depth=3, relative_positions="shared", qkv_bias="qv").state_dict()
+    theirs = to_official(method, shared)
+    names = [f"blocks.{i}.attn.relative_position_bias_table" for i in range(3)]
+    assert list(theirs.filled) == names[1:]
+    assert all(torch.equal(theirs[name], shared["rel_pos_bias.0.table"]) for name in names)
+    only = {"rel_pos_bias.0.table": shared["rel_pos_bias.0.table"]}
+    assert list(to_official(method, only)) == names[:1]
 
 
 def test_a_vit_with_attention_windows_is_refused():

@@ -1,6 +1,7 @@
 """Masks of everything except one block (CAPI), and of everything after a prefix (AIM)."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -40,6 +41,45 @@ def test_counts_are_exact_on_every_grid(roll, key, grid, data):
 @pytest.mark.parametrize("grid", [(12,), (5, 7)])
 def test_visible_block_conforms(grid):
     assert_sampler_conforms(masking.visible_block, grid, 0.7)
+
+
+@pytest.mark.untyped
+def test_a_visible_block_inside_of_the_grid_conforms():
+    inside = partial(masking.visible_block, roll=False)
+    assert_sampler_conforms(inside, (5, 7), 0.7, least=0.05)
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize(
+    "grid", [(3, 4), *(pytest.param(g, marks=pytest.mark.full) for g in [(12,), (2, 2, 3)])]
+)
+def test_prefixes_conform(grid):
+    same = torch.ones(grid, dtype=torch.bool)
+    assert_sampler_conforms(masking.prefix, grid, 0.7, fixed=same)
+    ends = torch.arange(math.prod(grid)).view(grid) % (math.prod(grid) - 1) == 0
+    assert_sampler_conforms(masking.random_prefix, grid, fixed=ends)
+
+
+@pytest.mark.untyped
+def test_prefixes_that_are_not_what_they_claim_are_caught():
+    nothing = torch.zeros(3, 4, dtype=torch.bool)
+    with pytest.raises(AssertionError, match="expected other masks for other seeds"):
+        assert_sampler_conforms(masking.prefix, (3, 4), 0.7, fixed=nothing)
+    with pytest.raises(AssertionError, match="masked in some masks; .* position \\(0, 0\\) never"):
+        assert_sampler_conforms(masking.random_prefix, (3, 4))
+    with pytest.raises(AssertionError, match="fixed positions .* position \\(0, 1\\) is masked"):
+        assert_sampler_conforms(masking.random_prefix, (3, 4), fixed=~nothing)
+    with pytest.raises(AssertionError, match="expected 6 of 12 tokens masked at ratio 0.5"):
+        assert_sampler_conforms(lambda k, grid, _: masking.random_prefix(k, grid), (3, 4), 0.5)
+    with pytest.raises(ValueError, match="shape of the grid"):
+        assert_sampler_conforms(masking.prefix, (4, 3), 0.7, fixed=nothing)
+
+    def of_the_longest(key, grid):
+        longest = max(masking.random_prefix(key, grid).num_visible)
+        return masking.random_prefix(key, grid, longest=longest)
+
+    with pytest.raises(AssertionError, match="batch's"):
+        assert_sampler_conforms(of_the_longest, (30,))
 
 
 @settings(max_examples=25)

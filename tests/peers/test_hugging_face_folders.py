@@ -1,16 +1,23 @@
 """Encoders saved for Hugging Face: `AutoModel` loads them offline and computes the same."""
 
+import json
+import subprocess
+import sys
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mimkit.interop import from_hf, save_hf
 from mimkit.nn import ConvStem, ConvViT, SwinTransformer, ViT
 from recipes import mae, simmim
+from recipes.engine.data.images import NORMALIZE, CenterCrops, model_inputs
 from recipes.engine.pretrain import build_model
 from recipes.engine.pretrained.encoders import (
     build_classifier,
@@ -218,6 +225,81 @@ def test_a_finished_run_is_exported(recipe, tmp_path):
     expected, found = theirs(images).last_hidden_state, encoder(images)
     scale = expected.abs().max()
     torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=2e-6)
+
+
+def photo(height: int, width: int) -> np.ndarray:
+    """A smooth picture with edges, of any size."""
+    rows, columns = np.mgrid[0:height, 0:width] / 40
+    waves = np.stack([np.sin(rows + 2 * columns), np.cos(3 * rows), np.sin(rows - columns)], -1)
+    picture = (127.5 * (1 + waves)).round().astype(np.uint8)
+    picture[height // 3 : height // 2, width // 3 : width // 2] = 255
+    return picture
+
+
+@pytest.mark.parametrize("shape", [(512, 512), (300, 451)])
+def test_the_image_processor_of_an_exported_run_does_what_its_evaluation_does(shape, tmp_path):
+    preset = {"image_size": 224, "patch_size": 32, "dim": 8, "depth": 1, "heads": 1}
+    config = config_for(mae.RECIPE)
+    config = replace(config, data="pictures", model=mae.MAEConfig(**preset))
+    with RunFolder(tmp_path / "run", config) as folder:
+        folder.write_weights("encoder.safetensors", build_model(mae.RECIPE, config).encoder)
+    assert export([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    processor = hf.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    pixels = photo(*shape)
+    found = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"]
+    expected = model_inputs(CenterCrops()(pixels, (224, 224))[None], NORMALIZE)
+    assert found.shape == expected.shape == (1, 3, 224, 224)
+    levels = (found - expected).abs() * torch.tensor(NORMALIZE.std).view(1, -1, 1, 1) * 255
+    if shape == (512, 512):  # no side is rounded: only the border, which ours does not look beyond
+        assert levels[:, :, 4:-4, 4:-4].max() <= 1.01
+    assert levels.mean() < 2  # of 255: a crop that is off by less than a pixel
+    off = model_inputs(CenterCrops()(np.roll(pixels, 8, axis=1), (224, 224))[None], NORMALIZE)
+    shifted = (found - off).abs() * torch.tensor(NORMALIZE.std).view(1, -1, 1, 1) * 255
+    assert shifted.mean() > 4  # what the tolerance would catch
+
+
+def test_an_export_of_a_run_on_photos_says_why_it_has_no_image_processor(tmp_path, capsys):
+    config = config_for(mae.RECIPE)
+    with RunFolder(tmp_path / "run", config) as folder:
+        folder.write_weights("encoder.safetensors", build_model(mae.RECIPE, config).encoder)
+    assert export([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "out" / "preprocessor_config.json").exists()
+    assert "no preprocessor_config.json" in capsys.readouterr().out
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize(
+    ("options", "mean", "std", "message"),
+    [
+        ({}, [0.5] * 3, None, "3 numbers each"),
+        ({}, [0.5], [0.5], "3 numbers each"),
+        ({}, [0.5] * 3, [0.5, 0, 0.5], "above 0"),
+        ({"image_size": (32, 16)}, [0.5] * 3, [0.5] * 3, "square"),
+    ],
+)
+def test_constants_that_do_not_fit_an_encoder_are_refused(options, mean, std, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        save_hf(ViT(**SIZES | options), tmp_path / "out", mean=mean, std=std)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["ViTMAEForPreTraining", "SwinModel"])
+def test_a_folder_of_theirs_is_fine_tuned_to_its_end(name, tmp_path):
+    options, _, _ = SAVED[name]
+    cls = getattr(hf, name)
+    torch.manual_seed(0)
+    cls(cls.config_class(**options)).save_pretrained(tmp_path / "theirs")
+    arguments = ["--encoder", tmp_path / "theirs", "--data", "photos", "--max-steps", 2]
+    arguments += ["--out", tmp_path / "run"]
+    command = [sys.executable, "recipes/finetune.py", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 2
+    assert 0 <= summary["accuracy"] <= 100
+    classifier = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in classifier.values())
 
 
 def test_a_pretraining_model_that_they_saved_converts_whole(tmp_path):

@@ -184,6 +184,46 @@ def test_timms_weights_give_the_same_output_in_mimkit(images):
     torch.testing.assert_close(ours.head(ours.pool(tokens)), model(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("relative", ["shared", "block"])
+@pytest.mark.parametrize("qkv_bias", ["qv", True, False])
+@pytest.mark.parametrize("pool_norm", [False, True])
+@torch.no_grad()
+def test_relative_positions_load_into_timms_beit_and_give_the_same(
+    relative, qkv_bias, pool_norm, images
+):
+    sizes = {"image_size": 16, "patch_size": 4, "dim": 12, "depth": 3, "heads": 3}
+    options = {"absolute_positions": False, "layer_scale": 0.1, "pool_norm": pool_norm}
+    ours = ViT(**sizes, **options, relative_positions=relative, qkv_bias=qkv_bias).eval()
+    plain.randomize(ours)
+    theirs = Beit(
+        **SIZES | {"depth": 3},
+        num_classes=0,
+        use_abs_pos_emb=False,
+        use_rel_pos_bias=True,
+        init_values=1.0,
+        qkv_bias=bool(qkv_bias),
+        global_pool="avg" if pool_norm else "token",
+    ).eval()
+    converted = to_timm(ours)
+    theirs.load_state_dict(converted)
+    copies = [f"blocks.{i}.attn.relative_position_bias_table" for i in (1, 2)]
+    assert list(converted.filled) == (copies if relative == "shared" else [])
+    expected, found = ours(images), theirs.forward_features(images)
+    scale = expected.abs().max()
+    torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=2e-6)
+
+
+@torch.no_grad()
+def test_a_table_that_timms_blocks_share_is_shared_by_ours(images):
+    theirs = Beit(**SIZES, use_abs_pos_emb=False, use_shared_rel_pos_bias=True, num_classes=0)
+    plain.randomize(theirs.eval())
+    sizes = {"image_size": 16, "patch_size": 4, "dim": 12, "depth": 2, "heads": 3}
+    options = {"absolute_positions": False, "relative_positions": "shared", "qkv_bias": "qv"}
+    ours = ViT(**sizes, **options, pool_norm=True, layer_scale=None).eval()
+    ours.load_state_dict(from_timm(theirs))
+    torch.testing.assert_close(ours(images), theirs.forward_features(images))
+
+
 def test_gradients_reach_the_wrapped_models_weights(images):
     model = timm_vit()
     mask = masking.uniform(masking.key([0, 1], seed=0), GRID, 0.6)

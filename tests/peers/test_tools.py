@@ -2,13 +2,19 @@
 
 import copy
 import io
+import os
 import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import accelerate.utils
 import peft
 import pytest
 import torch
+import torchao.quantization
 import torchinfo
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -142,3 +148,34 @@ def test_the_whole_model_compiles_into_one_graph() -> None:
     images, mask = inputs(model.encoder, 3, 0)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images, mask).loss, model(images, mask).loss)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@torch.no_grad()
+def test_weights_quantised_to_eight_bits_by_torchao_give_close_tokens(name: str) -> None:
+    encoder = build(name)
+    images, mask = inputs(encoder, 3, 0)
+    expected = encoder(images, mask), encoder(images)
+    torchao.quantization.quantize_(encoder, torchao.quantization.Int8WeightOnlyConfig())
+    kinds = {type(weight.data).__name__ for weight in encoder.parameters()}
+    assert "Int8Tensor" in kinds
+    for found, exact in zip((encoder(images, mask), encoder(images)), expected, strict=True):
+        difference = (found - exact).abs().max() / exact.abs().max()
+        assert 0 < difference < 0.02  # eight bits, of which the largest weight of a row has all
+
+
+def test_a_step_in_two_processes_under_fsdp2_is_the_plain_step_of_the_whole_batch() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(Path(__file__).with_name("sharded_step.py"))]
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ENCODERS:
+        # The processes share a pipe: a line may follow another without a break.
+        line = rf"(?<!conv){name}: (\d+) of \d+ tensors moved, rank [01] the same"
+        lines = re.findall(line, done.stdout)
+        assert len(lines) == 2
+        assert int(lines[0]) > 10
