@@ -68,8 +68,9 @@ MEASURED = {
 def private_imports(root: Path) -> set[tuple[str, str]]:
     """Find imports of a room's `_private` modules from outside of it: (importer, private module).
 
-    A room's own tests may import them (`tests/nn` those of `mimkit.nn`). Private modules directly
-    in `mimkit` (`mimkit._grids`) are shared by all rooms.
+    A room's own tests may import them (`tests/nn` those of `mimkit.nn`, `tests/peers` too those of
+    `mimkit.interop`). Private modules directly in `mimkit` (`mimkit._grids`) are shared by all
+    rooms.
     """
     found = set()
     for folder in ("mimkit", "kernels/mimkit_kernels", "recipes", "tests", "benchmarks"):
@@ -81,8 +82,9 @@ def private_imports(root: Path) -> set[tuple[str, str]]:
                 if depth is None or module[0] not in ("mimkit", "mimkit_kernels", "recipes"):
                     continue
                 room = module[:depth]
-                own_tests = ("tests", room[-1].removeprefix("mimkit_"))
-                if room != ("mimkit",) and room != importer[:depth] and own_tests != importer[:2]:
+                own = {("tests", room[-1].removeprefix("mimkit_")), room}
+                own |= {("tests", "peers")} if room == ("mimkit", "interop") else set()
+                if room != ("mimkit",) and not own & {importer[:2], importer[:depth]}:
                     found.add((".".join(importer), ".".join(module[: depth + 1])))
     return found
 

@@ -161,9 +161,10 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied")
         return scandir(path)
 
-    monkeypatch.setattr(listing.os, "scandir", refuse)
-    with pytest.raises(UserError, match="cannot list the folder .*dog: Permission denied"):
-        list_files(tmp_path, SUFFIXES, labelled=True)
+    with monkeypatch.context() as patched:  # pytest lists the folder, too, to remove it
+        patched.setattr(listing.os, "scandir", refuse)
+        with pytest.raises(UserError, match="cannot list the folder .*dog: Permission denied"):
+            list_files(tmp_path, SUFFIXES, labelled=True)
 
 
 def test_what_is_not_read_is_counted_and_named(tmp_path):

@@ -169,8 +169,8 @@ class CenterCrops:
 class NativeCrops:
     """Images in their own aspect ratios, each of as many patches as fit into a number of tokens.
 
-    Images of more pixels are scaled down, others keep their size. What is left over of the last
-    patch of an axis is cut off, and nothing is distorted.
+    Images of more pixels are scaled down, others keep their size but for a part of a patch: they
+    are scaled to the whole number of patches that cuts off least. Nothing is distorted.
 
     Attributes:
         most: Largest number of patches of an image.
@@ -222,7 +222,7 @@ def native_grid(sides: tuple[int, int], patch: tuple[int, int], most: int) -> tu
 
     Example:
         >>> native_grid((375, 500), (16, 16), 196), native_grid((60, 100), (16, 16), 196)
-        ((12, 16), (4, 6))
+        ((12, 16), (4, 7))
     """
     exact = [side / size for side, size in zip(sides, patch, strict=True)]
     scale = min(1.0, math.sqrt(most / math.prod(exact)))

@@ -37,7 +37,8 @@ def reconstruct(
         more: More arguments of the model.
     """
     patch_size = [size // n for size, n in zip(images.shape[2:], mask.grid, strict=True)]
-    if tuple(images.shape[2:]) == model.encoder.image_size:
+    size = tuple(images.shape[2:])
+    if getattr(getattr(model, "encoder", None), "image_size", size) == size:
         prediction = model(images, mask, **more).prediction.float()
     else:
         packed = model(images, RaggedMask.cat([mask]), **more).prediction.float()
