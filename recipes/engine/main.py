@@ -158,9 +158,7 @@ def check_sizes(recipe: Recipe, config: RunConfig) -> None:
     if config.training.native_size is None:
         return
     if not recipe.takes_any_size:
-        raise UserError(
-            f"{given}: {recipe.name} needs images of one size, omit it; recipes/mae.py takes it"
-        )
+        raise UserError(f"{given}: {recipe.name} needs images of one size, omit it; mae takes it")
     if config.compile:
         raise UserError(f"{given}: a compiled model needs images of one size, omit --compile")
     if getattr(config.masking, "views", 1) > 1:

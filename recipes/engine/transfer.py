@@ -219,7 +219,7 @@ def find_or_pretrain(transfer: Transfer, options: Any, world: World) -> str:
             say(f"note: {missing}: without --dry-run one is pre-trained", file=sys.stderr)
             return "none"
         if world.size > 1:
-            raise UserError(f"{missing}: start recipes/{recipe.name}.py first")
+            raise UserError(f"{missing}: run {recipe.name} first")
         say(f"note: {missing}: pre-training {recipe.name} first, some minutes", file=sys.stderr)
         pretrain(recipe, ["--device", options.device])
         found = newest_encoder(Path("runs"))

@@ -63,7 +63,7 @@ class TargetConfig:
 
     Attributes:
         tokenizer: With target "tokens", "patches" for k-means codes of normalised patches, fitted
-            on the first images; or a file: `tokenizer.safetensors` of `recipes/tokenizer.py`, or
+            on the first images; or a file: `tokenizer.safetensors` of `mimkit tokenizer`, or
             DALL-E's encoder.
         teacher: With target "features", the encoder that makes them: an encoder.safetensors with
             its config.yaml, or a checkpoint of the authors' MAE or CAE.
