@@ -67,7 +67,7 @@ def test_without_a_run_one_is_pretrained_and_taken(
     monkeypatch.setattr(transfer, "pretrain", pretrain)
     assert find(dry_run=True) == "none"
     assert not Path("runs").exists()
-    with pytest.raises(UserError, match="start recipes/convmae.py first"):
+    with pytest.raises(UserError, match="run convmae first"):
         find(size=2)
     assert find() == "runs/made"
     assert "pre-training convmae first" in capsys.readouterr().err
