@@ -11,8 +11,10 @@ import math
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -156,6 +158,33 @@ class Step:
     num_images: int
 
 
+class Started:
+    """Numbers of a step, copied to the host while the device goes on.
+
+    Args:
+        at: Position of the step.
+        lr: Its learning rate.
+        numbers: The other numbers by name, on the device.
+    """
+
+    def __init__(self, at: Moment, lr: float, numbers: Mapping[str, Tensor]) -> None:
+        self.at = at
+        self.lr = lr
+        self._names = tuple(numbers)
+        values = torch.stack(list(numbers.values()))
+        self._values = values.to("cpu", non_blocking=True)  # to pinned memory
+        self._copied = torch.cuda.Event() if values.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    @cached_property
+    def numbers(self) -> dict[str, float]:
+        """The numbers: the only synchronization with the device in a step."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return dict(zip(self._names, self._values.tolist(), strict=True))
+
+
 class Task(ABC):
     """A kind of training: the model, its optimizer and the loss of a batch.
 
@@ -179,6 +208,10 @@ class Task(ABC):
         self.model = model.train()
         self.spread = distribute(model, world, shard=shard)
         self.optimizer = self.make_optimizer()  # FSDP2 has replaced the parameters by now
+        # A GPU works on while the host reads the numbers of the step before. This needs an
+        # optimizer that leaves the weights alone by itself if a step is not finite.
+        is_fused = all(group.get("fused") for group in self.optimizer.param_groups)
+        self.defers = config.device == "cuda" and is_fused and not shard
         if config.compile:
             self.spread.compile(mode="reduce-overhead" if config.compile == "graphs" else None)
 
@@ -221,6 +254,14 @@ class Task(ABC):
         Raises:
             NonFiniteError: If the loss or gradient is not finite; the weights have not changed.
         """
+        started = self.start(batch, at)
+        return None if started is None else self.finish(started)
+
+    def start(self, batch: Batch, at: Moment) -> "Started | None":
+        """Run one training step, but leave its numbers on their way to the host if `defers`.
+
+        The arguments, and what is raised at once if not `defers`, are those of `step`.
+        """
         if self.world.size == 1 and len(batch.images) == 0:
             return None
         lr = self._set_lr(at)
@@ -229,17 +270,35 @@ class Task(ABC):
         torch.manual_seed(stream_seed(self.config.seed, at.step, self.world.rank))
         totals, num_images = self._backward(len(batch.images))
         norm = self._clip()
-        # The only synchronization with the device in a step.
-        fetched = torch.stack([num_images, norm, *totals.values()]).tolist()
-        numbers = dict(zip(["num_images", "grad_norm", *totals], fetched, strict=True))
-        self.stops = bool(numbers.pop("stop", False))
-        if not numbers["num_images"]:
+        started = Started(at, lr, {"num_images": num_images, "grad_norm": norm, **totals})
+        if self.defers:
+            # A fused optimizer changes nothing where this is 1.
+            is_good = totals["loss"].isfinite() & norm.isfinite() & (num_images > 0)
+            self.optimizer.found_inf = (~is_good).float()  # type: ignore[attr-defined]
+        elif self.finish(started) is None:
             return None
-        if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
-            raise NonFiniteError(at, numbers["loss"], numbers["grad_norm"])
         self.optimizer.step()
+        return started
+
+    def finish(self, started: "Started") -> Step | None:
+        """Return the numbers of a step; wait for the device if they are not there yet.
+
+        Returns:
+            None if no process had an image.
+
+        Raises:
+            NonFiniteError: If the loss or gradient is not finite. The step has changed no weight,
+                but later ones may have.
+        """
+        numbers = dict(started.numbers)
+        self.stops = bool(numbers.pop("stop", False))
         count = int(numbers.pop("num_images"))
-        return Step({"loss": numbers.pop("loss"), "lr": lr, **numbers}, count)
+        if count == 0:
+            return None
+        loss = numbers.pop("loss")
+        if not (math.isfinite(loss) and math.isfinite(numbers["grad_norm"])):
+            raise NonFiniteError(started.at, loss, numbers["grad_norm"])
+        return Step({"loss": loss, "lr": started.lr, **numbers}, count)
 
     def is_stopped(self) -> bool:
         """Whether a signal ends the training after this step, the same in every process."""
@@ -377,7 +436,6 @@ def _run_from(
     """Train from `first_step`; return the step to rewind to, or None at the end of the run."""
     task, plan, folder = log.task, log.plan, log.folder
     skipped = folder.read_skipped()
-    unreadable = set(task.world.agree(folder.read_unreadable()))
     folder.start_metrics(first_step=first_step)
     if options.non_finite == "rewind" and not task.world.agree(checkpoints.steps()):
         checkpoints.save(first_step, task.model, task.optimizer)
@@ -391,29 +449,59 @@ def _run_from(
         workers=options.workers,
         pin_memory=task.config.device == "cuda",
     )
-    done = first_step
-    for step, batch in enumerate(log.watch(loader, first_step), first_step):
-        batch = on_device(batch, train_set, task.config.device)
-        try:
-            result = None if step in skipped else task.step(batch, plan.moment(step))
-        except NonFiniteError as error:
-            checkpoints.finish()
-            return _rewind(error, task, folder, checkpoints, options)
-        if result is None or result.num_images < task.config.training.batch_size:
-            _note_unreadable(batch, unreadable, train_set, folder)
-        if step == first_step and task.config.compile == "graphs" and task.world.is_main:
-            _warn_of_left_out_graphs()
-        done = step + 1
-        log.add(done, batch, result)
-        if plan.saves(done):
-            checkpoints.save(done, task.model, task.optimizer)
-        if task.is_stopped():
-            break
+    try:
+        done = _run_batches(first_step, loader, log, train_set, checkpoints, skipped)
+    except NonFiniteError as error:
+        checkpoints.finish()
+        return _rewind(error, task, folder, checkpoints, options)
     if first_step < done < plan.num_steps and not plan.saves(done):
         checkpoints.save(done, task.model, task.optimizer)
     checkpoints.finish()
     _stop(done, plan, task.world)
     return None
+
+
+def _run_batches(
+    first_step: int,
+    loader: Iterable[Batch],
+    log: "_Log",
+    train_set: TrainSet,
+    checkpoints: Checkpoints,
+    skipped: Collection[int],
+) -> int:
+    """Train on the batches of a loader; return the number of steps done.
+
+    Raises:
+        NonFiniteError: If a step is not finite.
+    """
+    task, plan, folder = log.task, log.plan, log.folder
+    unreadable = set(task.world.agree(folder.read_unreadable()))
+
+    def record(done: int, has_images: bool, unreadable_ids: list[int], started: Any) -> None:
+        result = None if started is None else task.finish(started)
+        if result is None or result.num_images < task.config.training.batch_size:
+            _note_unreadable(unreadable_ids, unreadable, train_set, folder)
+        log.add(done, has_images, result)
+
+    done = first_step
+    unrecorded: deque[tuple[int, bool, list[int], Started | None]] = deque()
+    for step, batch in enumerate(log.watch(loader, first_step), first_step):
+        batch = on_device(batch, train_set, task.config.device)
+        started = None if step in skipped else task.start(batch, plan.moment(step))
+        if step == first_step and task.config.compile == "graphs" and task.world.is_main:
+            _warn_of_left_out_graphs()
+        done = step + 1
+        unrecorded.append((done, len(batch.images) > 0, batch.unreadable_ids, started))
+        is_due = not task.defers or plan.saves(done) or plan.logs(done)
+        while len(unrecorded) > (0 if is_due else 1):
+            record(*unrecorded.popleft())
+        if plan.saves(done):
+            checkpoints.save(done, task.model, task.optimizer)
+        if task.is_stopped():
+            break
+    for values in unrecorded:
+        record(*values)
+    return done
 
 
 def _warn_of_left_out_graphs() -> None:
@@ -439,14 +527,14 @@ def _stop(done: int, plan: Plan, world: World) -> None:
 
 
 def _note_unreadable(
-    batch: Batch, unreadable: set[int], train_set: TrainSet, folder: RunFolder
+    new: list[int], unreadable: set[int], train_set: TrainSet, folder: RunFolder
 ) -> None:
     """Record images that could not be read in any process, and stop if there are too many.
 
     All processes call this in the same steps: those in which some images are missing.
     """
-    folder.note_unreadable(batch.unreadable_ids)
-    unreadable.update(*folder.world.gather(batch.unreadable_ids))
+    folder.note_unreadable(new)
+    unreadable.update(*folder.world.gather(new))
     check_readable(train_set, unreadable)
 
 
@@ -554,14 +642,14 @@ class _Log:
                 self.bar.update()
                 self._expect(step + 1)
 
-    def add(self, done: int, batch: Batch, result: Step | None) -> None:
+    def add(self, done: int, has_images: bool, result: Step | None) -> None:
         """Count a step, and log a row if one is due.
 
         The last step always has a row: if it was skipped, with the numbers of the step before.
         """
         if result is not None:
             self.images += result.num_images
-            self.numbers, self.has_inputs = result.numbers, len(batch.images) > 0
+            self.numbers, self.has_inputs = result.numbers, has_images
         elif done < self.plan.num_steps:
             return
         if not self.plan.logs(done):

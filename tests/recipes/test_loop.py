@@ -1,9 +1,11 @@
 """The training loop of every recipe: logs, checkpoints, non-finite steps, synchronizations."""
 
+import copy
 import dataclasses
 import itertools
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from mimkit import masking
-from recipes import finetune, tokenizer, vit_mpp
+from recipes import finetune, signals, tokenizer, vit_mpp
 from recipes.cae import RECIPE as CAE
 from recipes.convmae import RECIPE as CONVMAE
 from recipes.engine import Recipe, Training, run
@@ -157,6 +159,115 @@ def test_a_gradient_that_is_not_finite_is_noticed_when_the_loss_is_finite() -> N
 
     with pytest.raises(Exception, match="the loss of step 1 is 0.0, the norm of its gradient nan"):
         Root(make_config()).step(Batch(torch.ones(4, 1), torch.arange(4), []), Moment(0, 0.0))
+
+
+class Deferring(Line):
+    """Reads the numbers of a step during the next one, as on a GPU."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        assert not self.defers  # on a CPU
+        self.defers = True
+        self.events: list[str] = []
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.model.parameters(), fused=True)
+
+    def forward(self, model: nn.Module, inputs: Tensor) -> Mapping[str, Tensor]:
+        self.events.append("forward")
+        return super().forward(model, inputs)
+
+    def finish(self, started: Any) -> Any:
+        self.events.append("finish")
+        return super().finish(started)
+
+
+class Waiting(Deferring):
+    """The same task and optimizer, but the host waits for each step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.defers = False
+
+
+def test_the_host_reads_a_step_during_the_next_one_unless_a_row_or_checkpoint_is_due(
+    tmp_path: Path,
+) -> None:
+    task = Deferring(make_config(max_steps=6))
+    train(tmp_path / "run", task, log_every=5, checkpoint_every=3)
+    ahead, at_once = ["forward"], ["forward", "finish"]
+    # Rows after steps 1, 5 and 6, checkpoints after 3 and 6.
+    assert task.events == [
+        *at_once, *ahead, *["forward", "finish", "finish"], *ahead,
+        *["forward", "finish", "finish"], *at_once,
+    ]  # fmt: skip
+
+
+def spoilt(task: Task, steps: set[int]) -> Task:
+    """Make some steps not finite, whenever they are drawn."""
+    prepare = task.prepare
+
+    def prepare_spoilt(batch: Batch, at: Moment) -> Tensor:
+        return prepare(batch, at) * (float("inf") if at.step in steps else 1.0)
+
+    task.prepare = prepare_spoilt  # type: ignore[method-assign]
+    return task
+
+
+@pytest.mark.parametrize("bad", [{0}, {3, 4}, {11}])
+def test_reading_a_step_late_changes_no_row_and_no_weight(bad: set[int], tmp_path: Path) -> None:
+    options = {"log_every": 5, "checkpoint_every": 4, "non_finite": "rewind"}
+    timing = {"images_per_s", "data_share", "seconds"}
+    ended = []
+    for kind in (Waiting, Deferring):
+        out = tmp_path / kind.__name__
+        task = spoilt(kind(make_config()), bad)
+        rows = [
+            {name: value for name, value in row.items() if name not in timing}
+            for row in train(out, task, **options)
+        ]
+        skipped = (out / "skipped_steps.json").read_text() if bad else ""
+        ended.append((rows, skipped, task.model.weight.tolist(), task.model.bias.tolist()))
+    assert ended[0] == ended[1]
+
+
+def test_a_step_that_is_not_finite_leaves_weights_and_optimizer_before_it_is_noticed() -> None:
+    task = spoilt(Deferring(make_config()), {1})
+    batch = Batch(torch.ones(4, 1), torch.arange(4), [])
+    task.step(batch, Moment(0, 0.0))
+    before = copy.deepcopy((task.model.state_dict(), task.optimizer.state_dict()))
+    started = task.start(batch, Moment(1, 0.25))
+    torch.testing.assert_close(
+        (task.model.state_dict(), task.optimizer.state_dict()), before, rtol=0, atol=0
+    )
+    with pytest.raises(Exception, match="the loss of step 2 is inf"):
+        task.finish(started)
+
+
+def test_a_step_that_is_not_finite_stops_a_run_that_reads_late(tmp_path: Path) -> None:
+    task = spoilt(Deferring(make_config()), {5})
+    with pytest.raises(UserError, match=r"the loss of step 6 is nan.*step 4.*--non-finite rewind"):
+        train(tmp_path / "run", task, log_every=100, checkpoint_every=4)
+
+
+def test_a_signal_ends_a_run_that_reads_late_after_the_step_and_loses_nothing(
+    tmp_path: Path,
+) -> None:
+    class Signalled(Deferring):
+        def prepare(self, batch: Batch, at: Moment) -> Tensor:
+            if at.step == 6:
+                signal.raise_signal(signal.SIGTERM)
+            return super().prepare(batch, at)
+
+    whole = Deferring(make_config())
+    train(tmp_path / "whole", whole, log_every=100, checkpoint_every=100)
+    with pytest.raises(signals.Stopped, match="after step 7 of 12, which is saved"):
+        train(tmp_path / "run", Signalled(make_config()), log_every=100, checkpoint_every=100)
+    signals.forget()
+    resumed = Deferring(make_config())
+    train(tmp_path / "run", resumed, log_every=100, checkpoint_every=100)
+    assert torch.equal(resumed.model.weight, whole.model.weight)
+    assert resumed.events.count("forward") == 5
 
 
 def test_a_batch_without_readable_images_is_skipped() -> None:
