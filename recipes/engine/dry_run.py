@@ -68,7 +68,7 @@ def describe(
     """Describe a run: configuration, steps, parameters, FLOPs, memory, and a plan by GPUs."""
     with torch.device("meta"):
         model = recipe.build(config.model).train()
-        of_largest = recipe.build(shape_of_largest(config, model)).train()
+        of_largest: Any = recipe.build(shape_of_largest(config, model)).train()
     if recompute:
         recompute_blocks(of_largest)
     encoder: Any = model.encoder
