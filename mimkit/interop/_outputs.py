@@ -254,7 +254,7 @@ def largest_difference(first: Outputs, second: Outputs, model: Any) -> float:
 
 def _fixed_inputs(model: Any) -> tuple[Tensor, Mask | None]:
     """Return two samples of noise, and for images in patches a mask of half of them."""
-    mask = None
+    mask, shape = None, tuple[int, ...]()
     if isinstance(model, AttentiveProbe):
         shape = (_NUM_TOKENS, model.axis_sizes["dim"])
     elif isinstance(model, Codes):
