@@ -123,7 +123,7 @@ def test_a_recipe_runs_after_a_plain_installation(tmp_path: Path) -> None:
         (["--mask-ratio", "-0.5"], "--mask-ratio -0.5"),
         (["--mask-ratio", "nan"], "--mask-ratio nan"),
         (["--no-such-flag", "3"], "--no-such-flag"),
-        (["--mask-ratoi", "0.5"], "Perhaps you meant: --mask-ratio FLOAT"),
+        (["--mask-ratoi", "0.5"], "--mask-ratoi, 0.5. Perhaps you meant: --mask-ratio FLOAT"),
         (["--data", "no/such/folder"], "no/such/folder"),
         (["--preset", "vit_tiny"], "vit_tiny"),
         (["--epochs", "0"], "--epochs 0"),

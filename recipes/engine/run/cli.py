@@ -457,4 +457,11 @@ def _one_line(message: str) -> str:
     message = message.replace("{None}|", "")  # nobody types None: the option is omitted instead
     lines = (re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in message.splitlines())
     sentences = [line for line in lines if line and not re.match(r"[╭╰─+]|-+$", line)]
-    return " ".join(sentences) if sentences else "the command line cannot be read"
+    if not sentences:
+        return "the command line cannot be read"
+    # Its sections end without a full stop.
+    return re.sub(
+        r"\.? (?=Perhaps you meant:|Arguments similar|For full helptext,)",
+        ". ",
+        " ".join(sentences),
+    )
