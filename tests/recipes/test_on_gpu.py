@@ -1,8 +1,9 @@
-"""`--decode gpu`: the same crops as on the CPU. Without a GPU, only torchvision's call is replaced."""
+"""`--decode gpu` gives the crops of the CPU. Without a GPU, torchvision's call is replaced."""
 
 import io
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,9 @@ def test_crops_decoded_on_a_device_are_those_of_the_cpu(mixed, orientation, stan
     assert found.sample_ids.tolist() == expected.sample_ids.tolist()
     assert sorted(found.unreadable_ids) == sorted(expected.unreadable_ids)
     assert set(found.unreadable_ids) == {DAMAGED, 7}
-    quality = [decibels(*pair) for pair in zip(found.images, expected.images, strict=True)]
+    is_sent = ~torch.isin(found.sample_ids, torch.tensor([2, 6]))
+    pairs = zip(found.images[is_sent], expected.images[is_sent], strict=True)
+    quality = [decibels(*pair) for pair in pairs]
     print(f"PSNR {np.mean(quality):.1f} dB mean, {min(quality):.1f} dB least")
     assert np.mean(quality) >= 45
     assert min(quality) >= 40
@@ -258,7 +261,8 @@ def test_labelled_pictures_are_decoded_too_but_not_for_randaugment(labelled, sta
 
 @pytest.mark.full
 def test_a_run_trains_on_images_decoded_on_a_device(mixed, stand_in, monkeypatch, tmp_path):
-    monkeypatch.setattr("recipes.engine.run.config.check_decode", lambda name, device: None)
+    config = sys.modules[check_decode.__module__]
+    monkeypatch.setattr(config, "check_decode", lambda name, device: None)
     rows = []
     for where in ("cpu", "gpu"):
         out = tmp_path / where
