@@ -174,8 +174,8 @@ def build_model(config: SegmentConfig, file: EncoderFile | None, num_classes: in
             aux_dim=training.aux_dim,
             layers=training.layers,
         )
-    except (ValueError, IndexError) as error:
-        raise UserError(f"--layers {training.layers}: {error}") from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
     return model.to(config.device)
 
 

@@ -13,20 +13,21 @@ from torch import Tensor, nn
 
 from mimkit._arguments import Size, checked
 from mimkit._state_dicts import unwrap
-from mimkit.interop._built import (
-    CannotBuild,
-    Outputs,
-    largest_difference,
-    model_from,
-    outputs_of,
-    outputs_of_hf,
-    outputs_of_timm,
-)
+from mimkit.interop._built import model_from
 from mimkit.interop._files import load_checkpoint
-from mimkit.interop._formats import FORMATS, select
+from mimkit.interop._formats import FORMATS, HALVES, OFFICIAL, select
 from mimkit.interop._hf import ARCHITECTURES, to_hf
 from mimkit.interop._hf_config import theirs_from_encoder
 from mimkit.interop._hf_folder import CONFIG, WEIGHTS, check_new_folder, save_hf
+from mimkit.interop._outputs import (
+    CannotBuild,
+    Outputs,
+    largest_difference,
+    outputs_of,
+    outputs_of_dall_e,
+    outputs_of_hf,
+    outputs_of_timm,
+)
 from mimkit.interop._rules import Converted
 
 _RUN, _ENCODER = "config.yaml", "encoder.safetensors"
@@ -53,6 +54,8 @@ class Receipt:
         difference: Largest difference of the outputs of both sides, relative to the largest output;
             `None` if they were not compared.
         compared: Which models were compared, or why none were.
+        not_built: Whose code was not run though its names are there, and why: of most authors there
+            is no package, and mimkit's class computes in its place. Empty if both sides' was.
 
     Source:
         mimkit's own.
@@ -77,6 +80,7 @@ class Receipt:
     not_equal: tuple[str, ...]
     difference: float | None
     compared: str
+    not_built: str = ""
 
     def lines(self) -> list[str]:
         """Return the receipt as lines for people.
@@ -101,6 +105,7 @@ class Receipt:
             "dropped": _some(self.dropped),
             "added": _some(self.added),
             "back again": f"differ: {_some(self.not_equal)}" if self.not_equal else same,
+            **({"not built": self.not_built} if self.not_built else {}),
             "difference": f"not compared: {self.compared}"
             if self.difference is None
             else difference,
@@ -201,11 +206,12 @@ def convert_file(
     else:
         result, architecture = FORMATS[to_format].to_theirs(ours), to_format
     back = _to_ours(to_format, result, {}, known)
-    difference = None
+    difference, not_built = None, ""
     if built is not None:
-        first = _Side(from_format, tensors, None if "model" in config else config)
-        second = _Side(architecture, result, None)
+        first = _side(from_format, tensors, None if "model" in config else config)
+        second = _side(architecture, result, None)
         difference, compared = _compare(first, second, model, built, back, known)
+        not_built = "; ".join(dict.fromkeys(filter(None, (first.not_built, second.not_built))))
     different = not_equal(ours, result, back)
     if to_format == "hf":
         assert built is not None
@@ -226,6 +232,7 @@ def convert_file(
         not_equal=different,
         difference=difference,
         compared=compared,
+        not_built=not_built,
     )
 
 
@@ -251,7 +258,7 @@ def _read(source: Path, from_format: str) -> tuple[Path, Mapping[str, Tensor], d
     tensors = {name: value for name, value in contents.items() if isinstance(value, Tensor)}
     if from_format == "mimkit":
         return path, tensors, _read_run(path.with_name(_RUN))
-    is_theirs = _Side(from_format, tensors, None).package == "transformers"
+    is_theirs = _package_of(from_format) == "transformers"
     return path, tensors, _read_config(path.with_name(CONFIG)) if is_theirs else {}
 
 
@@ -266,7 +273,10 @@ def _read_run(file: Path) -> dict[str, Any]:
     try:
         run = yaml.safe_load(_text(file))
         model = {n: tuple(v) if isinstance(v, list) else v for n, v in run["model"].items()}
-        return {"model": model, "window": (run.get("detector") or {}).get("window")}
+        detector = run.get("detector") or {}
+        if detector.get("global_blocks"):
+            model["global_layers"] = tuple(detector["global_blocks"])
+        return {"model": model, "window": detector.get("window")}
     except (yaml.YAMLError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is not the configuration of a run") from error
 
@@ -319,28 +329,54 @@ def _to_folder(
 
 @dataclass(frozen=True)
 class _Side:
-    """One side of a comparison: names, weights under them, and what a file says of their class."""
+    """One side of a comparison.
+
+    Attributes:
+        names: The format.
+        tensors: Weights under its names.
+        config: What a file says of their class.
+        package: The package whose class computes.
+        authors: The class of the authors' package, if there is one.
+        not_built: Why there is none, in one line.
+    """
 
     names: str
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any] | None
-
-    @property
-    def package(self) -> str:
-        """The package whose class computes with these names."""
-        if self.names == "timm":
-            return "timm"
-        is_theirs = self.names == "hf" or self.names in ARCHITECTURES
-        return "transformers" if is_theirs else "mimkit"
+    package: str
+    authors: Outputs | None = None
+    not_built: str = ""
 
     def outputs(self, model: nn.Module) -> Outputs:
         """Build the class, or take mimkit's."""
+        if self.authors is not None:
+            return self.authors
         if self.package == "timm":
             return outputs_of_timm(model, self.tensors)
         if self.package == "transformers":
             named = None if self.names == "hf" else self.names
             return outputs_of_hf(model, self.tensors, named, self.config or None)
         return outputs_of(model)
+
+
+def _side(names: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> _Side:
+    """Find who computes with weights under these names; mimkit in the place of most authors."""
+    if names not in OFFICIAL:
+        return _Side(names, tensors, config, _package_of(names))
+    reason = "the authors' code is no package"
+    if names in HALVES:
+        try:
+            return _Side(names, tensors, config, "dall_e", outputs_of_dall_e(tensors))
+        except (ModuleNotFoundError, ValueError) as error:
+            reason = f"the authors' package DALL-E was not built ({error})"
+    not_built = f"{reason}: mimkit's class computes in its place"
+    return _Side(names, tensors, config, "mimkit", not_built=not_built)
+
+
+def _package_of(names: str) -> str:
+    if names == "timm":
+        return "timm"
+    return "transformers" if names == "hf" or names in ARCHITECTURES else "mimkit"
 
 
 def _compare(

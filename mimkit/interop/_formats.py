@@ -34,6 +34,8 @@ _MARKS = {
     "ConvViT": ("stages.",),
     "SwinTransformer": ("layers.",),
 }
+# The half of a discrete VAE that a format holds.
+HALVES = {"dalle": "encoder", "dalle_decoder": "decoder"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def _hugging_face(architecture: str, family: str, task: str) -> Format:
     )
 
 
-_OFFICIAL = {
+OFFICIAL = {
     "mae": "MAE",
     "mae_vit": "ViT",
     "simmim_vit": "SimMIM with a ViT",
@@ -89,7 +91,7 @@ FORMATS = {
     "hf": Format(("ViT", "SwinTransformer"), from_hf, _unchanged),
     **{
         method: Format((model,), partial(from_official, method), partial(to_official, method))
-        for method, model in _OFFICIAL.items()
+        for method, model in OFFICIAL.items()
     },
     **{name: _hugging_face(name, family, task) for name, (family, task) in ARCHITECTURES.items()},
 }
@@ -110,21 +112,21 @@ def model_of(ours: Mapping[str, Tensor]) -> str:
 
 
 def select(ours: Converted, wanted: str) -> tuple[str, Converted]:
-    """Select what a format holds: the whole model, or its encoder.
+    """Select what a format holds: the whole model, its encoder, or half of a discrete VAE.
 
     Args:
         ours: Weights with mimkit's names.
         wanted: A format.
 
     Returns:
-        The class, and its weights. `.dropped` also names what is outside of the encoder.
+        The class, and its weights. `.dropped` also names what is outside of them.
 
     Raises:
         ValueError: If the format holds neither.
     """
     model, models = model_of(ours), FORMATS[wanted].models
     if model in models:
-        return model, ours
+        return model, _half(ours, wanted) if wanted in HALVES else ours
     if ENCODERS.get(model) not in models:
         raise ValueError(f"these weights are of a {model}, and {wanted} holds a {models[0]}")
     prefix = "encoder."
@@ -133,3 +135,15 @@ def select(ours: Converted, wanted: str) -> tuple[str, Converted]:
     dropped = (*ours.dropped, *outside)
     encoder = Converted(inside, dropped, filled=ours.filled, config=ours.config)
     return select(encoder, wanted)
+
+
+def _half(ours: Converted, wanted: str) -> Converted:
+    prefix = f"{HALVES[wanted]}."
+    inside = {name: tensor for name, tensor in ours.items() if name.startswith(prefix)}
+    if not inside:
+        raise ValueError(
+            f"these weights are of half a DiscreteVAE, and {wanted} holds a DiscreteVAE's "
+            f"{HALVES[wanted]}"
+        )
+    outside = (name for name in ours if name not in inside)
+    return Converted(inside, (*ours.dropped, *outside), filled=ours.filled)

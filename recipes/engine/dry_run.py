@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,12 +70,16 @@ def describe(
     """Describe a run: configuration, steps, parameters, FLOPs, memory, and a plan by GPUs."""
     with torch.device("meta"):
         model = recipe.build(config.model).train()
+        of_largest: Any = recipe.build(shape_of_largest(config, model)).train()
     if recompute:
-        recompute_blocks(model)
+        recompute_blocks(of_largest)
     encoder: Any = model.encoder
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = count_parameters(model) - trained
-    cost = Cost(trained, frozen, *measure(config, data, model))
+    cost = Cost(trained, frozen, *measure(config, data, of_largest))
+    size = "image"
+    if config.training.native_size is not None:  # pictures have sizes of their own
+        size += " of " + " x ".join(map(str, of_largest.encoder.grid)) + " patches"
     batch_size = config.training.batch_size
     at_once = batch_size / config.accumulate
     num_images = len(data.train)
@@ -88,7 +92,7 @@ def describe(
         f"steps         {plan.num_steps:,} of {batch_size:,} images",
         f"parameters    {trained + frozen:,} ({trained:,} trained, "
         f"{count_parameters(encoder):,} in the encoder)",
-        f"FLOPs         {cost.flops / 1e9:,.2f} G per image, forward and backward",
+        f"FLOPs         {cost.flops / 1e9:,.2f} G per {size}, forward and backward",
         f"memory        about {cost.memory(at_once) / _GIB:,.2f} GiB in a single process, for "
         f"weights, gradients, AdamW and the activations of {at_once:g} images",
         f"checkpoint    about {cost.checkpoint / _GIB:,.2f} GiB each; two are kept, and "
@@ -204,6 +208,15 @@ def measure(config: RunConfig, data: DataSet, model: nn.Module) -> tuple[int, in
     flops, one = _measure(config, data, model, num_images=1)
     # What is kept once for all images, such as copies of the weights in bf16, is in both.
     return flops, _measure(config, data, model, num_images=2)[1] - one
+
+
+def shape_of_largest(config: RunConfig, model: Any) -> Any:
+    """Return the model's shape; with `--native-size`, for its largest square pictures."""
+    most = config.training.native_size
+    if most is None:
+        return config.model
+    sides = tuple(math.isqrt(most) * side for side in model.encoder.patch_embed.patch_size)
+    return replace(config.model, image_size=sides)
 
 
 def recomputed_blocks(encoder: Any) -> list[nn.Module]:

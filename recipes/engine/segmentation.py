@@ -26,6 +26,7 @@ from recipes.engine.run.world import World
 SHIFT = 2 / 3  # from one window to the next, in windows: the authors' 341 of 512 pixels
 _WINDOWS = 32  # in one batch
 LEVELS = (4.0, 2.0, 1.0, 0.5)  # sizes of a ViT's maps, in grids
+AUX_MAP = 2  # what the auxiliary head reads
 
 
 class Segmenter(nn.Module):
@@ -77,7 +78,7 @@ class Segmenter(nn.Module):
             in_dims=channels, num_classes=num_classes, dim=head_dim, dropout=dropout
         )
         self.aux = FCNHead(
-            in_dim=channels[2], num_classes=num_classes, dim=aux_dim, dropout=dropout
+            in_dim=channels[AUX_MAP], num_classes=num_classes, dim=aux_dim, dropout=dropout
         )
 
     def forward(
@@ -89,17 +90,28 @@ class Segmenter(nn.Module):
             maps = self.pyramid(maps)
         if self.coarser is not None:
             maps = [*maps, self.coarser(maps[-1])]
-        return self.head(maps), self.aux(maps[2])
+        return self.head(maps), self.aux(maps[AUX_MAP])
 
 
 def chosen_layers(encoder: Encoder, layers: Sequence[int] | None) -> tuple[int, ...]:
-    """Return the layers of `encoder.features` that are used, from fine to coarse."""
+    """Return the layers of `encoder.features` that are used, from fine to coarse.
+
+    Raises:
+        ValueError: If a ViT has no such block, or a Swin Transformer less than three stages.
+    """
     count = len(encoder.feature_channels)
     if isinstance(encoder, ConvViT):
         return (0, 1, count - 1)
     if isinstance(encoder, ViT):
+        if max(layers or (0,)) >= count:
+            raise ValueError(f"--layers must be blocks from 0 to {count - 1}; got {layers}")
         quarters = tuple(max(0, count * part // 4 - 1) for part in (1, 2, 3, 4))
         return quarters if layers is None else tuple(layers)
+    if count <= AUX_MAP:
+        raise ValueError(
+            f"--encoder: a Swin Transformer of {count} stages has no third map, which segmentation "
+            "reads: give one of at least three stages"
+        )
     return tuple(range(count))
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from mimkit.interop import convert_file
 from mimkit.interop._built import _WHOLE, model_from
 from mimkit.interop._command import main
 from mimkit.interop._convert_file import not_equal
-from mimkit.interop._formats import ENCODERS, FORMATS, model_of, select
+from mimkit.interop._formats import ENCODERS, FORMATS, HALVES, OFFICIAL, model_of, select
 from mimkit.interop._rules import Converted
 from recipes.cae import CAE, CAEConfig
 from recipes.convmae import ConvMAE, ConvMAEConfig
 from recipes.mae import MAE, MAEConfig
 from recipes.simmim import SimMIM, SimMIMConfig
 from tests import hostile
+from tests.nn import plain
 
 VIT: dict[str, Any] = {"image_size": 32, "patch_size": 8, "dim": 64, "depth": 2, "heads": 1}
 SWIN: dict[str, Any] = {
@@ -107,6 +109,12 @@ def test_every_pair_of_formats_converts_or_names_what_is_lacking(states, data):
         ("ConvMAE", "convmae", "mimkit", "ConvMAE"),
         ("ViT with tables", "timm", "BeitModel", "ViT"),
         ("SwinTransformer", "timm", "simmim_swin_finetune", "SwinTransformer"),
+        ("CAE", "cae", "mimkit", "CAE"),
+        ("AttentiveProbe", "mimkit", "cae_probe", "AttentiveProbe"),
+        ("ConvViTDetector", "convmae_det", "mimkit", "ConvViTDetector"),
+        ("DiscreteVAE", "mimkit", "dalle", "DiscreteVAE"),
+        ("DiscreteVAE", "dalle_decoder", "mimkit", "DiscreteVAE"),
+        ("DiscreteVAE", "mimkit", "mimkit", "DiscreteVAE"),
     ],
 )
 def test_a_file_is_converted_with_a_receipt(
@@ -126,6 +134,15 @@ def test_a_file_is_converted_with_a_receipt(
     result = load_file(out)
     assert receipt["num_tensors"] == len(result)
     kept = FORMATS[to_format].to_ours(result)
+    stands_in = [line for line in printed.splitlines() if "mimkit's class computes" in line]
+    if {from_format, to_format} & {*HALVES}:
+        (line,) = stands_in  # tests/peers have the package
+        assert "the authors' package DALL-E was not built (No module named 'dall_e')" in line
+    elif {from_format, to_format} & {*OFFICIAL}:
+        (line,) = stands_in
+        assert "the authors' code is no package" in line
+    else:
+        assert not stands_in
     if receipt["difference"] is None:  # tests/peers have the packages
         assert re.search("No module named '(timm|transformers)'", receipt["compared"])
     elif to_format == "convmae_vit":  # a fine-tuning encoder has no multi-scale fusions
@@ -145,10 +162,45 @@ def test_a_whole_model_of_a_comparison_predicts_what_its_recipe_does(kind, state
     built = model_from(kind, states[kind], {"heads": 1, "decoder_heads": 2, "image_size": (32, 32)})
     mask = masking.uniform(masking.key([0, 1], seed=0), recipe.encoder.grid, 0.5)
     images = torch.randn(2, 3, 32, 32)
-    expected, found = recipe(images, mask).prediction, built(images, mask)
+    codes = {"token_ids": torch.zeros(2, 16).long(), "return_logits": True}
+    output = recipe(images, mask, **(codes if kind == "CAE" else {}))
+    expected, found = output.prediction, built(images, mask)
     if kind.startswith("SimMIM"):  # the head's own order is "c p1 p2"
         found = rearrange(found, "b m (c p) -> b m (p c)", c=3)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"dim": 32, "layer_scale": None, "decoder_depth": 2}])
+def test_a_cae_of_a_comparison_has_the_parts_that_its_weights_have(options):
+    """With a projection and without layer scale; without a decoder, and with features."""
+    more = {"target": "features", "feature_dim": 5} if options else {"no_decoder": True}
+    config = CAEConfig(
+        **VIT | DECODER | {"decoder_dim": 64, "vocabulary_size": 16} | options | more
+    )
+    state = CAE(config).state_dict()
+    built = model_from("CAE", state, {"heads": 1, "decoder_heads": 2})
+    assert built.state_dict().keys() == state.keys()
+
+
+def test_classes_of_a_comparison_compute_what_the_weights_are_for(states):
+    images, tokens = torch.randn(2, 3, 32, 32), torch.randn(2, 5, 64)
+    options = CONV | {"window": 2, "global_layers": (1,)}
+    detector = nn.ConvViTDetector(**options).eval()
+    plain.randomize(detector)
+    built = model_from("ConvViTDetector", detector.state_dict(), {"global_layers": (1,)})
+    assert all(map(torch.equal, built(images), detector(images)))
+    probe = nn.AttentiveProbe(dim=64, heads=2, num_classes=3).eval()
+    plain.randomize(probe)
+    built = model_from("AttentiveProbe", probe.state_dict(), {"heads": 2})
+    assert torch.equal(built(tokens), probe(tokens))
+    vae = nn.DiscreteVAE(dim=16, depth=1, stem_dim=8, vocabulary_size=8, groups=3)
+    logits = vae.encoder(images)
+    pixels = vae.decoder(logits.softmax(dim=1))
+    whole = model_from("DiscreteVAE", vae.state_dict(), {})(images)
+    assert torch.equal(whole, torch.cat([logits.flatten(1), pixels.flatten(1)], dim=1))
+    for half, taken, expected in (("encoder.", images, logits), ("decoder.", logits, pixels)):
+        state = {name: t for name, t in vae.state_dict().items() if name.startswith(half)}
+        assert torch.equal(model_from("DiscreteVAE", state, {})(taken), expected.flatten(1))
 
 
 def test_weights_come_back_through_pth_files_and_folders(tmp_path, states):
@@ -189,6 +241,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "none": ([], "required"),
     "hostile": (["bad.pth", "new.pth", "--from", "mae", "--to", "timm"], "run code"),
     "text": (["text.pth", "new.pth", "--from", "mae", "--to", "timm"], "neither"),
+    "half": (["vae.pth", "new.pth", "--from", "dalle", "--to", "dalle_decoder"], "half a D"),
     "size": (
         ["in.pth", "new", "--from", "mae_vit", "--to", "hf", "--heads", "1", "--image-size", "9"],
         "fits",
@@ -200,6 +253,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 def test_a_mistake_is_one_line_and_nothing_is_written(name, tmp_path, monkeypatch, capsys, states):
     monkeypatch.chdir(tmp_path)
     torch.save(states["ViT"], "in.pth")
+    torch.save(dict(interop.to_official("dalle", states["DiscreteVAE"])), "vae.pth")
     hostile.PYTORCH[0](Path("bad.pth"))
     Path("text.pth").write_text("text")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -215,23 +269,32 @@ def test_a_mistake_is_one_line_and_nothing_is_written(name, tmp_path, monkeypatc
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_receipt_names_what_does_not_come_back(monkeypatch, tmp_path, states):
-    from mimkit.interop import _formats
+@pytest.mark.parametrize(
+    ("model", "to_format", "name"),
+    [
+        ("ViT", "mae_vit", "cls_token"),
+        ("CAE", "cae", "regressor.blocks.0.cross_attn.k.weight"),
+        ("ConvViTDetector", "convmae_det", "global_bias.table"),
+        ("AttentiveProbe", "cae_probe", "norm_v.weight"),
+        ("DiscreteVAE", "dalle", "encoder.blocks.group_2.block_1.res_path.conv_4.weight"),
+        ("DiscreteVAE", "dalle_decoder", "decoder.blocks.input.bias"),
+    ],
+)
+def test_a_receipt_names_what_does_not_come_back(
+    model, to_format, name, monkeypatch, tmp_path, states
+):
+    right = FORMATS[to_format]
 
     def damaged(tensors: Any) -> Converted:
-        right = interop.to_official("mae_vit", tensors)
-        return Converted(
-            {**right, "cls_token": right["cls_token"] + torch.arange(64.0)}, right.dropped
-        )
+        noise = torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(0))
+        return right.to_theirs({**tensors, name: tensors[name] + noise})
 
-    right = _formats.FORMATS["mae_vit"]
-    wrong = _formats.Format(right.models, right.to_ours, damaged)
-    monkeypatch.setitem(_formats.FORMATS, "mae_vit", wrong)
-    torch.save(states["ViT"], tmp_path / "in.pth")
+    monkeypatch.setitem(FORMATS, to_format, replace(right, to_theirs=damaged))
+    torch.save(states[model], tmp_path / "in.pth")
     receipt = convert_file(
-        tmp_path / "in.pth", tmp_path / "out.pth", from_format="mimkit", to_format="mae_vit"
+        tmp_path / "in.pth", tmp_path / "out.pth", from_format="mimkit", to_format=to_format
     )
-    assert receipt.not_equal == ("cls_token",)
+    assert receipt.not_equal == (name,)
     assert receipt.difference is not None
     assert receipt.difference > 1e-3
-    assert "differ: 1: cls_token" in "\n".join(receipt.lines())
+    assert f"differ: 1: {name}" in "\n".join(receipt.lines())

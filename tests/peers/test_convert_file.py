@@ -16,7 +16,7 @@ from torch import nn
 
 from mimkit.interop import Converted, convert_file, to_official
 from mimkit.interop._formats import FORMATS
-from mimkit.nn import ViT
+from mimkit.nn import DiscreteVAE, ViT
 from recipes.mae import MAE, MAEConfig
 from recipes.simmim import SimMIM, SimMIMConfig
 from tests.nn import plain
@@ -164,6 +164,31 @@ def test_the_class_that_was_asked_for_is_the_one_that_is_built(name: str, tmp_pa
     assert receipt.compared == "mimkit and transformers"
     assert receipt.difference is not None
     assert receipt.difference < 2e-6
+
+
+@pytest.mark.parametrize("half", ["dalle", "dalle_decoder"])
+def test_openais_package_computes_what_the_discrete_vae_does(half: str, tmp_path: Path) -> None:
+    vae = DiscreteVAE(in_channels=2, dim=64, depth=1, stem_dim=16, vocabulary_size=512)
+    plain.randomize(vae)
+    torch.save(vae.state_dict(), tmp_path / "in.pth")
+    out = tmp_path / "out.pth"
+    there = convert_file(tmp_path / "in.pth", out, from_format="mimkit", to_format=half)
+    assert (there.compared, there.not_built) == ("mimkit and dall_e", "")
+    back = convert_file(out, tmp_path / "back.pth", from_format=half, to_format="mimkit")
+    assert (back.compared, back.not_built) == ("dall_e and mimkit, converted back", "")
+    for receipt in (there, back):
+        assert receipt.difference is not None
+        assert receipt.difference < 2e-6
+
+
+def test_sizes_that_openais_classes_lack_are_said_in_the_receipt(tmp_path: Path) -> None:
+    vae = DiscreteVAE(dim=8, groups=3, depth=1, stem_dim=8, vocabulary_size=8)
+    torch.save(vae.state_dict(), tmp_path / "in.pth")
+    receipt = convert_file(
+        tmp_path / "in.pth", tmp_path / "out.pth", from_format="mimkit", to_format="dalle"
+    )
+    assert receipt.difference == 0
+    assert "dall_e's Encoder does not load them" in receipt.not_built
 
 
 def test_a_damaged_conversion_shows_in_the_difference(

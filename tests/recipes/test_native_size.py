@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from recipes import cae, convmae, mae, simmim, vit_mpp
+from recipes.engine import dry_run
 from recipes.engine.data.images import NativeCrops, native_grid
 from recipes.engine.data.load import load_data
 from recipes.engine.data.sets import unpack
@@ -148,6 +149,14 @@ def test_only_folders_of_pictures_have_sizes_of_their_own(tmp_path):
     for name in ("photos", str(tmp_path)):
         with pytest.raises(UserError, match="--native-size .* omit it"):
             load_data(name, image_size=(8, 8), seed=0, native=CROP)
+
+
+def test_a_dry_run_counts_the_largest_square_pictures(mixed, capsys, monkeypatch):
+    monkeypatch.setattr(dry_run, "LOADER_SECONDS", 0.01)
+    for most, grid in ((64, "8 x 8"), (150, "12 x 12")):
+        arguments = ["--data", str(mixed), "--native-size", str(most), *SMALL, "--dry-run"]
+        assert pretrain(mae.RECIPE, "", [*arguments, "--image-size", "32"]) == 0
+        assert f"G per image of {grid} patches, forward and backward" in capsys.readouterr().out
 
 
 SMALL = ("--epochs", "2", "--batch-size", "5", "--warmup-epochs", "0", "--log-every", "1")

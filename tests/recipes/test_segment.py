@@ -385,6 +385,15 @@ def test_a_run_writes_scores_weights_and_a_picture_and_its_encoder_is_taken_agai
     }  # fmt: skip
 
 
+def test_layers_that_an_encoder_lacks_are_refused_in_one_sentence() -> None:
+    sizes = {"num_classes": 3, "head_dim": 8, "aux_dim": 8}
+    with pytest.raises(ValueError, match="--layers must be blocks from 0 to 1; got"):
+        Segmenter(SMALL["vit"].build_backbone(drop_path=0.0), layers=(0, 0, 1, 2), **sizes)
+    swin = SwinShape(image_size=32, patch_size=2, dim=8, depth=(1, 1), heads=(2, 2), window=2)
+    with pytest.raises(ValueError, match="a Swin Transformer of 2 stages has no third map"):
+        Segmenter(swin.build_backbone(drop_path=0.0), **sizes)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_run_that_is_resumed_ends_as_if_it_had_not_stopped(
