@@ -60,6 +60,10 @@ def steps(folder: Path, stand_in: bool) -> Iterator[Step]:
     # It imports the recipes, and so more packages than the others.
     ragged = [python, "-m", "pytest", *options, str(ROOT / "tests" / "nn" / "test_ragged.py")]
     yield Step("tests", "test_ragged", [*ragged, *(["-k", "empty"] if stand_in else [])])
+    decoding = [python, "-m", "pytest", *options, "-s", "-k", "nvjpeg_gives"]
+    yield Step(
+        "tests", "test_on_gpu", [*decoding, str(ROOT / "tests" / "recipes" / "test_on_gpu.py")]
+    )
 
     seconds = "0" if stand_in else "0.2"
     bench = [python, "-m", "pytest", *options, "-s", "--seconds", seconds, *rows]

@@ -365,7 +365,8 @@ def load_images(
     if config.training.augment == "randaugment":
         augmentation = Augmentation(policy=rand_augment(config.model.image_axes()), erase=0.25)
     how = loading_options(config, file, options, world)
-    return load_labelled(config.data, augmentation=augmentation, **how)
+    data = load_labelled(config.data, augmentation=augmentation, **how)
+    return data.decoded_on(options.decode)
 
 
 def describe(config: FineTuneConfig, data: LabelledData, plan: Plan, model: nn.Module) -> list[str]:

@@ -58,6 +58,7 @@ from recipes.engine.run.config import (
     Preset,
     RunConfig,
     choose_preset,
+    refuse_gpu_decoding,
     resolve,
     warn_of_slow_precision,
 )
@@ -161,7 +162,8 @@ def load_all(
 ) -> LabelledData:
     """Load all labelled images, cropped as MAE's linear probe does: one draw, cut to fit."""
     how = loading_options(config, file, options, world)
-    return load_labelled(config.data, augmentation=Augmentation(attempts=1), **how)
+    data = load_labelled(config.data, augmentation=Augmentation(attempts=1), **how)
+    return data.decoded_on(options.decode)
 
 
 def nearest(features: Features, probe: ProbeData) -> float:
@@ -301,6 +303,8 @@ def run(options: ProbeOptions) -> None:
     """
     config, file = resolve_probing(options)
     _, preset = choose_preset(options, PRESETS)
+    if config.protocol == "small":
+        refuse_gpu_decoding(options.decode, "the images of --protocol small are")
     with join(config.device, timeout=options.timeout) as world:
         data = load_data(config.data, **loading_options(config, file, options, world))
         check_data(config, file, data)

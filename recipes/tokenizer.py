@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from mimkit.nn import DiscreteVAE
 from recipes.engine import fields
 from recipes.engine.data.load import load_data
+from recipes.engine.data.on_gpu import decoded_on
 from recipes.engine.data.sets import Batch, DataSet, first_inputs
 from recipes.engine.dry_run import count_parameters
 from recipes.engine.errors import UserError, say
@@ -215,6 +216,7 @@ def run(options: Options) -> None:
             decode=config.training.decoder,
             share=world.share,
         )
+        data = decoded_on(options.decode, data)
         config = config.for_data(data)
         if len(config.image_size) != 2:
             raise UserError(f"--data {config.data}: a tokenizer is for images of two axes")

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mimkit import masking
 from mimkit.masking import Mask
 from recipes.engine.data.folder import spread
+from recipes.engine.data.on_gpu import EncodedCrops
 from recipes.engine.data.sets import DataSet, StoredSet
 from recipes.engine.loop import IMAGENET, Plan, recompute_blocks
 from recipes.engine.run.config import Recipe, RunConfig
@@ -33,6 +34,7 @@ _SHARE = 0.4
 # How long loading a folder is measured, and how many images at once.
 LOADER_SECONDS = 5.0
 _LOADED = 16
+_DECODED = 64
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,10 @@ def describe_loading(config: RunConfig, data: DataSet, cost: Cost) -> list[str]:
     if not isinstance(data.train, StoredSet):
         return []
     rate = measure_loading(data.train, LOADER_SECONDS)
+    without, decoding = "", []
+    if isinstance(data.train, EncodedCrops):
+        without = ", without decoding and cropping"
+        decoding = describe_decoding(data.train, config.device)
     precision = config.training.precision
     needs = {name: _SHARE * peak[precision] / cost.flops for name, peak in _PEAKS.items()}
     cores = ", ".join(
@@ -113,10 +119,37 @@ def describe_loading(config: RunConfig, data: DataSet, cost: Cost) -> list[str]:
         for name, need in needs.items()
     )
     return [
-        f"loading       {rate:,.0f} images/s a core of this machine, measured for "
+        f"loading       {rate:,.0f} images/s a core of this machine{without}, measured for "
         f"{LOADER_SECONDS:g} s",
+        *decoding,
         f"GPUs need     images/s, at {_SHARE:.0%} of their {precision} rate: {cores}",
     ]
+
+
+def describe_decoding(train: EncodedCrops, device: str) -> list[str]:
+    """Say what the GPU decodes, which the rate of a core leaves out."""
+    rate = measure_decoding(train, device, LOADER_SECONDS)
+    return [
+        f"decoding      {rate:,.0f} images/s decoded and cropped by a GPU that does nothing else, "
+        f"measured for {LOADER_SECONDS:g} s: it takes this time from training"
+    ]
+
+
+def measure_decoding(train: EncodedCrops, device: str, seconds: float) -> float:
+    """Return the images that a device decodes and crops in a second."""
+    ids = spread(len(train), _DECODED)[:_DECODED]
+    batch = train.__getitems__([(0, sample_id) for sample_id in ids])
+
+    def decode() -> int:
+        images = train.to_device(batch, device).images
+        images[:1].tolist()  # waits for the device
+        return len(images)
+
+    decode()  # warms up
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() < start + seconds:
+        count += decode()
+    return count / (time.perf_counter() - start)
 
 
 def measure_loading(train: StoredSet, seconds: float) -> float:

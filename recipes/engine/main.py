@@ -11,6 +11,7 @@ from torch import nn
 
 from mimkit import masking
 from recipes.engine.data.load import load_data
+from recipes.engine.data.on_gpu import decoded_on
 from recipes.engine.data.sets import DataSet
 from recipes.engine.dry_run import describe
 from recipes.engine.errors import UserError, say
@@ -107,6 +108,7 @@ def _run(recipe: Recipe, given: DataSet | None, options: Options) -> None:
     check_sizes(recipe, config)
     with join(config.device, timeout=options.timeout) as world:
         data = _load(config, options, world) if given is None else given
+        data = decoded_on(options.decode, data)
         config = config.for_data(data)
         plan = make_plan(config, options, data.train)
         with missing_files_allowed() if options.dry_run else contextlib.nullcontext():

@@ -38,6 +38,7 @@ from recipes.engine.run.config import (
     RunConfig,
     choose_device,
     choose_preset,
+    refuse_gpu_decoding,
     resolve,
     warn_of_short_schedule,
     warn_of_slow_precision,
@@ -167,6 +168,7 @@ def run_transfer(transfer: Transfer, options: Any) -> None:
     Raises:
         UserError: Something that was asked for does not fit.
     """
+    refuse_gpu_decoding(options.decode, "images with labels for pixels or boxes are")
     with join(choose_device(options.device), timeout=options.timeout) as world:
         encoder = world.share(lambda: find_or_pretrain(transfer, options, world))
         options = dataclasses.replace(options, encoder=encoder)

@@ -15,9 +15,7 @@ from recipes.engine.data import decode as decode_module
 from recipes.engine.data.decode import DECODE, Decoder, formats
 from recipes.engine.data.images import CenterCrops, resize
 from recipes.engine.data.photos import read_photo
-from recipes.engine.errors import UserError
 from recipes.engine.reading import UnreadableError
-from recipes.engine.run.config import check_decode
 
 SUFFIXES = [suffix for some in formats().values() for suffix in some]
 
@@ -239,20 +237,3 @@ def test_a_center_crop_has_its_size_and_is_centered(height, width, rows, columns
     assert crop.dtype == torch.uint8
     centers = crop.float().mean(dim=(1, 2)).tolist()
     assert centers == pytest.approx([(width - 1) / 2, (height - 1) / 2, 0], abs=1.5)
-
-
-@pytest.mark.parametrize("has_gpu", [False, True])
-@pytest.mark.parametrize("has_torchvision", [False, True])
-def test_decoding_on_a_gpu_is_refused_with_all_that_is_missing(
-    has_gpu, has_torchvision, monkeypatch
-):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: has_torchvision or None)
-    check_decode("auto")
-    check_decode("cpu")
-    with pytest.raises(UserError, match="--decode gpu: images are decoded on the CPU") as refused:
-        check_decode("gpu")
-    message = str(refused.value)
-    assert ("NVIDIA GPU" in message) == (not has_gpu)
-    assert ("torchvision" in message) == (not has_torchvision)
-    assert "\n" not in message

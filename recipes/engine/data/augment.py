@@ -13,9 +13,9 @@ from recipes.engine.data.images import (
     CROP_RATIO,
     NORMALIZE,
     Box,
+    BoxCrops,
     Crop,
     Pixels,
-    resize,
     to_bytes,
 )
 from recipes.engine.errors import UserError
@@ -30,7 +30,7 @@ Policy = Callable[[Image.Image], Image.Image]
 
 
 @dataclass(frozen=True, eq=False)
-class Augmentation:
+class Augmentation(BoxCrops):
     """Random crop, flip, RandAugment and random erasing.
 
     Attributes:
@@ -44,13 +44,13 @@ class Augmentation:
     policy: Policy | None = None
     erase: float = 0.0
 
+    def box(self, width: int, height: int, rng: np.random.Generator) -> Box:
+        """Draw a box inside an image."""
+        return random_box(width, height, rng, attempts=self.attempts)
+
     def __call__(self, pixels: Pixels, size: tuple[int, int], rng: np.random.Generator) -> Crop:
         """Augment an image; `size` is height and width in pixels."""
-        height, width = pixels.shape[:2]
-        box = random_box(width, height, rng, attempts=self.attempts)
-        crop = resize(pixels, box, size, "bicubic")
-        if rng.integers(2):
-            crop = crop.flip(-1)
+        crop = super().__call__(pixels, size, rng)
         if self.policy is not None:
             with_seed(int(rng.integers(2**32)))
             image = Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy())

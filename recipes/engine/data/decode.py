@@ -39,6 +39,8 @@ _OPTIONAL = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}
 # More are refused before they are decoded. The number is Pillow's.
 MAX_PIXELS = 178_956_970
 _ORIENTATION = 0x0112
+# EXIF orientations that swap the axes of the stored pixels, and then reverse rows or columns.
+TRANSPOSED, UPSIDE_DOWN, MIRRORED = (5, 6, 7, 8), (3, 4, 7, 8), (2, 3, 6, 7)
 _BACKGROUNDS = {"black": (0, 0, 0), "gray": (128, 128, 128), "white": (255, 255, 255)}
 
 
@@ -86,6 +88,10 @@ class Decoder:
         except Exception as error:  # decoders raise errors of many kinds for damaged files
             raise UnreadableError(_reason(error)) from error
 
+    def turn(self, data: bytes) -> int:
+        """Return the EXIF orientation by which a JPEG file is turned, from 1 to 8."""
+        return _orientation_of(data) if self.orientation == "apply" else 1
+
     def _decode_jpeg(self, data: bytes) -> UInt8[np.ndarray, "height width 3"] | None:
         """Decode a JPEG file with simplejpeg; return None if it is for Pillow."""
         if simplejpeg is None:
@@ -95,7 +101,7 @@ class Decoder:
         if colors not in ("YCbCr", "RGB", "Gray"):  # CMYK
             return None
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="RGB")
-        return _turned(pixels, _orientation_of(data)) if self.orientation == "apply" else pixels
+        return turned(pixels, self.turn(data))
 
     def _decode_with_pillow(self, data: bytes) -> UInt8[np.ndarray, "height width 3"]:
         with Image.open(io.BytesIO(data), formats=tuple(formats())) as file:
@@ -140,12 +146,12 @@ def _orientation_of(data: bytes) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _turned(pixels: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.ndarray, "h w 3"]:
+def turned(pixels: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.ndarray, "h w 3"]:
     """Turn pixels as an EXIF orientation, from 1 to 8, says."""
-    if orientation in (5, 6, 7, 8):
+    if orientation in TRANSPOSED:
         pixels = pixels.transpose(1, 0, 2)
-    rows = -1 if orientation in (3, 4, 7, 8) else 1
-    columns = -1 if orientation in (2, 3, 6, 7) else 1
+    rows = -1 if orientation in UPSIDE_DOWN else 1
+    columns = -1 if orientation in MIRRORED else 1
     return np.ascontiguousarray(pixels[::rows, ::columns])
 
 

@@ -86,9 +86,14 @@ class Crops(StoredSet):
     crop: Cropping
 
     def _crop(self, epoch: int, sample_id: int) -> UInt8[Tensor, "channels height width"]:
-        pixels = self.decode(self.samples.read(sample_id))
+        return self._crop_file(self.samples.read(sample_id), epoch, sample_id)
+
+    def _crop_file(
+        self, file: bytes, epoch: int, sample_id: int
+    ) -> UInt8[Tensor, "channels height width"]:
         height, width = self.image_size
-        return self.crop(pixels, (height, width), sample_rng(self.seed, epoch, sample_id))
+        rng = sample_rng(self.seed, epoch, sample_id)
+        return self.crop(self.decode(file), (height, width), rng)
 
     def to_inputs(self, images: Shaped[Tensor, batch * shape]) -> Float[Tensor, batch * shape]:
         """Normalize images."""

@@ -4,9 +4,10 @@ Axes: batch images, channels, height and width in pixels. Sizes are (height, wid
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -122,8 +123,39 @@ def resize(pixels: Pixels, box: Box, size: tuple[int, int], interpolation: Inter
     return F.interpolate(crop, size, mode=interpolation, antialias=True)[0]
 
 
+class Cut(NamedTuple):
+    """What is drawn for a crop: a box, and whether it is flipped."""
+
+    box: Box
+    is_flipped: bool
+
+
+class BoxCrops(ABC):
+    """Crops of a random box, resized, half of them flipped; drawn from the image's size alone."""
+
+    interpolation: Interpolation = "bicubic"
+
+    @abstractmethod
+    def box(self, width: int, height: int, rng: np.random.Generator) -> Box:
+        """Draw a box inside an image."""
+
+    def cut(self, width: int, height: int, rng: np.random.Generator) -> Cut:
+        """Draw what is cut out of an image, before anything else is drawn."""
+        return Cut(self.box(width, height, rng), bool(rng.integers(2)))
+
+    def apply(self, cut: Cut, pixels: Pixels, size: tuple[int, int]) -> Crop:
+        """Cut a box out of an image and resize it to height and width in pixels."""
+        crop = resize(pixels, cut.box, size, self.interpolation)
+        return crop.flip(-1) if cut.is_flipped else crop
+
+    def __call__(self, pixels: Pixels, size: tuple[int, int], rng: np.random.Generator) -> Crop:
+        """Crop a random box of an image and resize it to height and width in pixels."""
+        height, width = pixels.shape[:2]
+        return self.apply(self.cut(width, height, rng), pixels, size)
+
+
 @dataclass(frozen=True)
-class RandomCrops:
+class RandomCrops(BoxCrops):
     """Random resized crops, half of them flipped.
 
     Attributes:
@@ -139,12 +171,9 @@ class RandomCrops:
     area: tuple[float, float] = (0.2, 1.0)
     interpolation: Interpolation = "bicubic"
 
-    def __call__(self, pixels: Pixels, size: tuple[int, int], rng: np.random.Generator) -> Crop:
-        """Crop a random box of an image and resize it to height and width in pixels."""
-        height, width = pixels.shape[:2]
-        box = random_box(width, height, rng, area=self.area)
-        crop = resize(pixels, box, size, self.interpolation)
-        return crop.flip(-1) if rng.integers(2) else crop
+    def box(self, width: int, height: int, rng: np.random.Generator) -> Box:
+        """Draw a box inside an image."""
+        return random_box(width, height, rng, area=self.area)
 
 
 @dataclass(frozen=True)

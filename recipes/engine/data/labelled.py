@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from jaxtyping import Float, Int64
@@ -13,6 +14,7 @@ from recipes.engine.data.augment import Augmentation
 from recipes.engine.data.decode import DECODE, Decoder
 from recipes.engine.data.folder import Share, alone, load_folder
 from recipes.engine.data.load import load_data
+from recipes.engine.data.on_gpu import decoded_on
 from recipes.engine.data.sets import DataSet, Item, ProbeData, StoredSet, TrainSet
 from recipes.engine.data.statistics import FindStatistics, unknown
 from recipes.engine.errors import UserError
@@ -39,6 +41,10 @@ class LabelledData:
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.images.class_names)
+
+    def decoded_on(self, name: str) -> Self:
+        """Let training images be decoded where `--decode` says, as `on_gpu.decoded_on` does."""
+        return dataclasses.replace(self, images=decoded_on(name, self.images))
 
 
 @dataclass(frozen=True, eq=False)

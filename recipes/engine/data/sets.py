@@ -60,6 +60,10 @@ class TrainSet(Dataset[Item], ABC):
         """
         return model_inputs(images, as_they_are)
 
+    def to_device(self, batch: Batch, device: str) -> Batch:
+        """Move the images of a batch to a device."""
+        return batch._replace(images=batch.images.to(device, non_blocking=True))
+
     def describe(self, sample_id: int) -> str:
         """Return a readable name of a sample."""
         return f"sample {sample_id}"

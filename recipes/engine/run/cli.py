@@ -51,8 +51,8 @@ class Options:
         seed: Seed of weights, data order, augmentation and masks.
         device: Where to train; "auto" takes a GPU if there is one.
         workers: Processes that load images; 0 loads in the training process.
-        decode: What decodes image files: "auto" and "cpu" the loading processes; "gpu" is not there
-            yet, and refused.
+        decode: Where image files are decoded: "auto" and "cpu" in the loading processes; "gpu" the
+            JPEG files to train on, through torchvision's nvJPEG.
         compile: Compile the model with torch.compile; "graphs" also replays its kernels as CUDA
             graphs, which saves the time to launch them; --no-compile overrides a --config.
         accumulate: Gradient accumulation: number of parts a batch is split into, to save memory.

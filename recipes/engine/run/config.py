@@ -368,7 +368,7 @@ def resolve(
     Raises:
         UserError: If the preset or device does not exist, or a value does not fit.
     """
-    check_decode(options.decode)
+    check_decode(options.decode, options.device)
     name, preset = choose_preset(options, presets)
     training = override(preset.training, options)
     model = override(preset.model if model is None else model, options)
@@ -398,23 +398,35 @@ def resolve(
     return config
 
 
-def check_decode(name: str) -> None:
-    """Check that image files can be decoded where they shall be.
+def check_decode(name: str, device: str) -> None:
+    """Check that image files can be decoded where they shall be, as far as it is seen at once.
 
     Raises:
-        UserError: If that is the GPU: crops leave the loading processes as pixels, which use no
-            GPU. The message names what else is missing for torchvision's nvJPEG.
+        UserError: If that is the GPU, and something is missing; the message names all of it.
     """
     if name != "gpu":
         return
+    if device == "cpu":
+        raise UserError("--decode gpu and --device cpu contradict each other: omit one of them")
     missing = [] if torch.cuda.is_available() else ["an NVIDIA GPU, which PyTorch does not find"]
     if importlib.util.find_spec("torchvision") is None:
         missing.append("torchvision, which is not installed")
-    needs = f" It would also need {' and '.join(missing)}." if missing else ""
-    raise UserError(
-        f"--decode gpu: images are decoded on the CPU only, in the processes of --workers.{needs} "
-        "Give --decode cpu, or omit it"
-    )
+    if missing:
+        raise UserError(
+            f"--decode gpu needs {' and '.join(missing)}; give --decode cpu, or omit it"
+        )
+
+
+def refuse_gpu_decoding(name: str, what: str) -> None:
+    """Refuse to decode on the GPU what is decoded on the CPU only.
+
+    Raises:
+        UserError: If `--decode` is "gpu".
+    """
+    if name == "gpu":
+        raise UserError(
+            f"--decode gpu: {what} decoded on the CPU only; give --decode cpu, or omit it"
+        )
 
 
 def choose_device(name: str) -> str:

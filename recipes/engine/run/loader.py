@@ -103,7 +103,7 @@ def make_loader(
 
 def on_device(batch: Batch, data: TrainSet, device: str) -> Batch:
     """Move the images of a batch to a device, and normalize them there if they are bytes."""
-    batch = batch._replace(images=batch.images.to(device, non_blocking=True))
+    batch = data.to_device(batch, device)
     if batch.shapes is None:
         return batch._replace(images=data.to_inputs(batch.images))
     return batch._replace(images=[data.to_inputs(image[None])[0] for image in unpack(batch)])
