@@ -413,7 +413,7 @@ def check_decode(name: str, device: str) -> None:
         missing.append("torchvision, which is not installed")
     if missing:
         raise UserError(
-            f"--decode gpu needs {' and '.join(missing)}; give --decode cpu, or omit it"
+            f"--decode gpu needs {', and '.join(missing)}; give --decode cpu, or omit it"
         )
 
 
