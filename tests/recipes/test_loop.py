@@ -7,6 +7,7 @@ import json
 import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -345,8 +346,8 @@ def test_graphs_that_pytorch_leaves_out_are_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, mode: function)
-    skipped = {"inductor": {"cudagraph_skips": 2}}
-    monkeypatch.setattr(torch._dynamo.utils, "counters", skipped)
+    # Other modules keep this dictionary: it must not be replaced.
+    monkeypatch.setitem(torch._dynamo.utils.counters, "inductor", Counter(cudagraph_skips=2))
     train(tmp_path / "run", Line(make_config(compile="graphs")))
     said = capsys.readouterr().err
     assert said.count("warning: --compile graphs: PyTorch makes no CUDA graph of 2 ") == 1
