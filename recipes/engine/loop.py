@@ -477,17 +477,20 @@ def _run_batches(
     task, plan, folder = log.task, log.plan, log.folder
     unreadable = set(task.world.agree(folder.read_unreadable()))
 
-    def record(done: int, has_images: bool, unreadable_ids: list[int], started: Any) -> None:
-        result = None if started is None else task.finish(started)
+    def record(
+        done: int, has_images: bool, unreadable_ids: list[int], started: Started | Step | None
+    ) -> None:
+        result = task.finish(started) if isinstance(started, Started) else started
         if result is None or result.num_images < task.config.training.batch_size:
             _note_unreadable(unreadable_ids, unreadable, train_set, folder)
         log.add(done, has_images, result)
 
     done = first_step
-    unrecorded: deque[tuple[int, bool, list[int], Started | None]] = deque()
+    run = task.start if task.defers else task.step
+    unrecorded: deque[tuple[int, bool, list[int], Started | Step | None]] = deque()
     for step, batch in enumerate(log.watch(loader, first_step), first_step):
         batch = on_device(batch, train_set, task.config.device)
-        started = None if step in skipped else task.start(batch, plan.moment(step))
+        started = None if step in skipped else run(batch, plan.moment(step))
         if step == first_step and task.config.compile == "graphs" and task.world.is_main:
             _warn_of_left_out_graphs()
         done = step + 1
