@@ -160,13 +160,26 @@ class Translation:
         ]
 
 
+# A block that has these is whole. A part of a state dict does not show whether tables are shared.
+_WHOLE_BLOCK = frozenset(
+    f"{layer}.weight" for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+)
+
+
 def _copied_tables(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Return copies of a table that all blocks share, one for each block after the first."""
-    blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")} - {"0"}
     shared = tensors.get("rel_pos_bias.0.table")
     if shared is None or "rel_pos_bias.1.table" in tensors:
         return {}
-    return {f"rel_pos_bias.{block}.table": shared for block in sorted(blocks, key=int)}
+    blocks: dict[str, set[str]] = {}
+    for name in tensors:
+        if found := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
+            blocks.setdefault(found[1], set()).add(found[2])
+    if not all(names >= _WHOLE_BLOCK for names in blocks.values()):
+        return {}
+    return {
+        f"rel_pos_bias.{block}.table": shared for block in sorted(blocks.keys() - {"0"}, key=int)
+    }
 
 
 def _join(name: str, sources: Sequence[str | None], tensors: Mapping[str, Tensor]) -> Tensor:

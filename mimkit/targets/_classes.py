@@ -258,10 +258,12 @@ class ChannelBins:
         """
         check_no_nan("images", images)
         patches = Pixels(self.patch_size)(images, mask)
-        position = (patches - self.low) * (self.num_bins / (self.high - self.low))
-        return (
-            position.floor().clamp(0, self.num_bins - 1).long()
-        )  # clamped as floats, which cannot overflow
+        values = patches if patches.dtype == torch.float64 else patches.float()
+        # Edges are rounded once. A value that is scaled instead is rounded too, maybe over an edge.
+        edges = torch.linspace(
+            self.low, self.high, self.num_bins + 1, dtype=torch.float64, device=values.device
+        ).to(values.dtype)
+        return torch.bucketize(values, edges[1:-1], right=True)
 
     @checked
     def invert(

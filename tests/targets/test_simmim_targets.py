@@ -163,6 +163,16 @@ def test_errors_of_color_clusters_repeat_what_was_passed():
 # Bins.
 
 
+def test_values_next_to_an_edge_are_on_their_side_of_it():
+    edges = np.linspace(-2.0, 2.0, 257, dtype=np.float32)[1:-1]
+    below, above = np.nextafter(edges, np.float32(-9)), np.nextafter(edges, np.float32(9))
+    mask = Mask.from_bool(torch.ones(1, 1, 1, dtype=torch.bool))
+    bins = targets.ChannelBins((1, 255), 256, low=-2.0, high=2.0)
+    for values, shift in ((below, 0), (edges, 1), (above, 1)):
+        found = bins(torch.from_numpy(values).view(1, 1, 1, 255), mask).flatten()
+        assert torch.equal(found, torch.arange(255) + shift)
+
+
 @given(masked_images(), st.sampled_from([1, 8, 256]))
 def test_bins_match_numpy(case, num_bins):
     batch, mask, patch = case
