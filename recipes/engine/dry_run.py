@@ -70,16 +70,18 @@ def describe(
     """Describe a run: configuration, steps, parameters, FLOPs, memory, and a plan by GPUs."""
     with torch.device("meta"):
         model = recipe.build(config.model).train()
-        of_largest: Any = recipe.build(shape_of_largest(config, model)).train()
+        measured: Any = model
+        if config.training.native_size is not None:
+            measured = recipe.build(shape_of_largest(config, model)).train()
     if recompute:
-        recompute_blocks(of_largest)
+        recompute_blocks(measured)
     encoder: Any = model.encoder
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = count_parameters(model) - trained
-    cost = Cost(trained, frozen, *measure(config, data, of_largest))
+    cost = Cost(trained, frozen, *measure(config, data, measured))
     size = "image"
-    if config.training.native_size is not None:  # pictures have sizes of their own
-        size += " of " + " x ".join(map(str, of_largest.encoder.grid)) + " patches"
+    if config.training.native_size is not None:
+        size += " of " + " x ".join(map(str, measured.encoder.grid)) + " patches"
     batch_size = config.training.batch_size
     at_once = batch_size / config.accumulate
     num_images = len(data.train)
@@ -211,10 +213,8 @@ def measure(config: RunConfig, data: DataSet, model: nn.Module) -> tuple[int, in
 
 
 def shape_of_largest(config: RunConfig, model: Any) -> Any:
-    """Return the model's shape; with `--native-size`, for its largest square pictures."""
-    most = config.training.native_size
-    if most is None:
-        return config.model
+    """Return the model's shape for the largest square pictures of `--native-size`."""
+    most: Any = config.training.native_size
     sides = tuple(math.isqrt(most) * side for side in model.encoder.patch_embed.patch_size)
     return replace(config.model, image_size=sides)
 

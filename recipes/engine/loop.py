@@ -14,7 +14,6 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -170,19 +169,24 @@ class Started:
     def __init__(self, at: Moment, lr: float, numbers: Mapping[str, Tensor]) -> None:
         self.at = at
         self.lr = lr
-        self._names = tuple(numbers)
+        self._on_device = dict(numbers)
         values = torch.stack(list(numbers.values()))
         self._values = values.to("cpu", non_blocking=True)  # to pinned memory
         self._copied = torch.cuda.Event() if values.is_cuda else None
         if self._copied is not None:
             self._copied.record()
 
-    @cached_property
-    def numbers(self) -> dict[str, float]:
-        """The numbers: the only synchronization with the device in a step."""
+    @property
+    def is_bad(self) -> Tensor:
+        """Whether the step must change no weight, on the device."""
+        loss, norm, count = (self._on_device[name] for name in ("loss", "grad_norm", "num_images"))
+        return ~(loss.isfinite() & norm.isfinite() & (count > 0))
+
+    def fetch(self) -> dict[str, float]:
+        """Return the numbers: the only synchronization with the device in a step."""
         if self._copied is not None:
             self._copied.synchronize()
-        return dict(zip(self._names, self._values.tolist(), strict=True))
+        return dict(zip(self._on_device, self._values.tolist(), strict=True))
 
 
 class Task(ABC):
@@ -208,7 +212,7 @@ class Task(ABC):
         self.model = model.train()
         self.spread = distribute(model, world, shard=shard)
         self.optimizer = self.make_optimizer()  # FSDP2 has replaced the parameters by now
-        # A GPU works on while the host reads the numbers of the step before. This needs an
+        # Whether a GPU works on while the host reads the numbers of the step before. This needs an
         # optimizer that leaves the weights alone by itself if a step is not finite.
         is_fused = all(group.get("fused") for group in self.optimizer.param_groups)
         self.defers = config.device == "cuda" and is_fused and not shard
@@ -254,30 +258,28 @@ class Task(ABC):
         Raises:
             NonFiniteError: If the loss or gradient is not finite; the weights have not changed.
         """
-        started = self.start(batch, at)
-        return None if started is None else self.finish(started)
+        started = self._compute(batch, at)
+        step = None if started is None else self.finish(started)
+        if step is not None:
+            self.optimizer.step()
+        return step
 
     def start(self, batch: Batch, at: Moment) -> "Started | None":
-        """Run one training step, but leave its numbers on their way to the host if `defers`.
+        """Run one training step, whose numbers are still on their way to the host.
 
-        The arguments, and what is raised at once if not `defers`, are those of `step`.
+        The fused optimizer changes nothing if the loss or gradient is not finite.
+
+        Args:
+            batch: This process's share of the batch.
+            at: Position of the step.
+
+        Returns:
+            What `finish` takes; None if no image of the batch could be read.
         """
-        if self.world.size == 1 and len(batch.images) == 0:
-            return None
-        lr = self._set_lr(at)
-        self.inputs = self.prepare(batch, at)
-        # Drop path and Gumbel noise use the global generator: seed it for every step and rank.
-        torch.manual_seed(stream_seed(self.config.seed, at.step, self.world.rank))
-        totals, num_images = self._backward(len(batch.images))
-        norm = self._clip()
-        started = Started(at, lr, {"num_images": num_images, "grad_norm": norm, **totals})
-        if self.defers:
-            # A fused optimizer changes nothing where this is 1.
-            is_good = totals["loss"].isfinite() & norm.isfinite() & (num_images > 0)
-            self.optimizer.found_inf = (~is_good).float()  # type: ignore[attr-defined]
-        elif self.finish(started) is None:
-            return None
-        self.optimizer.step()
+        started = self._compute(batch, at)
+        if started is not None:
+            self.optimizer.found_inf = started.is_bad.float()  # type: ignore[attr-defined]
+            self.optimizer.step()
         return started
 
     def finish(self, started: "Started") -> Step | None:
@@ -290,7 +292,7 @@ class Task(ABC):
             NonFiniteError: If the loss or gradient is not finite. The step has changed no weight,
                 but later ones may have.
         """
-        numbers = dict(started.numbers)
+        numbers = started.fetch()
         self.stops = bool(numbers.pop("stop", False))
         count = int(numbers.pop("num_images"))
         if count == 0:
@@ -299,6 +301,17 @@ class Task(ABC):
         if not (math.isfinite(loss) and math.isfinite(numbers["grad_norm"])):
             raise NonFiniteError(started.at, loss, numbers["grad_norm"])
         return Step({"loss": loss, "lr": started.lr, **numbers}, count)
+
+    def _compute(self, batch: Batch, at: Moment) -> "Started | None":
+        """Compute the numbers of a step and its clipped gradient."""
+        if self.world.size == 1 and len(batch.images) == 0:
+            return None
+        lr = self._set_lr(at)
+        self.inputs = self.prepare(batch, at)
+        # Drop path and Gumbel noise use the global generator: seed it for every step and rank.
+        torch.manual_seed(stream_seed(self.config.seed, at.step, self.world.rank))
+        totals, num_images = self._backward(len(batch.images))
+        return Started(at, lr, {"num_images": num_images, "grad_norm": self._clip(), **totals})
 
     def is_stopped(self) -> bool:
         """Whether a signal ends the training after this step, the same in every process."""
