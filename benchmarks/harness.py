@@ -501,7 +501,8 @@ def format_table(rows: Sequence[Row]) -> list[str]:
 @cache
 def describe_environment() -> dict[str, Any]:
     """Return the machine, versions and commit that a result depends on."""
-    commit = _git("rev-parse", "HEAD")
+    # A copy of the tree without .git is told which commit it is.
+    commit = os.environ.get("MIMKIT_COMMIT") or _git("rev-parse", "HEAD")
     return {
         "device": _device_name(),
         "threads": torch.get_num_threads(),

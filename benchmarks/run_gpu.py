@@ -4,7 +4,9 @@ Each call works for at most eight minutes, then says what is left: call it again
 A step that is done is not repeated. All output is in the output folder: `rows.jsonl` (each row as
 soon as it is measured), one text file a step, `steps.json`.
 
-    benchmarks/run_gpu.sh FOLDER [--part tests] [--minutes 8] [--stand-in]
+    benchmarks/run_gpu.sh FOLDER [--part tests] [--minutes 8] [--jobs 8] [--stand-in]
+
+`--jobs` is how many tests run at once; what is timed runs alone.
 
 With `--stand-in`, Triton's interpreter takes the place of the GPU, with tiny shapes, so that every
 step can be tried on a CPU. Its figures mean nothing.
@@ -18,7 +20,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +44,7 @@ class Step:
     minutes: float = 8.0
 
 
-def steps(folder: Path, stand_in: bool) -> Iterator[Step]:
+def steps(folder: Path, stand_in: bool, jobs: int) -> Iterator[Step]:
     """Return all steps in the order in which they are worth running."""
     python = sys.executable
     rows = ["--rows", str(folder / "rows.jsonl")]
@@ -85,7 +89,8 @@ def steps(folder: Path, stand_in: bool) -> Iterator[Step]:
             # Some have a case for each kind, others have variants of both.
             command = [*bench, "-k", f"bfloat16 and not {other}", "--variants", pattern]
             yield Step("steps", f"{name}-{kind}", [*command, str(_bench(f"bench_{name}_step"))])
-    yield Step("sweep", "sweep", [python, "-m", "benchmarks.sweep_launches", *rows])
+    sweep = [python, "-m", "benchmarks.sweep_launches", *rows]
+    yield Step("sweep", "sweep", sweep if stand_in else [*sweep, "--jobs", str(jobs)])
     small = ["--images", "16", "--batch-size", "4", "--workers", "1", "--size", "64"]
     loader = [python, "-m", "benchmarks.load_images", *rows, *(small if stand_in else [])]
     yield Step("loader", "loader", loader)
@@ -145,6 +150,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--part", action="append", help="only this part; may be repeated")
     parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--stand-in", action="store_true")
     parser.add_argument("--smoke", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -159,29 +165,34 @@ def main() -> int:
         environment["TRITON_INTERPRET"] = "1"
     record = folder / "steps.json"
     done = json.loads(record.read_text()) if record.exists() else {}
-    left, end = [], time.monotonic() + 60 * options.minutes
-    for step in steps(folder, options.stand_in):
+    end = time.monotonic() + 60 * options.minutes
+
+    def attempt(step: Step) -> str | None:
+        """Run a step that is not done; return its name if it is left."""
         name = f"{step.part}/{step.name}"
         result = done.setdefault(name, {"tries": 0, "exit_code": None})
         is_done = result["exit_code"] == 0 or result["tries"] >= TRIES
         if is_done or (options.part and step.part not in options.part):
-            continue
+            return None
         seconds = min(end - time.monotonic() - 20, 60 * step.minutes)
         if seconds < 20:
-            left.append(name)
-            continue
+            return name
         start = time.monotonic()
         code = run(step, folder, environment, seconds)
         # pytest selects nothing where a file has no test for this device.
         result["exit_code"] = code = 0 if code == NOTHING_SELECTED else code
         result["tries"] += 1
         result["seconds"] = round(time.monotonic() - start, 1)
-        record.write_text(json.dumps(done, indent=1))
+        record.write_text(json.dumps(done.copy(), indent=1))
         what = f"exit code {code}" if code is not None else "stopped: out of time"
         print(f"{name}: {what} after {result['seconds']} s", flush=True)
-        if code != 0 and result["tries"] < TRIES:
-            left.append(name)
-        if step.part == "smoke" and code != 0:
+        return name if code != 0 and result["tries"] < TRIES else None
+
+    left: list[str] = []
+    for part, group in groupby(steps(folder, options.stand_in, options.jobs), lambda s: s.part):
+        with ThreadPoolExecutor(options.jobs if part == "tests" else 1) as pool:
+            left += filter(None, pool.map(attempt, group))
+        if part == "smoke" and done["smoke/smoke"]["exit_code"] not in (0, None):
             print((folder / "smoke-smoke.txt").read_text())
             return 1
     bad = [name for name, result in done.items() if result["tries"] and result["exit_code"] != 0]

@@ -1,13 +1,15 @@
 """Time every kernel with other numbers of warps and block sizes, and print the best of each.
 
-    python -m benchmarks.sweep_launches --rows FILE
+    python -m benchmarks.sweep_launches --rows FILE [--jobs 8]
 
-Run by `run_gpu.sh`. The launch tables in the kernel files are set from its output by hand: mimkit
-makes no choice by timing at run time. In Triton's interpreter it runs once with tiny shapes.
+With `--jobs`, that many processes compile everything first. Run by `run_gpu.sh`. The launch tables in
+the kernel files are set from its output by hand: mimkit makes no choice by timing at run time. In
+Triton's interpreter it runs once with tiny shapes.
 """
 
 import argparse
 import itertools
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -139,7 +141,25 @@ def settings(kernel: str) -> Iterator[dict[str, int]]:
         yield dict(zip(tried, values, strict=True))
 
 
-def measure(case: Case, number: int | None, constants: dict[str, int]) -> float | str:
+def trials(kernel: str) -> Iterator[tuple[int | None, dict[str, int]]]:
+    """Return the numbers of warps and constants to try; those of today first."""
+    for number, constants in itertools.product((None, *WARPS), settings(kernel)):
+        if not (STAND_IN and number is not None):
+            yield number, constants
+
+
+def compile_part(part: int, parts: int) -> None:
+    """Call one in `parts` of all trials once, which leaves its kernels in Triton's cache."""
+    number = itertools.count()
+    for case in cases():
+        for trial in trials(case.kernel):
+            if next(number) % parts == part:
+                measure(case, *trial, repeats=1)
+
+
+def measure(
+    case: Case, number: int | None, constants: dict[str, int], repeats: int = REPEATS
+) -> float | str:
     """Return the shortest time of a call in microseconds, or why it failed."""
     module = import_module(f"mimkit_kernels.{case.kernel}")
     with ExitStack() as stack:
@@ -150,7 +170,7 @@ def measure(case: Case, number: int | None, constants: dict[str, int]) -> float 
         try:
             case.call()
             clock = time_on_cpu if STAND_IN else time_on_gpu
-            return 1e6 * min(clock(case.call) for _ in range(REPEATS))
+            return 1e6 * min(clock(case.call) for _ in range(repeats))
         except Exception as error:  # a setting that the compiler refuses must not end the sweep
             return f"{type(error).__name__}: {str(error).splitlines()[:1]}"
 
@@ -159,16 +179,19 @@ def main() -> int:
     """Sweep all cases; skip those whose result is in the file already."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=Path, required=True)
-    report = Report(file=parser.parse_args().rows)
+    parser.add_argument("--jobs", type=int, default=1)
+    options = parser.parse_args()
+    report = Report(file=options.rows)
     done = report.file.read_text() if report.file.exists() else ""
     failed = False
+    if options.jobs > 1:
+        with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+            pool.starmap(compile_part, [(part, options.jobs) for part in range(options.jobs)])
     for case in cases():
         if case.name in done:
             continue
         times = {}
-        for number, constants in itertools.product((None, *WARPS), settings(case.kernel)):
-            if STAND_IN and number is not None:
-                continue
+        for number, constants in trials(case.kernel):
             setting = ", ".join(f"{n}={v}" for n, v in (constants | {"num_warps": number}).items())
             times[setting] = measure(case, number, constants)
         worked = {name: us for name, us in times.items() if isinstance(us, float)}
