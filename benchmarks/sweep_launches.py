@@ -2,7 +2,7 @@
 
     python -m benchmarks.sweep_launches --rows FILE [--jobs 8]
 
-With `--jobs`, that many processes compile everything first. Run by `run_gpu.sh`. The launch tables in
+With `--jobs`, that many processes compile everything first. Run by `run_gpu.sh`. The tables in
 the kernel files are set from its output by hand: mimkit makes no choice by timing at run time. In
 Triton's interpreter it runs once with tiny shapes.
 """
