@@ -20,7 +20,7 @@ import torch
 from jaxtyping import AbstractArray
 from torch import Tensor, nn
 
-from mimkit._settings import Settings
+from mimkit._settings import settings
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -271,7 +271,7 @@ class _Rule:
             if kind not in self.axes or 0 in shape:
                 self.axes[kind] = self._find_axes(name, value)
             return zip(self.axes[kind], shape, strict=False)
-        if type(value) in self.plain and not (Settings.check and self.takes_container):
+        if type(value) in self.plain and not (settings.check and self.takes_container):
             return self._sizes_of(value) if self.takes_container else ()
         if not any(test(value) for test in self.tests):
             wrong = any(_test_of(member, loosely=True)(value) for member in self.others)
@@ -293,7 +293,7 @@ class _Rule:
             )
         if not self.takes_container:
             return ()
-        if Settings.check and hasattr(value, "validate"):
+        if settings.check and hasattr(value, "validate"):
             try:
                 value.validate()
             except ValueError as error:

@@ -13,7 +13,7 @@ from torch import Tensor
 import mimkit_kernels as kernels
 from mimkit._arguments import describe
 from mimkit._grids import Grid, count_tokens, divide, per_axis
-from mimkit._settings import Settings
+from mimkit._settings import settings
 from mimkit.masking import Mask, RaggedMask
 
 Order = Literal["p1 p2 c", "c p1 p2"]
@@ -81,7 +81,7 @@ def check_device(mask: Mask | RaggedMask, samples: Shaped[Tensor, "..."], name: 
             f"the mask is on {mask.device}, but {name} on {samples.device}: "
             "draw it there, or move it with mask.to(device)"
         )
-    if Settings.check:
+    if settings.check:
         mask.validate()
 
 
@@ -170,7 +170,7 @@ def check_no_nan(name: str, values: Shaped[Tensor, "..."], *, always: bool = Fal
     if always and values.is_meta:
         raise ValueError(f"{name} must hold values; got a tensor on the meta device")
     is_cheap = values.device.type == "cpu" and not torch.compiler.is_compiling()
-    if (always or is_cheap or Settings.check) and bool(values.isnan().any()):
+    if (always or is_cheap or settings.check) and bool(values.isnan().any()):
         raise ValueError(f"{name} must not contain NaN; got {int(values.isnan().sum())} of them")
 
 

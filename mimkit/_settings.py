@@ -4,13 +4,18 @@ from types import TracebackType
 from typing import get_args
 
 from mimkit_kernels import Backend
-from mimkit_kernels import Settings as KernelSettings
+from mimkit_kernels import settings as kernel_settings
 
 
 class Settings:
-    """The current values of the library's own options."""
+    """What `use` sets in this package."""
 
-    check: bool = False
+    def __init__(self) -> None:
+        self.check: bool = False
+
+
+# An object: what PyTorch 2.11 compiles does not notice when an attribute of a class changes.
+settings = Settings()
 
 
 class use:
@@ -44,11 +49,11 @@ class use:
     def __init__(self, backend: Backend | None = None, *, check: bool | None = None) -> None:
         if backend is not None and backend not in get_args(Backend):
             raise ValueError(f"backend must be one of {get_args(Backend)}; got {backend!r}")
-        self._before = (KernelSettings.backend, Settings.check)
+        self._before = (kernel_settings.backend, settings.check)
         if backend is not None:
-            KernelSettings.backend = backend
+            kernel_settings.backend = backend
         if check is not None:
-            Settings.check = check
+            settings.check = check
 
     def __enter__(self) -> "use":
         return self
@@ -59,4 +64,4 @@ class use:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        KernelSettings.backend, Settings.check = self._before
+        kernel_settings.backend, settings.check = self._before

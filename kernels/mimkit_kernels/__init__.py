@@ -1,6 +1,6 @@
 """Triton kernels of mimkit, one file each."""
 
-from mimkit_kernels._dispatch import Backend, Settings
+from mimkit_kernels._dispatch import Backend, settings
 from mimkit_kernels._philox import philox4x32, sample_words
 from mimkit_kernels._slots import split_positions
 from mimkit_kernels.blockwise_sample import blockwise_sample
@@ -18,7 +18,7 @@ from mimkit_kernels.uniform_sample import kth_lowest, uniform_sample
 
 __all__ = [
     "Backend",
-    "Settings",
+    "settings",
     "blockwise_sample",
     "elementwise_error",
     "gather_patches",

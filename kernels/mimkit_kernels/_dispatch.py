@@ -19,9 +19,14 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class Settings:
-    """The current settings of `mimkit.use`."""
+    """What `mimkit.use` sets."""
 
-    backend: Backend = "auto"
+    def __init__(self) -> None:
+        self.backend: Backend = "auto"
+
+
+# An object: what PyTorch 2.11 compiles does not notice when an attribute of a class changes.
+settings = Settings()
 
 
 def takes_kernel(name: str, tensor: Tensor, find_obstacle: Callable[[], str | None]) -> bool:
@@ -39,12 +44,12 @@ def takes_kernel(name: str, tensor: Tensor, find_obstacle: Callable[[], str | No
     Raises:
         ValueError: `mimkit.use("triton")` requires the kernel, which does not support the call.
     """
-    if Settings.backend == "reference" or (Settings.backend == "auto" and not tensor.is_cuda):
+    if settings.backend == "reference" or (settings.backend == "auto" and not tensor.is_cuda):
         return False
     obstacle = find_obstacle()
     if is_transformed():
         obstacle = obstacle or "torch.func transforms and forward-mode derivatives"
-    if Settings.backend == "auto":
+    if settings.backend == "auto":
         if not HAS_TRITON and not torch.compiler.is_compiling():
             _warn_without_triton()
         return HAS_TRITON and obstacle is None
@@ -67,7 +72,7 @@ def is_opaque(tensor: Tensor) -> bool:
     """
     is_traced = torch.compiler.is_compiling() and tensor.device.type == "cpu"
     is_traced = is_traced and not torch.onnx.is_in_onnx_export()
-    return is_traced and Settings.backend == "auto" and not is_transformed()
+    return is_traced and settings.backend == "auto" and not is_transformed()
 
 
 def is_transformed() -> bool:

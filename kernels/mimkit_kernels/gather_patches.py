@@ -22,8 +22,8 @@ from mimkit_kernels._launch import on_device
 from mimkit_kernels._patch_tiles import (
     ImageLayout,
     PatchShape,
-    channel_of,
     describe,
+    load_channels,
     load_patch,
     pixel_offsets,
     tile_positions,
@@ -116,7 +116,9 @@ def _gather_kernel(
     slot = tl.program_id(0)
     row, column, inside = tile_positions(tl.program_id(1), row_blocks, SHAPE, ROWS, COLUMNS)
     values = load_patch(images, ids, mean, std, slot, taken, row, column, inside, layout, SHAPE)
-    target = slot.to(tl.int64) * SHAPE.VALUES + value_offsets(row, column, SHAPE, CHANNELS_LAST)
+    target = slot.to(tl.int64) * (SHAPE.ROWS * SHAPE.COLUMNS) + value_offsets(
+        row, column, SHAPE, CHANNELS_LAST
+    )
     tl.store(patches + target, values.to(patches.dtype.element_ty), mask=inside)
 
 
@@ -140,13 +142,15 @@ def _scatter_kernel(
     row, column, inside = tile_positions(tl.program_id(1), row_blocks, SHAPE, ROWS, COLUMNS)
     sample, token = place // tokens, place % tokens
     slot = tl.load(slots + place)
-    source = (sample.to(tl.int64) * taken + slot) * SHAPE.VALUES
+    source = (sample.to(tl.int64) * taken + slot) * (SHAPE.ROWS * SHAPE.COLUMNS)
     source += value_offsets(row, column, SHAPE, CHANNELS_LAST)
     # If the patch was not taken, the mask is empty and the gradient is zero.
-    is_taken = (row < tl.where(slot < taken, SHAPE.ROWS, 0))[:, None] & (column < SHAPE.P3)[None, :]
+    is_taken = (row < tl.where(slot < taken, SHAPE.ROWS, 0))[:, None] & (column < SHAPE.COLUMNS)[
+        None, :
+    ]
     grad = tl.load(grad_patches + source, mask=is_taken, other=0.0).to(tl.float32)
     if std is not None:
-        grad = grad / tl.load(std + channel_of(row, SHAPE))[:, None]
+        grad = grad / load_channels(std, row, column, SHAPE)
     target = pixel_offsets(sample, token, row, column, layout, SHAPE)
     tl.store(grad_images + target, grad.to(grad_images.dtype.element_ty), mask=inside)
 
@@ -165,7 +169,7 @@ def _tiling(shape: PatchShape, channels_last: bool) -> tuple[int, int, Any]:
         channels_last: The order of values in a patch vector.
     """
     rows, columns = shape.tile(MAX_TILE, MAX_COLUMNS)
-    row_blocks, column_blocks = -(-shape.ROWS // rows), -(-shape.P3 // columns)
+    row_blocks, column_blocks = -(-shape.ROWS // rows), -(-shape.COLUMNS // columns)
     constants = {
         "SHAPE": shape,
         "CHANNELS_LAST": channels_last,
@@ -185,10 +189,10 @@ def _launch_gather(
     std: Numbers,
     channels_last: bool,
 ) -> Tensor:
-    layout, shape = describe(images, patch)
+    layout, shape = describe(images, patch, interleaved=channels_last)
     batch, taken = ids.shape
     dtype, device = _result_dtype(images, mean, std), images.device
-    patches = torch.empty((batch, taken, shape.VALUES), dtype=dtype, device=device)
+    patches = torch.empty((batch, taken, shape.ROWS * shape.COLUMNS), dtype=dtype, device=device)
     row_blocks, blocks, constants = _tiling(shape, channels_last)
     if patches.numel():
         with on_device(images):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimkit_kernels._dispatch import Settings, is_transformed, takes_kernel
+from mimkit_kernels._dispatch import is_transformed, settings, takes_kernel
 from mimkit_kernels._dtypes import dtype_obstacle, linear_dtype
 from mimkit_kernels._jit import jit
 from mimkit_kernels._launch import on_device, power_of_2_from
@@ -49,7 +49,7 @@ def linear_cross_entropy(
         Loss and accuracy, float32 (the loss float64 for float64 inputs); 0 if there are no rows.
     """
     dtype = linear_dtype(x, weight)
-    if Settings.backend == "reference" or is_transformed():
+    if settings.backend == "reference" or is_transformed():
         return linear_cross_entropy_reference(x, weight, bias, target)
     fused = takes_kernel("linear_cross_entropy", x, lambda: dtype_obstacle(logits=dtype))
     leaves = (x, weight) if bias is None else (x, weight, bias)

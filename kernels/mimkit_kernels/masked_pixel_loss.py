@@ -175,7 +175,9 @@ def _load_pair(
         inputs.images, inputs.ids, inputs.mean, inputs.std,
         slot, inputs.masked, row, column, inside, inputs.layout, SHAPE,
     )  # fmt: skip
-    place = slot.to(tl.int64) * SHAPE.VALUES + value_offsets(row, column, SHAPE, CHANNELS_LAST)
+    place = slot.to(tl.int64) * (SHAPE.ROWS * SHAPE.COLUMNS) + value_offsets(
+        row, column, SHAPE, CHANNELS_LAST
+    )
     predicted = tl.load(inputs.prediction + place, mask=inside, other=0.0).to(tl.float32)
     return predicted, pixels, place, inside
 
@@ -195,7 +197,7 @@ def _forward_kernel(
     COLUMNS: tl.constexpr,
 ) -> None:
     """One program: one patch."""
-    VALUES: tl.constexpr = SHAPE.VALUES
+    VALUES: tl.constexpr = SHAPE.ROWS * SHAPE.COLUMNS
     slot = tl.program_id(0)
     predicted, pixels, _, inside = _load_pair(inputs, slot, SHAPE, CHANNELS_LAST, ROWS, COLUMNS)
     target = tl.where(inside, pixels, 0.0)
@@ -249,7 +251,7 @@ def _backward_kernel(
         slope = tl.where(tl.abs(difference) < beta, difference / beta, sign)
     # A difference of NaN must not become a gradient of 0.
     slope = tl.where(difference == difference, slope, difference)
-    grad = slope * (tl.load(grad_errors + slot).to(tl.float32) / SHAPE.VALUES)
+    grad = slope * (tl.load(grad_errors + slot).to(tl.float32) / (SHAPE.ROWS * SHAPE.COLUMNS))
     tl.store(grad_prediction + place, grad.to(grad_prediction.dtype.element_ty), mask=inside)
 
 
@@ -267,7 +269,7 @@ def _prepare(
     prediction: Tensor, images: Tensor, ids: Tensor, how: Options
 ) -> tuple[Inputs, dict[str, Any]]:
     """Return what both kernels read, and the constants of both launches."""
-    layout, shape = describe(images, how.patch)
+    layout, shape = describe(images, how.patch, interleaved=how.channels_last)
     rows, columns = shape.tile(MAX_VALUES, MAX_VALUES)
     mean, std = (
         channel_tensor(statistic, images.device)  # type: ignore[arg-type]
@@ -343,8 +345,9 @@ def _obstacle(prediction: Tensor, images: Tensor, how: Options) -> str | None:
     obstacle = obstacle or image_obstacle(images, how.mean, how.std)
     if obstacle is None and images.requires_grad:
         return "images that require a gradient"
-    rows, columns = prediction.shape[2] // how.patch[-1], how.patch[-1]
-    if obstacle is None and power_of_2_from(rows) * power_of_2_from(columns) > MAX_VALUES:
+    _, shape = describe(images, how.patch, interleaved=how.channels_last)
+    rows, columns = (power_of_2_from(size) for size in (shape.ROWS, shape.COLUMNS))
+    if obstacle is None and rows * columns > MAX_VALUES:
         return f"patches of {prediction.shape[2]} values"
     return obstacle
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from mimkit._arguments import checked, uses_autocast
 from mimkit._checks import cell_of
 from mimkit._grids import Grid, per_axis, reach_of
-from mimkit._settings import Settings
+from mimkit._settings import settings
 from mimkit.masking import Mask
 from mimkit_kernels import packed_depthwise_conv
 
@@ -110,7 +110,7 @@ def packed_depthwise_conv2d(
             f"a kernel of radius {radius} on cells of {size} needs neighbors with "
             f"reach={reach_of(radius, size)}; got a window of {neighbors.shape[2]} cells"
         )
-    if Settings.check and neighbors.numel():
+    if settings.check and neighbors.numel():
         low, high = int(neighbors.min()), int(neighbors.max())
         if low < -1 or high >= cells.shape[1]:
             raise ValueError(f"neighbors must be in [-1, {cells.shape[1]}); got {low} to {high}")

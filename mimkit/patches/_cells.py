@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from mimkit._arguments import Count, checked
 from mimkit._checks import cell_of, check_even
 from mimkit._grids import per_axis
-from mimkit._settings import Settings
+from mimkit._settings import settings
 from mimkit.masking import Mask
 from mimkit.patches._patchify import gather_patches, unpatchify
 from mimkit.patches._tokens import restore
@@ -116,7 +116,7 @@ def neighbors(mask: Mask, *, reach: Count = 1) -> Int32[Tensor, "batch visible w
                  [-1, -1, -1,  0,  1, -1, -1, -1, -1]]], dtype=torch.int32)
     """
     _axes(mask)
-    if Settings.check:
+    if settings.check:
         mask.validate()
     if reach < 0:
         raise ValueError(f"reach must not be negative; got {reach}")

@@ -9,7 +9,8 @@ from torch.autograd import forward_ad
 
 import mimkit
 import mimkit_kernels as kernels
-from mimkit_kernels import Settings, _dispatch
+from mimkit._settings import settings as own_settings
+from mimkit_kernels import _dispatch, settings
 from mimkit_kernels._dispatch import takes_kernel
 from tests.kernels.harness import DEVICE, INTERPRETED, launches, needs_gpu
 
@@ -35,10 +36,26 @@ def test_device_decides_by_default():
 
 
 def test_use_restores_the_previous_settings():
-    before = Settings.backend
+    before = settings.backend
     with mimkit.use("reference", check=True), mimkit.use("triton"):
-        assert Settings.backend == "triton"
-    assert Settings.backend == before
+        assert settings.backend == "triton"
+    assert settings.backend == before
+
+
+def test_compiled_code_follows_use():
+    gpu = OnGPU()
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        return x + 2 * takes_kernel("name", gpu, nothing) + 4 * own_settings.check
+
+    compiled = torch.compile(look, backend="eager", fullgraph=True)
+    backends = ("reference", "auto", "triton", "reference")
+    found = []
+    for backend, check in zip(backends, (False, True, False, True), strict=True):
+        with mimkit.use(backend, check=check):
+            found.append(compiled(torch.zeros(1)).item())
+    takes = 2 if _dispatch.HAS_TRITON else 0
+    assert found == [0, takes + 4, takes, 4]
 
 
 def test_error_names_an_unknown_backend():
