@@ -18,7 +18,6 @@ from mimkit_kernels.uniform_sample import kth_lowest, uniform_sample
 
 __all__ = [
     "Backend",
-    "settings",
     "blockwise_sample",
     "elementwise_error",
     "gather_patches",
@@ -32,6 +31,7 @@ __all__ = [
     "regressor_inputs",
     "restore_tokens",
     "sample_words",
+    "settings",
     "split_positions",
     "uniform_sample",
 ]

@@ -133,15 +133,19 @@ def pixel_offsets(
 
 @jit
 def value_offsets(
-    row: tl.tensor, column: tl.tensor, SHAPE: tl.constexpr, CHANNELS_LAST: tl.constexpr
+    slot: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    SHAPE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
 ) -> tl.tensor:
-    """Return the offsets of a tile's values in a patch vector."""
+    """Return the offsets of a tile's values in patch vectors, of which `slot` counts one."""
     if CHANNELS_LAST and not SHAPE.INTERLEAVED:
         pixel = (row % (SHAPE.P1 * SHAPE.P2))[:, None] * SHAPE.P3 + column[None, :]
-        offsets = pixel * SHAPE.C + (row // (SHAPE.P1 * SHAPE.P2))[:, None]
+        inside = pixel * SHAPE.C + (row // (SHAPE.P1 * SHAPE.P2))[:, None]
     else:
-        offsets = row[:, None] * SHAPE.COLUMNS + column[None, :]
-    return offsets
+        inside = row[:, None] * SHAPE.COLUMNS + column[None, :]
+    return slot.to(tl.int64) * (SHAPE.ROWS * SHAPE.COLUMNS) + inside
 
 
 @jit

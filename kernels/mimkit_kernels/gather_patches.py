@@ -116,9 +116,7 @@ def _gather_kernel(
     slot = tl.program_id(0)
     row, column, inside = tile_positions(tl.program_id(1), row_blocks, SHAPE, ROWS, COLUMNS)
     values = load_patch(images, ids, mean, std, slot, taken, row, column, inside, layout, SHAPE)
-    target = slot.to(tl.int64) * (SHAPE.ROWS * SHAPE.COLUMNS) + value_offsets(
-        row, column, SHAPE, CHANNELS_LAST
-    )
+    target = value_offsets(slot, row, column, SHAPE, CHANNELS_LAST)
     tl.store(patches + target, values.to(patches.dtype.element_ty), mask=inside)
 
 
@@ -142,12 +140,10 @@ def _scatter_kernel(
     row, column, inside = tile_positions(tl.program_id(1), row_blocks, SHAPE, ROWS, COLUMNS)
     sample, token = place // tokens, place % tokens
     slot = tl.load(slots + place)
-    source = (sample.to(tl.int64) * taken + slot) * (SHAPE.ROWS * SHAPE.COLUMNS)
-    source += value_offsets(row, column, SHAPE, CHANNELS_LAST)
+    source = value_offsets(sample.to(tl.int64) * taken + slot, row, column, SHAPE, CHANNELS_LAST)
     # If the patch was not taken, the mask is empty and the gradient is zero.
-    is_taken = (row < tl.where(slot < taken, SHAPE.ROWS, 0))[:, None] & (column < SHAPE.COLUMNS)[
-        None, :
-    ]
+    rows = tl.where(slot < taken, SHAPE.ROWS, 0)
+    is_taken = (row < rows)[:, None] & (column < SHAPE.COLUMNS)[None, :]
     grad = tl.load(grad_patches + source, mask=is_taken, other=0.0).to(tl.float32)
     if std is not None:
         grad = grad / load_channels(std, row, column, SHAPE)

@@ -175,9 +175,7 @@ def _load_pair(
         inputs.images, inputs.ids, inputs.mean, inputs.std,
         slot, inputs.masked, row, column, inside, inputs.layout, SHAPE,
     )  # fmt: skip
-    place = slot.to(tl.int64) * (SHAPE.ROWS * SHAPE.COLUMNS) + value_offsets(
-        row, column, SHAPE, CHANNELS_LAST
-    )
+    place = value_offsets(slot, row, column, SHAPE, CHANNELS_LAST)
     predicted = tl.load(inputs.prediction + place, mask=inside, other=0.0).to(tl.float32)
     return predicted, pixels, place, inside
 
