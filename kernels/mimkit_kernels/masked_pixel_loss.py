@@ -264,10 +264,10 @@ def _num_warps(values: int) -> int:
 
 
 def _prepare(
-    prediction: Tensor, images: Tensor, ids: Tensor, how: Options
+    prediction: Tensor, images: Tensor, ids: Tensor, how: Options, *, interleaved: bool
 ) -> tuple[Inputs, dict[str, Any]]:
-    """Return what both kernels read, and the constants of both launches."""
-    layout, shape = describe(images, how.patch, interleaved=how.channels_last)
+    """Return what both kernels read, and the constants of a launch."""
+    layout, shape = describe(images, how.patch, interleaved=interleaved)
     rows, columns = shape.tile(MAX_VALUES, MAX_VALUES)
     mean, std = (
         channel_tensor(statistic, images.device)  # type: ignore[arg-type]
@@ -298,7 +298,7 @@ def _launch_forward(
         torch.empty(size, dtype=torch.float32, device=images.device)
         for size in (ids.shape, shape, shape)
     )
-    inputs, constants = _prepare(prediction, images, ids, how)
+    inputs, constants = _prepare(prediction, images, ids, how, interleaved=False)
     if prediction.numel():
         with on_device(images):
             _forward_kernel[(ids.numel(),)](
@@ -320,7 +320,7 @@ def _launch_backward(
     grad_prediction = torch.empty(
         prediction.shape, dtype=prediction.dtype, device=prediction.device
     )
-    inputs, constants = _prepare(prediction, images, ids, how)
+    inputs, constants = _prepare(prediction, images, ids, how, interleaved=how.channels_last)
     if prediction.numel():
         with on_device(images):
             _backward_kernel[(ids.numel(),)](
@@ -343,9 +343,9 @@ def _obstacle(prediction: Tensor, images: Tensor, how: Options) -> str | None:
     obstacle = obstacle or image_obstacle(images, how.mean, how.std)
     if obstacle is None and images.requires_grad:
         return "images that require a gradient"
-    _, shape = describe(images, how.patch, interleaved=how.channels_last)
-    rows, columns = (power_of_2_from(size) for size in (shape.ROWS, shape.COLUMNS))
-    if obstacle is None and rows * columns > MAX_VALUES:
+    shapes = [describe(images, how.patch, interleaved=either)[1] for either in (False, True)]
+    sizes = [power_of_2_from(shape.ROWS) * power_of_2_from(shape.COLUMNS) for shape in shapes]
+    if obstacle is None and max(sizes) > MAX_VALUES:
         return f"patches of {prediction.shape[2]} values"
     return obstacle
 
