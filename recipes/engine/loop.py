@@ -8,6 +8,7 @@ steps, logs and saves checkpoints, and can rewind when a loss or gradient is not
 import contextlib
 import itertools
 import math
+import os
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -383,6 +384,18 @@ def recompute_blocks(model: nn.Module) -> None:
         encoder.set_grad_checkpointing(True)
 
 
+@contextlib.contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """Let PyTorch use deterministic algorithms only; others raise `RuntimeError`."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def run_steps(
     task: Task, plan: Plan, train_set: TrainSet, folder: RunFolder, options: Options
 ) -> None:
@@ -402,7 +415,8 @@ def run_steps(
     """
     if options.recompute:
         recompute_blocks(task.model)
-    with signals.noting():
+    allowed = deterministic_algorithms() if options.deterministic else contextlib.nullcontext()
+    with allowed, signals.noting():
         _train(task, plan, train_set, folder, options)
     signals.set_moment(signals.AFTER_TRAINING)
 

@@ -57,17 +57,17 @@ def guarded_buffer(numel: int, dtype: torch.dtype, device: torch.device, offset:
     return buffer, buffer[GUARD + offset : GUARD + offset + numel]
 
 
-def laid_out(tensor: Tensor, layout: str = "contiguous") -> Tensor:
+def laid_out(tensor: Tensor, layout: str = "contiguous", device: torch.device = DEVICE) -> Tensor:
     """Copy a tensor to the device under test, into the given layout, between guard bands."""
     shape = tensor.shape
     if layout == "transposed" and tensor.ndim >= 2:
-        return laid_out(tensor.transpose(-1, -2)).transpose(-1, -2)
+        return laid_out(tensor.transpose(-1, -2), device=device).transpose(-1, -2)
     if layout == "strided" and tensor.ndim:
-        _, inner = guarded_buffer(2 * tensor.numel(), tensor.dtype, DEVICE)
+        _, inner = guarded_buffer(2 * tensor.numel(), tensor.dtype, device)
         view = inner.view(*shape[:-1], 2 * shape[-1])[..., ::2]
     else:
         offset = 1 if layout == "unaligned" else 0
-        _, inner = guarded_buffer(tensor.numel(), tensor.dtype, DEVICE, offset)
+        _, inner = guarded_buffer(tensor.numel(), tensor.dtype, device, offset)
         view = inner.view(shape)
     return view.copy_(tensor)
 

@@ -122,10 +122,14 @@ def test_grids_do_not_grow_with_the_batch_along_y_and_z():
 @pytest.mark.parametrize("layout", ["unaligned", "strided", "transposed"])
 def test_no_access_is_wider_than_the_alignment_of_its_address(layout):
     """The emulator raises at an access of n bytes whose address is no multiple of n."""
-    tokens, ids = laid_out(torch.randn(2, 4, 64), layout), laid_out(torch.tensor([[3], [1]]))
+
+    def on_cpu(tensor):  # the emulator's memory, also where there is a GPU
+        return laid_out(tensor, layout, torch.device("cpu"))
+
+    tokens, ids = on_cpu(torch.randn(2, 4, 64)), torch.tensor([[3], [1]])
     with emulated_launches():
         taken = module("move_tokens")._launch_gather(tokens, ids, 0)
-        images = laid_out(torch.randn(1, 3, 16, 16), layout)
+        images = on_cpu(torch.randn(1, 3, 16, 16))
         patches = module("gather_patches")._launch_gather(
             images, ids[:1], [8, 8], None, None, False
         )

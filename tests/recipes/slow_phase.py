@@ -46,7 +46,7 @@ def main(phase: str, reached: Path, recipe: str, *arguments: str) -> int:
 
     module = importlib.import_module(f"recipes.{recipe}")
     if phase == "step":
-        dawdle(loop.Task, "step", reached, number=STEP)
+        dawdle(loop.Task, "_compute", reached, number=STEP)
     elif phase == "checkpoint":  # it is written by a thread after `save` has returned
         dawdle(Checkpoints, "save", reached, number=2, after=True)
     elif phase == "evaluation":

@@ -25,7 +25,8 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 def options(pictures: Path, out: Path, *more: str) -> list[str]:
     return [
         "--data", str(pictures), "--out", str(out), "--batch-size", "4", "--epochs", "8",
-        "--max-steps", str(STEPS), "--checkpoint-every", "4", "--log-every", "1", *more,
+        "--max-steps", str(STEPS), "--checkpoint-every", "4", "--log-every", "1",
+        "--deterministic", *more,
     ]  # fmt: skip
 
 

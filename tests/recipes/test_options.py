@@ -16,7 +16,7 @@ import torch
 from recipes import detect, finetune, probe, segment, tokenizer
 from recipes.cae import RECIPE as CAE
 from recipes.convmae import RECIPE as CONVMAE
-from recipes.engine import Recipe, Training, run
+from recipes.engine import Recipe, Training, loop, run
 from recipes.engine.errors import UserError
 from recipes.engine.fields import (
     Depth,
@@ -485,7 +485,7 @@ def test_a_model_that_no_memory_holds_is_refused_before_a_folder_is_made(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.sysconf", lambda name: 1_000)  # a megabyte
-    arguments = ["--data", "digits"]
+    arguments = ["--data", "digits", "--device", "cpu"]
     assert run(MAE, "", arguments) == 2
     error = capfd.readouterr().err
     assert "need" in error
@@ -508,6 +508,20 @@ def test_an_allocation_that_fails_is_one_line(
     error = capfd.readouterr().err
     assert error.startswith("error: there is not enough memory: give a smaller --batch-size")
     assert error.count("\n") == 1
+
+
+def test_an_operation_that_is_not_deterministic_is_one_line(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def command(options: Options) -> None:
+        with loop.deterministic_algorithms():
+            torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
+
+    assert run_command(command, Options, name="mae", description="", arguments=[]) == 2
+    assert capfd.readouterr().err == (
+        "error: --deterministic: put_ is not deterministic on this device; omit the option\n"
+    )
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_another_runtime_error_keeps_its_traceback() -> None:

@@ -31,7 +31,7 @@ def command(out: Path, processes: int, *more: str, steps: int = STEPS) -> list[s
         *(torchrun if processes > 1 else [sys.executable]), str(ROOT / "recipes/mae.py"),
         "--data", str(out.parent / "pictures"), "--out", str(out), "--batch-size", "8",
         "--epochs", "2", "--max-steps", str(steps), "--checkpoint-every", "3",
-        "--log-every", "1", *more,
+        "--log-every", "1", "--device", "cpu", *more,
     ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,8 @@ STEPS = 24
 def options(pictures: Path, out: Path, *more: str) -> list[str]:
     return [
         "--data", str(pictures), "--out", str(out), "--batch-size", "4", "--epochs", "8",
-        "--max-steps", str(STEPS), "--checkpoint-every", "2", "--log-every", "1", *more,
+        "--max-steps", str(STEPS), "--checkpoint-every", "2", "--log-every", "1",
+        "--deterministic", *more,
     ]  # fmt: skip
 
 
@@ -276,6 +278,23 @@ def test_recomputing_gives_the_same_weights(
     with single_thread():
         assert run(RECIPE, "", options(pictures, tmp_path / "run", "--recompute")) == 0
     assert_equal_runs(tmp_path / "run", uninterrupted)
+
+
+def test_steps_use_deterministic_algorithms_if_asked(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    compute = loop.Task._compute
+
+    def look(*arguments: Any) -> Any:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return compute(*arguments)
+
+    monkeypatch.setattr(loop.Task, "_compute", look)
+    for name in ("--no-deterministic", "--deterministic"):
+        arguments = options(pictures, tmp_path / name, name, "--max-steps", "1")
+        assert run(RECIPE, "", arguments) == 0
+    assert seen == [False, True]
 
 
 def test_a_finished_run_prints_its_summary_again_and_does_not_train(

@@ -58,6 +58,9 @@ class Options:
         accumulate: Gradient accumulation: number of parts a batch is split into, to save memory.
         recompute: Activation checkpointing: compute the encoder's blocks again in the backward pass
             instead of keeping what they computed.
+        deterministic: Let a GPU use deterministic algorithms, which are slower (in attention, for
+            one), so that a run that was stopped ends with the weights of one that was not; on a CPU
+            it does so anyway.
         shard: Shard the weights over the processes of torchrun (FSDP2) instead of copying them
             (DDP).
         timeout: Seconds to wait for another process of torchrun before giving up and naming it.
@@ -90,6 +93,7 @@ class Options:
     compile: Compile = False
     accumulate: PositiveInt = 1
     recompute: bool = False
+    deterministic: bool = False
     shard: bool = False
     timeout: Seconds = 1800.0
     lock: bool = True
@@ -120,6 +124,9 @@ FLAGS = (
 _NO_MEMORY = "can't allocate memory"
 # Its message when a loading worker has ended.
 _WORKER_LOST = re.compile(r"DataLoader worker .*(is killed by signal|exited unexpectedly)")
+
+# Its message of an operation that `--deterministic` does not allow.
+_NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
 
 OptionsType = TypeVar("OptionsType")
 
@@ -185,7 +192,7 @@ def run_command(
             say(stop, file=sys.stderr)
         return stop.code
     except Exception as error:
-        message = _about_the_machine(error)
+        message = _about_the_machine(error) or _about_determinism(error)
         if message is None:
             _add_process(error)
             raise
@@ -213,6 +220,14 @@ def _about_the_machine(error: Exception) -> str | None:
             "--accumulate, or a smaller model"
         )
     return None
+
+
+def _about_determinism(error: Exception) -> str | None:
+    """Return one line about an operation that has no deterministic form; None for other errors."""
+    found = _NOT_DETERMINISTIC.search(str(error)) if isinstance(error, RuntimeError) else None
+    if found is None:
+        return None
+    return f"--deterministic: {found[1]} is not deterministic on this device; omit the option"
 
 
 def _print_error(message: str) -> None:
