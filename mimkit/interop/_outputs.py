@@ -107,9 +107,9 @@ def outputs_of_timm(encoder: Any, tensors: Weights) -> Outputs:
         }
         if is_beit:
             options |= {
+                "global_pool": "avg" if has_pool_norm else "token",  # decides about `fc_norm`
                 "use_abs_pos_emb": encoder.pos_embed is not None,
                 "use_rel_pos_bias": len(encoder.rel_pos_bias) > 0,
-                "use_fc_norm": has_pool_norm,
             }
         else:
             positions = tensors["pos_embed"].shape[1] if "pos_embed" in tensors else 0

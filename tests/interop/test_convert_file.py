@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,8 @@ def test_a_file_is_converted_with_a_receipt(
     assert receipt["num_tensors"] == len(result)
     kept = FORMATS[to_format].to_ours(result)
     stands_in = [line for line in printed.splitlines() if "mimkit's class computes" in line]
-    if {from_format, to_format} & {*HALVES}:
-        (line,) = stands_in  # tests/peers have the package
+    if {from_format, to_format} & {*HALVES} and find_spec("dall_e") is None:
+        (line,) = stands_in
         assert "the authors' package DALL-E was not built (No module named 'dall_e')" in line
     elif {from_format, to_format} & {*OFFICIAL}:
         (line,) = stands_in
