@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import math
 import os
+import resource
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -203,6 +204,7 @@ class Task(ABC):
     """
 
     inputs: Any = None  # inputs of the last step, for `extras`
+    flops: int | None = None  # of an image, forward and backward, where they are known
     stops = False  # whether a process of several had received a signal in the last step
 
     def __init__(
@@ -450,11 +452,20 @@ def _train(
 def _header(task: Task, plan: Plan, num_images: int, first_step: int) -> str:
     """Return one line about a run that starts or continues."""
     parameters = sum(parameter.numel() for parameter in task.model.parameters())
+    flops = "" if task.flops is None else f"{task.flops / 1e9:,.2f} GFLOPs an image, "
     return (
         f"step {first_step}/{plan.num_steps}  {task.config.preset} on {task.config.data}: "
-        f"{parameters:,} parameters, {num_images:,} images, "
+        f"{parameters:,} parameters, {flops}{num_images:,} images, "
         f"{task.config.training.batch_size:,} of them in a step"
     )
+
+
+def _peak_memory(device: str) -> float:
+    """Return the most memory used so far, in GiB: allocated on a GPU, or resident."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def _run_from(
@@ -720,7 +731,8 @@ class _Log:
             f"data {row['data_share']:.0%}"
         )
         if not self.bar.disable:
-            self.bar.set_postfix_str(text)
+            memory = _peak_memory(self.task.config.device)
+            self.bar.set_postfix_str(f"{text}  {memory:.1f} GiB")
             return
         is_due = done - self.last_line >= self.plan.num_steps / _LINES_PER_RUN
         if self.folder.world.is_main and (is_due or done in (1, self.plan.num_steps)):

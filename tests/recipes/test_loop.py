@@ -126,10 +126,23 @@ def test_a_run_says_what_it_is_and_once_how_long_it_should_take(
     assert re.fullmatch(
         r"step 21/40  about [\d:]+ \(min:s\) to go, an estimate from 20 steps", expected[0]
     )
-    train(tmp_path / "short", Line(config))
-    assert "about" not in capsys.readouterr().err  # too few steps to measure and to wait for
+    task = Line(config)
+    task.flops = 2_500_000_000
+    train(tmp_path / "short", task)
+    printed = capsys.readouterr().err
+    assert "about" not in printed  # too few steps to measure and to wait for
+    assert "2 parameters, 2.50 GFLOPs an image, 16 images" in printed
     train(tmp_path / "short", Line(config))
     assert capsys.readouterr().err == ""  # a run that has ended
+
+
+def test_a_progress_bar_shows_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    train(tmp_path / "run", Line(make_config()))
+    (shown,) = {*re.findall(r"data \d+%  ([\d.]+) GiB", capsys.readouterr().err)}
+    assert 0.05 < float(shown) < 100
 
 
 def test_by_default_every_twentieth_step_has_a_row() -> None:
