@@ -28,6 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # Compilation ahead of time and the interpreter need no GPU.
 LEFT_OUT = ("test_static", "test_races", "test_ownership")
+# `kernels` has steps of its own, `house` needs linters, and `peers` their packages.
+ELSEWHERE = ("kernels", "house", "peers")
 COMPILED = "training or compiled or compile"
 STEPS = ("mae", "convmae", "cae", "simmim")
 TRIES = 2
@@ -68,6 +70,12 @@ def steps(folder: Path, stand_in: bool, jobs: int) -> Iterator[Step]:
     yield Step(
         "tests", "test_on_gpu", [*decoding, str(ROOT / "tests" / "recipes" / "test_on_gpu.py")]
     )
+
+    # All else: a machine with a GPU takes other paths, and recipes train on it.
+    quick = [python, "-m", "pytest", *options, "-rfs", "-n", str(jobs), "--dist", "loadfile"]
+    quick += [f"--ignore={ROOT / 'tests' / name}" for name in ELSEWHERE]
+    quick += ["-m", "not full", str(ROOT / "tests" / ("masking" if stand_in else ""))]
+    yield Step("quick", "quick", quick)
 
     seconds = "0" if stand_in else "0.2"
     bench = [python, "-m", "pytest", *options, "-s", "--seconds", seconds, *rows]
