@@ -1,4 +1,4 @@
-"""A training step beside that of transformers and timm, with equal weights and masks.
+"""A training step beside that of transformers, timm and lightly, with equal weights and masks.
 
 Forward and backward pass, without the optimizer. It needs the extra `peers`:
 
@@ -10,15 +10,17 @@ Axes: batch; tokens; dim.
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mimkit import masking
-from mimkit.interop import from_hf, to_timm, wrap_timm
+from mimkit.interop import from_hf, from_official, from_timm, to_timm, wrap_timm
 from mimkit.masking import Mask
-from mimkit.nn import ViT
+from mimkit.nn import SwinTransformer, ViT
 from recipes.mae import MAE, MAEConfig
 from recipes.simmim import SimMIM, SimMIMConfig
 
@@ -33,6 +35,18 @@ SWIN: dict[str, Any] = {
     "image_size": 192, "patch_size": 4, "embed_dim": 48, "depths": [2, 2, 6, 2],
     "num_heads": [3, 6, 12, 24], "window_size": 6, "encoder_stride": 32,
 }  # fmt: skip
+
+VIT = SIZES | IMAGE | {"intermediate_size": 1536}
+BEIT = VIT | {"drop_path_rate": 0.0, "use_relative_position_bias": True}
+# Encoders of transformers, without the layer that pools where they have one.
+ENCODERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "ViTModel": (VIT, {"add_pooling_layer": False}),
+    "SwinModel": (SWIN | {"drop_path_rate": 0.0}, {"add_pooling_layer": False}),
+    "BeitModel": (BEIT, {"add_pooling_layer": False}),
+    "Data2VecVisionModel": (BEIT, {"add_pooling_layer": False}),
+    "Dinov2Model": (SIZES | IMAGE, {}),
+    "Dinov2WithRegistersModel": (SIZES | IMAGE | {"num_register_tokens": 4}, {}),
+}
 
 Loss = Callable[[], Tensor]
 Side = tuple[nn.Module, Loss]
@@ -61,6 +75,143 @@ def mae() -> tuple[str, Side, Side]:
         (theirs, lambda: theirs(images, noise=noise).loss),
         (ours, lambda: ours(images, mask).loss),
     )
+
+
+def simmim() -> tuple[str, Side, Side]:
+    """ViTForMaskedImageModeling beside SimMIM: three fifths masked."""
+    import transformers as hf
+
+    theirs = hf.ViTForMaskedImageModeling(hf.ViTConfig(**VIT, encoder_stride=16))
+    converted = from_hf(theirs)
+    ours = SimMIM(SimMIMConfig(**(converted.config or {})))
+    ours.load_state_dict(converted)
+    images = images_of(224)
+    mask = masking.uniform(masking.key(range(BATCH), seed=0), (14, 14), 0.6)
+    hidden = mask.is_masked.flatten(1)
+    return (
+        "transformers ViTForMaskedImageModeling",
+        (theirs, lambda: theirs(images, bool_masked_pos=hidden).loss),
+        (ours, lambda: ours(images, mask).loss),
+    )
+
+
+def beit() -> tuple[str, Side, Side]:
+    """BeitForMaskedImageModeling beside SimMIM's encoder and head: two fifths masked."""
+    import transformers as hf
+
+    shared = {"use_relative_position_bias": False, "use_shared_relative_position_bias": True}
+    config = hf.BeitConfig(**BEIT | shared, vocab_size=8192, use_mask_token=True)
+    theirs = hf.BeitForMaskedImageModeling(config)
+    converted = from_hf(theirs)
+    ours = SimMIM(SimMIMConfig(**(converted.config or {})))
+    own = {n: value for n, value in ours.state_dict().items() if n.startswith("target.")}
+    ours.load_state_dict({**converted, **own})
+    images = images_of(224)
+    mask = masking.uniform(masking.key(range(BATCH), seed=0), (14, 14), 0.4)
+    hidden = mask.is_masked.flatten(1)
+    labels = torch.randint(8192, (int(hidden.sum()),))
+
+    def loss() -> Tensor:
+        latent = ours.encoder(images, mask, mask_token=ours.mask_token)
+        return F.cross_entropy(ours.head(latent[:, 1:], mask).flatten(0, 1), labels)
+
+    return (
+        "transformers BeitForMaskedImageModeling",
+        (theirs, lambda: theirs(images, bool_masked_pos=hidden, labels=labels).loss),
+        (ours, loss),
+    )
+
+
+def encoder(name: str) -> tuple[str, Side, Side]:
+    """An encoder of transformers beside ours: nothing masked."""
+    import transformers as hf
+
+    cls = getattr(hf, name)
+    config, options = ENCODERS[name]
+    theirs = cls(cls.config_class(**config), **options)
+    converted = from_hf(theirs)
+    ours = (SwinTransformer if name == "SwinModel" else ViT)(**(converted.config or {}))
+    ours.load_state_dict(converted)
+    images = images_of(192 if name == "SwinModel" else 224)
+    return (
+        f"transformers {name}",
+        (theirs, lambda: spread(theirs(images).last_hidden_state)),
+        (ours, lambda: spread(ours(images))),
+    )
+
+
+def lightly_mae() -> tuple[str, Side, Side]:
+    """The masked autoencoder in lightly's parts beside MAE: three quarters masked."""
+    from lightly.models import utils
+    from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
+    from timm.models.vision_transformer import VisionTransformer
+
+    vit = VisionTransformer(
+        img_size=224, patch_size=16, embed_dim=384, depth=6, num_heads=6, num_classes=0
+    )
+    backbone = MaskedVisionTransformerTIMM(vit=vit)
+    decoder = MAEDecoderTIMM(
+        num_patches=196, patch_size=16, embed_dim=384, decoder_embed_dim=192, decoder_depth=2,
+        decoder_num_heads=6,
+    )  # fmt: skip
+    parts = {name.removeprefix("vit."): p for name, p in backbone.state_dict().items()}
+    parts.pop("mask_token", None)
+    ours = MAE(
+        MAEConfig(
+            image_size=224,
+            patch_size=16,
+            dim=384,
+            depth=6,
+            heads=6,
+            decoder_dim=192,
+            decoder_depth=2,
+            decoder_heads=6,
+            normalize_pixels=False,
+        )  # fmt: skip
+    )
+    ours.load_state_dict(from_official("mae", parts | decoder.state_dict()))
+    images = images_of(224)
+    mask = masking.uniform(masking.key(range(BATCH), seed=0), (14, 14), 0.75)
+    keep = torch.cat([torch.zeros(BATCH, 1, dtype=torch.int64), mask.visible_ids + 1], dim=1)
+    hidden = mask.masked_ids + 1
+
+    def loss() -> Tensor:
+        tokens = utils.repeat_token(decoder.mask_token, (BATCH, 197))
+        latent = decoder.embed(backbone.encode(images, idx_keep=keep))
+        decoded = decoder.decode(utils.set_at_index(tokens, keep, latent))
+        predicted = decoder.predict(utils.get_at_index(decoded, hidden))
+        target = utils.get_at_index(utils.patchify(images, 16), hidden - 1)
+        return F.mse_loss(predicted, target)
+
+    return (
+        "lightly MaskedVisionTransformerTIMM, MAEDecoderTIMM",
+        (nn.ModuleList([backbone, decoder]), loss),
+        (ours, lambda: ours(images, mask).loss),
+    )
+
+
+def timm_swin() -> tuple[str, Side, Side]:
+    """Timm's SwinTransformer beside ours: nothing masked."""
+    from timm.models.swin_transformer import SwinTransformer as TimmSwin
+
+    depths, heads, images = (2, 2, 6, 2), (3, 6, 12, 24), images_of(192)
+    theirs = TimmSwin(
+        img_size=192, embed_dim=48, depths=depths, num_heads=heads, window_size=6, num_classes=0,
+        drop_path_rate=0.0,
+    )  # fmt: skip
+    ours = SwinTransformer(image_size=192, dim=48, depth=depths, heads=heads, window=6)
+    ours.load_state_dict(from_timm(theirs.state_dict()))
+    return (
+        "timm SwinTransformer",
+        (theirs, lambda: spread(theirs.forward_features(images).flatten(1, 2))),
+        (ours, lambda: spread(ours(images))),
+    )
+
+
+def spread(tokens: Tensor) -> Tensor:
+    """Return a loss that depends on every value: a norm alone is fixed by the last layer norm."""
+    weights = torch.linspace(0.5, 1.5, tokens[0].numel()).view_as(tokens[0])
+    return (tokens * weights).square().mean()
 
 
 def swin() -> tuple[str, Side, Side]:
@@ -138,7 +289,9 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     print("| beside | theirs, CPU ms | ours, CPU ms | theirs, wall ms | ours, wall ms | ratio |")
     print("|---|---|---|---|---|---|")
-    for make in (mae, swin, timm_vit, timm_masked):
+    encoders = [partial(encoder, name) for name in ENCODERS]
+    timm = (timm_vit, timm_masked, timm_swin)
+    for make in (mae, simmim, swin, beit, *encoders, *timm, lightly_mae):
         torch.manual_seed(0)
         print(measure(*make(), repeats), flush=True)
 

@@ -212,26 +212,6 @@ def measure(config: RunConfig, data: DataSet, model: nn.Module) -> tuple[int, in
     return flops, _measure(config, data, model, num_images=2)[1] - one
 
 
-def count_flops(config: RunConfig, data: DataSet, model: nn.Module) -> int | None:
-    """Return the FLOPs of a step on one image.
-
-    Args:
-        config: The run's configuration.
-        data: The data set.
-        model: The model, on PyTorch's meta device.
-
-    Returns:
-        None for images of different sizes, and for models that look at values, which the meta
-        device has not.
-    """
-    if config.training.native_size is not None:
-        return None
-    try:
-        return _measure(config, data, model, num_images=1)[0]
-    except RuntimeError:
-        return None
-
-
 def shape_of_largest(config: RunConfig, model: Any) -> Any:
     """Return the model's shape for the largest square pictures of `--native-size`."""
     most: Any = config.training.native_size

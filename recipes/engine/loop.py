@@ -204,7 +204,6 @@ class Task(ABC):
     """
 
     inputs: Any = None  # inputs of the last step, for `extras`
-    flops: int | None = None  # of an image, forward and backward, where they are known
     stops = False  # whether a process of several had received a signal in the last step
 
     def __init__(
@@ -452,10 +451,9 @@ def _train(
 def _header(task: Task, plan: Plan, num_images: int, first_step: int) -> str:
     """Return one line about a run that starts or continues."""
     parameters = sum(parameter.numel() for parameter in task.model.parameters())
-    flops = "" if task.flops is None else f"{task.flops / 1e9:,.2f} GFLOPs an image, "
     return (
         f"step {first_step}/{plan.num_steps}  {task.config.preset} on {task.config.data}: "
-        f"{parameters:,} parameters, {flops}{num_images:,} images, "
+        f"{parameters:,} parameters, {num_images:,} images, "
         f"{task.config.training.batch_size:,} of them in a step"
     )
 

@@ -13,7 +13,7 @@ from mimkit import masking
 from recipes.engine.data.load import load_data
 from recipes.engine.data.on_gpu import decoded_on
 from recipes.engine.data.sets import DataSet
-from recipes.engine.dry_run import count_flops, describe
+from recipes.engine.dry_run import describe
 from recipes.engine.errors import UserError, say
 from recipes.engine.loop import Plan, make_plan, run_steps
 from recipes.engine.masks import first
@@ -130,7 +130,7 @@ def _run(recipe: Recipe, given: DataSet | None, options: Options) -> None:
         with open_folder(path, config, world, options) as folder:
             summary = folder.read_summary()
             if summary is None:
-                summary = _train(recipe, config, data, plan, folder, options, model)
+                summary = _train(recipe, config, data, plan, folder, options)
             if world.is_main:
                 print_summary(summary, folder)
 
@@ -199,12 +199,10 @@ def _train(
     plan: Plan,
     folder: RunFolder,
     options: Options,
-    meta: nn.Module,
 ) -> dict[str, Any]:
     """Train from the last checkpoint, evaluate, and return the summary."""
     kind = Pretraining if config.training.native_size is None else NativePretraining
     task = kind(recipe, config, data, folder.world, shard=options.shard)
-    task.flops = count_flops(config, data, meta) if folder.world.is_main else None
     run_steps(task, plan, data.train, folder, options)
     weights = whole_weights(task.model)
     if not folder.world.is_main:

@@ -2,15 +2,11 @@
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from recipes import cae, convmae, mae, simmim, tokenizer, vit_mpp
 from recipes.engine import Recipe, run
-from recipes.engine.dry_run import count_flops
-from tests.recipes.command import config_for
 
 RECIPES = {recipe.RECIPE.name: recipe.RECIPE for recipe in (cae, convmae, mae, simmim, vit_mpp)}
 # MAE's first large preset; the others in the long tier.
@@ -37,32 +33,6 @@ def test_a_dry_run_prints_the_cost_of_every_preset(
     assert all(word in printed for word in ("parameters", "FLOPs", "memory", "checkpoint"))
     assert [line.split()[0] for line in printed.splitlines()[-4:]] == ["1", "8", "64", "512"]
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "name",
-    [name if name == "mae" else pytest.param(name, marks=pytest.mark.full) for name in RECIPES],
-)
-def test_a_run_begins_with_the_flops_of_its_dry_run(name, pictures, tmp_path, capsys):
-    options = arguments(RECIPES[name], pictures, "--max-steps", "1", "--out", str(tmp_path / "run"))
-    assert run(RECIPES[name], "", [*options, "--dry-run"]) == 0
-    (planned,) = re.findall(r"FLOPs +([\d,.]+) G per image", capsys.readouterr().out)
-    assert run(RECIPES[name], "", options) == 0
-    assert f" parameters, {planned} GFLOPs an image, " in capsys.readouterr().err
-
-
-def test_flops_of_a_model_that_looks_at_values_are_left_out(pictures):
-    class Looks(mae.MAE):
-        def forward(self, images, mask):
-            assert images.mean().item() < 1e9
-            return super().forward(images, mask)
-
-    config = config_for(mae.RECIPE, "--data", str(pictures))
-    data = SimpleNamespace(in_channels=3)
-    for model_type, is_known in ((mae.MAE, True), (Looks, False)):
-        with torch.device("meta"):
-            model = model_type(config.model)
-        assert (count_flops(config, data, model) is not None) == is_known
 
 
 def memory(printed: str) -> float:
