@@ -3,7 +3,7 @@
 # PyTorch and Triton comes from a folder `packages` (made elsewhere by `pip install --target packages
 # jaxtyping tyro beartype ...`) or `wheels` (wheels of pure Python, which are only unpacked).
 #
-#   benchmarks/run_gpu.sh FOLDER [--part PART] [--minutes 8] [--jobs 8] [--stand-in]     until it says "left: nothing"
+#   benchmarks/run_gpu.sh FOLDER [--part PART] [--minutes 8] [--jobs 8] [--stand-in]   until it says "left: nothing"
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(command -v python3 || command -v python)
