@@ -3,24 +3,22 @@
 Axes: batch; tokens; visible; dim.
 """
 
-import math
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bench_pixel_loss import authors_loss
 from benchmarks.bench_tokens import authors_gather, authors_restore
 from benchmarks.harness import Bench, Variant, has_fast_bfloat16, time_on_gpu
 from mimkit import masking
 from mimkit.interop import from_official
+from recipes.engine.flops import counting_flops
 from recipes.mae import MAE, MAEConfig
 
 GRID, LENGTH, PATCH, RATIO = (14, 14), 196, 16, 0.75
@@ -169,19 +167,10 @@ def _profile(variant: Variant, device: torch.device) -> dict[str, float]:
 
 
 def count_flops(variant: Variant) -> int:
-    """Count the FLOPs of a step's matrix products and convolutions, by PyTorch's counter."""
-
-    def convolution_backward(
-        grad: Sequence[int], images: Sequence[int], weight: Sequence[int], *rest: Any, **_: object
-    ) -> int:
-        """Count each gradient like the output; PyTorch's own formula ignores groups."""
-        wanted = rest[-1]
-        return 2 * math.prod(grad) * math.prod(weight[1:]) * sum(wanted[:2])
-
-    own = {torch.ops.aten.convolution_backward: convolution_backward}
-    with FlopCounterMode(display=False, custom_mapping=own) as counter:
+    """Count the FLOPs of a step's matrix products and convolutions."""
+    with counting_flops() as counter:
         variant.backward(variant.forward())
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def note_profile(bench: Bench, case: str, dtype: torch.dtype, variant: Variant) -> None:

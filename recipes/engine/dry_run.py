@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from mimkit import masking
 from mimkit.masking import Mask
 from recipes.engine.data.folder import spread
 from recipes.engine.data.on_gpu import EncodedCrops
 from recipes.engine.data.sets import DataSet, StoredSet
+from recipes.engine.flops import counting_flops
 from recipes.engine.loop import IMAGENET, Plan, recompute_blocks
 from recipes.engine.run.config import Recipe, RunConfig
 
@@ -249,7 +249,7 @@ def _measure(
     masks = masks.to("meta") if isinstance(masks, Mask) else [mask.to("meta") for mask in masks]
     images = torch.empty(num_images, data.in_channels, *encoder.image_size, device="meta")
     with (
-        FlopCounterMode(display=False) as counter,
+        counting_flops() as counter,
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         config.autocast(),
     ):

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from recipes import signals
 from recipes.engine.data.sets import Batch, TrainSet, check_readable
 from recipes.engine.errors import UserError, say
+from recipes.engine.flops import counting_flops
 from recipes.engine.optim import gradients, scheduled_lr
 from recipes.engine.run.checkpoint import Checkpoints, start_from
 from recipes.engine.run.cli import Options
@@ -526,7 +527,8 @@ def _run_batches(
     unrecorded: deque[tuple[int, bool, list[int], Started | Step | None]] = deque()
     for step, batch in enumerate(log.watch(loader, first_step), first_step):
         batch = on_device(batch, train_set, task.config.device)
-        started = None if step in skipped else run(batch, plan.moment(step))
+        with log.counting(len(batch.images), is_skipped=step in skipped):
+            started = None if step in skipped else run(batch, plan.moment(step))
         if step == first_step and task.config.compile == "graphs" and task.world.is_main:
             _warn_of_left_out_graphs()
         done = step + 1
@@ -650,6 +652,7 @@ class _Log:
     bar: Any = None
     numbers: Mapping[str, float] = field(default_factory=dict)  # of the last step with a result
     has_inputs: bool = False  # whether this process had images in it
+    has_flops: bool = False  # whether they have been said
 
     def watch(self, loader: Iterable[Batch], first_step: int) -> Iterator[Batch]:
         """Yield batches, and measure the time spent waiting for them."""
@@ -708,6 +711,26 @@ class _Log:
             self.tracker.log(row)
         self._show(done, row)
         self.images, self.waited, self.since = 0, 0.0, time.perf_counter()
+
+    @contextlib.contextmanager
+    def counting(self, num_images: int, *, is_skipped: bool) -> Iterator[None]:
+        """Count the FLOPs of the first step with images, and say them.
+
+        Compiled code cannot be counted: it would not run as such.
+        """
+        is_due = not (self.has_flops or is_skipped or self.task.config.compile)
+        if not (is_due and num_images and self.folder.world.is_main):
+            yield
+            return
+        with counting_flops() as counter:
+            yield
+        self.has_flops = True
+        with tqdm.external_write_mode(file=sys.stderr):  # not into the progress bar
+            say(
+                f"{counter.get_total_flops() / num_images / 1e9:,.3g} GFLOP an image, forward and "
+                "backward",
+                file=sys.stderr,
+            )
 
     def _expect(self, done: int) -> None:
         """Say once how long the rest should take; a progress bar shows it all the time."""

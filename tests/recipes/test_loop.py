@@ -1,9 +1,11 @@
 """The training loop of every recipe: logs, checkpoints, non-finite steps, synchronizations."""
 
+import contextlib
 import copy
 import dataclasses
 import itertools
 import json
+import math
 import re
 import signal
 import sys
@@ -27,7 +29,9 @@ from recipes.convmae import RECIPE as CONVMAE
 from recipes.engine import Recipe, Training, run
 from recipes.engine.data.load import load_data
 from recipes.engine.data.sets import Batch, TrainSet, first_inputs
+from recipes.engine.dry_run import measure
 from recipes.engine.errors import UserError
+from recipes.engine.flops import counting_flops
 from recipes.engine.loop import Moment, Plan, Task, make_plan, run_steps
 from recipes.engine.pretrain import Pretraining
 from recipes.engine.run.cli import Options, parse_options
@@ -130,6 +134,49 @@ def test_a_run_says_what_it_is_and_once_how_long_it_should_take(
     assert "about" not in capsys.readouterr().err  # too few steps to measure and to wait for
     train(tmp_path / "short", Line(config))
     assert capsys.readouterr().err == ""  # a run that has ended
+
+
+def said_flops(printed: str) -> list[float]:
+    return [float(number) for number in re.findall(r"(\S+) GFLOP an image", printed)]
+
+
+def test_a_run_says_once_how_many_operations_an_image_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path / "run", Line(make_config()))
+    assert said_flops(capsys.readouterr().err) == [4e-9]  # forward, and gradient of the weight
+    train(tmp_path / "run", Line(make_config()))
+    assert said_flops(capsys.readouterr().err) == []  # a run that has ended
+
+
+def test_operations_are_counted_in_the_first_step_with_images_that_is_not_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoiled = Line(make_config(), lambda call: math.inf if call == 0 else 1.0)
+    train(tmp_path / "run", spoiled, non_finite="rewind")
+    assert said_flops(capsys.readouterr().err) == [4e-9]  # of step 2
+
+
+@pytest.mark.parametrize(
+    "recipe", [MAE, SIMMIM, CAE, CONVMAE, vit_mpp.RECIPE], ids=lambda r: r.name
+)
+def test_counting_operations_changes_no_weight_and_agrees_with_the_dry_run(recipe: Recipe) -> None:
+    config = config_for(recipe, "--data", "digits", "--device", "cpu")
+    data = load_data("digits", image_size=(32, 32), seed=0)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, in_channels=1))
+    images = torch.stack([data.train[0, i][0] for i in range(4)])
+    batch = on_device(Batch(images, torch.arange(4), []), data.train, "cpu")
+    weights = []
+    for counter in (contextlib.nullcontext(), counting_flops()):
+        task = Pretraining(recipe, config, data, World())
+        with counter:
+            task.step(batch, Moment(1, 0.1))
+        weights.append([weight.clone() for weight in task.model.parameters()])
+    assert all(map(torch.equal, *weights))
+    with torch.device("meta"):
+        model = recipe.build(config.model).train()
+    estimate, _ = measure(config, data, model)
+    assert counter.get_total_flops() / 4 == pytest.approx(estimate, rel=0.1)  # masks differ
 
 
 def test_a_progress_bar_shows_the_memory(
