@@ -8,7 +8,6 @@ steps, logs and saves checkpoints, and can rewind when a loss or gradient is not
 import contextlib
 import itertools
 import math
-import os
 import resource
 import sys
 import time
@@ -389,7 +388,6 @@ def recompute_blocks(model: nn.Module) -> None:
 @contextlib.contextmanager
 def deterministic_algorithms() -> Iterator[None]:
     """Let PyTorch use deterministic algorithms only; others raise `RuntimeError`."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -508,6 +509,21 @@ def test_an_allocation_that_fails_is_one_line(
     error = capfd.readouterr().err
     assert error.startswith("error: there is not enough memory: give a smaller --batch-size")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("given", [None, ":16:8"])
+def test_cublas_is_told_to_be_deterministic_before_anything_is_computed(
+    given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    monkeypatch.setenv(name, "")  # restored at the end
+    monkeypatch.delenv(name)
+    options_for(MAE)
+    assert name not in os.environ
+    if given is not None:
+        monkeypatch.setenv(name, given)
+    options_for(MAE, "--deterministic")
+    assert os.environ[name] == (given or ":4096:8")
 
 
 def test_an_operation_that_is_not_deterministic_is_one_line(

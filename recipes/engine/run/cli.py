@@ -367,6 +367,9 @@ def parse_options(
     with refusing():
         check_fields(options)
     _check_given(options)
+    if getattr(options, "deterministic", False):
+        # cuBLAS reads it when it starts, which fitting a target may do before the first step.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return options
 
 
