@@ -3,14 +3,15 @@
     gather:   taken[b, p]          = tokens[b, p]                       p < P: prefix tokens
               taken[b, P + n]      = tokens[b, P + ids[b, n]]
     restore:  tokens[b, p]         = visible[b, p] + positions[p]
-              tokens[b, P + l]     = row slots[b, l] of (visible, then fill) + positions[P + l]
-    scatter:  restore with zeros for the fill
+              tokens[b, P + id]    = visible[b, P + n] + positions[P + id]    id = visible_ids[b, n]
+              tokens[b, P + id]    = fill[b, n] + positions[P + id]           id = masked_ids[b, n]
+    scatter:  restore of visible tokens alone, between zeros
     sum:      total                = sum over b, n of tokens[b, P + ids[b, n]]
 
-Axes: b batch; P prefix tokens; l positions of the grid; n taken positions. `slots` is the index of
-each position in the list of visible, then masked positions (a mask's `restore_ids`). With it, one
-program per row writes the whole result, without zero-fill or atomics. Gather and scatter are each
-other's gradient. The gradient of a shared fill vector is a sum in two stages of fixed order.
+Axes: b batch; P prefix tokens; n taken positions. Ids are distinct, and each position is visible or
+masked, so one program per row of input writes whole rows to their places, without atomics and
+without inverting the ids. Gather and scatter are each other's gradient. The gradient of a shared
+fill vector is a sum in two stages of fixed order.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mimkit_kernels._dtypes import dtype_obstacle, promoted_dtype
 from mimkit_kernels._jit import jit
 from mimkit_kernels._launch import Rows, on_device, power_of_2_from, rows_in_place
 from mimkit_kernels._register import register
-from mimkit_kernels._slots import restore_slots, slots_of
+from mimkit_kernels._slots import restore_slots
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -127,21 +128,6 @@ def _after_prefix(ids: Tensor, prefix: int) -> Tensor:
 
 
 @jit
-def _find_source(table: tl.tensor, length: tl.tensor, prefix: tl.tensor) -> tuple[tl.tensor, ...]:
-    """Return the output row of this program, and the input row to read.
-
-    Returns:
-        Index of the output row in the whole batch; sample; row within the sample; input row, which
-        `table` gives for all rows after the prefix.
-    """
-    place = tl.program_id(0).to(tl.int64)
-    sample, row = place // (prefix + length), place % (prefix + length)
-    number = sample * length + row - prefix
-    entry = tl.load(table + number, mask=row >= prefix, other=0)
-    return place, sample, row, tl.where(row >= prefix, prefix + entry, row)
-
-
-@jit
 def _gather_kernel(
     taken: tl.tensor,
     tokens: Rows,
@@ -152,7 +138,10 @@ def _gather_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """One program: a block of one row of the result."""
-    place, sample, _, source = _find_source(ids, num_ids, prefix)
+    place = tl.program_id(0).to(tl.int64)
+    sample, row = place // (prefix + num_ids), place % (prefix + num_ids)
+    entry = tl.load(ids + (sample * num_ids + row - prefix), mask=row >= prefix, other=0)
+    source = tl.where(row >= prefix, prefix + entry, row)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     start = sample * tokens.batch + source * tokens.row
     values = tl.load(tokens.data + start + column, mask=column < dim)
@@ -164,7 +153,8 @@ def _restore_kernel(
     tokens: tl.tensor,
     visible: Rows,
     fill: tl.tensor,
-    slots: tl.tensor,
+    visible_ids: tl.tensor,
+    masked_ids: tl.tensor,
     positions: tl.tensor,
     num_visible: tl.tensor,
     num_masked: tl.tensor,
@@ -174,22 +164,32 @@ def _restore_kernel(
     FILL_EACH: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program: a block of one row of the result."""
-    place, sample, row, source = _find_source(slots, length, prefix)
+    """One program: a block of one visible or filled row, which it writes to its place."""
+    number = tl.program_id(0).to(tl.int64)
+    rows = prefix + num_visible + num_masked
+    sample, source = number // rows, number % rows
+    seen, hidden = source - prefix, source - prefix - num_visible  # number in the lists of ids
+    is_visible = hidden < 0
+    # One of two masks is empty, here and below: a row is either visible or filled.
+    entry = tl.load(
+        visible_ids + (sample * num_visible + seen), mask=(seen >= 0) & is_visible, other=0
+    )
+    if fill is not None:
+        entry += tl.load(masked_ids + (sample * num_masked + hidden), mask=hidden >= 0, other=0)
+    row = tl.where(seen < 0, source, prefix + entry)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    is_visible = source < prefix + num_visible
     start = sample * visible.batch + source * visible.row
-    # One of the two masks is empty: a row is either visible or filled.
     inside = column < tl.where(is_visible, dim, 0)
     values = tl.load(visible.data + start + column, mask=inside, other=0.0).to(tl.float32)
     if fill is not None:
         outside = column < tl.where(is_visible, 0, dim)
-        first = (sample * num_masked + source - prefix - num_visible) * dim if FILL_EACH else 0
+        first = (sample * num_masked + hidden) * dim if FILL_EACH else 0
         values += tl.load(fill + first + column, mask=outside, other=0.0).to(tl.float32)
     if positions is not None:
         added = tl.load(positions + row * dim + column, mask=column < dim, other=0.0)
         values += added.to(tl.float32)
-    tl.store(tokens + place * dim + column, values.to(tokens.dtype.element_ty), mask=column < dim)
+    place = (sample * (prefix + length) + row) * dim
+    tl.store(tokens + place + column, values.to(tokens.dtype.element_ty), mask=column < dim)
 
 
 @jit
@@ -254,27 +254,52 @@ def _launch_gather(tokens: Tensor, ids: Tensor, prefix: int) -> Tensor:
 
 def _launch_restore(
     visible: Tensor,
-    fill: Tensor | None,
-    slots: Tensor,
+    fill: Tensor,
+    visible_ids: Tensor,
+    masked_ids: Tensor,
     positions: Tensor | None,
     prefix: int,
 ) -> Tensor:
-    batch, seen, dim = visible.shape
-    length = slots.shape[1]
+    batch, _, dim = visible.shape
+    length = visible_ids.shape[1] + masked_ids.shape[1]
     dtype = promoted_dtype(visible, fill, positions)
     tokens = torch.empty((batch, prefix + length, dim), dtype=dtype, device=visible.device)
+    _write_rows(tokens, visible, fill, visible_ids, masked_ids, positions, prefix)
+    return tokens
+
+
+def _launch_scatter(taken: Tensor, ids: Tensor, length: int, prefix: int) -> Tensor:
+    tokens = taken.new_zeros(taken.shape[0], prefix + length, taken.shape[2])
+    _write_rows(tokens, taken, None, ids, None, None, prefix)
+    return tokens
+
+
+def _write_rows(
+    tokens: Tensor,
+    visible: Tensor,
+    fill: Tensor | None,
+    visible_ids: Tensor,
+    masked_ids: Tensor | None,
+    positions: Tensor | None,
+    prefix: int,
+) -> None:
+    """Write visible tokens, and fill if there is one, to their places in `tokens`."""
+    batch, length, dim = tokens.shape
+    num_masked = 0 if masked_ids is None else masked_ids.shape[1]
+    rows = batch * (visible.shape[1] + num_masked)
     block, blocks = _blocks(dim)
-    if tokens.numel():
+    if rows * blocks:
         with on_device(visible):
-            _restore_kernel[batch * (prefix + length), blocks](
+            _restore_kernel[rows, blocks](
                 tokens,
                 rows_in_place(visible),
                 None if fill is None else fill.contiguous(),
-                slots,
+                visible_ids.contiguous(),
+                None if masked_ids is None else masked_ids.contiguous(),
                 None if positions is None else positions.contiguous(),
-                seen - prefix,
-                length - (seen - prefix),
-                length,
+                visible.shape[1] - prefix,
+                num_masked,
+                length - prefix,
                 prefix,
                 dim,
                 FILL_EACH=fill is not None and fill.ndim == 3,
@@ -282,23 +307,6 @@ def _launch_restore(
                 num_warps=1,
                 enable_fp_fusion=True,
             )
-    return tokens
-
-
-def _launch_restore_masked(
-    visible: Tensor,
-    fill: Tensor,
-    visible_ids: Tensor,
-    masked_ids: Tensor,
-    positions: Tensor | None,
-    prefix: int,
-) -> Tensor:
-    slots = restore_slots(visible_ids, masked_ids)
-    return _launch_restore(visible, fill, slots, positions, prefix)
-
-
-def _launch_scatter(taken: Tensor, ids: Tensor, length: int, prefix: int) -> Tensor:
-    return _launch_restore(taken, None, slots_of(ids, length), None, prefix)
 
 
 def _launch_sum(tokens: Tensor, ids: Tensor, prefix: int) -> Tensor:
@@ -428,7 +436,7 @@ scatter_tokens_op = register(
 restore_tokens_op = register(
     "restore_tokens(Tensor visible, Tensor fill, Tensor visible_ids, Tensor masked_ids, "
     "Tensor? positions, SymInt prefix) -> Tensor",
-    launch=_launch_restore_masked,
+    launch=_launch_restore,
     reference=restore_tokens_reference,
     fake=_fake_restore,
     backward=_restore_backward,

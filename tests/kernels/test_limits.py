@@ -237,7 +237,7 @@ CASES: dict[str, tuple[str, str, str, tuple[Any, ...]]] = {
                (meta(2, 6, 8).transpose(0, 1), meta(6, 1, dtype=IDS), 0)),
     "scatter": ("move_tokens", "_launch_scatter", "_fake_scatter",
                 (meta(2, 8, 3).mT, meta(2, 2, dtype=IDS), 5, 1)),
-    "restore": ("move_tokens", "_launch_restore_masked", "_fake_restore",
+    "restore": ("move_tokens", "_launch_restore", "_fake_restore",
                 (meta(2, 8, 3).mT, meta(8), meta(2, 2, dtype=IDS), meta(2, 3, dtype=IDS), None, 1)),
     "sum": ("move_tokens", "_launch_sum", "_fake_sum",
             (meta(2, 8, 3).mT, meta(2, 2, dtype=IDS), 1)),
@@ -285,7 +285,7 @@ def count_calls(name: str) -> Callable[[int], Any]:
     move = module("move_tokens")
     return {
         "gather": lambda n: move._launch_gather(meta(64, 196, 768), ids(n), 0),
-        "restore": lambda n: move._launch_restore_masked(
+        "restore": lambda n: move._launch_restore(
             meta(64, n, 768), meta(768), ids(n), ids(196 - n), None, 0
         ),
         "sum": lambda n: move._launch_sum(meta(64, 196, 768), ids(n), 0),

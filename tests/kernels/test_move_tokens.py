@@ -15,7 +15,7 @@ from mimkit.patches import gather_visible, restore
 from mimkit.testing import assert_op_correct
 from mimkit_kernels.move_tokens import (
     _launch_gather,
-    _launch_restore_masked,
+    _launch_restore,
     _launch_scatter,
     _launch_sum,
     gather_tokens_op,
@@ -58,7 +58,7 @@ def at_imagenet(dtype: torch.dtype, kind: str) -> None:
             fill = meta(256, 147, 512, dtype=dtype) if kind == "restore, own fill" else meta(512)
             positions = meta(197, 512) if kind == "restore, positions" else None
             visible = meta(256, 50, 512, dtype=dtype)
-            _launch_restore_masked(visible, fill.to(dtype), ids, masked_ids, positions, 1)
+            _launch_restore(visible, fill.to(dtype), ids, masked_ids, positions, 1)
 
 
 KINDS = ("restore, positions", "restore", "restore, own fill", "gather", "scatter", "sum")

@@ -124,7 +124,7 @@ def test_move_tokens_is_free_of_races(dtype):
     visible, fill = torch.randn(2, 3, 768).to(dtype), torch.randn(768).to(dtype)
     visible_ids, masked_ids = torch.tensor([[0, 3], [1, 2]]), torch.tensor([[1, 2], [0, 3]])
     arguments = (visible, fill, visible_ids, masked_ids, torch.randn(5, 768), 1)
-    restored = move_tokens._launch_restore_masked(*arguments)
+    restored = move_tokens._launch_restore(*arguments)
     assert_near(restored, move_tokens.restore_tokens_reference(*arguments), torch.float32)
     taken = move_tokens._launch_gather(restored, visible_ids, 1)
     assert torch.equal(taken, move_tokens.gather_tokens_reference(restored, visible_ids, 1))
