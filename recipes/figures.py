@@ -70,7 +70,7 @@ class FigureOptions:
         device: Where to compute; "auto" takes a GPU if there is one.
     """
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     ratios: tuple[fields.OpenFraction, ...] = (0.5, 0.75, 0.85, 0.9, 0.95)
     seed: fields.Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"

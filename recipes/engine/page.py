@@ -30,7 +30,8 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse } .wide { overflow-x: auto }
 th, td { text-align: left; padding: .2rem 1rem .2rem 0; border-bottom: 1px solid #ddd }
-.row { display: flex; gap: 1rem; flex-wrap: wrap } figure { margin: 0 } img, svg { max-width: 100% }
+.row { display: flex; gap: 1rem; flex-wrap: wrap } figure { margin: 0 }
+img, svg { max-width: 100%; height: auto }
 """
 
 
@@ -188,7 +189,7 @@ class Page:
         out: The file to write.
     """
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     out: Path = Path("report.html")
 
 

@@ -364,7 +364,7 @@ class SideBySide:
         out: Folder for the new pictures.
     """
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     out: Path = Path()
 
 
