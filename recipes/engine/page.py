@@ -14,14 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from recipes.engine.errors import UserError, say
 from recipes.engine.pictures import config_of, different_keys
 from recipes.engine.reading import UnreadableError, open_regular, read_bytes
-from recipes.engine.run.cli import run_command
+from recipes.engine.run.cli import Runs, run_command
 from recipes.engine.run.state import read_metrics, read_summary
 from recipes.engine.writing import write_atomically
 
@@ -189,7 +187,7 @@ class Page:
         out: The file to write.
     """
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    runs: Runs
     out: Path = Path("report.html")
 
 

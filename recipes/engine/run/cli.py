@@ -37,6 +37,12 @@ from recipes.engine.reading import UnreadableError, read_yaml
 from recipes.engine.run.world import fails_alone, world_from_environment
 
 Compile = bool | Literal["graphs"]
+# Folders of runs as arguments of a command, which says itself what is wrong if there are none.
+Runs = Annotated[
+    tuple[Path, ...],
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)"),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
