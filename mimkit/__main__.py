@@ -5,6 +5,7 @@ installed. They are put on the path of this process only, and run as the modules
 """
 
 import ast
+import difflib
 import importlib.util
 import os
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from importlib.abc import InspectLoader
 from pathlib import Path
 
+import mimkit
 from mimkit import _completion
 
 _HERE = Path(__file__).resolve().parent
@@ -57,11 +59,11 @@ def _run(arguments: Sequence[str] | None) -> int:
     if command in ("-h", "--help"):
         print(_help(root))
         return 0
+    if command == "--version":
+        print(f"mimkit {mimkit.__version__}")
+        return 0
     if command not in [*modules, "--print-completion"]:
-        print(
-            f"error: no command is called {command!r}; there are {', '.join(modules)}",
-            file=sys.stderr,
-        )
+        print(f"error: {_unknown(command, sorted(modules))}", file=sys.stderr)
         return 2
     if root is not None:
         sys.path.insert(0, str(root))
@@ -70,6 +72,12 @@ def _run(arguments: Sequence[str] | None) -> int:
     sys.argv = [f"mimkit {command}", *rest]
     _run_as_main(modules[command])
     return 0
+
+
+def _unknown(command: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(command, known, n=1)
+    perhaps = f" (perhaps {close[0]!r})" if close else ""
+    return f"no command is called {command!r}{perhaps}; there are {', '.join(known)}"
 
 
 def _run_as_main(name: str) -> None:

@@ -4,23 +4,29 @@ import importlib.metadata
 import importlib.util
 import platform
 import sys
+from collections.abc import Mapping
 
 import torch
 
 import mimkit
 from mimkit import losses, masking, nn
 
-# Package -> what is missing without it.
+# Package, as pip calls it -> what is missing without it.
 _OPTIONAL = {
-    "tyro": "recipes",
-    "PIL": "recipes: images",
-    "skimage": "recipes: the bundled photographs",
+    "tyro": "recipes: pip install mimkit[recipes]",
+    "pillow": "recipes: images",
+    "scikit-image": "recipes: the bundled photographs",
     "simplejpeg": "recipes: decoding JPEG files about twice as fast",
+    "tifffile": "recipes: TIFF files with any bands",
+    "nibabel": "recipes: NIfTI files",
+    "soundfile": "recipes: WAVE files",
+    "torchvision": "detection, RandAugment in fine-tuning, --decode gpu",
+    "torchmetrics": "detection",
+    "faster-coco-eval": "detection",
     "hypothesis": "mimkit.testing",
-    "timm": "interop.wrap_timm",
-    "torchvision": "RandAugment in fine-tuning",
+    "timm": "interop.wrap_timm, and comparing what is converted",
+    "transformers": "comparing what is converted",
 }
-_DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image"}
 
 
 def main() -> int:
@@ -31,14 +37,23 @@ def main() -> int:
     )
     print(f"device     {_device()}")
     print(f"kernels    {_kernels()}")
-    found = {name: _version(_DISTRIBUTIONS.get(name, name)) for name in _OPTIONAL}
-    print(
-        "found      " + ", ".join(f"{name} {version}" for name, version in found.items() if version)
-    )
+    found = {name: _version(name) for name in _OPTIONAL}
+    print(f"decoding   {_decoding(found)}")
+    versions = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    print(f"found      {versions or 'no optional package'}")
     for name, version in found.items():
         if not version:
-            print(f"missing    {_DISTRIBUTIONS.get(name, name)}, for {_OPTIONAL[name]}")
+            print(f"missing    {name}, for {_OPTIONAL[name]}")
     return 0
+
+
+def _decoding(found: Mapping[str, str | None]) -> str:
+    """Say who decodes the image files of a folder."""
+    if not found["pillow"]:
+        return "no images: pillow is missing"
+    if not found["simplejpeg"]:
+        return "pictures by pillow"
+    return "JPEG files by simplejpeg, other pictures by pillow"
 
 
 def _version(distribution: str) -> str | None:

@@ -1,4 +1,4 @@
-"""CAE: Context Autoencoder for Self-Supervised Representation Learning (Chen et al., 2202.03026).
+"""CAE: Context Autoencoder for Self-Supervised Representation Learning (arXiv:2202.03026).
 
     python recipes/cae.py                                             # a few minutes on a CPU
     python recipes/cae.py --preset vit_base --data /path/to/imagenet --tokenizer dalle_encoder.pt

@@ -357,6 +357,7 @@ OPTIONS = options_of(
     PRESETS["tiny"].parts,
     (*FLAGS, "layer_decay", "drop_path", "jitter", "cascade", "proposals", "detections"),
     DetectOptions,
+    presets=PRESETS,
 )
 
 

@@ -19,12 +19,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 if __name__ == "__main__":
     __import__("recipes.script" if __package__ else "script")  # import path, threads
 
-import tyro
 
 from recipes import cae, convmae, mae, simmim, vit_mpp
 from recipes.engine import Recipe, fields
@@ -50,7 +49,7 @@ from recipes.engine.pretrained.shapes import Encoder, EncoderShape, SwinShape, V
 from recipes.engine.probes import encoder_features
 from recipes.engine.reading import UnreadableError, read_yaml
 from recipes.engine.run.checkpoint import load_model
-from recipes.engine.run.cli import refusing, run_command
+from recipes.engine.run.cli import Runs, refusing, run_command
 from recipes.engine.run.config import RunConfig, choose_device
 from recipes.engine.run.folder import CHECKPOINTS, RunFolder
 from recipes.engine.run.state import read_summary
@@ -70,7 +69,7 @@ class FigureOptions:
         device: Where to compute; "auto" takes a GPU if there is one.
     """
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Runs
     ratios: tuple[fields.OpenFraction, ...] = (0.5, 0.75, 0.85, 0.9, 0.95)
     seed: fields.Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"

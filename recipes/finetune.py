@@ -502,6 +502,7 @@ OPTIONS = options_of(
         "augment",
     ),
     FineTuneOptions,
+    presets=PRESETS,
 )
 
 

@@ -73,8 +73,8 @@ class PackOptions:
         workers: Processes that read and resize images; by default one for each core.
     """
 
-    folder: tyro.conf.Positional[Path]
-    out: tyro.conf.Positional[Path]
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SHARDS")]
     short_side: fields.Pixels | None = None
     quality: Annotated[int, fields.Within(1, 100)] = 90
     shard_size: str = "1GB"

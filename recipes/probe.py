@@ -342,6 +342,7 @@ OPTIONS = options_of(
     PRESETS["tiny"].parts,
     ("epochs", "batch_size", "precision", *IMAGE_FLAGS, *ARRAY_FLAGS, "bands"),
     ProbeOptions,
+    presets=PRESETS,
 )
 
 

@@ -350,6 +350,7 @@ OPTIONS = options_of(
         "layers",
     ),
     SegmentOptions,
+    presets=PRESETS,
 )
 
 

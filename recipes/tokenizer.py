@@ -298,7 +298,10 @@ def print_summary(summary: dict[str, Any], config: RunConfig, folder: RunFolder)
 
 # The command line.
 OPTIONS = options_of(
-    PRESETS["tiny"].parts, (*FLAGS, "vocabulary_size", "groups", "divergence_weight"), Options
+    PRESETS["tiny"].parts,
+    (*FLAGS, "vocabulary_size", "groups", "divergence_weight"),
+    Options,
+    presets=PRESETS,
 )
 
 

@@ -6,8 +6,11 @@ block is executed.
 
 import doctest
 import importlib.util
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -122,3 +125,42 @@ def test_the_index_lists_every_page() -> None:
 def test_mae_in_forty_lines_has_at_most_forty() -> None:
     ((_, code), *_) = blocks_of(DOCS / "mae-in-40-lines.md")
     assert len([line for line in code.splitlines() if line.strip()]) <= 40
+
+
+def commands_in(text: str) -> list[tuple[str, list[str]]]:
+    """Return the commands in a text, as `mimkit` calls them, each with its options."""
+    found = re.findall(r"(?:\bmimkit |\brecipes/)([a-z][a-z_-]*)(?:\.py)?\b([^`\n#|&]*)", text)
+    return [(name.replace("_", "-"), re.findall(r"--[a-z][\w-]*", rest)) for name, rest in found]
+
+
+@pytest.mark.full  # imports every recipe
+def test_the_options_of_commands_in_the_documentation_exist(tmp_path: Path) -> None:
+    root = DOCS.parent
+    script = subprocess.run(
+        [sys.executable, "-m", "mimkit", "--print-completion", "bash"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"},
+    ).stdout
+    words = re.findall(r"'([a-z-]+) -'\*\) words='?([^';]*?)'? ;;", script)
+    known = {name: set(options.split()) for name, options in words}
+    del known["masks"]  # its options belong to samplers
+    texts = [*PAGES, root / "README.md", *sorted((root / "recipes").glob("*.py"))]
+    commands = [(page.name, *one) for page in texts for one in commands_in(page.read_text())]
+    wrong = [
+        (page, name, option)
+        for page, name, options in commands
+        for option in options
+        if name in known and option not in known[name]
+    ]
+    assert not wrong
+    assert sum(len(options) for _, name, options in commands if name in known) > 80
+
+
+def test_commands_are_found_in_a_text() -> None:
+    text = (
+        "`mimkit mae --data my` or\npython recipes/vit_mpp.py --seed 1  # --not\nmimkit x | y --z"
+    )
+    assert commands_in(text) == [("mae", ["--data"]), ("vit-mpp", ["--seed"]), ("x", [])]

@@ -16,14 +16,18 @@ from mimkit.interop._formats import FORMATS
 def _parser() -> Parser:
     parser = Parser(prog="mimkit convert", description="Convert a file of weights.")
     names = ", ".join(FORMATS)
-    parser.add_argument("source", type=Path, metavar="IN", help="file, run, or folder of an hf")
+    parser.add_argument(
+        "source", type=Path, metavar="IN", help="a file, the folder of a run, or one of hf"
+    )
     parser.add_argument(
         "out", type=Path, metavar="OUT", help="new .safetensors or .pth; hf: folder"
     )
     parser.add_argument("--from", required=True, dest="from_format", metavar="F", help=names)
     parser.add_argument("--to", required=True, dest="to_format", metavar="T", help="one of these")
-    parser.add_argument("--heads", type=int, help="attention heads, where nothing tells them")
-    parser.add_argument("--image-size", type=int, nargs="+", help="pixels per axis, if no square")
+    parser.add_argument("--heads", type=int, help="attention heads, if IN does not tell")
+    parser.add_argument(
+        "--image-size", type=int, nargs="+", help="pixels per axis, if it is no square"
+    )
     parser.add_argument("--mean", type=float, nargs="+", help="hf: of its image processor")
     parser.add_argument("--std", type=float, nargs="+", help="the same")
     parser.add_argument("--receipt", type=Path, help="also write the receipt, as JSON")

@@ -5,6 +5,7 @@
 
 import ast
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         distance = float(stats.average_distance(measured, patch))
         print(_describe(mask, marginals, distance, measured.batch_size))
         _draw(mask, marginals, options["out"] or Path(f"{options['sampler']}.png"))
+    except BrokenPipeError:  # such as `| head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes
+        return 141
     except (ModuleNotFoundError, OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,5 +1,6 @@
 """Errors that a user of a recipe can fix, and text for people."""
 
+import os
 import sys
 from typing import TextIO
 
@@ -51,3 +52,16 @@ def say(*lines: object, file: TextIO | None = None) -> None:
     for line in lines:
         text = escaped(line).encode(file.encoding or "utf-8", "backslashreplace")
         print(text.decode(file.encoding or "utf-8"), file=file, flush=True)
+
+
+def say_page(text: str) -> None:
+    """Print a text of our own, such as a help text, with its colors.
+
+    Raises:
+        SystemExit: With 141 if what reads the output, such as `| head`, has seen enough.
+    """
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes
+        raise SystemExit(141) from None

@@ -451,7 +451,8 @@ def _header(task: Task, plan: Plan, num_images: int, first_step: int) -> str:
     """Return one line about a run that starts or continues."""
     parameters = sum(parameter.numel() for parameter in task.model.parameters())
     return (
-        f"step {first_step}/{plan.num_steps}  {task.config.preset} on {task.config.data}: "
+        f"step {first_step}/{plan.num_steps}  {task.config.recipe} {task.config.preset} on "
+        f"{task.config.data}: "
         f"{parameters:,} parameters, {num_images:,} images, "
         f"{task.config.training.batch_size:,} of them in a step"
     )
@@ -740,7 +741,7 @@ class _Log:
         seconds = left * (time.perf_counter() - self.measured_since) / steps
         say(
             f"step {done}/{self.plan.num_steps}  about {tqdm.format_interval(seconds)} (min:s) "
-            f"to go, an estimate from {steps} steps",
+            f"of training to go, an estimate from {steps} steps",
             file=sys.stderr,
         )
 

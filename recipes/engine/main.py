@@ -98,7 +98,7 @@ def options_type(recipe: Recipe) -> type[Options]:
         "mask_ratio",
         *recipe.flags,
     )
-    return options_of(preset.parts, names, Options)
+    return options_of(preset.parts, names, Options, presets=recipe.presets)
 
 
 def _run(recipe: Recipe, given: DataSet | None, options: Options) -> None:

@@ -14,14 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from recipes.engine.errors import UserError, say
 from recipes.engine.pictures import config_of, different_keys
 from recipes.engine.reading import UnreadableError, open_regular, read_bytes
-from recipes.engine.run.cli import run_command
+from recipes.engine.run.cli import Runs, run_command
 from recipes.engine.run.state import read_metrics, read_summary
 from recipes.engine.writing import write_atomically
 
@@ -30,7 +28,8 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse } .wide { overflow-x: auto }
 th, td { text-align: left; padding: .2rem 1rem .2rem 0; border-bottom: 1px solid #ddd }
-.row { display: flex; gap: 1rem; flex-wrap: wrap } figure { margin: 0 } img, svg { max-width: 100% }
+.row { display: flex; gap: 1rem; flex-wrap: wrap } figure { margin: 0 }
+img, svg { max-width: 100%; height: auto }
 """
 
 
@@ -188,7 +187,7 @@ class Page:
         out: The file to write.
     """
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Runs
     out: Path = Path("report.html")
 
 

@@ -6,6 +6,7 @@ computed once and cached; the probes run on the device that the features are on.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,7 +70,7 @@ def pixels_per_token(encoder: Any) -> tuple[int, ...]:
 def run_probes(
     features: Mapping[str, Features], probe: ProbeData, *, seed: int
 ) -> dict[str, dict[str, float]]:
-    """Score several features with every probe.
+    """Score several features with every probe, and say on stderr which ones are at it.
 
     Args:
         features: What is probed, by name.
@@ -79,7 +80,10 @@ def run_probes(
     Returns:
         Accuracy in percent, by probe and by name of the features.
     """
-    scores = {name: evaluate(f, probe, seed=seed) for name, f in features.items()}
+    scores = {}
+    for name, f in features.items():  # a while without a word, otherwise
+        say(f"probing: {name} ({', '.join(PROBES.values())})", file=sys.stderr)
+        scores[name] = evaluate(f, probe, seed=seed)
     return {kind: {name: scores[name][kind] for name in features} for kind in PROBES}
 
 

@@ -1,16 +1,19 @@
 """The command `mimkit`: recipes and tools by one name, from any folder."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import mimkit
 from mimkit import __main__ as command
-from mimkit import _completion
+from mimkit import _completion, _doctor
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,8 +44,15 @@ def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> N
     assert command.main(["mea"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("error: no command is called 'mea'; there are ")
+    assert err.startswith("error: no command is called 'mea' (perhaps 'mae'); there are cae, ")
     assert err.count("\n") == 1
+    assert command.main(["--frobnicate"]) == 2
+    assert "called '--frobnicate'; there are " in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mimkit {mimkit.__version__}\n"
 
 
 def complete(script: str, *words: str) -> list[str]:
@@ -100,10 +110,20 @@ def test_a_recipe_runs_from_any_folder_and_gives_its_exit_code(tmp_path: Path) -
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("tool", ["doctor", "--help"])
-def test_output_that_nobody_reads_to_its_end_gives_no_traceback(tool: str) -> None:
-    code = f"cd {ROOT} && {sys.executable} -m mimkit {tool} | true; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(
+    "tool", ["doctor", "--help", "mae --help", "masks describe uniform --grid 64 64 --ratio 0.5"]
+)
+def test_output_that_nobody_reads_to_its_end_gives_no_traceback(tool: str, tmp_path: Path) -> None:
+    code = f"{sys.executable} -m mimkit {tool} | true; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    done = subprocess.run(
+        ["bash", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=environment,
+    )
     assert (done.returncode, done.stderr) == (141, "")
 
 
@@ -111,5 +131,33 @@ def test_the_doctor_names_versions_and_what_is_missing(tmp_path: Path) -> None:
     found = run_mimkit("doctor", cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     lines = found.stdout.splitlines()
-    assert [line.split()[0] for line in lines[:4]] == ["versions", "device", "kernels", "found"]
-    assert all(line.startswith("missing ") and ", for " in line for line in lines[4:])
+    first = ["versions", "device", "kernels", "decoding", "found"]
+    assert [line.split()[0] for line in lines[:5]] == first
+    assert all(line.startswith("missing ") and ", for " in line for line in lines[5:])
+
+
+def test_the_doctor_knows_every_package_that_an_extra_installs() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    asked = {
+        re.split(r"[\[>=;]", need)[0]
+        for extra in ("detect", "fast", "arrays")
+        for need in extras[extra]
+    }
+    assert asked - {"mimkit"} <= set(_doctor._OPTIONAL)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (
+            {"pillow": "13", "simplejpeg": "1.9"},
+            "JPEG files by simplejpeg, other pictures by pillow",
+        ),
+        ({"pillow": "13", "simplejpeg": None}, "pictures by pillow"),
+        ({"pillow": None, "simplejpeg": "1.9"}, "no images: pillow is missing"),
+    ],
+)
+def test_the_doctor_says_who_decodes(found: dict[str, str | None], words: str) -> None:
+    assert _doctor._decoding(found) == words

@@ -2,9 +2,11 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -193,3 +195,17 @@ def test_doctests_and_golden_files_run_with_shapes_and_types_checked() -> None:
 )
 def test_a_rooms_tests_run_with_shapes_and_types_checked(room: str) -> None:
     run_typed(f"tests/{room}")
+
+
+def test_the_floors_of_the_engine_are_those_that_import_linter_checks() -> None:
+    """The table in CONTRIBUTING.md, from top to bottom."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (contract,) = (
+        one
+        for one in project["tool"]["importlinter"]["contracts"]
+        if one.get("containers") == ["recipes.engine"]
+    )
+    checked = [set(layer.split(" | ")) for layer in contract["layers"]]
+    _, _, table = (ROOT / "CONTRIBUTING.md").read_text().partition("| floor | contents |\n")
+    rows = table.partition("\n\n")[0].splitlines()[1:]
+    assert [set(re.findall(r"`(\w+)/?`", row.split(" | ")[0])) for row in rows] == checked

@@ -124,11 +124,15 @@ def test_a_run_says_what_it_is_and_once_how_long_it_should_take(
     longer = dataclasses.replace(config.training, epochs=10)
     train(tmp_path / "run", Line(dataclasses.replace(config, training=longer)), log_every=40)
     printed = capsys.readouterr().err.splitlines()
-    assert printed[0] == "step 0/40  only on numbers: 2 parameters, 16 images, 4 of them in a step"
+    assert (
+        printed[0]
+        == "step 0/40  line only on numbers: 2 parameters, 16 images, 4 of them in a step"
+    )
     expected = [line for line in printed if "about" in line]
     assert len(expected) == 1
     assert re.fullmatch(
-        r"step 21/40  about [\d:]+ \(min:s\) to go, an estimate from 20 steps", expected[0]
+        r"step 21/40  about [\d:]+ \(min:s\) of training to go, an estimate from 20 steps",
+        expected[0],
     )
     train(tmp_path / "short", Line(config))
     assert "about" not in capsys.readouterr().err  # too few steps to measure and to wait for

@@ -349,10 +349,38 @@ def test_every_option_has_a_help_text(
     with pytest.raises(SystemExit):
         parse_options(options_type(recipe), ["--help"], program="", description="")
     lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("│ --") for line in lines) > 20
     for number, line in enumerate(lines):
         if line.startswith("│ --"):
             described = line + lines[number + 1]
             assert len(described.replace("│", "").split("(default")[0].split()) > 4, line
+
+
+@pytest.mark.parametrize("width", ["80", "120"])
+@pytest.mark.parametrize(
+    ("options", "presets"),
+    [(options_type(recipe), recipe.presets) for recipe in RECIPES]
+    + [
+        (script.OPTIONS, script.PRESETS) for script in (detect, finetune, probe, segment, tokenizer)
+    ],
+)
+def test_the_help_names_the_presets_and_offers_no_none(
+    options: type[Options],
+    presets: Iterable[str],
+    width: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    with pytest.raises(SystemExit):
+        parse_options(options, ["--help"], program="", description="")
+    printed = capsys.readouterr().out
+    unwrapped = re.sub(r"[│\s]", "", printed)
+    assert f"--preset{{{','.join(presets)}}}" in unwrapped
+    assert "{None" not in printed
+    boxed = [line for line in printed.splitlines() if line.startswith("│")]
+    assert len({len(line) for line in boxed}) == 1  # the border is straight
+    assert all(line.endswith("│") for line in boxed)
 
 
 def test_every_preset_of_every_recipe_is_in_range() -> None:

@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from recipes.engine.masks import first
 from recipes.engine.pictures.flat import enlarged, flatten_image, middle, plane
 from recipes.engine.probes import Features, compute_features, fit_attentive, standardize
 from recipes.engine.reading import UnreadableError, read_yaml
-from recipes.engine.run.cli import run_command
+from recipes.engine.run.cli import Runs, run_command
 from recipes.engine.run.config import Recipe, RunConfig
 from recipes.engine.run.folder import RunFolder
 from recipes.engine.writing import write_atomically
@@ -364,7 +363,7 @@ class SideBySide:
         out: Folder for the new pictures.
     """
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Runs
     out: Path = Path()
 
 

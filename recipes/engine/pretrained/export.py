@@ -92,8 +92,8 @@ class Export:
         out: The folder to write, new or empty.
     """
 
-    run: Annotated[Path, tyro.conf.Positional]
-    out: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """The command line: options derived from configuration fields, with defaults from a YAML file."""
 
+import codecs
 import contextlib
 import dataclasses
 import errno
@@ -12,14 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TextIO, TypeVar, get_args, get_type_hints
 
 import docstring_parser
 import torch
 import tyro
 
 from recipes import signals
-from recipes.engine.errors import ProcessError, UserError, escaped, say
+from recipes.engine.errors import ProcessError, UserError, escaped, say, say_page
 from recipes.engine.fields import (
     FieldError,
     PositiveFloat,
@@ -36,6 +37,12 @@ from recipes.engine.reading import UnreadableError, read_yaml
 from recipes.engine.run.world import fails_alone, world_from_environment
 
 Compile = bool | Literal["graphs"]
+# Folders of runs as arguments of a command, which says itself what is wrong if there are none.
+Runs = Annotated[
+    tuple[Path, ...],
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)"),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +255,11 @@ def _add_process(error: Exception) -> None:
 
 
 def options_of(
-    parts: Iterable[object], flags: Sequence[str], base: type[OptionsType]
+    parts: Iterable[object],
+    flags: Sequence[str],
+    base: type[OptionsType],
+    *,
+    presets: Iterable[str] = (),
 ) -> type[OptionsType]:
     """Derive options from configuration fields: their types, and help texts from docstrings.
 
@@ -257,6 +268,7 @@ def options_of(
         flags: Names of the fields that become options. A name that is not a field of any part is
             ignored: a preset's model need not have an `image_size`.
         base: Class of options to extend.
+        presets: Names of the presets, for the help; the first one is the default.
 
     Returns:
         A dataclass of options. An option that is not given is None. A boolean field whose default
@@ -290,6 +302,8 @@ def options_of(
                 described: Any = Annotated[kind, shown_help]
                 derived[field.name] = (field.name, described, False if is_switch else None)
     ordered = [derived[name] for name in flags if name in derived]
+    if names := list(presets):
+        ordered.insert(0, _preset_option(names, help=_help_of(base)["preset"]))
     return dataclasses.make_dataclass(
         base.__name__,
         ordered,
@@ -298,6 +312,16 @@ def options_of(
         kw_only=True,
         namespace={"__doc__": base.__doc__},
     )
+
+
+def _preset_option(names: Sequence[str], *, help: str) -> tuple[str, Any, None]:
+    """Return the option `--preset`, which is any text: the recipe says which names there are."""
+    shown_help = tyro.conf.arg(
+        help=help,
+        metavar=f"{{{','.join(names)}}}",
+        help_behavior_hint=f"(default: {names[0]})",
+    )
+    return "preset", Annotated[str | None, shown_help], None
 
 
 def _help_of(kind: type) -> dict[str, str]:
@@ -349,9 +373,9 @@ def parse_options(
             sets something that another one leaves out.
     """
     from_file = _yaml_arguments(_config_path(arguments), options_type)
-    messages = io.StringIO()
+    messages, page = io.StringIO(), _Page(sys.stdout)
     try:
-        with contextlib.redirect_stderr(messages):
+        with contextlib.redirect_stderr(messages), contextlib.redirect_stdout(page):
             options = tyro.cli(
                 options_type,
                 args=_spelled_out([*from_file, *arguments], options_type),
@@ -360,6 +384,7 @@ def parse_options(
             )
     except SystemExit as stop:
         if not stop.code:  # --help
+            say_page(_without_none(page.getvalue()))
             raise
         message = _one_line(messages.getvalue())
         message = _about_a_value(message, options_type) or message
@@ -371,6 +396,38 @@ def parse_options(
         # cuBLAS reads it when it starts, which fitting a target may do before the first step.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return options
+
+
+class _Page(io.StringIO):
+    """A help text with the colors and borders that the stream takes on which it will be printed."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def isatty(self) -> bool:
+        """Whether it will be printed on a terminal."""
+        return self._stream.isatty()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The encoding in which it will be printed, as tyro spells it: "utf-8", not "UTF-8"."""
+        return codecs.lookup(self._stream.encoding or "ascii").name
+
+
+def _without_none(text: str) -> str:
+    r"""Return a help text without None among the values: the option is omitted instead.
+
+    Columns and borders stay where they are.
+
+    Example:
+        >>> print(_without_none("│ --steps {None}|INT  How many. │"))
+        │ --steps INT         How many. │
+        >>> print(_without_none("│ --crop {None,random,whole}    │"))
+        │ --crop {random,whole}         │
+    """
+    text = re.sub(r"(\{None\}\|)((?:[^\s|{]+\|)*(?:\{[^}\n]*\}|[^\s{|]+))", r"\2       ", text)
+    return re.sub(r"\{None,(\S*)", r"{\1     ", text)
 
 
 def _spelled_out(arguments: Sequence[str], options_type: type[Any]) -> list[str]:
