@@ -235,13 +235,38 @@ def channel_statistic(
     Raises:
         ValueError: If the numbers of values and channels differ.
     """
-    shape = () if values is None else torch.as_tensor(values).shape
-    if values is not None and shape != (images.shape[1],):
+    if values is None:
+        return None
+    # A tensor that is made of the numbers would be one on the CPU in a compiled graph.
+    is_list = isinstance(values, list | tuple)
+    shape = (len(values),) if is_list else torch.as_tensor(values).shape
+    if shape != (images.shape[1],):
         raise ValueError(
             f"{name} must hold one value for each of {images.shape[1]} channels of the images; "
             f"got shape {tuple(shape)}"
         )
-    return values if values is None or isinstance(values, Tensor) else list(values)
+    return values if isinstance(values, Tensor) else list(values)
+
+
+def byte_statistics(
+    images: Shaped[Tensor, "..."] | Sequence[Shaped[Tensor, "..."]],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> dict[str, Sequence[float] | None]:
+    """Return `mean` and `std` as options of what reads patches; for uint8 images only.
+
+    Raises:
+        TypeError: If a list holds both uint8 and other images.
+    """
+    dtypes = {image.dtype for image in ([images] if isinstance(images, Tensor) else images)}
+    if mean is None or torch.uint8 not in dtypes:
+        return {}
+    if len(dtypes) > 1:
+        raise TypeError(
+            "with normalize_bytes, images must all be uint8, or none of them; got "
+            f"{', '.join(sorted(map(str, dtypes)))}"
+        )
+    return {"mean": mean, "std": std}
 
 
 def check_can_normalize(patches: Float[Tensor, "batch masked patch"]) -> None:

@@ -20,7 +20,7 @@ if __name__ == "__main__":
     __import__("recipes.script" if __package__ else "script")  # import path, threads
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Shaped
 from torch import Tensor, nn
 
 from mimkit import container
@@ -160,7 +160,8 @@ class MAE(nn.Module):
 
     def forward(
         self,
-        images: Float[Tensor, "images channels *spatial"] | Sequence[Float[Tensor, "channels ..."]],
+        images: Shaped[Tensor, "images channels *spatial"]
+        | Sequence[Shaped[Tensor, "channels ..."]],
         mask: Mask | RaggedMask | Sequence[Mask],
     ) -> MAEOutput:
         """Predict the masked patches of `images` and score the prediction."""
@@ -189,6 +190,11 @@ class MAE(nn.Module):
         prediction = self.head(self.decoder(latent, mask))
         assert isinstance(self.target, targets.PixelTarget)
         return MAEOutput(self.target.loss(prediction, images, mask), prediction, latent)
+
+    @property
+    def readers(self) -> tuple[nn.Module, nn.Module]:
+        """What reads the images: these parts normalise bytes themselves, where both can."""
+        return self.encoder.patch_embed, self.target
 
     def check_ragged(self) -> None:
         """Check that the model takes a `RaggedMask`.

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Shaped
 from torch import Tensor, nn
 
 from mimkit import container
@@ -210,9 +210,14 @@ class SimMIM(nn.Module):
         if config.encoder == "vit" and config.positions == "absolute":
             self.not_decayed += ("encoder.pos_embed",)
 
+    @property
+    def readers(self) -> tuple[nn.Module, nn.Module]:
+        """What reads the images: these parts normalise bytes themselves, where both can."""
+        return self.encoder.patch_embed, self.target
+
     def forward(
         self,
-        images: Float[Tensor, "images channels *spatial"],
+        images: Shaped[Tensor, "images channels *spatial"],
         mask: Mask | RaggedMask | Sequence[Mask],
     ) -> SimMIMOutput:
         """Predict the masked patches of `images` and score the prediction.

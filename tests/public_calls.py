@@ -377,6 +377,10 @@ def public_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any] | list[
             _built(nn.PatchEmbed(patch_size=4, in_channels=3, dim=8)),
             {"images": IMAGES, "mask": MASK},
         ),
+        "nn.PatchEmbed.normalize_bytes": (
+            nn.PatchEmbed(patch_size=4, in_channels=3, dim=8).normalize_bytes,
+            {"mean": [0.5] * 3, "std": [0.25] * 3},
+        ),
         "nn.ConvStem": (nn.ConvStem, {"in_channels": 3, "channels": (4, 8)}),
         "nn.DiscreteVAE": (nn.DiscreteVAE, vae),
         "nn.DiscreteVAE.forward": (discrete, [torch.rand(2, 3, 8, 16)]),

@@ -7,15 +7,15 @@ concatenated).
 
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._arguments import Size, checked, uses_autocast
-from mimkit._checks import Order, as_floats, check_stacked
+from mimkit._arguments import Scales, Size, checked, uses_autocast
+from mimkit._checks import Order, as_floats, byte_statistics, channel_statistic, check_stacked
 from mimkit._grids import Grid, count_tokens, sides_of
 from mimkit.masking import Mask, RaggedMask
 from mimkit.patches import gather_patches, patchify
@@ -76,6 +76,10 @@ class PatchEmbed(nn.Module):
         torch.Size([1, 4, 16])
     """
 
+    # Numbers, and no buffers: they belong to the images, and are in no state dict.
+    _mean: tuple[float, ...] | None = None
+    _std: tuple[float, ...] | None = None
+
     @checked
     def __init__(
         self,
@@ -92,6 +96,25 @@ class PatchEmbed(nn.Module):
         self.proj = PatchProjection(in_channels=in_channels, patch=self.patch_size, dim=dim)
 
     @checked
+    def normalize_bytes(self, mean: Sequence[float], std: Scales) -> None:
+        """Normalise uint8 images from now on, while patches are read; floats stay as they are.
+
+        So images stay bytes until here, and no other copy of them is made.
+
+        Args:
+            mean: One value per channel to subtract from uint8 images, once they are fractions.
+            std: One value per channel to divide by afterwards.
+
+        Example:
+            >>> embed = PatchEmbed(patch_size=1, in_channels=1, dim=4)
+            >>> embed.normalize_bytes([0.5], [0.25])
+            >>> images = torch.tensor([[[[0, 85, 255]]]], dtype=torch.uint8)
+            >>> torch.equal(embed(images), embed((images / 255 - 0.5) / 0.25))
+            True
+        """
+        self._mean, self._std = tuple(mean), tuple(std)
+
+    @checked
     def forward(
         self,
         images: Images,
@@ -103,7 +126,8 @@ class PatchEmbed(nn.Module):
         are then concatenated.
 
         Args:
-            images: Images, uint8 or float; with a `RaggedMask` also a list.
+            images: Images, float, or uint8, which become fractions in [0, 1] (see also
+                `normalize_bytes`); with a `RaggedMask` also a list.
             mask: Which patches are visible.
 
         Returns:
@@ -124,8 +148,18 @@ class PatchEmbed(nn.Module):
                     f"images must have {self.in_channels} channels; got shape {tuple(batch.shape)}"
                 )
         if mask is None:
-            patches = patchify(as_floats(check_stacked(images)), patch, order=self.order)
+            patches = patchify(self._as_inputs(check_stacked(images)), patch, order=self.order)
         else:
-            patches = gather_patches(images, mask, patch, order=self.order)
+            statistics: Any = byte_statistics(images, self._mean, self._std)
+            patches = gather_patches(images, mask, patch, order=self.order, **statistics)
         tokens: Tensor = self.proj(patches, self.order)
         return tokens
+
+    def _as_inputs(self, images: Shaped[Tensor, "batch channels *spatial"]) -> Tensor:
+        """Return floats as they are, and bytes as normalised fractions."""
+        floats = as_floats(images)
+        for name, values in byte_statistics(images, self._mean, self._std).items():
+            numbers = floats.new_tensor(channel_statistic(name, values, images))
+            column = numbers.view(-1, *[1] * (images.ndim - 2))
+            floats = floats - column if name == "mean" else floats / column
+        return floats

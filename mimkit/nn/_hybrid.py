@@ -90,7 +90,7 @@ class HybridEmbed(PatchEmbed):
         """
         if isinstance(mask, RaggedMask):
             raise TypeError("an encoder with a stem takes a Mask; got a RaggedMask")
-        images = check_stacked(images)
+        images = self._as_inputs(check_stacked(images))
         if mask is not None:
             down, across = self.patch_size
             hidden = repeat(mask.is_masked, "b h w -> b 1 (h i) (w j)", i=down, j=across)

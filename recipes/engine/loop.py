@@ -204,6 +204,7 @@ class Task(ABC):
     """
 
     inputs: Any = None  # inputs of the last step, for `extras`
+    takes_bytes = False  # whether `prepare` gets bytes as they are; else normalized
     stops = False  # whether a process of several had received a signal in the last step
 
     def __init__(
@@ -525,7 +526,7 @@ def _run_batches(
     run = task.start if task.defers else task.step
     unrecorded: deque[tuple[int, bool, list[int], Started | Step | None]] = deque()
     for step, batch in enumerate(log.watch(loader, first_step), first_step):
-        batch = on_device(batch, train_set, task.config.device)
+        batch = on_device(batch, train_set, task.config.device, keep_bytes=task.takes_bytes)
         with log.counting(len(batch.images), is_skipped=step in skipped):
             started = None if step in skipped else run(batch, plan.moment(step))
         if step == first_step and task.config.compile == "graphs" and task.world.is_main:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mimkit import masking
 from mimkit.masking import Mask, RaggedMask
 from mimkit.patches import grid_of
-from recipes.engine.data.sets import Batch, DataSet, first_inputs
+from recipes.engine.data.sets import Batch, DataSet, TrainSet, first_inputs
 from recipes.engine.errors import UserError
 from recipes.engine.loop import Moment, Task
 from recipes.engine.masks import Masks, first
@@ -49,6 +49,24 @@ def check_memory(model: nn.Module, config: RunConfig) -> None:
         )
 
 
+def normalize_inside(model: nn.Module, data: TrainSet) -> bool:
+    """Let a model normalise bytes while it reads them, so that no batch of floats is ever made.
+
+    Its `readers` are all the parts of it that read images: each needs a method `normalize_bytes`.
+
+    Returns:
+        Whether it does; otherwise it takes what `data.to_inputs` returns.
+    """
+    statistics, readers = data.byte_statistics, getattr(model, "readers", ())
+    if statistics is None or not readers:
+        return False
+    if not all(hasattr(reader, "normalize_bytes") for reader in readers):
+        return False
+    for reader in readers:
+        reader.normalize_bytes(statistics.mean, statistics.std)
+    return True
+
+
 class Pretraining(Task):
     """Pre-training: the model of a recipe is called with images and masks.
 
@@ -75,6 +93,8 @@ class Pretraining(Task):
         model: Any = build_model(recipe, config)
         if recipe.fit is not None:  # same result in every process; a checkpoint overwrites it
             recipe.fit(model, first_inputs(data.train, _FITTING_IMAGES).to(config.device))
+        self.takes_bytes = normalize_inside(model, data.train)
+        self.to_inputs = data.train.to_inputs
         self.grid: tuple[int, ...] = model.encoder.grid
         self.image_shape = (data.in_channels, *model.encoder.image_size)
         super().__init__(model, config, world, shard=shard)
@@ -102,8 +122,13 @@ class Pretraining(Task):
     def extras(self) -> dict[str, Any]:
         """Return the losses of trivial predictors on the same images and masks."""
         images, masks = self.inputs
-        scores = self.recipe.baselines(self.model, images, first(masks))
+        scores = self.score_trivially(images, first(masks))
         return {"baselines": {name: score.item() for name, score in scores.items()}}
+
+    def score_trivially(self, images: Tensor, mask: Mask) -> dict[str, Tensor]:
+        """Score the trivial predictors, which take model inputs."""
+        inputs = self.to_inputs(images) if images.dtype == torch.uint8 else images
+        return self.recipe.baselines(self.model, inputs, mask)
 
 
 class NativePretraining(Pretraining):
@@ -145,7 +170,7 @@ class NativePretraining(Pretraining):
         for rows in rows_of.values():
             stacked = torch.stack([images[row] for row in rows])
             same = Mask.cat([each[row] for row in rows])
-            for name, score in self.recipe.baselines(self.model, stacked, same).items():
+            for name, score in self.score_trivially(stacked, same).items():
                 share = len(rows) / len(images)
                 totals[name] = totals.get(name, 0.0) + score.item() * share
         return {"baselines": totals}

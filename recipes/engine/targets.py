@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mimkit import losses, targets
+from mimkit._checks import byte_statistics
 from mimkit._grids import Grid
 from mimkit.masking import Mask, RaggedMask
 from mimkit.nn import PatchTokenizer, ViT
@@ -158,6 +159,7 @@ class PixelTarget(Target):
     """The pixels of the masked patches, as they are or normalised patch by patch.
 
     Masks may be finer than the patches (ConvMAE): then a position's own pixels are its patch.
+    Bytes become fractions, which `normalize_bytes` lets it normalise while it reads them.
 
     Args:
         patch_size: Pixels per axis of a patch.
@@ -175,6 +177,8 @@ class PixelTarget(Target):
     ) -> None:
         num_values = in_channels * math.prod(patch_size)
         super().__init__(patch_size, (num_values,), point=(1,) * len(patch_size))
+        self._mean: Sequence[float] | None = None
+        self._std: Sequence[float] | None = None
         self.normalize: Literal["patch"] | None = "patch" if normalize else None
         self.error: Error = error
         if normalize:
@@ -182,6 +186,10 @@ class PixelTarget(Target):
                 "Predicted patches are normalised; here they have the true patches' mean and "
                 "contrast."
             )
+
+    def normalize_bytes(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Normalise the fractions of bytes from now on; floats stay as they are."""
+        self._mean, self._std = mean, std
 
     def forward(self, images: Images, mask: Mask) -> Float[Tensor, "images masked values"]:
         """Return the (normalised) pixels of the masked patches."""
@@ -198,13 +206,15 @@ class PixelTarget(Target):
             self._patch_of(images, mask),
             normalize=self.normalize,
             kind=self.error,
+            **self._statistics(images),
         )
         return loss
 
     def baselines(self, images: Images, mask: Mask) -> Scores:
         """Score what `losses.baselines` predicts: the mean color, the nearest patch, ..."""
-        patch_size = self._patch_of(images, mask)
-        return losses.baselines(images, mask, patch_size, normalize=self.normalize, kind=self.error)
+        options: dict[str, Any] = {"normalize": self.normalize, "kind": self.error}
+        options |= self._statistics(images)
+        return losses.baselines(images, mask, self._patch_of(images, mask), **options)
 
     def invert(self, prediction: Tensor, images: Images, mask: Mask) -> Patches:
         """Return pixels; normalised ones get the true patches' mean and contrast."""
@@ -212,7 +222,10 @@ class PixelTarget(Target):
 
     def _pixels(self, images: Tensor, mask: Mask) -> targets.Pixels | targets.NormalizedPixels:
         values = targets.NormalizedPixels if self.normalize else targets.Pixels
-        return values(self._patch_of(images, mask))
+        return values(self._patch_of(images, mask), **self._statistics(images))
+
+    def _statistics(self, images: Tensor | Sequence[Tensor]) -> dict[str, Any]:
+        return byte_statistics(images, self._mean, self._std)
 
     def _patch_of(self, images: Tensor | Sequence[Tensor], mask: Mask | RaggedMask) -> Grid:
         if isinstance(mask, RaggedMask) or not isinstance(images, Tensor):

@@ -10,11 +10,11 @@ from torch.utils.checkpoint import checkpoint
 from mimkit import masking
 from mimkit.interop import from_official
 from mimkit.masking import Mask
-from mimkit.nn import PatchEmbed, ViT
+from mimkit.nn import ConvStem, PatchEmbed, ViT
 from mimkit.patches import gather_visible, sincos_positions
 from tests.golden_files import golden
 from tests.nn import plain
-from tests.strategies import generators, masks
+from tests.strategies import generators, masked_images, masks
 
 SHAPES = {
     "square": {"image_size": 16, "patch_size": 4},
@@ -294,6 +294,60 @@ def test_patch_embed_equals_timms_convolution():
     torch.testing.assert_close(embed(images), expected)
     mask = masking.uniform(masking.key([0, 1], seed=0), (2, 3), 0.5)
     torch.testing.assert_close(embed(images, mask), gather_visible(expected, mask))
+
+
+@torch.no_grad()
+@given(drawn=masked_images(dtype=torch.uint8))
+def test_patch_embed_normalises_bytes_bit_for_bit_and_leaves_floats(drawn):
+    images, mask, patch = drawn
+    channels = images.shape[1]
+    embed = PatchEmbed(patch_size=patch, in_channels=channels, dim=5)
+    mean, std = torch.rand(channels).tolist(), (torch.rand(channels) + 0.1).tolist()
+    column = (-1, *[1] * len(patch))
+    fractions = images / 255
+    inputs = (fractions - torch.tensor(mean).view(column)) / torch.tensor(std).view(column)
+    before = [embed(each, mask) for each in (fractions, inputs)]
+    assert torch.equal(embed(images, mask), before[0])
+    embed.normalize_bytes(mean, std)
+    assert torch.equal(embed(images, mask), before[1])
+    assert torch.equal(embed(images), embed(inputs))
+    assert torch.equal(embed(inputs, mask), before[1])
+    assert embed.state_dict().keys() == {"proj.weight", "proj.bias"}
+
+
+@torch.no_grad()
+def test_bytes_of_any_sizes_are_normalised_but_not_together_with_floats():
+    embed = PatchEmbed(patch_size=4, in_channels=3, dim=5)
+    embed.normalize_bytes([0.5] * 3, [0.25] * 3)
+    sides = [(8, 12), (16, 4)]
+    images = [torch.randint(256, (3, *side), dtype=torch.uint8) for side in sides]
+    inputs = [(image / 255 - 0.5) / 0.25 for image in images]
+    key = masking.key([0, 1], seed=0)
+    mask = masking.ragged(masking.uniform, key, [(2, 3), (4, 1)], 0.5)
+    assert torch.equal(embed(images, mask), embed(inputs, mask))
+    with pytest.raises(TypeError, match=r"must all be uint8, or none of them; got torch.float32"):
+        embed([inputs[0], images[1]], mask)
+
+
+@torch.no_grad()
+def test_a_stem_gets_normalised_bytes_with_nothing_at_masked_positions():
+    stem = ConvStem(in_channels=2, channels=(4,))
+    encoder = ViT(image_size=16, patch_size=2, in_channels=2, dim=12, depth=1, heads=2, stem=stem)
+    encoder.patch_embed.normalize_bytes([0.5, 0.25], [0.25, 0.5])
+    images = torch.randint(256, (2, 2, 16, 16), dtype=torch.uint8)
+    mean, std = torch.tensor([[0.5, 0.25], [0.25, 0.5]]).view(2, 2, 1, 1)
+    mask = masking.uniform(masking.key([0, 1], seed=0), encoder.grid, 0.5)
+    assert torch.equal(encoder(images, mask), encoder((images / 255 - mean) / std, mask))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_statistics_of_another_number_of_channels_are_named(masked):
+    embed = PatchEmbed(patch_size=4, in_channels=3, dim=5)
+    embed.normalize_bytes([0.5], [0.25])
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    mask = masking.uniform(masking.key([0], seed=0), (2, 2), 0.5) if masked else None
+    with pytest.raises(ValueError, match="mean must hold one value for each of 3 channels"):
+        embed(images, mask)
 
 
 def test_initialisation_equals_maes():

@@ -31,7 +31,9 @@ from recipes.engine.data.images import (
     CenterCrops,
     Crop,
     Cropping,
+    NormalizeByConstants,
     Pixels,
+    model_inputs,
     picture_size,
 )
 from recipes.engine.data.listing import MAX_FILE_BYTES, Samples
@@ -465,7 +467,16 @@ class Arrays(StoredSet):
     ) -> Float[Tensor, "batch channels *spatial"]:
         """Normalise each channel by the mean and deviation of the data set."""
         assert self.statistics is not None
+        if images.dtype == torch.uint8:
+            return model_inputs(images, self.statistics.of_fractions())
         return self.statistics.normalize(images.float())
+
+    @property
+    def byte_statistics(self) -> NormalizeByConstants | None:
+        """Mean and deviation of the data set, if it holds bytes."""
+        if self.dtype != torch.uint8 or self.statistics is None:
+            return None
+        return self.statistics.of_fractions()
 
     def picture_size(self, sample_id: int) -> tuple[int, ...]:
         """Return the size of a picture to be shown: as many whole crops as fit, one of a volume."""

@@ -33,6 +33,7 @@ from recipes.engine.data.images import (
     CenterCrops,
     Cropping,
     NativeCrops,
+    NormalizeByConstants,
     model_inputs,
     picture_size,
     to_unit,
@@ -98,6 +99,11 @@ class Crops(StoredSet):
     def to_inputs(self, images: Shaped[Tensor, batch * shape]) -> Float[Tensor, batch * shape]:
         """Normalize images."""
         return model_inputs(images, NORMALIZE)
+
+    @property
+    def byte_statistics(self) -> NormalizeByConstants:
+        """ImageNet's statistics."""
+        return NORMALIZE
 
     def picture_size(self, sample_id: int) -> tuple[int, ...]:
         """Return the size of a picture to be shown."""

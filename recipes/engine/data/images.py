@@ -43,11 +43,12 @@ class NormalizeByConstants:
     std: tuple[float, ...]
 
     def __call__(
-        self, images: Float[Tensor, "batch channels height width"]
+        self, images: Float[Tensor, "batch channels *spatial"]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return inputs, mean [1, C, 1, 1] and standard deviation [1, C, 1, 1]."""
-        mean = images.new_tensor(self.mean).view(1, -1, 1, 1)
-        std = images.new_tensor(self.std).view(1, -1, 1, 1)
+        """Return inputs, mean [1, C, 1, ...] and standard deviation [1, C, 1, ...]."""
+        shape = (1, -1, *[1] * (images.ndim - 2))
+        mean = images.new_tensor(self.mean).view(shape)
+        std = images.new_tensor(self.std).view(shape)
         return (images - mean).div_(std), mean, std
 
 

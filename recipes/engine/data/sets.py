@@ -20,7 +20,13 @@ from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from recipes.engine.data.images import Normalize, as_they_are, model_inputs, to_unit
+from recipes.engine.data.images import (
+    Normalize,
+    NormalizeByConstants,
+    as_they_are,
+    model_inputs,
+    to_unit,
+)
 from recipes.engine.data.listing import Samples
 from recipes.engine.data.statistics import Statistics
 from recipes.engine.errors import UserError
@@ -59,6 +65,14 @@ class TrainSet(Dataset[Item], ABC):
         So bytes, not floats, cross from a worker to the training process and to the device.
         """
         return model_inputs(images, as_they_are)
+
+    @property
+    def byte_statistics(self) -> NormalizeByConstants | None:
+        """How a model may do what `to_inputs` does with bytes, while it reads them.
+
+        None: not at all, since images are floats, or `to_inputs` needs more than constants.
+        """
+        return None
 
     def to_device(self, batch: Batch, device: str) -> Batch:
         """Move the images of a batch to a device."""
@@ -338,6 +352,11 @@ class DrawnImages(TrainSet):
     def to_inputs(self, images: Shaped[Tensor, batch * shape]) -> Float[Tensor, batch * shape]:
         """Normalize images."""
         return model_inputs(images, self.normalize)
+
+    @property
+    def byte_statistics(self) -> NormalizeByConstants | None:
+        """The constants, if these are what normalizes."""
+        return self.normalize if isinstance(self.normalize, NormalizeByConstants) else None
 
     def _draw(self, epoch: int, sample_id: int) -> UInt8[Tensor, "channels height width"]:
         rng = sample_rng(self.seed, epoch, sample_id)

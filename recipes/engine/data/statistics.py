@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from recipes.engine.data.images import NormalizeByConstants
+
 MEASURED_CROPS = 256
 _VALUES = 1_024  # of a channel of a crop, for the range that is shown
 _SHOWN = (0.01, 0.99)
@@ -38,6 +40,11 @@ class Statistics:
     ) -> Float[Tensor, "batch channels *spatial"]:
         """Turn values into model inputs."""
         return (images - _column(self.mean, images)).div_(_column(self.std, images))
+
+    def of_fractions(self) -> NormalizeByConstants:
+        """Return mean and deviation of bytes that have become fractions in [0, 1]."""
+        mean, std = (tuple(value / 255 for value in values) for values in (self.mean, self.std))
+        return NormalizeByConstants(mean, std)
 
     def to_shown(
         self, image: Shaped[Tensor, channels * spatial]

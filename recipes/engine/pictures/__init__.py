@@ -194,7 +194,8 @@ def tiled_pictures(data: DataSet, size: tuple[int, ...] | None) -> Iterator[Tile
 
 
 def _tile_note(encoder: Any) -> str:
-    return f"Tiles of {' x '.join(map(str, encoder.image_size))} px, each normalised"
+    unit = "px" if len(encoder.image_size) == 2 else "points"
+    return f"Tiles of {' x '.join(map(str, encoder.image_size))} {unit}, each normalised"
 
 
 def draw_attention(

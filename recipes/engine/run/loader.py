@@ -101,12 +101,22 @@ def make_loader(
     )
 
 
-def on_device(batch: Batch, data: TrainSet, device: str) -> Batch:
-    """Move the images of a batch to a device, and normalize them there if they are bytes."""
+def on_device(batch: Batch, data: TrainSet, device: str, *, keep_bytes: bool = False) -> Batch:
+    """Move the images of a batch to a device, and normalize them there if they are bytes.
+
+    Args:
+        batch: The batch.
+        data: The data set that it is from.
+        device: The device.
+        keep_bytes: Whether bytes stay as they are.
+    """
     batch = data.to_device(batch, device)
     if batch.shapes is None:
-        return batch._replace(images=data.to_inputs(batch.images))
-    return batch._replace(images=[data.to_inputs(image[None])[0] for image in unpack(batch)])
+        return batch if keep_bytes else batch._replace(images=data.to_inputs(batch.images))
+    images = unpack(batch)
+    if not keep_bytes:
+        images = [data.to_inputs(image[None])[0] for image in images]
+    return batch._replace(images=images)
 
 
 def held_out_batches(
