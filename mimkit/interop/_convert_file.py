@@ -30,7 +30,7 @@ from mimkit.interop._outputs import (
 )
 from mimkit.interop._rules import Converted
 
-_RUN, _ENCODER = "config.yaml", "encoder.safetensors"
+_RUN, _SUMMARY, _ENCODER = "config.yaml", "summary.json", "encoder.safetensors"
 _MOST_CONFIG_BYTES = 1_000_000
 _SHOWN = 4  # names of a list in the receipt
 
@@ -257,9 +257,25 @@ def _read(source: Path, from_format: str) -> tuple[Path, Mapping[str, Tensor], d
     contents = unwrap(load_checkpoint(path))
     tensors = {name: value for name, value in contents.items() if isinstance(value, Tensor)}
     if from_format == "mimkit":
+        _check_digest(path)
         return path, tensors, _read_run(path.with_name(_RUN))
     is_theirs = _package_of(from_format) == "transformers"
     return path, tensors, _read_config(path.with_name(CONFIG)) if is_theirs else {}
+
+
+def _check_digest(path: Path) -> None:
+    """Compare weights with their digest in the summary of the run that wrote them, if there is one.
+
+    Raises:
+        ValueError: If they are damaged.
+    """
+    file = path.with_name(_SUMMARY)
+    try:
+        expected = json.loads(_text(file))["digests"][path.name] if file.is_file() else None
+    except (ValueError, KeyError, TypeError, RecursionError):  # of something else
+        return
+    if expected is not None and expected != _sha256(path):
+        raise ValueError(f"{path} is damaged: it does not have its digest in {file}")
 
 
 def _read_run(file: Path) -> dict[str, Any]:

@@ -226,6 +226,21 @@ def test_a_vit_that_a_detector_trained_in_windows_stays_where_it_is(tmp_path, st
         convert_file(tmp_path, tmp_path / "out.pth", from_format="mimkit", to_format="timm")
 
 
+def test_weights_that_have_changed_since_their_run_are_not_converted(tmp_path, states):
+    weights = tmp_path / "encoder.safetensors"
+    save_file(states["ViT"], weights)
+    content = bytearray(weights.read_bytes())
+    digest = hashlib.sha256(content).hexdigest()
+    (tmp_path / "summary.json").write_text(json.dumps({"digests": {weights.name: digest}}))
+    formats = {"from_format": "mimkit", "to_format": "timm"}
+    convert_file(tmp_path, tmp_path / "whole.pth", **formats)
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged"):
+        convert_file(tmp_path, tmp_path / "damaged.pth", **formats)
+    assert not (tmp_path / "damaged.pth").exists()
+
+
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "no file": (["none.pth", "new.pth", "--from", "mae", "--to", "timm"], "no file"),
     "format": (["in.pth", "new.pth", "--from", "mea", "--to", "timm"], "'mea'"),
