@@ -279,9 +279,10 @@ def curves(
         style = {"linewidth": 2.0} if index == 0 else {"linewidth": 1.0, "linestyle": "--"}
         axes.plot(steps, values, label=name, **style)
     axes.set_xlabel("step")
-    axes.set_ylabel(title)
+    axes.set_ylabel(title, parse_math=False)  # $ is a character of a name
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper right", fontsize="small")
+    for text in axes.legend(loc="upper right", fontsize="small").get_texts():
+        text.set_parse_math(False)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return Image.open(buffer)

@@ -375,6 +375,8 @@ def read_statistics(file: Path, channels: int) -> Statistics | None:
     names = {field.name for field in dataclasses.fields(Statistics)}
     if not isinstance(found, dict) or found.keys() != names:
         return None
+    if not all(isinstance(values, list) for values in found.values()):
+        return None
     statistics = Statistics(**{name: tuple(values) for name, values in found.items()})
     is_whole = all(
         len(values) == channels and all(isinstance(v, float) and math.isfinite(v) for v in values)
