@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-
 # A pickle that makes a terabyte of zeros.
 _ALLOCATES = b"\x80\x02c__builtin__\nbytearray\n\x8a\6" + (2**40).to_bytes(6, "little") + b"\x85R."
 
@@ -184,8 +183,8 @@ PYTORCH: tuple[Callable[[Path], None], ...] = (
     a_bare_tensor, a_sparse_tensor, a_quantized_tensor, a_tensor_without_values,
     a_huge_view_of_one_number, deep_nesting, a_huge_allocation, a_storage_longer_than_its_record,
     a_zip_bomb, a_zip_after_a_pickle, two_zips_in_one, bytes_that_are_no_tensor,
-    an_unknown_step_in_a_pickle, a_byte_order_with_escapes, another_zip, endless_zeros, a_pipe, a_link_to_a_device, a_folder, nothing, text,
-    a_damaged_zip,
+    an_unknown_step_in_a_pickle, a_byte_order_with_escapes, another_zip, endless_zeros, a_pipe,
+    a_link_to_a_device, a_folder, nothing, text, a_damaged_zip,
 )  # fmt: skip
 
 

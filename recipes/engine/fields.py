@@ -93,9 +93,9 @@ class FieldError(ValueError):
 def check_fields(config: Any) -> None:
     """Check the values of a dataclass against the types of its fields.
 
-    Ranges, `Literal`, numbers, strings, paths, booleans, tuples and unions of these are checked; other
-    types are not. The command line rejects a misspelled name itself. From Python, an unchecked one
-    would silently train another model.
+    Ranges, `Literal`, numbers, strings, paths, booleans, tuples and unions of these are checked;
+    other types are not. The command line rejects a misspelled name itself. From Python, an
+    unchecked one would silently train another model.
 
     Raises:
         FieldError: If the value of a field does not fit.

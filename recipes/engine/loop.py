@@ -599,9 +599,9 @@ def _check_trained(folder: RunFolder, train_set: TrainSet, *, is_new: bool) -> N
         )
     elif not is_new and not folder.read_skipped():
         raise UserError(
-            f"{folder.path}: all steps have been trained, but their rows in metrics.jsonl are lost: "
-            f"move the newest folder in {CHECKPOINTS} elsewhere, so that the last steps are done "
-            "again and the run can be scored"
+            f"{folder.path}: all steps have been trained, but their rows in metrics.jsonl are "
+            f"lost: move the newest folder in {CHECKPOINTS} elsewhere, so that the last steps are "
+            "done again and the run can be scored"
         )
     raise UserError(f"{folder.path}: no step was trained, since {reason}, and choose another --out")
 

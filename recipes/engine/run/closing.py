@@ -39,7 +39,7 @@ def print_closing(folder: Path) -> None:
 
 def _seconds(file: Path) -> float:
     try:
-        return sum(row.get("seconds", 0) for row in read_metrics(file.parent)[0])
+        return float(sum(row.get("seconds", 0) for row in read_metrics(file.parent)[0]))
     except UnreadableError as error:  # of an earlier run in a folder below, which nothing checks
         say(f"warning: {file} cannot be read: {error}", file=sys.stderr)
-        return 0
+        return 0.0
