@@ -305,11 +305,7 @@ def _draw_polygons(
 ) -> Bool[np.ndarray, "height width"]:
     """Draw polygons; one of fewer than three points has no pixels."""
     for polygon in polygons:
-        if (
-            not isinstance(polygon, list)
-            or len(polygon) % 2
-            or not all(map(_is_place, polygon))
-        ):
+        if not isinstance(polygon, list) or len(polygon) % 2 or not all(map(_is_place, polygon)):
             raise UserError(
                 f"{name} has a polygon {polygon!r:.60}: expected x and y in turn, in pixels"
             )
