@@ -268,7 +268,7 @@ def test_a_huge_header_is_refused_at_every_door_and_nothing_is_printed(
     file.write_bytes(png(*size))
     doors = {
         "decoder": lambda: DECODE(file.read_bytes()),
-        "array": lambda: open_array(file.open("rb"), "a.png"),
+        "array": lambda: open_array(io.BytesIO(file.read_bytes()), "a.png"),
         "labels": lambda: read_labels(file),
         "picture of a run": lambda: pictures._read_picture(file),
     }

@@ -110,7 +110,7 @@ def world_from_environment() -> World:
     """
     if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
         return World()
-    size = _number("WORLD_SIZE", 1, 2**31)
+    size = _number("WORLD_SIZE", 1, 2**31 - 1)
     world = World(_number("RANK", 0, size - 1), size)
     if size > 1:
         _number("MASTER_PORT", 1, 2**16 - 1)
