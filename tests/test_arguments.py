@@ -229,6 +229,12 @@ def test_codes_out_of_range_are_refused_where_they_are_turned_into_pixels():
         losses.masked_cross_entropy(logits, classes, mask)
 
 
+@pytest.mark.parametrize("name", ["$\\frac{$", "\udcff", "\u65e5\x1b"], ids=ascii)
+def test_curves_of_any_name_are_drawn_without_a_warning(name, recwarn):
+    assert viz.curves([1.0, 2.0], {name: [1.0, 2.0]}, title=name).size == (700, 400)
+    assert len(recwarn) == 0
+
+
 def test_an_mlp_of_a_ratio_beyond_memory_is_refused():
     with pytest.raises(ValueError, match="mlp_ratio must be .* above 0 and at most 1024"):
         mim.ViT(image_size=8, patch_size=4, dim=8, depth=1, heads=1, mlp_ratio=2.0**31)
