@@ -425,7 +425,7 @@ def _test_of(annotation: Any, loosely: bool = False) -> Callable[[Any], bool]:
     takes_one = arguments[0] in (int, float) or get_origin(arguments[0]) is Annotated
 
     def is_sequence(value: Any) -> bool:
-        if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
+        if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str | bytes):
             return takes_one and any(test(value) for test in inner)
         return all(any(test(v) for test in inner) for v in value)
 

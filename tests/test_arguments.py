@@ -235,6 +235,11 @@ def test_curves_of_any_name_are_drawn_without_a_warning(name, recwarn):
     assert len(recwarn) == 0
 
 
+def test_bytes_are_no_sequence_of_numbers():
+    with pytest.raises((TypeError, ValueError), match="aspect must be"):
+        masking.blockwise(masking.key([0], seed=0), (8, 8), 0.5, aspect=b"ab")
+
+
 def test_an_mlp_of_a_ratio_beyond_memory_is_refused():
     with pytest.raises(ValueError, match="mlp_ratio must be .* above 0 and at most 1024"):
         mim.ViT(image_size=8, patch_size=4, dim=8, depth=1, heads=1, mlp_ratio=2.0**31)
