@@ -25,7 +25,7 @@ from recipes.engine.pictures import config_of, different_keys
 from recipes.engine.reading import UnreadableError, open_regular, read_bytes
 from recipes.engine.run.cli import run_command
 from recipes.engine.run.state import read_metrics, read_summary
-from recipes.engine.writing import write_atomically
+from recipes.engine.writing import write_beside
 
 _MOST_PICTURE = 100_000_000  # bytes
 _STYLE = """
@@ -78,7 +78,7 @@ def write_page(runs: Sequence[Path], out: Path) -> None:
         "</html>",
     ]
     try:
-        write_atomically(out, start + "\n".join(parts))
+        write_beside(out, start + "\n".join(parts))
     except OSError as error:
         raise UserError(f"--out {out} cannot be written to: {error.strerror}") from error
 

@@ -1,5 +1,6 @@
 """The HTML page of one run or several."""
 
+import errno
 import json
 import os
 from html.parser import HTMLParser
@@ -150,3 +151,24 @@ def test_what_cannot_be_a_path_is_refused_in_one_line(command, path, tmp_path, c
         error = capfd.readouterr().err
         assert error.count("\n") == 1
         assert len(error) < 1_000
+
+
+def test_a_file_of_somebody_else_with_a_temporary_name_stays(tmp_path, monkeypatch):
+    run = str(make_run(tmp_path / "run", dim=8, loss=1.0))
+    out = tmp_path / "out"
+    out.mkdir()
+    mine = [out / f"{name}{end}" for name in ("page.html", "reconstructions-side-by-side.png")
+            for end in (".partial", ".1.partial")]  # fmt: skip
+    for file in mine:
+        file.write_text("mine")
+    assert main([run, "--out", str(out / "page.html")]) == 0
+    assert pictures([run, run, "--out", str(out)]) == 0
+    assert [file.read_text() for file in mine] == ["mine"] * 4
+    before = sorted(out.iterdir())
+    monkeypatch.setattr(os, "fsync", full_disk)
+    assert main([run, "--out", str(out / "page.html")]) == 2
+    assert sorted(out.iterdir()) == before
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")

@@ -35,19 +35,21 @@ from recipes.engine.reading import UnreadableError, read_bytes, read_yaml
 from recipes.engine.run.cli import run_command
 from recipes.engine.run.config import Recipe, RunConfig
 from recipes.engine.run.folder import RunFolder
-from recipes.engine.writing import write_atomically
+from recipes.engine.writing import write_atomically, write_beside
 
 _ATTENTION_ROWS = 8  # images in the picture of attention
 _ENLARGED = 4
 _SOFTWARE = "mimkit"
 
 
-def save_picture(picture: Image.Image, file: Path) -> None:
+def save_picture(
+    picture: Image.Image, file: Path, write: Callable[[Path, bytes], None] = write_atomically
+) -> None:
     """Write a picture atomically, as PNG with the name of this program."""
     content, about = io.BytesIO(), PngInfo()
     about.add_text("Software", _SOFTWARE)
     picture.save(content, format="PNG", pnginfo=about)
-    write_atomically(file, content.getvalue())
+    write(file, content.getvalue())
 
 
 def draw_curves(folder: RunFolder) -> None:
@@ -272,7 +274,7 @@ def place_side_by_side(runs: Sequence[Path], out: Path) -> list[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for file, sheet in sheets.items():
-            save_picture(sheet, file)
+            save_picture(sheet, file, write_beside)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written to: {error.strerror}") from error
     return list(sheets)
