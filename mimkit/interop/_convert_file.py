@@ -1,6 +1,7 @@
 """Conversion of a file of weights, with a receipt of what was done."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from mimkit._arguments import Size, checked
 from mimkit._state_dicts import unwrap
 from mimkit.interop._built import model_from
-from mimkit.interop._files import load_checkpoint
+from mimkit.interop._files import load_checkpoint, printable
 from mimkit.interop._formats import FORMATS, HALVES, OFFICIAL, select
 from mimkit.interop._hf import ARCHITECTURES, to_hf
 from mimkit.interop._hf_config import theirs_from_encoder
@@ -447,7 +448,8 @@ def _with_key_bias(tensors: dict[str, Tensor], back: Mapping[str, Tensor]) -> di
 
 
 def _write(out: Path, result: Converted) -> None:
-    partial = out.with_name(f"{out.name}.partial")
+    names = (out.with_name(f"{out.name}.{number}.partial") for number in itertools.count(1))
+    partial = next(name for name in names if not os.path.lexists(name))  # of nobody else
     # Tensors may share memory, which the format of safetensors does not have.
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in result.items()}
     try:
@@ -456,6 +458,11 @@ def _write(out: Path, result: Converted) -> None:
         else:
             _save_safetensors(tensors, partial)
         os.replace(partial, out)
+    except ImportError:
+        raise
+    except Exception as error:  # PyTorch and safetensors have their own for a full disk
+        reason = printable(error)
+        raise OSError(f"{out} cannot be written, is the disk full? ({reason:.200})") from error
     finally:
         partial.unlink(missing_ok=True)
 

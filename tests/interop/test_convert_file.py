@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import resource
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -239,6 +240,26 @@ def test_weights_that_have_changed_since_their_run_are_not_converted(tmp_path, s
     with pytest.raises(ValueError, match="is damaged"):
         convert_file(tmp_path, tmp_path / "damaged.pth", **formats)
     assert not (tmp_path / "damaged.pth").exists()
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_full_disk_is_one_sentence_and_nothing_is_left_or_taken(suffix, tmp_path, states):
+    save_file(states["ViT"], tmp_path / "in.safetensors")
+    out, mine = tmp_path / f"out.{suffix}", tmp_path / f"out.{suffix}.partial"
+    mine.write_text("mine")
+    source, formats = tmp_path / "in.safetensors", {"from_format": "mimkit", "to_format": "timm"}
+    before = sorted(tmp_path.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="cannot be written, is the disk full") as caught:
+            convert_file(source, out, **formats)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(caught.value).isprintable()
+    assert sorted(tmp_path.iterdir()) == before
+    convert_file(source, out, **formats)
+    assert mine.read_text() == "mine"
 
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
