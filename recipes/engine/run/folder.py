@@ -35,7 +35,7 @@ from recipes.engine.writing import PARTIAL, put_aside, write_atomically, write_j
 
 CHECKPOINTS = "checkpoints"
 _CONFIG = "config.yaml"
-_EARLIER = re.compile(r"before-\d+")  # folders of runs on images that have changed since
+_EARLIER = re.compile(r"before-\d+", re.ASCII)  # folders of runs on images that have changed since
 _LOCK = ".lock"
 # What a run that was killed at once leaves.
 _BEFORE_CONFIG = (_LOCK, _CONFIG + PARTIAL)
