@@ -40,6 +40,11 @@ _SOURCES = {
 }
 
 
+# Numbers that PyTorch computes with. A Fraction or a Decimal is none of them.
+_INTEGERS = (numbers.Integral, torch.SymInt)
+_NUMBERS = (*_INTEGERS, float, np.floating, torch.SymFloat)
+
+
 @dataclass(frozen=True)
 class Range:
     """Range of a number, in an `Annotated` type."""
@@ -55,6 +60,7 @@ Count = Annotated[int, Range(0, _MOST, f"at least 0 and at most {_MOST}")]
 Depth = Annotated[int, Range(0, 1000, "at least 0 and at most 1000")]
 Seed = Annotated[int, Range(-(1 << 63), (1 << 64) - 1, "of at most 64 bits")]
 Positive = Annotated[float, Range(5e-324, math.inf, "above 0")]
+Ratio = Annotated[float, Range(5e-324, 1024, "above 0 and at most 1024")]
 NotNegative = Annotated[float, Range(0, math.inf, "of 0 or more")]
 Share = Annotated[float, Range(0, 1, "in [0, 1]")]
 DropRate = Annotated[float, Range(0, math.nextafter(1, 0), "in [0, 1)")]
@@ -266,6 +272,9 @@ class _Rule:
     def check(self, name: str, value: Any) -> Iterable[tuple[str, int]]:
         """Check one argument; return the sizes of its named axes."""
         if isinstance(value, Tensor) and self.forms:
+            if not _is_dense(value):
+                layout = "nested" if value.is_nested else str(value.layout)[6:]
+                raise TypeError(f"{name} must be a dense tensor; got a tensor of layout {layout}")
             shape = value.shape
             kind = value.dtype, len(shape)
             if kind not in self.axes or 0 in shape:
@@ -310,8 +319,14 @@ class _Rule:
     def _find_axes(self, name: str, value: Tensor) -> tuple[str, ...]:
         """Check dtype and number of axes; return the names of the axes, if they are certain."""
         dtype = str(value.dtype)[6:]
+        if value.is_quantized:
+            raise TypeError(f"{name} must not be quantized; got {value.dtype}")
+        # Nothing is computed in floats of 8 bits, which PyTorch only stores.
+        is_stored = value.is_floating_point() and value.dtype.itemsize == 1
         forms = [
-            axes for kinds, axes in self.forms if not isinstance(kinds, tuple) or dtype in kinds
+            axes
+            for kinds, axes in self.forms
+            if not isinstance(kinds, tuple) or (dtype in kinds and not is_stored)
         ]
         if not forms:
             names = [array.dtype.__name__ for array in self.arrays]
@@ -396,16 +411,13 @@ def _test_of(annotation: Any, loosely: bool = False) -> Callable[[Any], bool]:
     if annotation is torch.device:
         return lambda v: isinstance(v, torch.device) or (isinstance(v, str) and _is_device(v))
     if annotation is int:
-        return lambda v: (
-            type(v) is int
-            or (hasattr(v, "__index__") and not isinstance(v, bool | Tensor | np.ndarray))
-        )
+        return lambda v: type(v) is int or (isinstance(v, _INTEGERS) and not isinstance(v, bool))
     if annotation is float:
         return lambda v: (
-            not isinstance(v, bool) and isinstance(v, numbers.Real) and (loosely or _is_finite(v))
+            isinstance(v, _NUMBERS) and not isinstance(v, bool) and (loosely or _is_finite(v))
         )
-    if _is_array(annotation):
-        return lambda v: isinstance(v, Tensor)
+    if _is_array(annotation) or annotation is Tensor:
+        return lambda v: isinstance(v, Tensor) and _is_dense(v)
     if origin is None or not issubclass(origin, Sequence):
         return lambda v: isinstance(v, origin or annotation)
     inner = [_test_of(member, loosely) for member in _members(arguments[0])]
@@ -413,11 +425,15 @@ def _test_of(annotation: Any, loosely: bool = False) -> Callable[[Any], bool]:
     takes_one = arguments[0] in (int, float) or get_origin(arguments[0]) is Annotated
 
     def is_sequence(value: Any) -> bool:
-        if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
+        if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str | bytes):
             return takes_one and any(test(value) for test in inner)
         return all(any(test(v) for test in inner) for v in value)
 
     return is_sequence
+
+
+def _is_dense(value: Tensor) -> bool:
+    return value.layout is torch.strided and not value.is_nested
 
 
 def _is_finite(value: Any) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 
 import mimkit_kernels as kernels
@@ -17,6 +17,27 @@ from mimkit._settings import settings
 from mimkit.masking import Mask, RaggedMask
 
 Order = Literal["p1 p2 c", "c p1 p2"]
+_CLASSES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_classes(name: str, target: Integer[Tensor, "..."], num_classes: int) -> None:
+    """Check that classes are integers in [0, num_classes).
+
+    Values are checked on a CPU, where that is cheap, and with `mimkit.use(check=True)`.
+
+    Raises:
+        TypeError: If the values are not integers.
+        ValueError: If a value is out of range.
+    """
+    if target.dtype not in _CLASSES:
+        is_stored = target.dtype in (torch.uint16, torch.uint32, torch.uint64)
+        only = ", in which PyTorch computes nothing" if is_stored else ""
+        raise TypeError(f"{name} must be integers; got {target.dtype}{only}")
+    is_cheap = target.device.type == "cpu" and not torch.compiler.is_compiling()
+    if (is_cheap or settings.check) and target.numel():
+        low, high = int(target.min()), int(target.max())
+        if low < 0 or high >= num_classes:
+            raise ValueError(f"{name} must be in [0, {num_classes}); got {low} to {high}")
 
 
 def check_even(mask: object) -> None:
@@ -62,6 +83,8 @@ def check_batch(mask: Mask, samples: Shaped[Tensor, "batch ..."], name: str) -> 
 
 def _check_batch_size(mask: Mask, samples: Tensor, name: str) -> None:
     # `len` would fix the batch size of an exported program.
+    if isinstance(samples, Tensor) and not samples.ndim:
+        raise ValueError(f"{name} must have a batch axis; got a single number")
     if isinstance(samples, Tensor) and mask.batch_size != samples.shape[0]:
         raise ValueError(f"the mask has {mask.batch_size} samples, but {name} has {len(samples)}")
     check_device(mask, samples, name)

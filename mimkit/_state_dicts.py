@@ -33,26 +33,43 @@ def unwrap(state_dict: Any) -> Mapping[str, Any]:
         raise TypeError(f"a state dict maps names to tensors; got {kind} {shown:.60}{advice}")
     if not state_dict:
         return {}
-    found = list(_models(state_dict, ()))
+    found = list(_models(state_dict, (), {}))
     if not found:
         raise ValueError(f"no tensors in a dictionary with the keys {_some(state_dict)}")
     if len(found) > 1:
-        keys = [key for key, _ in found]
+        keys = list(dict.fromkeys(key for key, _ in found))[:4]
         raise ValueError(f"several state dicts in one dictionary: pass that of {' or '.join(keys)}")
     return _without_wrappers(found[0][1])
 
 
 def _models(
-    outer: Mapping[Any, Any], above: tuple[Mapping[Any, Any], ...], key: str = ""
+    outer: Mapping[Any, Any],
+    above: tuple[Mapping[Any, Any], ...],
+    seen: dict[int, bool],
+    key: str = "",
 ) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """Find the innermost dictionaries that hold tensors, each with the key it stands under."""
+    """Find the innermost dictionaries that hold tensors, each with the key it stands under.
+
+    One that stands in several places is looked into once (`seen`: whether it holds tensors): in a
+    file of a few lines, 2**50 ways can lead to it.
+    """
     if any(outer is other for other in above):
         raise ValueError(f"the dictionary under {key!r} contains itself")
-    above = (*above, outer)
+    if id(outer) not in seen:
+        found = list(_models_in(outer, (*above, outer), seen, key))
+        seen[id(outer)] = bool(found)
+        yield from found
+    elif seen[id(outer)]:
+        yield key, outer
+
+
+def _models_in(
+    outer: Mapping[Any, Any], above: tuple[Mapping[Any, Any], ...], seen: dict[int, bool], key: str
+) -> Iterator[tuple[str, Mapping[Any, Any]]]:
     sizes = [value.numel() for value in outer.values() if isinstance(value, Tensor)]
     mappings = {str(name): value for name, value in outer.items() if isinstance(value, Mapping)}
     for name in _MODEL:
-        found = list(_models(mappings[name], above, name)) if name in mappings else []
+        found = list(_models(mappings[name], above, seen, name)) if name in mappings else []
         if found:
             yield from found
             return
@@ -63,7 +80,7 @@ def _models(
         model
         for name, inner in mappings.items()
         if not _NOT_MODELS.search(name)
-        for model in _models(inner, above, name)
+        for model in _models(inner, above, seen, name)
     ]
     # Single numbers beside a model, such as the epoch, are not weights.
     yield from found or ([(key, outer)] if sizes else [])

@@ -262,6 +262,7 @@ def curves(
         (700, 400)
     """
     import io
+    import warnings
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -277,14 +278,22 @@ def curves(
     axes = figure.add_subplot()
     for index, (name, values) in enumerate(series.items()):
         style = {"linewidth": 2.0} if index == 0 else {"linewidth": 1.0, "linestyle": "--"}
-        axes.plot(steps, values, label=name, **style)
+        axes.plot(steps, values, label=_drawable(name), **style)
     axes.set_xlabel("step")
-    axes.set_ylabel(title)
+    axes.set_ylabel(_drawable(title), parse_math=False)  # $ is a character of a name
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper right", fontsize="small")
+    for text in axes.legend(loc="upper right", fontsize="small").get_texts():
+        text.set_parse_math(False)
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about letters that the font does not have
+        FigureCanvasAgg(figure).print_png(buffer)
     return Image.open(buffer)
+
+
+def _drawable(text: str) -> str:
+    """Return a text in which bytes that are not UTF-8 are written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _wrapped(text: str, width: int) -> list[str]:

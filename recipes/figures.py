@@ -189,6 +189,11 @@ def draw_run(run: FinishedRun, options: FigureOptions) -> Iterator[Path | str]:
     # The images of a dense run have other sizes than its encoder: the photographs stand for them.
     name, decode = "photos" if recipe is None else config.data, config.training.decoder
     data = load_data(name, image_size=size, seed=config.seed, decode=decode)
+    if data.in_channels != shape.in_channels:
+        raise UserError(
+            f"{run.path / ENCODER} is for images of {shape.in_channels} channels, those of {name} "
+            f"have {data.in_channels}: there is nothing to draw them from"
+        )
     model = None
     if recipe is not None:
         model = build_model(recipe, config).eval()

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from recipes.engine import fields
 from recipes.engine.data.arrays import SUFFIXES as ARRAYS
-from recipes.engine.data.decode import DECODE, formats
+from recipes.engine.data.decode import DECODE, formats, open_picture
 from recipes.engine.data.images import resize
 from recipes.engine.data.listing import MAX_FILE_BYTES, Files, FolderId, list_files, relabel
 from recipes.engine.data.shards import (
@@ -148,13 +148,13 @@ def _content_of(path: str, short_side: int | None, quality: int) -> tuple[bytes,
         return data, False
     try:
         pixels = DECODE(data)
+        with open_picture(data) as header:
+            has_many_bits, exif = header.mode[0] in "IF", header.getexif()
+            is_stack = header.format == "TIFF" and getattr(header, "n_frames", 1) > 1
     except UnreadableError:
         return data, False
     height, width = pixels.shape[:2]
     scale = short_side / min(height, width)
-    with Image.open(io.BytesIO(data)) as header:
-        has_many_bits, exif = header.mode[0] in "IF", header.getexif()
-        is_stack = header.format == "TIFF" and getattr(header, "n_frames", 1) > 1
     if scale >= 1 or has_many_bits or is_stack:
         return data, False
     size = max(1, round(height * scale)), max(1, round(width * scale))

@@ -271,11 +271,15 @@ def finish(
     folder.write_weights("tokenizer.safetensors", model)
     draw_reconstructions(model, config, data, folder)
     rows = folder.read_metrics()
-    last = rows[-max(len(rows) // 10, 1) :]
+    losses = [row.get("reconstruction_loss") for row in rows]
+    known = [loss for loss in losses if isinstance(loss, float)]  # not in a damaged row
+    if not known:
+        raise UserError(f"no row of metrics.jsonl in {folder.path} has a reconstruction_loss")
+    last = known[-max(len(known) // 10, 1) :]
     used, perplexity = measure_usage(model, config, data)
     summary = {
         "steps": rows[-1]["step"],
-        "final_loss": sum(row["reconstruction_loss"] for row in last) / len(last),
+        "final_loss": sum(last) / len(last),
         "codes_used": used,
         "perplexity": perplexity,
         "unreadable_images": [data.train.describe(image) for image in folder.read_unreadable()],

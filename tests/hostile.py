@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+# A pickle that makes a terabyte of zeros.
+_ALLOCATES = b"\x80\x02c__builtin__\nbytearray\n\x8a\6" + (2**40).to_bytes(6, "little") + b"\x85R."
+
 
 class RunsCode:
     """An object whose pickle makes a folder when it is read."""
@@ -77,8 +80,7 @@ def deep_nesting(file: Path) -> None:
 
 
 def a_huge_allocation(file: Path) -> None:
-    number = struct.pack("<B", 6) + (2**40).to_bytes(6, "little")
-    _with_pickle(file, b"\x80\x02c__builtin__\nbytearray\n\x8a" + number + b"\x85R.")
+    _with_pickle(file, _ALLOCATES)
 
 
 def a_storage_longer_than_its_record(file: Path) -> None:
@@ -95,6 +97,42 @@ def a_zip_bomb(file: Path) -> None:
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", pickle.dumps({}, protocol=2))
         archive.writestr("a/data/0", bytes(50_000_000))
+
+
+def a_zip_after_a_pickle(file: Path) -> None:
+    """A checkpoint for whoever looks at its end; PyTorch reads the pickles at its start."""
+    torch.save({"a": bytearray(9)}, file, _use_new_zipfile_serialization=False)
+    first = file.read_bytes()
+    torch.save({"a": torch.zeros(2)}, file)
+    file.write_bytes(first + file.read_bytes())
+
+
+def two_zips_in_one(file: Path) -> None:
+    """Python's zipfile finds the second list of names, PyTorch the first."""
+    bad = pickle.dumps({"a": bytearray(9)}, protocol=2)
+    _with_pickle(file, bad)
+    first = file.read_bytes()
+    same_length = "a" * (len(bad) - len(pickle.dumps({"": 1.0}, protocol=2)))
+    _with_pickle(file, pickle.dumps({same_length: 1.0}, protocol=2))
+    second = file.read_bytes()
+    names, end = (first.index(mark) for mark in (b"PK\1\2", b"PK\5\6"))
+    combined = bytearray(first[:end] + second)
+    struct.pack_into("<I", combined, len(combined) - 6, names)  # where the list of names begins
+    file.write_bytes(combined)
+
+
+def bytes_that_are_no_tensor(file: Path) -> None:
+    size = struct.pack("<B", 4) + (2**30).to_bytes(4, "little")
+    made = b"ctorch.storage\nUntypedStorage\n\x8a" + size + b"\x85R"
+    _with_pickle(file, b"\x80\x02}X\x01\0\0\0a" + made + b"s.")
+
+
+def an_unknown_step_in_a_pickle(file: Path) -> None:
+    _with_pickle(file, b"\x80\x0200000.")
+
+
+def a_byte_order_with_escapes(file: Path) -> None:
+    _with_pickle(file, pickle.dumps({}, protocol=2), byteorder=b"\x1b[2J\nerror: ")
 
 
 def another_zip(file: Path) -> None:
@@ -133,19 +171,20 @@ def a_damaged_zip(file: Path) -> None:
     file.write_bytes(content[: len(content) // 2])
 
 
-def _with_pickle(file: Path, content: bytes) -> None:
+def _with_pickle(file: Path, content: bytes, byteorder: bytes = b"little") -> None:
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("a/data.pkl", content)
         archive.writestr("a/version", b"3\n")
-        archive.writestr("a/byteorder", b"little")
+        archive.writestr("a/byteorder", byteorder)
 
 
 PYTORCH: tuple[Callable[[Path], None], ...] = (
     code, code_in_an_old_file, code_in_a_bare_pickle, a_dictionary_that_holds_itself, a_list,
     a_bare_tensor, a_sparse_tensor, a_quantized_tensor, a_tensor_without_values,
     a_huge_view_of_one_number, deep_nesting, a_huge_allocation, a_storage_longer_than_its_record,
-    a_zip_bomb, another_zip, endless_zeros, a_pipe, a_link_to_a_device, a_folder, nothing, text,
-    a_damaged_zip,
+    a_zip_bomb, a_zip_after_a_pickle, two_zips_in_one, bytes_that_are_no_tensor,
+    an_unknown_step_in_a_pickle, a_byte_order_with_escapes, another_zip, endless_zeros, a_pipe,
+    a_link_to_a_device, a_folder, nothing, text, a_damaged_zip,
 )  # fmt: skip
 
 

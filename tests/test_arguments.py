@@ -1,7 +1,10 @@
 """`checked` compares the arguments of a call with the annotations, and changes nothing else."""
 
 import re
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from jaxtyping import Float
@@ -168,3 +171,75 @@ def test_a_ragged_mask_has_no_single_number_of_tokens():
     def gather(masked: Float[torch.Tensor, "masked dim"], mask: masking.RaggedMask) -> None: ...
 
     gather(torch.zeros(2, 3), mask)
+
+
+LAYOUTS = {
+    "sparse": lambda x: x.to_sparse(),
+    "sparse_csr": lambda x: x[:, 0].to_sparse_csr(),
+    "nested": lambda x: torch.nested.nested_tensor(list(x)),
+    "jagged": lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+    "_mkldnn": lambda x: x.to_mkldnn(),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # some layouts are prototypes
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_tensor_that_is_not_dense_is_refused(layout):
+    mask = masking.uniform(masking.key([0, 1], seed=0), (2, 3), 0.5)
+    other = LAYOUTS[layout](torch.rand(2, 6, 4))
+    shown = "nested" if layout == "jagged" else layout
+    with pytest.raises(TypeError, match=rf"tokens must be a dense tensor; got .* layout {shown}"):
+        gather_visible(other, mask)
+    with pytest.raises(TypeError, match="prediction must be a dense tensor"):
+        losses.masked_mse(other, torch.rand(2, 6, 4), mask)
+    with pytest.raises((TypeError, ValueError), match="rows"):
+        viz.panel([[other]], ["a"])
+
+
+def test_floats_of_8_bits_and_quantized_tensors_are_refused_where_something_is_computed():
+    mask = masking.uniform(masking.key([0, 1], seed=0), (2, 3), 0.5)
+    tokens = torch.rand(2, 6, 4)
+    small = tokens.to(torch.float8_e4m3fn)
+    with pytest.raises(TypeError, match="prediction must be floats; got torch.float8_e4m3fn"):
+        losses.masked_mse(small, tokens, mask)
+    assert gather_visible(small, mask).dtype == torch.float8_e4m3fn  # moved, nothing is computed
+
+
+@pytest.mark.parametrize("number", [Fraction(1, 2), Decimal("0.5"), 0.5 + 0j], ids=repr)
+def test_numbers_that_pytorch_does_not_compute_with_are_refused(number):
+    prediction = torch.rand(2, 6, 4)
+    mask = masking.uniform(masking.key([0, 1], seed=0), (2, 3), 0.5)
+    with pytest.raises((TypeError, ValueError), match="beta must be a finite number"):
+        losses.masked_smooth_l1(prediction, prediction, mask, beta=number)
+    losses.masked_smooth_l1(prediction, prediction, mask, beta=np.float32(0.5))
+
+
+def test_codes_out_of_range_are_refused_where_they_are_turned_into_pixels():
+    images = torch.rand(2, 3, 8, 8)
+    tokenizer = PatchTokenizer(patch_size=(4, 4), in_channels=3, vocabulary_size=4).fit(images)
+    mask = masking.uniform(masking.key([0, 1], seed=0), (2, 2), 0.5)
+    bins = targets.ChannelBins(4, num_bins=8)
+    for code in (-1, 8, 2**62):
+        with pytest.raises(ValueError, match=r"ids must be in \[0, 4\)"):
+            tokenizer.decode(torch.full((2, 2, 2), code), like=images)
+        with pytest.raises(ValueError, match=r"values must be in \[0, 8\)"):
+            bins.invert(torch.full_like(bins(images, mask), code), images, mask)
+    logits, classes = torch.rand(2, 2, 9), torch.ones(2, 2, dtype=torch.uint16)
+    with pytest.raises(TypeError, match=r"integers; got torch.uint16, in which PyTorch computes"):
+        losses.masked_cross_entropy(logits, classes, mask)
+
+
+@pytest.mark.parametrize("name", ["$\\frac{$", "\udcff", "\u65e5\x1b"], ids=ascii)
+def test_curves_of_any_name_are_drawn_without_a_warning(name, recwarn):
+    assert viz.curves([1.0, 2.0], {name: [1.0, 2.0]}, title=name).size == (700, 400)
+    assert len(recwarn) == 0
+
+
+def test_bytes_are_no_sequence_of_numbers():
+    with pytest.raises((TypeError, ValueError), match="aspect must be"):
+        masking.blockwise(masking.key([0], seed=0), (8, 8), 0.5, aspect=b"ab")
+
+
+def test_an_mlp_of_a_ratio_beyond_memory_is_refused():
+    with pytest.raises(ValueError, match="mlp_ratio must be .* above 0 and at most 1024"):
+        mim.ViT(image_size=8, patch_size=4, dim=8, depth=1, heads=1, mlp_ratio=2.0**31)

@@ -51,9 +51,10 @@ def philox4x32(
         if not isinstance(words, Sequence) or len(words) != number:
             raise ValueError(f"{name} must be {number} words; got {words!r:.80}")
         for word in words:
-            if str(getattr(word, "dtype", "")) not in ("int64", "torch.int64"):
+            is_dense = getattr(word, "layout", torch.strided) is torch.strided
+            if str(getattr(word, "dtype", "")) not in ("int64", "torch.int64") or not is_dense:
                 raise TypeError(
-                    f"{name} must be of int64 tensors or NumPy arrays; got {word!r:.80}"
+                    f"{name} must be of dense int64 tensors or NumPy arrays; got {word!r:.80}"
                 )
     every = (*key, *counter)
     kinds = {str(word.device) if isinstance(word, Tensor) else "NumPy" for word in every}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mimkit._parser import Parser
 from mimkit.interop._convert_file import convert_file
+from mimkit.interop._files import printable
 from mimkit.interop._formats import FORMATS
 
 
@@ -52,15 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if receipt_file is not None:
             receipt_file.write_text(json.dumps(asdict(receipt), indent=2) + "\n")
     except (ImportError, OSError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        print(f"error: {_printable(error)}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 2
-    print(*map(_printable, receipt.lines()), sep="\n")
+    print(*map(printable, receipt.lines()), sep="\n")
     return 0
-
-
-def _printable(text: object) -> str:
-    """Return one line without characters that steer a terminal; names come from foreign files."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Conversion of a file of weights, with a receipt of what was done."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from mimkit._arguments import Size, checked
 from mimkit._state_dicts import unwrap
 from mimkit.interop._built import model_from
-from mimkit.interop._files import load_checkpoint
+from mimkit.interop._files import load_checkpoint, printable
 from mimkit.interop._formats import FORMATS, HALVES, OFFICIAL, select
 from mimkit.interop._hf import ARCHITECTURES, to_hf
 from mimkit.interop._hf_config import theirs_from_encoder
@@ -30,7 +31,7 @@ from mimkit.interop._outputs import (
 )
 from mimkit.interop._rules import Converted
 
-_RUN, _ENCODER = "config.yaml", "encoder.safetensors"
+_RUN, _SUMMARY, _ENCODER = "config.yaml", "summary.json", "encoder.safetensors"
 _MOST_CONFIG_BYTES = 1_000_000
 _SHOWN = 4  # names of a list in the receipt
 
@@ -257,9 +258,25 @@ def _read(source: Path, from_format: str) -> tuple[Path, Mapping[str, Tensor], d
     contents = unwrap(load_checkpoint(path))
     tensors = {name: value for name, value in contents.items() if isinstance(value, Tensor)}
     if from_format == "mimkit":
+        _check_digest(path)
         return path, tensors, _read_run(path.with_name(_RUN))
     is_theirs = _package_of(from_format) == "transformers"
     return path, tensors, _read_config(path.with_name(CONFIG)) if is_theirs else {}
+
+
+def _check_digest(path: Path) -> None:
+    """Compare weights with their digest in the summary of the run that wrote them, if there is one.
+
+    Raises:
+        ValueError: If they are damaged.
+    """
+    file = path.with_name(_SUMMARY)
+    try:
+        expected = json.loads(_text(file))["digests"][path.name] if file.is_file() else None
+    except (ValueError, KeyError, TypeError, RecursionError):  # of something else
+        return
+    if expected is not None and expected != _sha256(path):
+        raise ValueError(f"{path} is damaged: it does not have its digest in {file}")
 
 
 def _read_run(file: Path) -> dict[str, Any]:
@@ -431,7 +448,8 @@ def _with_key_bias(tensors: dict[str, Tensor], back: Mapping[str, Tensor]) -> di
 
 
 def _write(out: Path, result: Converted) -> None:
-    partial = out.with_name(f"{out.name}.partial")
+    names = (out.with_name(f"{out.name}.{number}.partial") for number in itertools.count(1))
+    partial = next(name for name in names if not os.path.lexists(name))  # of nobody else
     # Tensors may share memory, which the format of safetensors does not have.
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in result.items()}
     try:
@@ -440,6 +458,11 @@ def _write(out: Path, result: Converted) -> None:
         else:
             _save_safetensors(tensors, partial)
         os.replace(partial, out)
+    except ImportError:
+        raise
+    except Exception as error:  # PyTorch and safetensors have their own for a full disk
+        reason = printable(error)
+        raise OSError(f"{out} cannot be written, is the disk full? ({reason:.200})") from error
     finally:
         partial.unlink(missing_ok=True)
 

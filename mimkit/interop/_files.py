@@ -29,6 +29,7 @@ _ALLOWED = {
 _MOST_PICKLE_BYTES = 64_000_000
 _MOST_HEADER_BYTES = 64_000_000
 _DEEPEST = 64
+_ZIP = b"PK\3\4"
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def _size_of(path: Path) -> int:
 def _read_safetensors(path: Path, size: int) -> dict[str, Tensor]:
     try:
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors.torch import load, load_file
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"reading {path} needs safetensors: pip install safetensors"
@@ -104,16 +105,27 @@ def _read_safetensors(path: Path, size: int) -> dict[str, Tensor]:
     if not 2 <= header <= min(size - 8, _MOST_HEADER_BYTES):
         raise ValueError("it is not a safetensors file, or its end is missing")
     try:
-        return dict(load_file(path))
+        # safetensors opens no file whose name is not UTF-8.
+        is_utf8 = not any("\ud800" <= letter <= "\udfff" for letter in str(path))
+        return dict(load_file(path) if is_utf8 else load(path.read_bytes()))
     except SafetensorError as error:
-        raise ValueError(f"it is not a safetensors file, or it is damaged ({error})") from error
+        reason = printable(error)
+        raise ValueError(f"it is not a safetensors file, or it is damaged ({reason})") from error
 
 
 def _check_pickles(path: Path, size: int) -> None:
-    """Check what a file of `torch.save` asks for, before PyTorch reads it."""
-    if zipfile.is_zipfile(path):
+    """Check what a file of `torch.save` asks for, before PyTorch reads it.
+
+    A file can be a zip file for one reader, and a pickle or another zip file for the next. It is
+    taken for what PyTorch takes it for: by its first bytes, without anything before or after it.
+    """
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start == _ZIP:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+            if archive.comment or min((e.header_offset for e in entries), default=1) != 0:
+                raise ValueError("it is a zip file with something else before or after it")
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise ValueError("it is compressed, which torch.save never does")
             if sum(entry.file_size for entry in entries) > size:
@@ -124,10 +136,9 @@ def _check_pickles(path: Path, size: int) -> None:
             with archive.open(pickles[0]) as file:
                 _check_globals(_Limited(file))
         return
+    if start[:1] != pickle.PROTO:
+        raise ValueError("it is neither a safetensors file nor a checkpoint of PyTorch")
     with path.open("rb") as file:
-        if file.read(1) != pickle.PROTO:
-            raise ValueError("it is neither a safetensors file nor a checkpoint of PyTorch")
-        file.seek(0)
         limited = _Limited(file)
         for _ in range(5):  # magic number, version, machine, contents, names of storages
             _check_globals(limited)
@@ -178,7 +189,11 @@ def _unpickle(path: Path) -> Any:
     allowed: list[Any] = [argparse.Namespace]
     with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about protocols of pickles
-        return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, ValueError) as error:
+            # Its text is pages long, repeats what is in the file, and advises to read it unchecked.
+            raise ValueError("it is damaged") from error
 
 
 def _check_values(contents: dict[str, Any]) -> None:
@@ -194,6 +209,8 @@ def _check_values(contents: dict[str, Any]) -> None:
             return
         if isinstance(value, Tensor):
             _check_tensor(value)
+        if isinstance(value, torch.UntypedStorage):  # made by the pickle, of any size
+            raise ValueError("it holds bytes that are no tensor")
         for inner in _inside(value):
             check(inner, (*above, id(value)))
         checked.add(id(value))
@@ -218,3 +235,8 @@ def _check_tensor(tensor: Tensor) -> None:
         raise ValueError(
             f"it holds a tensor of shape {tuple(tensor.shape)} that is larger than its content"
         )
+
+
+def printable(text: object) -> str:
+    """Return one line without characters that steer a terminal; names come from foreign files."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import mimkit_kernels as kernels
 from mimkit._arguments import checked
-from mimkit.losses._classes import check_classes
+from mimkit._checks import check_classes
 
 Scalar = Float32[Tensor, ""]
 

@@ -20,6 +20,7 @@ from mimkit._checks import (
     channel_statistic,
     check_batch,
     check_can_normalize,
+    check_classes,
     check_device,
     check_mask,
     check_pixels,
@@ -28,7 +29,6 @@ from mimkit._checks import (
     is_channels_last,
 )
 from mimkit._grids import count_tokens, per_axis
-from mimkit.losses._classes import check_classes
 from mimkit.masking import Mask, RaggedMask
 from mimkit.patches import gather_masked, grid_of
 from mimkit_kernels import elementwise_error

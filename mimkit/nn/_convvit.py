@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int32, Shaped, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._arguments import Count, Depth, DropRate, Positive, Size, checked
+from mimkit._arguments import Count, Depth, DropRate, Ratio, Size, checked
 from mimkit._checks import as_floats, check_even, check_mask, check_stacked
 from mimkit._grids import Grid, divide, per_axis, reach_of, sides_of
 from mimkit.conv import packed_depthwise_conv2d
@@ -294,7 +294,7 @@ class ConvViT(TimmProtocol):
         dim: Sequence[Size] = (256, 384, 768),
         depth: Sequence[Depth] = (2, 2, 11),
         heads: Size = 12,
-        mlp_ratio: Sequence[Positive] = (4.0, 4.0, 4.0),
+        mlp_ratio: Sequence[Ratio] = (4.0, 4.0, 4.0),
         kernel_size: Size = 5,
         drop_path: DropRate = 0.0,
         multi_scale: bool = False,
@@ -339,7 +339,7 @@ class ConvViT(TimmProtocol):
         nn.init.xavier_uniform_(self.embed.proj.weight.view(dim[-1], -1))
         self.embed_proj = xavier_linear(dim[-1], dim[-1])
         self.pos_embed = nn.Parameter(
-            sincos_positions(dim[-1], self.grid)[None], requires_grad=learn_positions
+            sincos_positions(dim[-1], self.grid)[None], requires_grad=bool(learn_positions)
         )
         self.blocks = nn.ModuleList(
             TransformerBlock(

@@ -10,7 +10,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._arguments import Depth, DropRate, Positive, Size, checked
+from mimkit._arguments import Depth, DropRate, Ratio, Size, checked
 from mimkit._grids import Grid, per_axis
 from mimkit.masking import Mask
 from mimkit.nn._convvit import ConvViT
@@ -65,7 +65,7 @@ class ConvViTDetector(ConvViT):
         dim: Sequence[Size] = (256, 384, 768),
         depth: Sequence[Depth] = (2, 2, 11),
         heads: Size = 12,
-        mlp_ratio: Sequence[Positive] = (4.0, 4.0, 4.0),
+        mlp_ratio: Sequence[Ratio] = (4.0, 4.0, 4.0),
         kernel_size: Size = 5,
         drop_path: DropRate = 0.0,
     ) -> None:

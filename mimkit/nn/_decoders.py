@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mimkit_kernels as kernels
-from mimkit._arguments import Count, Depth, NotNegative, Positive, Size, checked
+from mimkit._arguments import Count, Depth, NotNegative, Ratio, Size, checked
 from mimkit._checks import check_mask, check_rows
 from mimkit._grids import Grid, as_sizes, count_tokens, sides_of
 from mimkit.masking import Mask, RaggedMask
@@ -78,7 +78,7 @@ class MAEDecoder(nn.Module):
         dim: Size = 512,
         depth: Depth = 8,
         heads: Size = 16,
-        mlp_ratio: Positive = 4.0,
+        mlp_ratio: Ratio = 4.0,
         num_prefix: Count = 1,
         norm_eps: NotNegative = NORM_EPS,
         act: Activation = "gelu",
@@ -221,7 +221,7 @@ class CrossDecoder(nn.Module):
         dim: Size = 512,
         depth: Depth = 12,
         heads: Size = 16,
-        mlp_ratio: Positive = 4.0,
+        mlp_ratio: Ratio = 4.0,
         num_prefix: Count = 1,
     ) -> None:
         super().__init__()

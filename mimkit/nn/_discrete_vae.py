@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mimkit._arguments import NotNegative, Positive, Size, checked
-from mimkit._checks import as_floats, check_no_nan
+from mimkit._checks import as_floats, check_classes, check_no_nan
 from mimkit._containers import container
 from mimkit._grids import divide
 
@@ -281,8 +281,9 @@ class DiscreteVAE(nn.Module):
             Images, `stride` pixels per code and axis.
 
         Raises:
-            ValueError: If there is no decoder.
+            ValueError: If there is no decoder, or a code is out of range.
         """
+        check_classes("ids", ids, self.vocabulary_size)
         codes = F.one_hot(ids, self.vocabulary_size).movedim(-1, 1).float()
         mean, _ = self._statistics(codes)
         return unmap_pixels(mean.sigmoid())

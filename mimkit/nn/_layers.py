@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._arguments import DropRate, NotNegative, Positive, Size, checked
+from mimkit._arguments import DropRate, NotNegative, Ratio, Size, checked
 from mimkit.nn._packing import Packing
 from mimkit.nn._windows import Windows
 
@@ -347,7 +347,7 @@ class TransformerBlock(nn.Module):
         *,
         dim: Size,
         heads: Size,
-        mlp_ratio: Positive = 4.0,
+        mlp_ratio: Ratio = 4.0,
         drop_path: DropRate = 0.0,
         norm_eps: NotNegative = NORM_EPS,
         layer_scale: float | None = None,

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mimkit._arguments import Depth, DropRate, Positive, Size, checked
+from mimkit._arguments import Depth, DropRate, Ratio, Size, checked
 from mimkit._checks import check_even
 from mimkit.masking import Mask
 from mimkit.nn._layers import (
@@ -152,7 +152,7 @@ class ContextRegressor(nn.Module):
         dim: Size = 768,
         depth: Depth = 4,
         heads: Size = 12,
-        mlp_ratio: Positive = 4.0,
+        mlp_ratio: Ratio = 4.0,
         layer_scale: float | None = 0.1,
         drop_path: DropRate = 0.0,
     ) -> None:
@@ -277,7 +277,7 @@ class CAEDecoder(nn.Module):
         dim: Size = 768,
         depth: Depth = 4,
         heads: Size = 12,
-        mlp_ratio: Positive = 4.0,
+        mlp_ratio: Ratio = 4.0,
         layer_scale: float | None = 0.1,
         drop_path: DropRate = 0.0,
     ) -> None:

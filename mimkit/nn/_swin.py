@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._arguments import Count, Depth, DropRate, NotNegative, Positive, Size, checked
+from mimkit._arguments import Count, Depth, DropRate, NotNegative, Ratio, Size, checked
 from mimkit._checks import check_even
 from mimkit._grids import Grid, as_integer, count_tokens, divide, per_axis, sides_of
 from mimkit.masking import Mask, RaggedMask
@@ -93,7 +93,7 @@ class SwinTransformer(TimmProtocol):
         depth: Sequence[Depth] = (2, 2, 6, 2),
         heads: Sequence[Size] = (3, 6, 12, 24),
         window: Size = 7,
-        mlp_ratio: Positive = 4.0,
+        mlp_ratio: Ratio = 4.0,
         drop_path: DropRate = 0.0,
         norm_eps: NotNegative = _NORM_EPS,
         act: Activation = "gelu",

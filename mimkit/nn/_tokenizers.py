@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from mimkit._arguments import Count, Seed, Size, checked
-from mimkit._checks import check_axes, check_no_nan, patch_statistics
+from mimkit._checks import check_axes, check_classes, check_no_nan, patch_statistics
 from mimkit._grids import as_sizes, count_tokens, divide
 from mimkit.patches import grid_of, patchify, unpatchify
 
@@ -151,6 +151,7 @@ class PatchTokenizer(nn.Module):
                 f"ids must have the grid of `like`, {grid}; got {tuple(ids.shape)} for like "
                 f"{tuple(like.shape)}"
             )
+        check_classes("ids", ids, len(self.centers))
         mean, std = patch_statistics(patchify(like, self.patch_size))
         patches = self.centers[ids.flatten(1)] * std + mean
         return unpatchify(patches, ids.shape[1:], self.patch_size, order="c p1 p2")

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkit._arguments import Count, Depth, DropRate, NotNegative, Positive, Size, checked
+from mimkit._arguments import Count, Depth, DropRate, NotNegative, Ratio, Size, checked
 from mimkit._checks import check_num_images, check_stacked
 from mimkit._grids import Grid, divide, per_axis, sides_of
 from mimkit.masking import Mask, RaggedMask
@@ -131,7 +131,7 @@ class ViT(TimmProtocol):
         dim: Size = 768,
         depth: Depth = 12,
         heads: Size = 12,
-        mlp_ratio: Positive = 4.0,
+        mlp_ratio: Ratio = 4.0,
         drop_path: DropRate = 0.0,
         class_token: bool = True,
         pool: Literal["mean", "token"] = "mean",
@@ -181,7 +181,7 @@ class ViT(TimmProtocol):
         patch = self.patch_embed.patch_size
         self.grid = divide("image size", self.image_size, patch, "patch size")
         self.dim = dim
-        self._learn_positions, self._first_axis = learn_positions, first_axis
+        self._learn_positions, self._first_axis = bool(learn_positions), first_axis
         self._num_class_tokens = int(class_token)
         self.num_prefix_tokens = self._num_class_tokens + num_registers
         self._pool = pool
@@ -198,7 +198,7 @@ class ViT(TimmProtocol):
                 sincos_positions(
                     dim, self.grid, first_axis=first_axis, num_prefix=self._num_class_tokens
                 )[None],
-                requires_grad=learn_positions,
+                requires_grad=self._learn_positions,
             )
             if absolute_positions
             else None

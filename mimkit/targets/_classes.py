@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from mimkit._arguments import Count, Size, checked
-from mimkit._checks import as_floats, check_no_nan
+from mimkit._checks import as_floats, check_classes, check_no_nan
 from mimkit.masking import Mask
 from mimkit.targets._pixels import Pixels
 
@@ -190,8 +190,11 @@ class ColorClusters:
 
         Raises:
             RuntimeError: If called before `fit`.
+            ValueError: If a number is out of range.
         """
-        return self._fitted(values.device)[values].flatten(2)
+        colors = self._fitted(values.device)
+        check_classes("values", values, len(colors))
+        return colors[values].flatten(2)
 
     def _fitted(self, device: torch.device) -> Tensor:
         if self.centers is None:
@@ -282,6 +285,9 @@ class ChannelBins:
         Returns:
             One patch per masked token, in ascending order of position, [batch, masked, patch].
 
+        Raises:
+            ValueError: If a bin is out of range.
+
         Example:
             >>> images = torch.tensor([[[[0.1, 0.9]]]])
             >>> mask = Mask.from_bool(torch.tensor([[[True]]]))
@@ -289,6 +295,7 @@ class ChannelBins:
             >>> bins.invert(bins(images, mask), images, mask)
             tensor([[[0.2500, 0.7500]]])
         """
+        check_classes("values", values, self.num_bins)
         return self.low + (values + 0.5) * ((self.high - self.low) / self.num_bins)
 
 

@@ -78,9 +78,9 @@ def assert_rejects_wrong_inputs(
 
     The valid call must work. Then one argument at a time gets another value, also those that have
     a default: tensors of another dtype, number of axes, size, device ("meta") or memory layout,
-    empty or with a NaN; numbers that are NaN, infinite, negative, zero or huge; unknown words,
-    unless the annotation is `str` or a sequence of `str`, so that any text fits; masks of another
-    grid or batch; values of another type. Each call must either
+    sparse, empty or with a NaN; numbers that are NaN, infinite, negative, zero or huge; unknown
+    words, unless the annotation is `str` or a sequence of `str`, so that any text fits; masks of
+    another grid or batch; values of another type. Each call must either
 
     - raise a `ValueError` or `TypeError` by a `raise` statement of the function's own package, with
       a message that contains the name of the argument, or
@@ -320,6 +320,7 @@ def _of_tensor(value: Tensor, others: Sequence[Any]) -> Iterator[Mutation]:
         turned = value.permute(axes).contiguous().permute(axes)
         yield Mutation("strides in another order", lambda: turned, "same")
         yield Mutation("every other value", lambda: torch.stack([value, value], -1)[..., 0], "same")
+        yield Mutation("sparse", value.to_sparse, "finite")
     yield Mutation("numpy", lambda: value.detach().numpy(), "same or refusal")
     yield Mutation("nested lists", value.tolist, "same or refusal")
     if value.is_floating_point() and value.numel():
@@ -466,7 +467,7 @@ def _leaves(result: Any) -> list[Any]:
 
 def _has_nan(leaves: Sequence[Any]) -> bool:
     return any(
-        bool(leaf.isnan().any()) if isinstance(leaf, Tensor) else leaf != leaf
+        bool(leaf.to_dense().isnan().any()) if isinstance(leaf, Tensor) else leaf != leaf
         for leaf in leaves
         if not (isinstance(leaf, Tensor) and leaf.is_meta)
     )

@@ -69,10 +69,10 @@ def describe(
 ) -> list[str]:
     """Describe a run: configuration, steps, parameters, FLOPs, memory, and a plan by GPUs."""
     with torch.device("meta"):
-        model = recipe.build(config.model).train()
+        model = recipe.build(config.model).train().to("meta")  # a teacher from a file is elsewhere
         measured: Any = model
         if config.training.native_size is not None:
-            measured = recipe.build(shape_of_largest(config, model)).train()
+            measured = recipe.build(shape_of_largest(config, model)).train().to("meta")
     if recompute:
         recompute_blocks(measured)
     encoder: Any = model.encoder

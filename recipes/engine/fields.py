@@ -10,6 +10,7 @@ options in the same way.
 import math
 import numbers
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -18,6 +19,7 @@ _PLAIN = {
     float: "a number",
     str: "a name or a path",
     bool: "true or false",
+    Path: "a path",
 }
 
 
@@ -91,9 +93,9 @@ class FieldError(ValueError):
 def check_fields(config: Any) -> None:
     """Check the values of a dataclass against the types of its fields.
 
-    Ranges, `Literal`, numbers, strings, booleans, tuples and unions of these are checked; other
-    types are not. The command line rejects a misspelled name itself. From Python, an unchecked one
-    would silently train another model.
+    Ranges, `Literal`, numbers, strings, paths, booleans, tuples and unions of these are checked;
+    other types are not. The command line rejects a misspelled name itself. From Python, an
+    unchecked one would silently train another model.
 
     Raises:
         FieldError: If the value of a field does not fit.
@@ -144,6 +146,8 @@ def admits(kind: Any, value: object) -> bool:
         return isinstance(value, number) and not isinstance(value, bool)
     if kind is str:
         return isinstance(value, str) and value != "" and _can_name_a_file(value)
+    if kind is Path:
+        return isinstance(value, Path) and _can_name_a_file(str(value))
     return isinstance(value, kind) if kind in (bool, NoneType) else True
 
 
@@ -195,7 +199,7 @@ def _ranges(kind: Any) -> list[Within]:
 def shown(value: object) -> str:
     """Return the representation of a value, shortened to 60 characters."""
     try:
-        text = repr(value)
+        text = repr(str(value) if isinstance(value, Path) else value)
     except ValueError:  # an integer of more than 4,300 digits
         return "a number of thousands of digits"
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -20,7 +20,7 @@ from mimkit import masking, viz
 from mimkit.masking import Mask
 from recipes.engine.data.images import Normalize, to_unit
 from recipes.engine.data.scenes import CLASSES, MAX_SIZE, MIN_SIZE, Part, load_scenes
-from recipes.engine.errors import UserError
+from recipes.engine.errors import UserError, escaped
 from recipes.engine.masks import first
 from recipes.engine.pictures import TiledPicture, save_picture
 from recipes.engine.pretrain import scalars
@@ -337,11 +337,14 @@ def draw_partial_fine_tuning(curves: Mapping[str, Mapping[str, float]], folder: 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     for name, values in curves.items():
-        axes.plot([int(number) for number in values], list(values.values()), "o-", label=name)
+        axes.plot(
+            [int(number) for number in values], list(values.values()), "o-", label=escaped(name)
+        )
     axes.set(xlabel="blocks fine-tuned", ylabel="accuracy (%)")
     axes.set_xticks(sorted({int(number) for values in curves.values() for number in values}))
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    for text in axes.legend(frameon=False).get_texts():
+        text.set_parse_math(False)  # $ is a character of a name
     file = folder / "partial-fine-tuning.png"
     save_picture(_painted(figure), file)
     return file

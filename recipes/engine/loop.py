@@ -445,7 +445,7 @@ def _train(
         while next_step is not None:
             log = _Log(task, plan, folder, tracker, timeout=options.timeout)
             next_step = _run_from(next_step, log, train_set, checkpoints, options)
-    _check_trained(folder, train_set)
+    _check_trained(folder, train_set, is_new=first_step < plan.num_steps)
 
 
 def _header(task: Task, plan: Plan, num_images: int, first_step: int) -> str:
@@ -579,8 +579,13 @@ def _note_unreadable(
     check_readable(train_set, unreadable)
 
 
-def _check_trained(folder: RunFolder, train_set: TrainSet) -> None:
-    """Check that at least one step has been trained.
+def _check_trained(folder: RunFolder, train_set: TrainSet, *, is_new: bool) -> None:
+    """Check that at least one step has been trained, and its row is still there.
+
+    Args:
+        folder: The folder of the run.
+        train_set: The images.
+        is_new: Whether this start of the run has trained any steps.
 
     Raises:
         UserError: If none has, in every process.
@@ -593,6 +598,12 @@ def _check_trained(folder: RunFolder, train_set: TrainSet) -> None:
         reason = (
             f"none of the {len(unreadable)} images that were drawn can be read, among them "
             f"{train_set.describe(unreadable[0])}: replace them"
+        )
+    elif not is_new and not folder.read_skipped():
+        raise UserError(
+            f"{folder.path}: all steps have been trained, but their rows in metrics.jsonl are "
+            f"lost: move the newest folder in {CHECKPOINTS} elsewhere, so that the last steps are "
+            "done again and the run can be scored"
         )
     raise UserError(f"{folder.path}: no step was trained, since {reason}, and choose another --out")
 

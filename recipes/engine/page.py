@@ -7,21 +7,23 @@ no other host for anything.
 """
 
 import base64
+import html
 import io
+import math
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from recipes.engine.errors import UserError, say
+from recipes.engine.errors import UserError, escaped, say
 from recipes.engine.pictures import config_of, different_keys
 from recipes.engine.reading import UnreadableError, open_regular, read_bytes
 from recipes.engine.run.cli import Runs, run_command
 from recipes.engine.run.state import read_metrics, read_summary
-from recipes.engine.writing import write_atomically
+from recipes.engine.writing import write_beside
 
 _MOST_PICTURE = 100_000_000  # bytes
 _STYLE = """
@@ -61,9 +63,9 @@ def write_page(runs: Sequence[Path], out: Path) -> None:
         raise UserError(f"--out {out} is there and is not a page of this command")
     title = " and ".join(run.name for run in shown)
     parts = [
-        f"<html lang=en><meta charset=utf-8><title>{escape(title)}</title>",
+        f"<html lang=en><meta charset=utf-8><title>{_escape(title)}</title>",
         "<meta name=viewport content='width=device-width'>",
-        f"<style>{_STYLE}</style><h1>{escape(title)}</h1>",
+        f"<style>{_STYLE}</style><h1>{_escape(title)}</h1>",
         "<h2>Results</h2>",
         _table([run.name for run in shown], _results(shown)),
         "<h2>Loss</h2>",
@@ -75,7 +77,7 @@ def write_page(runs: Sequence[Path], out: Path) -> None:
         "</html>",
     ]
     try:
-        write_atomically(out, start + "\n".join(parts))
+        write_beside(out, start + "\n".join(parts))
     except OSError as error:
         raise UserError(f"--out {out} cannot be written to: {error.strerror}") from error
 
@@ -118,10 +120,15 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _escape(text: str, *, quote: bool = False) -> str:
+    """Return a name or text from outside as HTML, without characters that steer a terminal."""
+    return html.escape(escaped(text), quote=quote)
+
+
 def _table(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(column)}" for column in ("", *columns))
+    head = "".join(f"<th>{_escape(column)}" for column in ("", *columns))
     body = "".join(
-        f"<tr><td>{escape(name)}" + "".join(f"<td>{escape(text)}" for text in texts)
+        f"<tr><td>{_escape(name)}" + "".join(f"<td>{_escape(text)}" for text in texts)
         for name, texts in rows.items()
     )
     return f"<div class=wide><table><tr>{head}{body}</table></div>"
@@ -135,22 +142,32 @@ def _curves(runs: Sequence[_Run]) -> str:
     axes = figure.subplots()
     for run in runs:
         steps = [row["step"] for row in run.rows]
-        axes.plot(steps, [row["loss"] for row in run.rows], label=run.name)
-        for name in run.rows[0].get("baselines", {}) if len(runs) == 1 and run.rows else ():
-            values = [row["baselines"][name] for row in run.rows]
-            axes.plot(steps, values, "--", linewidth=1, label=name)
+        axes.plot(steps, [row["loss"] for row in run.rows], label=_shortened(run.name))
+        scores = [row.get("baselines", {}) for row in run.rows] if len(runs) == 1 else []
+        for name in dict.fromkeys(name for row in scores for name in row):
+            # A row has no predictors if the main process had no image that could be read.
+            values = [row.get(name, math.nan) for row in scores]
+            axes.plot(steps, values, "--", linewidth=1, label=_shortened(name))
     axes.set(xlabel="step", ylabel="loss")
-    axes.legend(frameon=False)
+    for text in axes.legend(frameon=False).get_texts():
+        text.set_parse_math(False)  # $ is a character of a name
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about letters that the font does not have
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+
+
+def _shortened(name: str) -> str:
+    text = escaped(name)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _pictures(runs: Sequence[_Run]) -> list[str]:
     """Show each picture of any run, those of one name beside each other."""
     names = sorted({file.name for run in runs for file in run.path.glob("*.png")} - {"curves.png"})
     return [
-        f"<h3>{escape(Path(name).stem)}</h3><div class=row>"
+        f"<h3>{_escape(Path(name).stem)}</h3><div class=row>"
         + "".join(_figure(run, name) for run in runs if (run.path / name).is_file())
         + "</div>"
         for name in names
@@ -162,9 +179,9 @@ def _figure(run: _Run, name: str) -> str:
         content = base64.b64encode(read_bytes(run.path / name, most=_MOST_PICTURE)).decode()
     except UnreadableError as error:
         raise UserError(f"{run.path / name} cannot be read: {error}") from error
-    text = escape(f"{Path(name).stem} of {run.name}", quote=True)
+    text = _escape(f"{Path(name).stem} of {run.name}", quote=True)
     picture = f'<img alt="{text}" src="data:image/png;base64,{content}">'
-    return f"<figure>{picture}<figcaption>{escape(run.name)}</figcaption></figure>"
+    return f"<figure>{picture}<figcaption>{_escape(run.name)}</figcaption></figure>"
 
 
 def _configurations(runs: Sequence[_Run]) -> list[str]:

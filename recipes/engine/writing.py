@@ -1,6 +1,7 @@
 """Files that are whole on the disk once they have their name, also after a power cut."""
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -17,6 +18,27 @@ def write_atomically(file: Path, content: str | bytes) -> None:
     with new_file(partial) as opened:
         opened.write(content.encode() if isinstance(content, str) else content)
     os.replace(partial, file)
+    sync_folder(file.parent)
+
+
+def write_beside(file: Path, content: str | bytes) -> None:
+    """Write a file as `write_atomically` does, in a folder that may hold files of other people.
+
+    The temporary name is one that nothing has; a run that fails leaves nothing under it.
+    """
+    numbers = itertools.count(1)
+    names = (file.with_name(f"{file.name}.{number}{PARTIAL}") for number in numbers)
+    partial = next(name for name in names if not os.path.lexists(name))
+    is_ours = False
+    try:
+        with new_file(partial) as opened:
+            is_ours = True
+            opened.write(content.encode() if isinstance(content, str) else content)
+        os.replace(partial, file)
+    except BaseException:
+        if is_ours:
+            partial.unlink(missing_ok=True)
+        raise
     sync_folder(file.parent)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import resource
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -224,6 +225,41 @@ def test_a_vit_that_a_detector_trained_in_windows_stays_where_it_is(tmp_path, st
     (tmp_path / "config.yaml").write_text(config)
     with pytest.raises(ValueError, match="attention windows of 2 tokens"):
         convert_file(tmp_path, tmp_path / "out.pth", from_format="mimkit", to_format="timm")
+
+
+def test_weights_that_have_changed_since_their_run_are_not_converted(tmp_path, states):
+    weights = tmp_path / "encoder.safetensors"
+    save_file(states["ViT"], weights)
+    content = bytearray(weights.read_bytes())
+    digest = hashlib.sha256(content).hexdigest()
+    (tmp_path / "summary.json").write_text(json.dumps({"digests": {weights.name: digest}}))
+    formats = {"from_format": "mimkit", "to_format": "timm"}
+    convert_file(tmp_path, tmp_path / "whole.pth", **formats)
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged"):
+        convert_file(tmp_path, tmp_path / "damaged.pth", **formats)
+    assert not (tmp_path / "damaged.pth").exists()
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_full_disk_is_one_sentence_and_nothing_is_left_or_taken(suffix, tmp_path, states):
+    save_file(states["ViT"], tmp_path / "in.safetensors")
+    out, mine = tmp_path / f"out.{suffix}", tmp_path / f"out.{suffix}.partial"
+    mine.write_text("mine")
+    source, formats = tmp_path / "in.safetensors", {"from_format": "mimkit", "to_format": "timm"}
+    before = sorted(tmp_path.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="cannot be written, is the disk full") as caught:
+            convert_file(source, out, **formats)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(caught.value).isprintable()
+    assert sorted(tmp_path.iterdir()) == before
+    convert_file(source, out, **formats)
+    assert mine.read_text() == "mine"
 
 
 MISTAKES: dict[str, tuple[list[str], str]] = {

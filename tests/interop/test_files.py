@@ -1,8 +1,8 @@
 """`load_checkpoint` reads checkpoint files without running code from them."""
 
 import argparse
-import contextlib
 import io
+import os
 import pickle
 import resource
 import tempfile
@@ -12,8 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
+from mimkit._state_dicts import unwrap
 from mimkit.interop import load_checkpoint
 from tests import hostile
 
@@ -93,6 +94,7 @@ def test_a_hostile_pytorch_file_gives_one_clear_error(write, tmp_path, little_me
     with pytest.raises((ValueError, OSError, pickle.UnpicklingError)) as caught:
         load_checkpoint(file)
     assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
     assert not hostile.trap(file).exists()
 
 
@@ -128,5 +130,27 @@ def test_a_file_with_any_byte_changed_is_read_or_refused_with_a_sentence(data):
     content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
     with tempfile.TemporaryDirectory() as folder:
         (file := Path(folder) / "weights.pth").write_bytes(content)
-        with contextlib.suppress(ValueError, pickle.UnpicklingError):
+        said = ""
+        try:
             assert isinstance(load_checkpoint(file), dict)
+        except (ValueError, pickle.UnpicklingError) as error:
+            said = str(error)
+        assert said.isprintable()
+        assert "weights_only" not in said  # PyTorch's advice to read it unchecked
+
+
+def test_a_file_with_countless_ways_to_its_weights_is_no_endless_loop(tmp_path):
+    contents = WEIGHTS
+    for _ in range(50):
+        contents = {"one": contents, "other": contents}
+    torch.save(contents, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="several state dicts in one dictionary") as caught:
+        unwrap(load_checkpoint(tmp_path / "weights.pth"))
+    assert len(str(caught.value)) < 200
+
+
+def test_safetensors_are_read_from_a_folder_whose_name_is_not_utf8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    (folder / "a.safetensors").write_bytes(save(WEIGHTS))
+    assert_same(load_checkpoint(folder / "a.safetensors"))

@@ -233,6 +233,7 @@ FORGED: dict[str, Callable[[dict], object]] = {
     "value not JSON": lambda m: set_in(m, "values", lambda v: v.__setitem__(1, v[1] + 1)),
     "no tensors": lambda m: m.pop("tensors"),
     "other names": lambda m: m["tensors"].clear(),
+    "no pieces": lambda m: set_in(m, "tensors", lambda t: t[2].clear()),
     "wrong kinds": lambda m: m.__setitem__("values", [1]),
 }
 
@@ -250,6 +251,26 @@ def test_forged_metadata_with_right_digests_is_refused_in_one_line(
     with pytest.raises(UserError) as caught:
         copied.load(6, *task())
     assert str(caught.value).isprintable()
+
+
+SIZES = ["1", -1, 1.5, True, None, 10**400, [1]]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: repr(size)[:8])
+def test_a_size_in_a_marker_that_is_none_is_damage(size: object, copied: Checkpoints) -> None:
+    marker = json.loads((copied.path(6) / "COMPLETE").read_text())
+    del marker["sha256"]
+    marker["files"][".metadata"][0] = size
+    (copied.path(6) / "COMPLETE").write_text(json.dumps(seal(marker)))
+    damage = find_damage(copied.path(6))
+    assert damage is not None
+    assert len(damage) < 200
+    assert copied.newest() == 3
+
+
+def test_a_folder_named_in_other_digits_is_no_checkpoint(copied: Checkpoints) -> None:
+    copied.path(6).rename(copied.folder / "step-0000000\u0666")
+    assert copied.newest() == 3
 
 
 @pytest.mark.parametrize("name", ["best-model/model.pt", "epoch_3/model.pt", "notes.txt"])

@@ -1,20 +1,27 @@
 """Image files to pixels: formats, modes, damage, limits; and crops beside Pillow's."""
 
+import contextlib
 import io
 import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 
+from recipes import pack
+from recipes.engine import pictures
 from recipes.engine.data import decode as decode_module
+from recipes.engine.data.arrays import open_array
 from recipes.engine.data.decode import DECODE, Decoder, formats
 from recipes.engine.data.images import CenterCrops, resize
 from recipes.engine.data.photos import read_photo
+from recipes.engine.data.segmented import read_labels
+from recipes.engine.errors import UserError
 from recipes.engine.reading import UnreadableError
 
 SUFFIXES = [suffix for some in formats().values() for suffix in some]
@@ -237,3 +244,66 @@ def test_a_center_crop_has_its_size_and_is_centered(height, width, rows, columns
     assert crop.dtype == torch.uint8
     centers = crop.float().mean(dim=(1, 2)).tolist()
     assert centers == pytest.approx([(width - 1) / 2, (height - 1) / 2, 0], abs=1.5)
+
+
+def png(height: int, width: int) -> bytes:
+    """Return a PNG whose header promises more pixels than it has."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        checked = name + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    parts = (b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize("size", [(12_000, 12_000), (2**31 - 1, 2**31 - 1), (0, 5)], ids=str)
+@pytest.mark.parametrize("door", ["decoder", "array", "labels", "packing", "picture of a run"])
+def test_a_huge_header_is_refused_at_every_door_and_nothing_is_printed(
+    door, size, tmp_path, recwarn
+):
+    decode_module._silence_pillow.cache_clear()  # pytest has its own filters in each test
+    file = tmp_path / "a.png"
+    file.write_bytes(png(*size))
+    doors = {
+        "decoder": lambda: DECODE(file.read_bytes()),
+        "array": lambda: open_array(io.BytesIO(file.read_bytes()), "a.png"),
+        "labels": lambda: read_labels(file),
+        "picture of a run": lambda: pictures._read_picture(file),
+    }
+    if door == "packing":
+        assert pack._content_of(str(file), 32, 90) == (file.read_bytes(), False)
+    else:
+        with pytest.raises((UnreadableError, UserError)) as caught:
+            doors[door]()
+        assert str(caught.value).isprintable()
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_what_pillow_finds_odd_in_a_file_is_not_printed(recwarn):
+    decode_module._silence_pillow.cache_clear()
+    exif = Image.Exif()
+    exif[0x010E] = "a" * 100
+    data = encoded(noise(20, 30), "TIFF", exif=exif)
+    place = data.index(struct.pack("<HH", 0x010E, 2)) + 4
+    data = data[:place] + struct.pack("<I", 10**6) + data[place + 4 :]
+    assert DECODE(data).shape == (20, 30, 3)
+    assert [str(warning.message) for warning in recwarn] == []
+    with Image.open(io.BytesIO(data)) as image, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="Tag data larger"):  # Pillow alone does
+            image.getexif()
+
+
+def test_a_picture_of_a_run_in_a_format_that_runs_a_program_is_not_opened(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: ran.append(True))
+    file = tmp_path / "reconstructions.png"
+    noise(20, 30).save(file, "EPS")
+    with pytest.raises(UserError, match="not a whole picture"):
+        pictures._read_picture(file)
+    assert ran == []
+    with Image.open(file) as image, contextlib.suppress(AssertionError, AttributeError):
+        image.load()
+    assert ran == [True]  # Pillow alone does

@@ -17,7 +17,7 @@ from mimkit import nn
 from recipes import cae, convmae, figures, finetune, mae, simmim
 from recipes.engine import Recipe, page, run
 from recipes.engine import pictures as side_by_side
-from recipes.engine.figures import last_attention
+from recipes.engine.figures import draw_partial_fine_tuning, last_attention
 from recipes.engine.pretrained.shapes import ViTShape
 from recipes.engine.run.cli import parse_options
 from recipes.engine.run.folder import RunFolder
@@ -319,3 +319,21 @@ def test_a_folder_that_is_no_finished_run_is_refused_in_one_line(tmp_path, capsy
     assert_refused([str(run)], "holds a damaged file", capsys)
     (tmp_path / "file").write_text("")
     assert_refused([str(tmp_path / "file")], "is not the folder of a finished run", capsys)
+
+
+def test_names_of_runs_of_any_letters_are_drawn(tmp_path):
+    curves = {name: {"0": 1.0, "4": 2.0} for name in ("$\\frac{$", "\udcff", "a\x1b[2J")}
+    assert draw_partial_fine_tuning(curves, tmp_path).is_file()
+
+
+def test_an_encoder_for_other_channels_than_the_images_is_one_line(tmp_path, capfd):
+    config = config_for(mae.RECIPE).for_images(1, (32, 32))
+    with RunFolder(tmp_path / "run", config) as folder:
+        folder.write_weights("encoder.safetensors", mae.MAE(config.model).encoder)
+        folder.write_summary({"steps": 1})
+    file = tmp_path / "run/config.yaml"
+    file.write_text(file.read_text().replace("recipe: mae", "recipe: another"))
+    assert figures.main([str(tmp_path / "run")]) == 2
+    error = capfd.readouterr().err
+    assert "is for images of 1 channels" in error
+    assert error.count("\n") == 1

@@ -13,6 +13,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from recipes import simmim
+from recipes.engine import run
 from recipes.engine.errors import UserError
 from recipes.engine.pretrained.encoders import build_encoder, fill_encoder, load_encoder
 from recipes.engine.pretrained.export import export
@@ -254,3 +256,11 @@ def test_a_tensor_that_is_no_weight_is_left_out(copied: Path, tmp_path: Path) ->
     contents = {"model": {**load_file(copied), "epoch": 3}}
     torch.save(contents, copied.with_name("weights.pth"))
     assert "epoch" not in load_encoder(copied.with_name("weights.pth"), ViTShape()).weights
+
+
+def test_the_cost_of_a_run_with_a_teacher_from_a_file_is_printed(
+    encoder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--target", "features", "--teacher", str(encoder), "--dry-run"]
+    assert run(simmim.RECIPE, "", given) == 0
+    assert "FLOPs" in capsys.readouterr().out

@@ -67,6 +67,10 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "a box of negative width": (change("annotations", 0, bbox=[1, 1, -2, 3]), "bbox"),
     "a box that is not finite": (change("annotations", 0, bbox=[1, 1, 1e999, 3]), "bbox"),
+    "a box of a huge number": (change("annotations", 0, bbox=[1, 1, 10**400, 3]), "bbox"),
+    "a box beyond float32": (change("annotations", 0, bbox=[1e308, 1, 1, 3]), "bbox"),
+    "a word for iscrowd": (change("annotations", 0, iscrowd="0"), "iscrowd '0': expected 0 or 1"),
+    "a height of many words": (change("images", 0, height="a" * 10_000), "height 'aaa"),
     "a box of three numbers": (change("annotations", 0, bbox=[1, 1, 2]), "bbox"),
     "two annotations of one id": (change("annotations", 1, id=10), "two annotations have the id"),
     "two images of one id": (change("images", 1, id=7), "two images have the id 7"),
@@ -86,6 +90,7 @@ def test_a_mistake_in_the_annotations_is_one_line_before_training(
         load(write_coco(tmp_path, spoil))
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
 
 
 OBJECTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -98,6 +103,7 @@ OBJECTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no numbers": (rle([*SIZE], ["a"]), "do not decode"),
     "neither polygons nor runs": (change("annotations", 0, segmentation=3), "neither"),
     "a polygon of odd length": (change("annotations", 0, segmentation=[[1, 2, 3]]), "polygon"),
+    "a polygon of a huge number": (change("annotations", 0, segmentation=[[10**400] * 6]), "polyg"),
     "a polygon of no numbers": (change("annotations", 0, segmentation=[["a"] * 6]), "polygon"),
 }
 

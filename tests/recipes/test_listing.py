@@ -97,6 +97,15 @@ def test_links_to_folders_elsewhere_are_followed_once(tmp_path):
     ]
 
 
+def test_the_pictures_of_a_run_whose_folder_is_among_the_images_are_no_images(tmp_path):
+    root = touch(tmp_path / "set", "a.png", "runs/of-mine.png")
+    before, _ = listed(root)
+    touch(root, *(f"runs/x/{name}" for name in (".lock", "config.yaml", "curves.png")))
+    after, notes = listed(root)
+    assert after == before == ["a.png", "runs/of-mine.png"]
+    assert notes == [f"{root} holds 1 runs of mimkit, whose pictures are not read: runs/x"]
+
+
 def test_links_to_files_are_followed_once(tmp_path):
     touch(tmp_path / "pool", "1.png", "2.png")
     root = touch(tmp_path / "set", "a/1.png")

@@ -1,6 +1,7 @@
 """Options are derived from configuration fields: their types, help texts and ranges."""
 
 import dataclasses
+import errno
 import functools
 import math
 import os
@@ -14,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from recipes import detect, finetune, probe, segment, tokenizer
+from recipes import detect, finetune, pack, probe, segment, tokenizer
 from recipes.cae import RECIPE as CAE
 from recipes.convmae import RECIPE as CONVMAE
-from recipes.engine import Recipe, Training, loop, run
+from recipes.engine import Recipe, Training, loop, page, pictures, run
 from recipes.engine.errors import UserError
 from recipes.engine.fields import (
     Depth,
@@ -32,6 +33,7 @@ from recipes.engine.fields import (
     check_fields,
 )
 from recipes.engine.main import options_type
+from recipes.engine.pretrained import export
 from recipes.engine.pretrained.encoders import open_encoder
 from recipes.engine.run.cli import (
     Options,
@@ -566,6 +568,40 @@ def test_an_operation_that_is_not_deterministic_is_one_line(
         "error: --deterministic: put_ is not deterministic on this device; omit the option\n"
     )
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("door", ["encoder", "report", "pictures", "export", "pack", "data"])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_path_that_the_system_refuses_to_look_at_is_one_line(
+    number: int,
+    door: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    closed, stat = tmp_path / "closed", os.stat
+
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        if isinstance(path, str | Path) and Path(path).is_relative_to(closed):
+            raise OSError(number, os.strerror(number), str(path))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", refuse)  # as root, nothing is refused
+    out = str(tmp_path / "out")
+    doors: dict[str, Callable[[], int]] = {
+        "encoder": lambda: finetune.main(["--encoder", str(closed), "--dry-run"]),
+        "report": lambda: page.main([str(closed), "--out", out]),
+        "pictures": lambda: pictures.main([str(closed), str(closed), "--out", out]),
+        "export": lambda: export.main([str(closed), out]),
+        "pack": lambda: pack.main([str(closed), out]),
+        "data": lambda: run(MAE, "", ["--data", str(closed), "--dry-run"]),
+    }
+    assert doors[door]() == 2
+    error = capfd.readouterr().err
+    assert str(closed) in error
+    assert os.strerror(number) in error
+    assert error.count("\n") == 1
+    assert not Path(out).exists()
 
 
 def test_another_runtime_error_keeps_its_traceback() -> None:

@@ -1,5 +1,6 @@
 """The HTML page of one run or several."""
 
+import errno
 import json
 import os
 from html.parser import HTMLParser
@@ -9,7 +10,10 @@ import pytest
 import torch
 
 from mimkit import viz
+from recipes.engine.errors import escaped
 from recipes.engine.page import main
+from recipes.engine.pictures import main as pictures
+from recipes.engine.pretrained.export import main as export
 from recipes.engine.reading import seal
 from recipes.engine.run.state import DIGESTS
 
@@ -102,3 +106,69 @@ def test_what_is_no_page_is_not_replaced(make, tmp_path, capsys):
     assert "is not a page of this command" in err
     assert err.count("\n") == 1
     assert other.lstat()[:8] == before[:8]
+
+
+NAMES = ["$\\frac{$", "$x_$", "a\nb\x1b[2J", "\u202eabc", os.fsdecode(b"\xff"), "\u65e5", "n" * 200]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_names_of_any_letters_are_shown_and_nothing_else_is_printed(name, tmp_path, capfd):
+    first, second = (make_run(tmp_path / n, dim=8, loss=1.0) for n in ("other", name))
+    viz.panel([[torch.zeros(3, 8, 8)]], ["input"]).save(second / f"{name}.png")
+    for runs in ([second], [first, second]):
+        assert main([*map(str, runs), "--out", str(tmp_path / "page.html")]) == 0
+        assert capfd.readouterr().err == ""
+        page = (tmp_path / "page.html").read_text()
+        assert not set(page) & {"\x1b", "\u202e"}
+        assert escaped(name) in Page(page).texts
+
+
+def test_foreign_values_in_a_summary_and_a_configuration_are_escaped(tmp_path):
+    run = make_run(tmp_path / "run", dim=8, loss=1.0)
+    (run / "summary.json").write_text(json.dumps(seal({"<b>\x1b[2J": "<i>\x1b[2J", DIGESTS: {}})))
+    (run / "config.yaml").write_text('"<u>\\e[2J": "<s>\\e[2J"\n')
+    assert main([str(run), "--out", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "\x1b" not in page
+    assert not {"b", "i", "u", "s"} & set(Page(page).tags)
+
+
+def test_a_row_without_the_predictors_of_the_others_is_shown_with_them(tmp_path):
+    run = make_run(tmp_path / "run", dim=8, loss=1.0)
+    row = {"step": 3, "loss": 0.5, "images_per_s": 1.0}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps({**row, "step": 4, "baselines": {"one": 2.0}}) + "\n")
+    assert main([str(run), "--out", str(tmp_path / "page.html")]) == 0
+
+
+@pytest.mark.parametrize("path", ["a\0b", "a" * 256, "a/" * 3000], ids=["null", "long", "deep"])
+@pytest.mark.parametrize("command", [main, pictures, export])
+def test_what_cannot_be_a_path_is_refused_in_one_line(command, path, tmp_path, capfd):
+    run = str(make_run(tmp_path / "run", dim=8, loss=1.0))
+    for arguments in ([path, run], [run, path], [run, run, "--out", path]):
+        assert command(arguments) == 2
+        error = capfd.readouterr().err
+        assert error.count("\n") == 1
+        assert len(error) < 1_000
+
+
+def test_a_file_of_somebody_else_with_a_temporary_name_stays(tmp_path, monkeypatch):
+    run = str(make_run(tmp_path / "run", dim=8, loss=1.0))
+    out = tmp_path / "out"
+    out.mkdir()
+    mine = [out / f"{name}{end}" for name in ("page.html", "reconstructions-side-by-side.png")
+            for end in (".partial", ".1.partial")]  # fmt: skip
+    for file in mine:
+        file.write_text("mine")
+    assert main([run, "--out", str(out / "page.html")]) == 0
+    assert pictures([run, run, "--out", str(out)]) == 0
+    assert [file.read_text() for file in mine] == ["mine"] * 4
+    before = sorted(out.iterdir())
+    monkeypatch.setattr(os, "fsync", full_disk)
+    assert main([run, "--out", str(out / "page.html")]) == 2
+    assert sorted(out.iterdir()) == before
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")

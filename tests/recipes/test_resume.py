@@ -481,6 +481,18 @@ def test_a_checkpoint_of_the_last_step_leaves_nothing_to_train(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_trained_run_whose_rows_are_lost_says_so_and_how_to_go_on(
+    uninterrupted: Path, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run/summary.json").unlink()
+    (tmp_path / "run/metrics.jsonl").write_text("")
+    assert run(RECIPE, "", options(pictures, tmp_path / "run")) == 2
+    error = capfd.readouterr().err
+    assert "their rows in metrics.jsonl are lost" in error
+    assert error.count("\n") == 1
+
+
 def test_a_damaged_configuration_is_named_in_the_message(
     pictures: Path, uninterrupted: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

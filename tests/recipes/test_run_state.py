@@ -13,6 +13,7 @@ import torch
 from recipes.engine.errors import UserError
 from recipes.engine.run.config import RunConfig
 from recipes.engine.run.folder import RunFolder
+from recipes.engine.run.state import read_metrics
 from recipes.mae import RECIPE
 from tests.recipes.command import config_for
 from tests.recipes.damage import flip_a_bit
@@ -67,6 +68,11 @@ BAD_ROWS = [
     b'{"step": 3, "loss": ' + b"9" * 5_000 + b', "images_per_s": 1}\n', b"x" * 2_000_000 + b"\n",
     b'{"step": 2, "loss": 1, "images_per_s": 1}\n',
     b'{"step": 3, "loss": 1, "images_per_s": 1, "baselines": [1]}\n',
+    b'{"step": 3, "loss": 1' + b"0" * 400 + b', "images_per_s": 1}\n',
+    b'{"step": 3, "loss": 1, "images_per_s": 1, "baselines": {"a": 1' + b"0" * 400 + b"}}\n",
+    b'{"step": 3, "loss": 1, "images_per_s": 1, "seconds": NaN}\n',
+    b'{"step": 5000, "loss": 1, "images_per_s": 1}\n',
+    b'{"step": 5, "loss": 1, "images_per_s": 1}\n',
 ]  # fmt: skip
 
 
@@ -83,6 +89,16 @@ def test_damaged_rows_of_metrics_are_left_out(
     assert (finished / "metrics.jsonl.damaged-1").read_bytes() == content
     assert read(finished, config)[1] == rows
     assert capfd.readouterr().err == ""
+
+
+def test_a_row_with_a_wrong_step_costs_no_other_row(tmp_path: Path) -> None:
+    steps = [1, 20, 9**20, 40, 2, 60, 80]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps({**ROWS[0], "step": step}) + "\n" for step in steps)
+    )
+    rows, damaged = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 20, 40, 60, 80]
+    assert damaged == 2
 
 
 def test_a_last_line_that_a_killed_run_has_not_finished_is_no_damage(

@@ -255,6 +255,8 @@ WRONG = [
     ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x must be 0 to 1"),
     ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 must be 0 to 1"),
     ({"RANK": "0", "WORLD_SIZE": "-1"}, "WORLD_SIZE=-1 must be 1 to"),
+    ({"RANK": "0", "WORLD_SIZE": str(2**31)}, "WORLD_SIZE=2147483648 must be 1 to 2147483647"),
+    ({"RANK": "0" * 5_000, "WORLD_SIZE": "1"}, "must be 0 to 0"),
     ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set, and RANK is not"),
     ({"RANK": "x"}, "RANK is set, and WORLD_SIZE is not"),
     ({"RANK": "0", "WORLD_SIZE": "2"}, "and MASTER_PORT is not"),

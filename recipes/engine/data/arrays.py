@@ -21,11 +21,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Shaped
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from recipes.engine.data.decode import MAX_PIXELS, formats
+from recipes.engine.data.decode import open_picture
 from recipes.engine.data.images import (
     PICTURE_SIZE,
     CenterCrops,
@@ -205,6 +204,7 @@ def _read_npz(file: IO[bytes], key: str | None) -> Stored:
 def _read_nifti(file: IO[bytes]) -> Stored:
     import nibabel
 
+    _silence("nibabel.global")
     data = _content(file)
     if data.startswith(b"\x1f\x8b"):
         data = _unzipped(data)
@@ -244,9 +244,7 @@ def _read_wav(file: IO[bytes]) -> Stored:
 def _read_tiff(file: IO[bytes]) -> Stored:
     import tifffile
 
-    logger = logging.getLogger("tifffile")
-    if logger.level != logging.CRITICAL:  # damage is reported by us
-        logger.setLevel(logging.CRITICAL)
+    _silence("tifffile")
     data = _content(file)
     with tifffile.TiffFile(io.BytesIO(data)) as content:
         # Files of tifffile, which say that their pages are alike: of a 13-band stack, reading all
@@ -268,14 +266,19 @@ def _read_tiff(file: IO[bytes]) -> Stored:
 
 def _read_picture(file: IO[bytes]) -> Stored:
     """Read a picture with the channels and bits that it has; the colors of a palette are RGB."""
-    with Image.open(io.BytesIO(_content(file)), formats=tuple(formats())) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise UnreadableError(f"it has more than {MAX_PIXELS:,} pixels")
+    with open_picture(_content(file)) as image:
         if image.mode in ("P", "PA"):
             values = np.array(image.convert("RGBA" if image.has_transparency_data else "RGB"))
         else:
             values = np.array(image)
     return Stored(values, 2, channels_last=True)
+
+
+def _silence(name: str) -> None:
+    """Let a package not print what it finds odd in a file: damage is reported by us."""
+    logger = logging.getLogger(name)
+    if logger.level != logging.CRITICAL:
+        logger.setLevel(logging.CRITICAL)
 
 
 def _content(file: IO[bytes]) -> bytes:

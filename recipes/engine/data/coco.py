@@ -7,7 +7,6 @@ of categories, images and annotations have gaps.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from recipes.engine.reading import UnreadableError, parse_json, read_bytes
 
 _MOST_JSON = 4_000_000_000  # COCO's largest file has 470 MB
 _MOST_IMAGE = 1_000_000_000
+_MOST_PLACE = 1_000_000  # pixels
 _FIELDS = {
     "images": ("id", "file_name", "height", "width"),
     "annotations": ("id", "image_id", "category_id", "bbox", "segmentation"),
@@ -196,7 +196,9 @@ def _check_entries(entries: Any) -> None:
 def _check_image(image: Mapping[str, Any]) -> None:
     size = (image["height"], image["width"])
     if not all(type(side) is int and side > 0 for side in size):
-        raise UnreadableError(f"image {image['id']} has height {size[0]!r}, width {size[1]!r}")
+        raise UnreadableError(
+            f"image {image['id']} has height {size[0]!r:.40}, width {size[1]!r:.40}"
+        )
     name = image["file_name"]
     if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
         raise UnreadableError(f"image {image['id']} has the file name {name!r:.80}")
@@ -210,15 +212,19 @@ def _check_annotation(annotation: Mapping[str, Any], ids: Mapping[str, set[Any]]
             known = len(ids[kind])
             raise UnreadableError(f"{name} has {field} {given!r:.40}, none of the {known} {kind}")
     box = annotation["bbox"]
-    is_box = isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box))
+    is_box = isinstance(box, list) and len(box) == 4 and all(map(_is_place, box))
     if not is_box or min(box[2:]) < 0:
         raise UnreadableError(
             f"{name} has bbox {box!r:.80}: expected left, top, width and height in pixels"
         )
+    if annotation.get("iscrowd", 0) not in (0, 1):
+        raise UnreadableError(f"{name} has iscrowd {annotation['iscrowd']!r:.40}: expected 0 or 1")
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_place(value: Any) -> bool:
+    """Whether a value is a number of pixels that an image can have, also outside of it."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and -_MOST_PLACE <= value <= _MOST_PLACE
 
 
 def _name(annotation: Mapping[str, Any]) -> str:
@@ -299,12 +305,7 @@ def _draw_polygons(
 ) -> Bool[np.ndarray, "height width"]:
     """Draw polygons; one of fewer than three points has no pixels."""
     for polygon in polygons:
-        if (
-            not isinstance(polygon, list)
-            or len(polygon) % 2
-            or not all(map(_is_finite, polygon))
-            or any(abs(place) > 1e6 for place in polygon)
-        ):
+        if not isinstance(polygon, list) or len(polygon) % 2 or not all(map(_is_place, polygon)):
             raise UserError(
                 f"{name} has a polygon {polygon!r:.60}: expected x and y in turn, in pixels"
             )

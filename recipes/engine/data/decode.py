@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -13,6 +16,7 @@ from jaxtyping import UInt8
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, features
 
+from recipes.engine.errors import UserError
 from recipes.engine.reading import UnreadableError
 
 try:
@@ -52,6 +56,35 @@ def formats() -> dict[str, tuple[str, ...]]:
         for name, suffixes in _FORMATS.items()
         if name not in _OPTIONAL or features.check(_OPTIONAL[name])
     }
+
+
+@contextlib.contextmanager
+def open_picture(data: bytes, *kinds: str) -> Iterator[Image.Image]:
+    """Open a picture with Pillow.
+
+    Args:
+        data: Content of a file.
+        kinds: Formats to try; by default `formats`.
+
+    Raises:
+        UnreadableError: If it is damaged, too large, or of another format, also found out later in
+            the context.
+    """
+    _silence_pillow()
+    try:
+        with Image.open(io.BytesIO(data), formats=kinds or tuple(formats())) as image:
+            _check_size(image.width, image.height)
+            yield image
+    except (UnreadableError, UserError):
+        raise
+    except Exception as error:  # Pillow raises errors of many kinds for damaged files
+        raise UnreadableError(_reason(error)) from error
+
+
+@cache
+def _silence_pillow() -> None:
+    """Let Pillow not print what it finds odd in a file: what cannot be read, we report."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @dataclass(frozen=True)
@@ -104,8 +137,7 @@ class Decoder:
         return turned(pixels, self.turn(data))
 
     def _decode_with_pillow(self, data: bytes) -> UInt8[np.ndarray, "height width 3"]:
-        with Image.open(io.BytesIO(data), formats=tuple(formats())) as file:
-            _check_size(file.width, file.height)
+        with open_picture(data) as file:
             image: Image.Image = file
             if self.orientation == "apply":
                 image = ImageOps.exif_transpose(image)
@@ -141,7 +173,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _orientation_of(data: bytes) -> int:
-    with Image.open(io.BytesIO(data), formats=("JPEG",)) as file:
+    with open_picture(data, "JPEG") as file:
         value = file.getexif().get(_ORIENTATION, 1)
     return value if isinstance(value, int) else 1
 

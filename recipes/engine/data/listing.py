@@ -25,6 +25,7 @@ from recipes.engine.reading import open_regular, read_bytes
 HELD_OUT_SHARE = 0.1
 # Held-out pictures of a folder whose reconstructions are shown.
 NUM_PICTURES = 4
+_OF_RUNS = (b".lock", b"config.yaml")  # files of a run's folder, from its first second
 # A larger file is not read into memory.
 MAX_FILE_BYTES = 2**31
 
@@ -171,12 +172,14 @@ class PassedOver:
         pipes: Paths of pipes, sockets and devices with the right suffix.
         links: Paths that lead to folders or files that are listed anyway.
         empty: Folders at the top without files.
+        runs: Folders of runs of mimkit.
     """
 
     suffixes: Counter[str] = field(default_factory=Counter)
     pipes: list[str] = field(default_factory=list)
     links: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
+    runs: list[str] = field(default_factory=list)
 
     def notes(self, root: Path, *, has_classes: bool) -> list[str]:
         """Return a line for each kind of omission."""
@@ -187,6 +190,7 @@ class PassedOver:
         for paths, reason in (
             (self.pipes, "pipes or devices, which are not read"),
             (self.links, "links to what is listed already, which are not followed"),
+            (self.runs, "runs of mimkit, whose pictures are not read"),
             (self.empty if has_classes else [], "folders without images, which are no classes"),
         ):
             if paths:
@@ -251,6 +255,9 @@ class _Walk:
             self.passed_over.links.append(_shown(parts))
             return names, below
         self.seen.add((status.st_dev, status.st_ino))
+        if parts and self._is_run(parts):
+            self.passed_over.runs.append(_shown(parts))
+            return names, below
         with os.scandir(self._path(parts)) as entries:
             for entry in entries:
                 name = entry.name
@@ -268,6 +275,10 @@ class _Walk:
                 else:
                     self.passed_over.suffixes[_suffix(name)] += 1
         return sorted(names), sorted(below)
+
+    def _is_run(self, parts: Parts) -> bool:
+        """Whether a folder is one of a run: its pictures are no images to train on."""
+        return all(os.path.isfile(self._path((*parts, name))) for name in _OF_RUNS)
 
     def _follow(self, parts: Parts) -> list[Parts]:
         """List what a link leads to; return the links in it."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import io
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -24,11 +23,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from recipes.engine.data.decode import MAX_PIXELS, Decoder, formats
+from recipes.engine.data.decode import Decoder, formats, open_picture
 from recipes.engine.data.images import NORMALIZE, Normalize, model_inputs, normalize_by_image
 from recipes.engine.data.listing import MAX_FILE_BYTES, Samples, hold_out, list_files
 from recipes.engine.data.scenes import CLASSES, Part, Scenes, load_scenes
@@ -324,18 +322,13 @@ def read_labels(file: Path) -> NDArray[np.int64]:
         UserError: If it is a picture in colors.
     """
     content = read_bytes(file, most=MAX_FILE_BYTES)
-    try:
-        with Image.open(io.BytesIO(content), formats=("PNG",)) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise UnreadableError(f"it has more than {MAX_PIXELS:,} pixels")
-            if picture.mode not in ("1", "L", "P") and not picture.mode.startswith("I"):
-                raise UserError(
-                    f"the labels {file} are a picture in colors ({picture.mode}): give a gray or "
-                    "palette PNG whose values are the numbers of classes"
-                )
-            return np.asarray(picture).astype(np.int64)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UnreadableError("it is not a whole PNG") from error
+    with open_picture(content, "PNG") as picture:
+        if picture.mode not in ("1", "L", "P") and not picture.mode.startswith("I"):
+            raise UserError(
+                f"the labels {file} are a picture in colors ({picture.mode}): give a gray or "
+                "palette PNG whose values are the numbers of classes"
+            )
+        return np.asarray(picture).astype(np.int64)
 
 
 def load_segmented(

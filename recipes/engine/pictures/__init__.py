@@ -23,29 +23,32 @@ from torch import Tensor, nn
 
 from mimkit import masking, viz
 from mimkit.patches import grid_of, patchify, unpatchify
+from recipes.engine.data.decode import open_picture
+from recipes.engine.data.listing import MAX_FILE_BYTES
 from recipes.engine.data.sets import DataSet, ProbeData
 from recipes.engine.errors import UserError, escaped, say
 from recipes.engine.masks import first
 from recipes.engine.pictures.flat import enlarged, flatten_image, middle, plane
 from recipes.engine.probes import Features, compute_features, fit_attentive, standardize
-from recipes.engine.reading import UnreadableError, read_yaml
+from recipes.engine.reading import UnreadableError, read_bytes, read_yaml
 from recipes.engine.run.cli import Runs, run_command
 from recipes.engine.run.config import Recipe, RunConfig
 from recipes.engine.run.folder import RunFolder
-from recipes.engine.writing import write_atomically
+from recipes.engine.writing import write_atomically, write_beside
 
 _ATTENTION_ROWS = 8  # images in the picture of attention
 _ENLARGED = 4
 _SOFTWARE = "mimkit"
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-def save_picture(picture: Image.Image, file: Path) -> None:
+def save_picture(
+    picture: Image.Image, file: Path, write: Callable[[Path, bytes], None] = write_atomically
+) -> None:
     """Write a picture atomically, as PNG with the name of this program."""
     content, about = io.BytesIO(), PngInfo()
     about.add_text("Software", _SOFTWARE)
     picture.save(content, format="PNG", pnginfo=about)
-    write_atomically(file, content.getvalue())
+    write(file, content.getvalue())
 
 
 def draw_curves(folder: RunFolder) -> None:
@@ -271,7 +274,7 @@ def place_side_by_side(runs: Sequence[Path], out: Path) -> list[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for file, sheet in sheets.items():
-            save_picture(sheet, file)
+            save_picture(sheet, file, write_beside)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written to: {error.strerror}") from error
     return list(sheets)
@@ -282,7 +285,10 @@ def _check_ours(file: Path) -> None:
     if not os.path.lexists(file):
         return
     if file.is_file() and not file.is_symlink():
-        with contextlib.suppress(*_UNREADABLE), Image.open(file) as picture:
+        with (
+            contextlib.suppress(UnreadableError),
+            open_picture(read_bytes(file, most=MAX_FILE_BYTES), "PNG") as picture,
+        ):
             if picture.info.get("Software") == _SOFTWARE:
                 return
     raise UserError(
@@ -333,9 +339,11 @@ def _captions(configs: Sequence[Mapping[str, Any]], runs: Sequence[Path]) -> lis
 
 def _read_picture(file: Path) -> Image.Image:
     try:
-        return Image.open(file).convert("RGB")
-    except _UNREADABLE as error:
-        raise UserError(f"{file} cannot be read: it is not a whole picture") from error
+        # Of other formats, some run other programs.
+        with open_picture(read_bytes(file, most=MAX_FILE_BYTES), "PNG") as picture:
+            return picture.convert("RGB")
+    except UnreadableError as error:
+        raise UserError(f"{file} cannot be read: it is not a whole picture ({error})") from error
 
 
 def _beside(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:

@@ -52,7 +52,7 @@ from recipes.engine.writing import PARTIAL, new_file, put_aside, sync_folder, wr
 _MARKER = "COMPLETE"
 _OURS = ".mimkit"
 _OURS_SAYS = b"a checkpoint of mimkit\n"
-_NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,18})")
+_NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,18})", re.ASCII)
 _KEPT = 2
 
 
@@ -281,6 +281,8 @@ def find_damage(path: Path) -> str | None:
         if path.name != f"step-{marker['step']:08d}" or METADATA not in marker["files"]:
             raise UnreadableError("it is of another step")
         digests = {name: FileDigest(*digest) for name, digest in marker["files"].items()}
+        if any(type(one.size) is not int or not 0 <= one.size < 2**63 for one in digests.values()):
+            raise UnreadableError("a size in it is no number of bytes")
     except (UnreadableError, KeyError, TypeError, ValueError, AttributeError) as error:
         return f"{_MARKER}: {_reason(error)}"
     for name, digest in digests.items():

@@ -127,6 +127,9 @@ FLAGS = (
     *IMAGE_FLAGS,
 )
 
+# Errors of files that no program could have avoided.
+_OF_FILES = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG)
+
 # PyTorch's message of an allocation on the CPU that fails.
 _NO_MEMORY = "can't allocate memory"
 # Its message when a loading worker has ended.
@@ -209,9 +212,15 @@ def run_command(
 
 
 def _about_the_machine(error: Exception) -> str | None:
-    """Return one line about missing memory or a killed loading worker; None for other errors."""
+    """Return one line about what the machine lacks or refuses; None for other errors.
+
+    That is memory, a loading worker that was killed, or a file: even to ask whether there is one
+    fails in a folder of somebody else's, or when a file server is away.
+    """
     is_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if isinstance(error, OSError):
+        if error.errno in _OF_FILES and error.filename is not None:
+            return f"{os.fsdecode(error.filename)} cannot be used: {error.strerror}"
         is_of_memory = error.errno == errno.ENOMEM
     elif isinstance(error, RuntimeError):
         is_of_memory |= _NO_MEMORY in str(error)

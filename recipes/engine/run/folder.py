@@ -35,7 +35,7 @@ from recipes.engine.writing import PARTIAL, put_aside, write_atomically, write_j
 
 CHECKPOINTS = "checkpoints"
 _CONFIG = "config.yaml"
-_EARLIER = re.compile(r"before-\d+")  # folders of runs on images that have changed since
+_EARLIER = re.compile(r"before-\d+", re.ASCII)  # folders of runs on images that have changed since
 _LOCK = ".lock"
 # What a run that was killed at once leaves.
 _BEFORE_CONFIG = (_LOCK, _CONFIG + PARTIAL)
@@ -374,6 +374,8 @@ def read_statistics(file: Path, channels: int) -> Statistics | None:
     found = config.get("statistics") if isinstance(config, dict) else None
     names = {field.name for field in dataclasses.fields(Statistics)}
     if not isinstance(found, dict) or found.keys() != names:
+        return None
+    if not all(isinstance(values, list) for values in found.values()):
         return None
     statistics = Statistics(**{name: tuple(values) for name, values in found.items()})
     is_whole = all(

@@ -9,11 +9,11 @@
 A file that is repaired stays beside the new one, as `<name>.damaged-<number>`.
 """
 
+import bisect
 import json
-import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,22 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 SKIPPED = "skipped_steps.json"
 ENVIRONMENT = "environment.json"
-UNREADABLE = re.compile(r"unreadable\.\d+\.json")
+UNREADABLE = re.compile(r"unreadable\.\d+\.json", re.ASCII)
 DIGESTS = "digests"  # of the files of weights, in the summary
 _MOST_ROW = 1_000_000  # bytes
 _MOST_METRICS = 2_000_000_000
+_MOST_STEPS = 10**18
+_MOST_LOSS = 1e39  # of float32
 
 
-def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], int]:
+def read_metrics(
+    folder: Path, *, most_steps: int = _MOST_STEPS
+) -> tuple[list[dict[str, Any]], int]:
     """Read the rows of `metrics.jsonl`.
+
+    Args:
+        folder: The folder of the run.
+        most_steps: Steps of the run. Rows of later ones are damaged.
 
     Returns:
         The rows, and the number of damaged ones. A last line without an end is not counted: it is
@@ -56,15 +64,37 @@ def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], int]:
         if os.fstat(content.fileno()).st_size > _MOST_METRICS:
             raise UnreadableError(f"it has more than {_MOST_METRICS:,} bytes")
         while line := content.readline(_MOST_ROW):
-            row = _row(line)
-            if row is not None and (not rows or row["step"] > rows[-1]["step"]):
+            row = _row(line, most_steps)
+            if row is not None:
                 rows.append(row)
             elif line.endswith(b"\n") or len(line) == _MOST_ROW:
                 damaged += 1
-    return rows, damaged
+    kept = _ascending([row["step"] for row in rows])
+    return [rows[index] for index in kept], damaged + len(rows) - len(kept)
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def _ascending(steps: Sequence[int]) -> list[int]:
+    """Return the indices of the longest ascending series, so that one wrong step costs one row."""
+    lowest: list[int] = []  # last step of the lowest series of each length
+    ends: list[int] = []  # their indices
+    before: list[int] = []  # the index before each one in its series
+    for index, step in enumerate(steps):
+        length = bisect.bisect_left(lowest, step)
+        before.append(ends[length - 1] if length else -1)
+        if length == len(lowest):
+            lowest.append(step)
+            ends.append(index)
+        elif step < lowest[length]:
+            lowest[length], ends[length] = step, index
+    kept: list[int] = []
+    index = ends[-1] if ends else -1
+    while index >= 0:
+        kept.append(index)
+        index = before[index]
+    return kept[::-1]
+
+
+def _row(line: bytes, most_steps: int) -> dict[str, Any] | None:
     """Parse a row; None if it is damaged."""
     if not line.endswith(b"\n"):
         return None
@@ -72,14 +102,22 @@ def _row(line: bytes) -> dict[str, Any] | None:
         row = parse_json(line)
     except UnreadableError:
         return None
-    if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 1:
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    if not 1 <= row["step"] <= most_steps:
         return None
     baselines = row.get("baselines", {})
     if not isinstance(baselines, dict):
         return None
-    numbers = [row.get("loss"), row.get("images_per_s"), row.get("seconds", 0), *baselines.values()]
-    is_whole = all(type(number) in (int, float) for number in numbers)
-    return row if is_whole and math.isfinite(row["loss"]) else None
+    numbers = [row.get("loss"), row.get("images_per_s"), row.get("seconds", 0)]
+    is_whole = all(type(number) in (int, float) for number in (*numbers, *baselines.values()))
+    is_whole = is_whole and all(-_MOST_LOSS < number < _MOST_LOSS for number in numbers)
+    # Trivial predictors may score NaN or infinity, but no integer is that large.
+    return row if is_whole and not any(_is_huge(n) for n in baselines.values()) else None
+
+
+def _is_huge(number: float) -> bool:
+    return type(number) is int and abs(number) > _MOST_LOSS
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -165,7 +203,7 @@ def repair(
         OSError: If a file cannot be renamed or written.
     """
     return [
-        *_repair_metrics(folder),
+        *_repair_metrics(folder, num_steps),
         *_repair_numbers(folder / SKIPPED, num_steps),
         *(
             sentence
@@ -177,10 +215,10 @@ def repair(
     ]
 
 
-def _repair_metrics(folder: Path) -> Iterator[str]:
+def _repair_metrics(folder: Path, num_steps: int) -> Iterator[str]:
     file = folder / METRICS
     try:
-        rows, damaged = read_metrics(folder)
+        rows, damaged = read_metrics(folder, most_steps=num_steps)
         if damaged == 0:
             return
         what = f"{damaged} damaged lines were left out, {len(rows)} rows are kept"

@@ -46,7 +46,7 @@ from recipes.engine.reading import UnreadableError, open_regular, parse_json, re
 from recipes.engine.writing import new_file, write_atomically
 
 METADATA = ".metadata"
-PART = re.compile(r"__\d+_0\.distcp")
+PART = re.compile(r"__\d+_0\.distcp", re.ASCII)
 _MOST_METADATA = 64_000_000  # bytes: a million parts of tensors
 _MOST_VALUE = 16_000_000
 
@@ -294,6 +294,9 @@ def _metadata_from(found: Any) -> Metadata:
             size = math.prod(sizes) * dtype.itemsize
             places[MetadataIndex(name, part.offsets)] = _piece(file, start, size)
             parts.append(part)
+        if sum(math.prod(part.sizes) for part in parts) != math.prod(shape):
+            # PyTorch would leave the rest of the tensor as it was.
+            raise ValueError(f"the parts of {name} are not all of it")
         properties = TensorProperties(dtype=dtype)
         entries[name] = TensorStorageMetadata(properties, _counts(shape), parts)
     for name, (file, start, size) in found["values"].items():

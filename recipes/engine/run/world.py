@@ -110,7 +110,7 @@ def world_from_environment() -> World:
     """
     if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
         return World()
-    size = _number("WORLD_SIZE", 1, 2**31)
+    size = _number("WORLD_SIZE", 1, 2**31 - 1)
     world = World(_number("RANK", 0, size - 1), size)
     if size > 1:
         _number("MASTER_PORT", 1, 2**16 - 1)
@@ -120,7 +120,8 @@ def world_from_environment() -> World:
 
 def _number(name: str, low: int, high: int) -> int:
     text = _text(name)
-    if not (text.isascii() and text.isdigit() and low <= int(text[:20]) <= high):
+    is_number = text.isascii() and text.isdigit() and len(text) <= 20
+    if not (is_number and low <= int(text) <= high):
         raise ProcessError(
             f"environment variable {name}={text[:40]} must be {low} to {high}: start with "
             "torchrun, which sets it, or unset RANK and WORLD_SIZE for a single process"
