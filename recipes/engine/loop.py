@@ -527,7 +527,7 @@ def _run_batches(
     unrecorded: deque[tuple[int, bool, list[int], Started | Step | None]] = deque()
     for step, batch in enumerate(log.watch(loader, first_step), first_step):
         batch = on_device(batch, train_set, task.config.device, keep_bytes=task.takes_bytes)
-        with log.counting(len(batch.images), is_skipped=step in skipped):
+        with log.counting(step + 1, len(batch.images), is_skipped=step in skipped):
             started = None if step in skipped else run(batch, plan.moment(step))
         if step == first_step and task.config.compile == "graphs" and task.world.is_main:
             _warn_of_left_out_graphs()
@@ -724,7 +724,7 @@ class _Log:
         self.images, self.waited, self.since = 0, 0.0, time.perf_counter()
 
     @contextlib.contextmanager
-    def counting(self, num_images: int, *, is_skipped: bool) -> Iterator[None]:
+    def counting(self, done: int, num_images: int, *, is_skipped: bool) -> Iterator[None]:
         """Count the FLOPs of the first step with images, and say them.
 
         Compiled code cannot be counted: it would not run as such.
@@ -738,6 +738,7 @@ class _Log:
         self.has_flops = True
         with tqdm.external_write_mode(file=sys.stderr):  # not into the progress bar
             say(
+                f"step {done}/{self.plan.num_steps}  "
                 f"{counter.get_total_flops() / num_images / 1e9:,.3g} GFLOP an image, forward and "
                 "backward",
                 file=sys.stderr,

@@ -51,7 +51,8 @@ def stop_in(phase: str, number: signal.Signals, recipe: str, pictures: Path, out
     process.send_signal(number)
     code, printed = end_of(process)
     assert code == EXIT_CODES[number], printed
-    lines = [line for line in printed.splitlines() if not line.startswith("step ")]
+    progress = ("step ", "probing: ")
+    lines = [line for line in printed.splitlines() if not line.startswith(progress)]
     assert len(lines) == 1, printed
     assert lines[0].startswith(f"stopped by {number.name} ")
     assert lines[0].endswith(("start the same command again", "for the rest"))
