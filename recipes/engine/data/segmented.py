@@ -38,7 +38,7 @@ from recipes.engine.seeds import sample_rng
 IGNORED = 255
 COLORS = 3
 SURFACE = "surface"
-TRAIN_SCENES, TEST_SCENES = 400, 200
+TRAIN_SCENES, TEST_SCENES = 200, 200
 _LABEL_FOLDERS = ("annotations", "labels", "masks")
 _SPLITS = (("training", "validation"), ("train", "val"))
 
