@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 if __name__ == "__main__":
     __import__("recipes.script" if __package__ else "script")  # import path, threads
@@ -183,7 +183,7 @@ def make_task(model: nn.Module, config: SegmentConfig, world: World, options: An
     """Make the task of training a model."""
     weight = config.training.aux_weight
     if not options.shard:  # FSDP2 takes contiguous weights only
-        model = model.to(memory_format=torch.channels_last)  # the heads are convolutions
+        cast(Any, model).to(memory_format=torch.channels_last)  # in place; heads convolve
     return Segmentation(model, config, world, aux_weight=weight, shard=options.shard)
 
 
