@@ -5,6 +5,7 @@ Axes: batch; targets; height, width (of the last two axes of the grid).
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import torch
 from jaxtyping import Bool, Int64
@@ -62,7 +63,7 @@ def multiblock(
     grid: Sequence[int],
     *,
     num_targets: Size = 4,
-    target_ratio: Share = 0.175,
+    target_ratio: Share | Fraction = 0.175,
     aspect: tuple[float, float] = (0.75, 1.5),
     context_scale: tuple[float, float] = (0.85, 1.0),
     num_context: int | None = None,
