@@ -1,5 +1,7 @@
 """What the tests of recipes share."""
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,14 @@ from tests.recipes.pictures import write_noise
 @pytest.fixture(autouse=True)
 def loading_is_measured_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recipes.engine.dry_run.LOADER_SECONDS", 0.01)
+
+
+@pytest.fixture(autouse=True)
+def hangups_are_not_ignored() -> Iterator[None]:
+    """Under nohup they are, and a run leaves it at that: also those that tests start."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="session")
