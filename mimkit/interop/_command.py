@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mimkit._parser import Parser
+from mimkit._text import escaped
 from mimkit.interop._convert_file import convert_file
-from mimkit.interop._files import printable
 from mimkit.interop._formats import FORMATS
 
 
@@ -53,9 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if receipt_file is not None:
             receipt_file.write_text(json.dumps(asdict(receipt), indent=2) + "\n")
     except (ImportError, OSError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
+        print(f"error: {escaped(error)}", file=sys.stderr)
         return 2
-    print(*map(printable, receipt.lines()), sep="\n")
+    print(*map(escaped, receipt.lines()), sep="\n")
     return 0
 
 

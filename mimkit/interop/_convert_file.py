@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from mimkit._arguments import Size, checked
 from mimkit._state_dicts import unwrap
+from mimkit._text import escaped
 from mimkit.interop._built import model_from
-from mimkit.interop._files import load_checkpoint, printable
+from mimkit.interop._files import load_checkpoint
 from mimkit.interop._formats import FORMATS, HALVES, OFFICIAL, select
 from mimkit.interop._hf import ARCHITECTURES, to_hf
 from mimkit.interop._hf_config import theirs_from_encoder
@@ -461,7 +462,7 @@ def _write(out: Path, result: Converted) -> None:
     except ImportError:
         raise
     except Exception as error:  # PyTorch and safetensors have their own for a full disk
-        reason = printable(error)
+        reason = escaped(error)
         raise OSError(f"{out} cannot be written, is the disk full? ({reason:.200})") from error
     finally:
         partial.unlink(missing_ok=True)

@@ -13,6 +13,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from mimkit._text import escaped
+
 # What a pickle of weights needs. PyTorch's own list is longer: it has functions that allocate
 # memory, and tensors that are sparse, quantized or without values.
 _ALLOWED = {
@@ -109,7 +111,7 @@ def _read_safetensors(path: Path, size: int) -> dict[str, Tensor]:
         is_utf8 = not any("\ud800" <= letter <= "\udfff" for letter in str(path))
         return dict(load_file(path) if is_utf8 else load(path.read_bytes()))
     except SafetensorError as error:
-        reason = printable(error)
+        reason = escaped(error)
         raise ValueError(f"it is not a safetensors file, or it is damaged ({reason})") from error
 
 
@@ -235,8 +237,3 @@ def _check_tensor(tensor: Tensor) -> None:
         raise ValueError(
             f"it holds a tensor of shape {tuple(tensor.shape)} that is larger than its content"
         )
-
-
-def printable(text: object) -> str:
-    """Return one line without characters that steer a terminal; names come from foreign files."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

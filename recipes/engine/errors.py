@@ -4,6 +4,8 @@ import os
 import sys
 from typing import TextIO
 
+from mimkit._text import escaped
+
 
 class UserError(Exception):
     """A user's mistake. The message repeats what was passed and says what would fit.
@@ -26,19 +28,6 @@ class ProcessError(UserError):
 
 class LostProcessError(ProcessError):
     """Another process of the job died."""
-
-
-def escaped(text: object) -> str:
-    r"""Return a name or text from outside without characters that steer a terminal.
-
-    Line ends, escape sequences, changes of direction and bytes that are not UTF-8 are written as
-    Python escapes.
-
-    Example:
-        >>> print(escaped("a\x1b[2J.png"))
-        a\x1b[2J.png
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def say(*lines: object, file: TextIO | None = None) -> None:

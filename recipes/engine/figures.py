@@ -17,10 +17,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mimkit import masking, viz
+from mimkit._text import escaped
 from mimkit.masking import Mask
 from recipes.engine.data.images import Normalize, to_unit
 from recipes.engine.data.scenes import CLASSES, MAX_SIZE, MIN_SIZE, Part, load_scenes
-from recipes.engine.errors import UserError, escaped
+from recipes.engine.errors import UserError
 from recipes.engine.masks import first
 from recipes.engine.pictures import TiledPicture, save_picture
 from recipes.engine.pretrain import scalars

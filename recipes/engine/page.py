@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.engine.errors import UserError, escaped, say
+from mimkit._text import escaped
+from recipes.engine.errors import UserError, say
 from recipes.engine.pictures import config_of, different_keys
 from recipes.engine.reading import UnreadableError, open_regular, read_bytes
 from recipes.engine.run.cli import Runs, run_command

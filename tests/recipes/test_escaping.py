@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._utils import ExceptionWrapper
 
+from mimkit._text import escaped
 from recipes.engine import errors, run
-from recipes.engine.errors import UserError, escaped, say
+from recipes.engine.errors import UserError, say
 from recipes.engine.pictures import _captions
 from recipes.engine.pictures import main as place_side_by_side
 from recipes.engine.report import print_unreadable

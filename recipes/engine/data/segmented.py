@@ -26,12 +26,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimkit._text import escaped
 from recipes.engine.data.decode import Decoder, formats, open_picture
 from recipes.engine.data.images import NORMALIZE, Normalize, model_inputs, normalize_by_image
 from recipes.engine.data.listing import MAX_FILE_BYTES, Samples, hold_out, list_files
 from recipes.engine.data.scenes import CLASSES, Part, Scenes, load_scenes
 from recipes.engine.data.sets import Item, TrainSet
-from recipes.engine.errors import UserError, escaped
+from recipes.engine.errors import UserError
 from recipes.engine.reading import UnreadableError, read_bytes
 from recipes.engine.seeds import sample_rng
 

@@ -22,11 +22,12 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from mimkit import masking, viz
+from mimkit._text import escaped
 from mimkit.patches import grid_of, patchify, unpatchify
 from recipes.engine.data.decode import open_picture
 from recipes.engine.data.listing import MAX_FILE_BYTES
 from recipes.engine.data.sets import DataSet, ProbeData
-from recipes.engine.errors import UserError, escaped, say
+from recipes.engine.errors import UserError, say
 from recipes.engine.masks import first
 from recipes.engine.pictures.flat import enlarged, flatten_image, middle, plane
 from recipes.engine.probes import Features, compute_features, fit_attentive, standardize

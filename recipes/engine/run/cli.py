@@ -19,8 +19,9 @@ import docstring_parser
 import torch
 import tyro
 
+from mimkit._text import escaped
 from recipes import signals
-from recipes.engine.errors import ProcessError, UserError, escaped, say, say_page
+from recipes.engine.errors import ProcessError, UserError, say, say_page
 from recipes.engine.fields import (
     FieldError,
     PositiveFloat,
