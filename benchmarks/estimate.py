@@ -3,8 +3,9 @@
     python -m benchmarks.estimate [KERNEL ...]
 
 A launch takes at least as long as its bytes take at the rate of a copy, and as its instructions
-take to issue. The estimate is the longer of the two, where the last wave of programs counts as a
-full one for the instructions. It leaves out latency: with few warps a kernel is slower than this.
+take to issue. The estimate is the longer of the two. For the instructions, the last wave of
+programs counts as a full one; programs that all run at once take as long as the scheduler with the
+most warps. It leaves out latency: with few warps a kernel is slower than this.
 The first run on a GPU is there to be compared with it.
 
 Instructions are those of sm_90. A loop counts as often as it runs, which `trips` states; what is
@@ -14,6 +15,7 @@ jumped over counts with its probability, which `skipped` states.
 import re
 import sys
 from collections.abc import Sequence
+from math import ceil
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -24,7 +26,8 @@ from tests.kernels.figures import all_launches
 
 # H200: 132 multiprocessors, each with 4 schedulers at 1.75 GHz; GPU.md, section 2.
 MULTIPROCESSORS = 132
-INSTRUCTIONS_PER_US = MULTIPROCESSORS * 4 * 1750
+SCHEDULERS = MULTIPROCESSORS * 4
+ISSUED_PER_US = 1750  # by a scheduler; also the most of one warp
 COPIED_PER_US = 4.3e6  # bytes read and written; a copy of n bytes moves 2 n
 WARPS, REGISTERS, PROGRAMS, SHARED = 64, 65536, 32, 227 << 10  # of a multiprocessor
 
@@ -100,6 +103,16 @@ def cases() -> list[Case]:
                 Case("masked_pixel_loss", case, "forward", targets * (2 + size)),
                 Case("masked_pixel_loss", case, "backward", targets * (4 + size)),
             ]
+    # A sampler finds the 48 bits of a rank in rounds, of which the compiler unrolls 8, 6 or none.
+    found += [
+        Case("uniform_sample", f"{n} tokens", "sample", 8 * BATCH * n, trips=[48 / unrolled])
+        for n, unrolled in ((196, 8), (784, 6), (4096, 1))
+    ]
+    # 16 blocks are drawn for a sample on average (15.8 of 2048 samples, with the reference).
+    drawn = [16, 48 / 8]
+    found.append(
+        Case("blockwise_sample", "14x14 tokens", "blockwise", 8 * BATCH * 196, trips=drawn)
+    )
     return found + [
         Case(
             "move_tokens",
@@ -252,6 +265,15 @@ def occupancy(code: Compiled) -> int:
     return min(by_registers, by_shared, WARPS // code.warps, PROGRAMS)
 
 
+def tail(code: Compiled, waves: float) -> float:
+    """Return how much longer instructions take than if they were spread evenly."""
+    if waves < 1:
+        warps = code.programs * code.warps / SCHEDULERS
+        return ceil(warps) / warps
+    # A part of a last wave occupies the multiprocessors as long as a full one.
+    return ceil(waves) / waves if waves < 4 else 1
+
+
 def estimate(case: Case) -> str:
     """Return the row of a case."""
     code = compile_case(case)
@@ -261,26 +283,29 @@ def estimate(case: Case) -> str:
     waves = code.programs / (at_once * MULTIPROCESSORS)
     copy_us = case.must / COPIED_PER_US
     bytes_us = (case.must + case.extra) / COPIED_PER_US
-    issue_us = total / INSTRUCTIONS_PER_US
-    # A part of a last wave occupies the multiprocessors as long as a full one.
-    us = max(bytes_us, issue_us * max(-(-waves // 1) / waves if waves < 4 else 1, 1))
+    issue_us = total / (SCHEDULERS * ISSUED_PER_US)
+    us = max(bytes_us, issue_us * tail(code, waves))
     cells = (
         case.kernel,
         case.launch,
         case.case,
-        f"{case.must / 1e6:.0f}",
-        f"{(case.must + case.extra) / 1e6:.0f}",
+        _shown(case.must / 1e6),
+        _shown((case.must + case.extra) / 1e6),
         f"{instructions:.0f} x {code.warps} x {code.programs}",
         f"{32 * total / case.must:.2f}",
         f"{code.registers}",
         f"{at_once * code.warps / WARPS:.0%}",
         f"{waves:.1f}",
-        f"{copy_us:.0f}",
-        f"{issue_us:.0f}",
-        f"{us:.0f}",
+        _shown(copy_us),
+        _shown(issue_us),
+        _shown(us),
         f"{copy_us / us:.0%}",
     )
     return "| " + " | ".join(cells) + " |"
+
+
+def _shown(number: float) -> str:
+    return f"{number:.0f}" if number >= 1 else f"{number:.1f}"
 
 
 HEADER = (

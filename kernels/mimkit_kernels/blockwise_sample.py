@@ -349,7 +349,7 @@ def _blockwise_kernel(
     store_split(visible, masked, row, token, is_visible, num_tokens, num_visible, num_masked)
 
 
-# Launcher: as in uniform_sample, the sort needs the most registers.
+# Launcher: one warp counts up to 256 tokens without shared memory, as in uniform_sample.
 
 _NUM_WARPS = {512: 2, 1024: 8}  # with 4, Triton 3.6 spills for sm_80
 
