@@ -7,8 +7,8 @@ K1 x K2. Position (y + i - K1 // 2, x + j - K2 // 2) relative to cell v is posit
 which `neighbors` lists for the window around v (-1: masked or outside). If n is in the window of v,
 then v is in the window of n. So the gradient of the input is the same convolution with the filter
 flipped. The input is read from memory about once, halos from the caches; the output is written
-once. Masked cells of a halo cost nothing. The gradient of the filter is summed in a fixed order:
-partial sums over groups of cells, then over the groups.
+once. Masked cells of a halo cost nothing. The gradients of filter and bias are summed in one pass,
+in a fixed order: partial sums over groups of cells, then over the groups.
 """
 
 from __future__ import annotations
@@ -374,10 +374,11 @@ def _weight_gradient_kernel(
     G: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program: all taps of a block of channels, summed over `tiles` tiles."""
+    """One program: all taps and the bias of a block of channels, summed over `tiles` tiles."""
     channel, inside = _block_of_channels(G, BLOCK)
     first = tl.program_id(0) * tiles
     sums = (tl.zeros((BLOCK,), tl.float32),) * (G.K1 * G.K2)
+    bias = tl.zeros((BLOCK,), tl.float32)
     for step in range(tl.minimum(cells.tiles - first, tiles)):
         tile = first + step
         slot, row, column = _place_of_tile(tile, G)
@@ -386,10 +387,12 @@ def _weight_gradient_kernel(
         for p in tl.static_range(G.T1 * G.T2):
             place = source + (p // G.T2 * G.S2 + p % G.T2) * G.C
             upstream = upstream + (tl.load(place).to(tl.float32),)  # type: ignore[assignment]
+            bias += upstream[p]
         sums = _add_halo(sums, upstream, cells, tile, channel, G, G.K1, G.K2, G.T1, G.T2)
-    target = partial + tl.program_id(0).to(tl.int64) * (G.K1 * G.K2 * G.C) + channel
+    target = partial + tl.program_id(0).to(tl.int64) * ((G.K1 * G.K2 + 1) * G.C) + channel
     for k in tl.static_range(G.K1 * G.K2):
         tl.store(target + k * G.C, sums[k], mask=inside)
+    tl.store(target + G.K1 * G.K2 * G.C, bias, mask=inside)
 
 
 # Launchers
@@ -397,7 +400,7 @@ def _weight_gradient_kernel(
 MAX_TAPS = 49  # each is in a register; larger filters use the reference
 _MAX_SIDE = 4  # of a tile
 _TILES = 8  # of a program of the convolution
-_PROGRAMS = 1024  # of the filter's gradient; each writes a row of partial sums per tap
+_PROGRAMS = 1024  # of the filter's gradient; each writes a row of partial sums per tap and one more
 
 
 def _tile_side(size: int) -> int:
@@ -446,20 +449,27 @@ def _launch_weight_gradient(
     neighbors: Tensor,
     cell: Sequence[int],
     kernel: Sequence[int],
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     packed, geometry = _describe(cells, neighbors, cell, kernel)
     constants = _block(geometry.C)
     blocks = -(-geometry.C // constants["BLOCK"])
     tiles = max(-(-packed.tiles * blocks // _PROGRAMS), 1)
     parts = -(-packed.tiles // tiles)
-    partial = torch.empty((parts, *kernel, geometry.C), dtype=torch.float32, device=cells.device)
+    rows = math.prod(kernel) + 1  # the last one is the bias
+    partial = torch.empty((parts, rows, geometry.C), dtype=torch.float32, device=cells.device)
     if partial.numel():
         with on_device(cells):
             _weight_gradient_kernel[parts, blocks](
                 partial, packed, grad.contiguous(), tiles, G=geometry, **constants
             )
-    summed = partial.sum(0).permute(2, 0, 1).unsqueeze(1)
-    return summed.to(cells.dtype).contiguous()
+    summed = partial.sum(0)
+    taps = summed[:-1].unflatten(0, kernel).permute(2, 0, 1).unsqueeze(1)
+    grad_weight, grad_bias = (
+        # A copy: results of an operator share no memory.
+        part.to(cells.dtype, copy=True, memory_format=torch.contiguous_format)
+        for part in (taps, summed[-1])
+    )
+    return grad_weight, grad_bias
 
 
 # Registration
@@ -489,8 +499,9 @@ def _weight_gradient_reference(
     neighbors: Tensor,
     cell: Sequence[int],
     kernel: Sequence[int],
-) -> Tensor:
-    return _weight_gradient(cells, grad, halo_positions(neighbors, cell, kernel), cell)
+) -> tuple[Tensor, Tensor]:
+    filter_ = _weight_gradient(cells, grad, halo_positions(neighbors, cell, kernel), cell)
+    return filter_, grad.sum((0, 1, 2))
 
 
 def _fake_weight_gradient(
@@ -499,8 +510,9 @@ def _fake_weight_gradient(
     neighbors: Tensor,
     cell: Sequence[int],
     kernel: Sequence[int],
-) -> Tensor:
-    return cells.new_empty((cells.shape[-1], 1, *kernel))
+) -> tuple[Tensor, Tensor]:
+    channels = cells.shape[-1]
+    return cells.new_empty((channels, 1, *kernel)), cells.new_empty((channels,))
 
 
 def _setup_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -518,21 +530,27 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_cells = packed_depthwise_conv_op(grad, flipped, None, neighbors, ctx.cell)
     if needs_weight:
         kernel = list(weight.shape[2:])
-        grad_weight = weight_gradient_op(cells, grad, neighbors, ctx.cell, kernel)
-    if needs_bias and ctx.has_bias:
+        grad_weight, grad_bias = weight_gradient_op(cells, grad, neighbors, ctx.cell, kernel)
+    if not (needs_bias and ctx.has_bias):
+        grad_bias = None
+    elif grad_bias is None:
         grad_bias = grad.sum((0, 1, 2))
     return grad_cells, grad_weight, grad_bias, None, None
 
 
-def _setup_weight_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_weight_gradient(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
+) -> None:
     cells, grad, neighbors, ctx.cell, _ = inputs
     ctx.save_for_backward(cells, grad, neighbors)
 
 
-def _weight_gradient_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+def _weight_gradient_backward(
+    ctx: Any, upstream: Tensor, of_bias: Tensor
+) -> tuple[Tensor | None, ...]:
     cells, grad, neighbors = ctx.saved_tensors
     grad_cells = packed_depthwise_conv_op(grad, upstream.flip(2, 3), None, neighbors, ctx.cell)
-    grad_grad = packed_depthwise_conv_op(cells, upstream, None, neighbors, ctx.cell)
+    grad_grad = packed_depthwise_conv_op(cells, upstream, of_bias, neighbors, ctx.cell)
     return grad_cells, grad_grad, None, None, None
 
 
@@ -547,7 +565,7 @@ packed_depthwise_conv_op = register(
 )
 weight_gradient_op = register(
     "packed_depthwise_conv_weight_gradient(Tensor cells, Tensor grad, Tensor neighbors, "
-    "SymInt[] cell, SymInt[] kernel) -> Tensor",
+    "SymInt[] cell, SymInt[] kernel) -> (Tensor, Tensor)",
     launch=_launch_weight_gradient,
     reference=_weight_gradient_reference,
     fake=_fake_weight_gradient,

@@ -168,9 +168,10 @@ def test_packed_depthwise_conv_is_free_of_races(side):
     expected = packed_depthwise_conv.packed_depthwise_conv_reference(*inputs)
     assert_near(out, expected, torch.float32)
     backward = (cells, expected, around, (side, side), (5, 5))
-    grad = packed_depthwise_conv._launch_weight_gradient(*backward)
-    right = packed_depthwise_conv._weight_gradient_reference(*backward)
-    assert_near(grad, right, torch.float32)
+    grads = packed_depthwise_conv._launch_weight_gradient(*backward)
+    wanted = packed_depthwise_conv._weight_gradient_reference(*backward)
+    for result, right in zip(grads, wanted, strict=True):
+        assert_near(result, right, torch.float32)
 
 
 @pytest.mark.parametrize("width", [768, pytest.param(1000, marks=pytest.mark.full)])
