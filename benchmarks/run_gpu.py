@@ -56,11 +56,14 @@ RECIPES = ("tests", "quick", "steps", "loader")
 # What parts need beside PyTorch and Triton: package, module, parts (none if it is optional).
 PACKAGES = {
     "jaxtyping": ("jaxtyping", PARTS),
+    "wadler-lindig": ("wadler_lindig", PARTS),
     "einops": ("einops", PARTS),
     "pytest": ("pytest", PARTS),
     "hypothesis": ("hypothesis", ("tests", "quick")),
     "pytest-xdist": ("xdist", ("quick",)),
+    "execnet": ("execnet", ("quick",)),
     "tyro": ("tyro", RECIPES),
+    "typeguard": ("typeguard", RECIPES),
     "docstring-parser": ("docstring_parser", RECIPES),
     "pyyaml": ("yaml", RECIPES),
     "tqdm": ("tqdm", RECIPES),
@@ -355,7 +358,7 @@ def main(arguments: list[str] | None = None) -> int:
         result["stand_in"] = options.stand_in
         what = f"exit code {code}" if code is not None else "stopped"
         what = f"{step.full_name}: {what} after {took} s"
-        lines = output.read_text(errors="replace").split("\n") if code != 0 else []
+        lines = output.read_text(errors="replace").split("\n") if code else []
         results.keep(step, result, output, what)
         print(": ".join([what, *[line for line in lines if line.strip()][-1:]]), flush=True)
         return step.full_name if code != 0 and result["tries"] < tries else None
