@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.bench_mae_step import Attention, fused_attention, plain_attention
+from benchmarks.bench_mae_step import Attention, fused_attention, note_profile, plain_attention
 from benchmarks.harness import Bench, Variant, has_fast_bfloat16
 from mimkit import masking
 from mimkit.interop import to_official
@@ -433,6 +433,9 @@ def bench_cae_step(bench: Bench, dtype: torch.dtype) -> None:
         graphs=True,
         min_repeats=MIN_REPEATS,
     )
+    for variant in variants:
+        if not variant.is_compiled and (variant.is_baseline or variant.name == "mimkit"):
+            note_profile(bench, name, dtype, variant)
     if dtype == torch.float32 and bench.only is None:
         del variants
         note_gains(bench, name)

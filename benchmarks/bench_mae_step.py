@@ -27,6 +27,11 @@ MIN_REPEATS = 3  # a step takes seconds on a small CPU
 IS_MATRIX_PRODUCT = re.compile(
     r"::_?(mm|addmm|bmm|baddbmm|linear)$|scaled_dot_product|flash|mkldnn|conv"
 )
+# Operators that compute nothing; those of mimkit's kernels among them.
+IS_MOVE = re.compile(
+    r"::_?(copy_|clone|cat|stack|roll|flip|fill_|zero_|(index|gather|scatter|masked_select)\w*"
+    r"|restore_tokens)$"
+)
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -174,11 +179,14 @@ def count_flops(variant: Variant) -> int:
 
 
 def note_profile(bench: Bench, case: str, dtype: torch.dtype, variant: Variant) -> None:
-    """Print the operators with the largest self time in a step."""
+    """Print the operators with the largest self time in a step, if the variant is timed."""
+    if bench.only is not None and not re.search(bench.only, variant.name):
+        return
     times = _profile(variant, bench.device)
     total = sum(times.values())
     gigaflop = count_flops(variant) / 1e9
     matrix = sum(ms for name, ms in times.items() if IS_MATRIX_PRODUCT.search(name))
+    moves = sum(ms for name, ms in times.items() if IS_MOVE.search(name))
     top = dict(list(times.items())[:10])
     gaps = None
     if bench.device.type == "cuda":
@@ -187,7 +195,8 @@ def note_profile(bench: Bench, case: str, dtype: torch.dtype, variant: Variant) 
     lines = [
         "",
         f"{case}, {dtype}, {variant.name}: {matrix / total:.1%} of {total:.0f} ms of operators are "
-        f"matrix products, of {gigaflop:,.0f} GFLOP; the ten largest by self time:",
+        f"matrix products, of {gigaflop:,.0f} GFLOP, and {moves / total:.1%} move data; the ten "
+        "largest by self time:",
         *(f"  {ms:9.1f} ms  {ms / total:6.1%}  {name}" for name, ms in top.items()),
     ]
     if gaps is not None:
@@ -201,6 +210,7 @@ def note_profile(bench: Bench, case: str, dtype: torch.dtype, variant: Variant) 
         total_ms=total,
         gigaflop=gigaflop,
         share_of_matrix_products=matrix / total,
+        share_of_data_movement=moves / total,
         share_of_launch_gaps=gaps,
         top_ms=top,
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.bench_mae_step import note_profile
 from benchmarks.harness import Bench, Variant, has_fast_bfloat16
 from mimkit import masking
 from mimkit.interop import from_official
@@ -407,6 +408,8 @@ def bench_simmim_step(bench: Bench, encoder: str, dtype: torch.dtype, compiled: 
         graphs=True,
         min_repeats=MIN_REPEATS,
     )
+    for variant in [] if compiled else [plain, fused, ours]:
+        note_profile(bench, case, dtype, variant)
     if not compiled and bench.only is None:
         _note_gains(bench, case, dtype, {**mixed, "all of mimkit": ours})
 

@@ -25,6 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--rows", type=Path, metavar="FILE", help="append the rows to this file")
     group.addoption(
+        "--resume", action="store_true", help="measure only what the file of --rows does not have"
+    )
+    group.addoption(
         "--seconds", type=float, default=1.0, help="timing budget of one pass of a case (seconds)"
     )
     group.addoption(
@@ -35,8 +38,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Start an empty report, and record the machine's load before the benchmarks run."""
     describe_environment()
+    if config.getoption("--resume") and config.getoption("--rows") is None:
+        raise pytest.UsageError("--resume goes on from the file of --rows: add --rows FILE")
     file = results_file() if config.getoption("--save") else config.getoption("--rows")
-    config.stash[REPORT] = Report(file=file)
+    config.stash[REPORT] = Report(file=file, resume=config.getoption("--resume"))
 
 
 @pytest.hookimpl(trylast=True)  # after `-k` has selected

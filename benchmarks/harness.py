@@ -4,6 +4,7 @@
     pytest benchmarks/ --seconds 0.5      # less timing: seconds per pass of a case
     pytest benchmarks/ --save             # also append the rows to benchmarks/results/
     pytest benchmarks/ --rows FILE        # append them to FILE instead
+    pytest benchmarks/ --rows FILE --resume    # and measure only what FILE does not have yet
 
 Results are written only if asked for, so that other runs leave the checkout clean; each row as soon
 as it is measured. Speed is never asserted: a benchmark fails only if a variant differs from the
@@ -18,12 +19,13 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +42,11 @@ FLUSH_BYTES = 256 << 20  # several times the largest L2 cache of a GPU
 SPIN_CYCLES = 4_000_000  # 2 ms on an H200: longer than Python takes to launch a kernel
 # Triton's interpreter stands in for a GPU: every line runs, with tiny shapes and no meaning.
 STAND_IN = INTERPRETED
+# Fields that say what was measured, where, and of which code; the others are what came out.
+IDENTITY = (
+    "bench", "kind", "case", "variant", "pass", "dtype", "ratio", "kernel", "device", "torch",
+    "commit",
+)  # fmt: skip
 
 
 def output_and_gradients(output: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -161,14 +168,45 @@ class Row:
         record = asdict(self)
         return {name.rstrip("_"): value for name, value in record.items()}
 
+    @staticmethod
+    def of_record(record: Mapping[str, Any]) -> "Row":
+        """Return the row of a record that `as_record` has made."""
+        names = (item.name for item in fields(Row))
+        return Row(**{name: record[name.rstrip("_")] for name in names})
+
+
+def read_records(file: Path) -> Iterator[dict[str, Any]]:
+    """Return the measurements of a file; lines that a killed run left unfinished are skipped."""
+    for line in file.read_text().splitlines() if file.exists() else ():
+        with suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                yield record
+
+
+def identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what tells a measurement from others."""
+    return tuple(record.get(name) for name in IDENTITY)
+
 
 @dataclass
 class Report:
-    """All measurements of a session."""
+    """All measurements of a session; with `resume`, what the file has already is not added."""
 
     rows: list[Row] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
     file: Path | None = None
+    resume: bool = False
+
+    @cached_property
+    def earlier(self) -> dict[tuple[Any, ...], dict[str, Any]]:
+        """The measurements of earlier sessions to go on from."""
+        records = read_records(self.file) if self.resume and self.file is not None else ()
+        return {identity(record): record for record in records}
+
+    def find(self, **record: Any) -> dict[str, Any] | None:
+        """Return the same measurement of an earlier session, of the same code on this machine."""
+        return self.earlier.get(identity(record | describe_environment()))
 
     def add(self, row: Row) -> None:
         """Keep a row, and save it."""
@@ -186,10 +224,19 @@ class Report:
 
     def save(self, record: dict[str, Any]) -> None:
         """Append a measurement to the file, if there is one."""
-        if self.file is not None:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a") as file:
-                file.write(json.dumps(record | describe_environment()) + "\n")
+        if self.file is None or self.find(**record) is not None:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a+b") as file:
+            # A killed run may have left an unfinished line.
+            if file.tell() and not _ends_line(file):
+                file.write(b"\n")
+            file.write(json.dumps(record | describe_environment()).encode() + b"\n")
+
+
+def _ends_line(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
 
 
 def results_file() -> Path:
@@ -252,11 +299,17 @@ class Bench:
             self.note_once(describe_kernel_rows())
         reference, *_ = variants
         variants = self.chosen(variants)
+        own: list[Variant] = []
+        if graphs and (self.device.type == "cuda" or STAND_IN):
+            own = [v for v in variants if "authors" not in v.name and not v.is_compiled]
+        replayed = [graph_name(variant) for variant in own]
+        names = [*(variant.name for variant in variants), *replayed]
+        passes = [pass_ for pass_ in passes if not self._take_earlier(case, names, pass_, dtype)]
+        if not passes:
+            return
         checked = variants if reference in variants else [reference, *variants]
         first_call = check_variants(checked, tolerance)
-        if self.device.type == "cuda" or STAND_IN:
-            own = [v for v in variants if graphs and "authors" not in v.name]
-            variants = [*variants, *(graphed(v) for v in own if not v.is_compiled)]
+        variants = [*variants, *(graphed(v) for v in own)]
         for pass_ in passes:
             timed = {v.name: timer(v, pass_, self.device) for v in variants}
             moved_bytes = (moved or {}).get(pass_)
@@ -270,12 +323,14 @@ class Bench:
             for variant in variants:
                 fastest = min(times[variant.name])
                 share = min(times["copy"]) / fastest if moved_bytes is not None else None
+                # The memory of a graph is taken when it is captured, not when it is replayed.
+                has_peak = pass_ == "both" and variant.name not in replayed
                 row = Row(
                     bench=self.name,
                     case=case,
                     variant=variant.name,
                     pass_=pass_,
-                    dtype=str(dtype).removeprefix("torch."),
+                    dtype=_dtype_name(dtype),
                     repeats=len(times[variant.name]),
                     min_ms=1e3 * fastest,
                     median_ms=1e3 * statistics.median(times[variant.name]),
@@ -283,10 +338,22 @@ class Bench:
                     paired_speedup=None if best is None else paired(best, times[variant.name]),
                     moved_bytes=moved_bytes,
                     share_of_copy=share,
-                    peak_bytes=peak_bytes(variant) if pass_ == "both" else None,
+                    peak_bytes=peak_bytes(variant) if has_peak else None,
                     first_call_s=first_call.get(variant.name) if variant.is_compiled else None,
                 )
                 self.report.add(row)
+
+    def _take_earlier(
+        self, case: str, names: Iterable[str], pass_: Pass, dtype: torch.dtype
+    ) -> bool:
+        """Take the rows of an earlier session if all are there; return whether they were."""
+        common = {"bench": self.name, "case": case, "pass": pass_, "dtype": _dtype_name(dtype)}
+        found = [self.report.find(variant=name, **common) for name in names]
+        records = [record for record in found if record is not None]
+        if len(records) < len(found):
+            return False
+        self.report.rows += map(Row.of_record, records)
+        return True
 
     def batch(self, on_gpu: int, on_cpu: int) -> int:
         """Return the batch size for the device; 1 for the stand-in."""
@@ -354,14 +421,18 @@ def assert_close(name: str, result: Tensor, reference: Tensor, tolerance: float)
 
 
 def peak_bytes(variant: Variant) -> int | None:
-    """Return the peak memory of forward and backward on a GPU, weights and inputs included."""
+    """Return the peak memory of forward and backward on a GPU.
+
+    Weights and inputs are not counted: those of all variants are there at the same time.
+    """
     if not torch.cuda.is_available():
         return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     variant.backward(variant.forward())
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def timer(variant: Variant, pass_: Pass, device: torch.device) -> Callable[[], float]:
@@ -381,13 +452,18 @@ def timer(variant: Variant, pass_: Pass, device: torch.device) -> Callable[[], f
     return {"forward": forward, "backward": backward, "both": both}[pass_]
 
 
+def graph_name(variant: Variant) -> str:
+    """Return the name of the row of a variant's CUDA graph."""
+    return f"{variant.name}, CUDA graph"
+
+
 def graphed(variant: Variant) -> Variant:
     """Return the forward and backward pass of a variant as a CUDA graph, which is replayed."""
 
     def run() -> None:
         variant.backward(variant.forward())
 
-    name = f"{variant.name}, CUDA graph"
+    name = graph_name(variant)
     if not torch.cuda.is_available():  # the stand-in
         return Variant(name, run)
     side = torch.cuda.Stream()
@@ -502,7 +578,9 @@ def format_table(rows: Sequence[Row]) -> list[str]:
 def describe_environment() -> dict[str, Any]:
     """Return the machine, versions and commit that a result depends on."""
     # A copy of the tree without .git is told which commit it is.
-    commit = os.environ.get("MIMKIT_COMMIT") or _git("rev-parse", "HEAD")
+    head = _git("rev-parse", "HEAD")
+    # What git does not track may be wheels or results, and runs only through what it tracks.
+    changes = None if head is None else _git("status", "--porcelain", "--untracked-files=no")
     return {
         "device": _device_name(),
         "threads": torch.get_num_threads(),
@@ -511,8 +589,8 @@ def describe_environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
-        "commit": commit,
-        "dirty": None if commit is None else bool(_git("status", "--porcelain")),
+        "commit": os.environ.get("MIMKIT_COMMIT") or head,
+        "dirty": None if changes is None else bool(changes),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -532,6 +610,10 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return device.type != "cpu" or bool(
         not STAND_IN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _noise(shape: torch.Size, like: Tensor) -> Tensor:

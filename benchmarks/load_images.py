@@ -9,6 +9,7 @@ import argparse
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +64,10 @@ def main() -> int:
     # The first half fills the queues of the workers.
     half = len(times) // 2
     rate = options.batch_size * (len(times) - 1 - half) / (times[-1] - times[half])
-    print(f"{rate:.0f} images/s to {device}, {dtype} from the loader, {options.workers} workers")
-    record = {"bench": "load_images", "images_per_s": rate, "dtype": dtype}
+    decoder = "Pillow" if find_spec("simplejpeg") is None else "simplejpeg"
+    print(f"{rate:.0f} images/s to {device}, {dtype} from the loader, {options.workers} workers, "
+          f"{decoder}")  # fmt: skip
+    record = {"bench": "load_images", "images_per_s": rate, "dtype": dtype, "decoder": decoder}
     Report(file=options.rows).save(record | {"workers": options.workers, "size": options.size})
     return 0
 

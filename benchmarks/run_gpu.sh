@@ -1,16 +1,12 @@
 #!/usr/bin/env bash
-# Run everything that needs a GPU: see run_gpu.py. The machine needs no network. What it lacks beside
-# PyTorch and Triton comes from a folder `packages` (made elsewhere by `pip install --target packages
-# jaxtyping tyro beartype ...`) or `wheels` (wheels of pure Python, which are only unpacked).
+# Run everything that needs a GPU: see run_gpu.py, and README.md for the packages that it takes. The
+# machine needs no network: packages come from a folder `packages` (made elsewhere by `pip install
+# --target packages ...`) or from wheels in a folder `wheels`, which are only unpacked.
 #
 #   benchmarks/run_gpu.sh FOLDER [--part PART] [--minutes 8] [--jobs 8] [--stand-in]   until it says "left: nothing"
 set -euo pipefail
-cd "$(dirname "$0")/.."
+root=$(cd "$(dirname "$0")/.." && pwd)
 python=$(command -v python3 || command -v python)
-if [ -d wheels ] && [ ! -d packages ]; then
-    mkdir packages
-    for wheel in wheels/*.whl; do "$python" -m zipfile -e "$wheel" packages; done
-fi
 # At the end, so that packages of the machine come first.
-export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}:$PWD/packages"
-exec "$python" -m benchmarks.run_gpu "$@"
+export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}:$root/packages:$root/wheels/unpacked"
+exec "$python" -P -m benchmarks.run_gpu "$@"

@@ -1,0 +1,133 @@
+"""Rows of benchmarks: saved as they are measured, and not measured again when a run goes on."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import harness
+from benchmarks.bench_mae_step import IS_MATRIX_PRODUCT, IS_MOVE
+from benchmarks.harness import Bench, Pass, Report, Row, Variant, read_records
+from benchmarks.sweep_launches import measured
+
+Run = Callable[..., list[str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Run a benchmark of two variants; return which were called."""
+    x = torch.ones(4, requires_grad=True)
+
+    def compare(
+        passes: tuple[Pass, ...] = ("forward",), resume: bool = True, fails: str = ""
+    ) -> list[str]:
+        calls: list[str] = []
+
+        def function(name: str) -> Callable[[Tensor], Tensor]:
+            def call(x: Tensor) -> Tensor:
+                calls.append(name)
+                return x * (3 if name == fails else 2)
+
+            return call
+
+        variants = [Variant(name, function(name), (x,), (x,)) for name in ("theirs", "ours")]
+        report = Report(file=tmp_path / "rows.jsonl", resume=resume)
+        bench = Bench("bench_double", torch.device("cpu"), 0, report)
+        bench.compare("four", variants, dtype=torch.float32, tolerance=0, passes=passes)
+        assert {row.variant for row in report.rows} == {"theirs", "ours"}
+        return calls
+
+    return compare
+
+
+def keys(file: Path) -> list[tuple[str, str]]:
+    return [(record["variant"], record["pass"]) for record in read_records(file)]
+
+
+def test_what_the_file_has_is_neither_measured_nor_saved_again(run: Run, tmp_path: Path) -> None:
+    assert set(run()) == {"theirs", "ours"}
+    before = (tmp_path / "rows.jsonl").read_text()
+    assert run() == []
+    assert (tmp_path / "rows.jsonl").read_text() == before
+    assert run(("forward", "backward"))
+    assert sorted(keys(tmp_path / "rows.jsonl")) == [
+        ("ours", "backward"), ("ours", "forward"), ("theirs", "backward"), ("theirs", "forward"),
+    ]  # fmt: skip
+
+
+def test_without_resume_rows_are_added(run: Run, tmp_path: Path) -> None:
+    run()
+    assert run(resume=False)
+    assert len(keys(tmp_path / "rows.jsonl")) == 4
+
+
+def test_rows_of_another_commit_do_not_count(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run()
+    environment = harness.describe_environment() | {"commit": "another"}
+    monkeypatch.setattr(harness, "describe_environment", lambda: environment)
+    assert run()
+    assert len(keys(tmp_path / "rows.jsonl")) == 4
+
+
+@pytest.mark.parametrize("cut", [1, 20, 10_000])
+def test_a_line_that_a_killed_run_left_unfinished_costs_only_itself(
+    run: Run, tmp_path: Path, cut: int
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    run()
+    first, second = file.read_text().splitlines()
+    file.write_text(f"{first}\n{second[:-cut]}")
+    assert run()
+    assert sorted(keys(file)) == [("ours", "forward"), ("theirs", "forward")]
+    run(resume=False)
+    assert len(keys(file)) == 4
+
+
+def test_a_row_is_read_as_it_was_saved() -> None:
+    row = Row("bench", "case", "ours", "both", "float32", 3, 1.0, 2.0, None, peak_bytes=7)
+    assert Row.of_record(json.loads(json.dumps(row.as_record()))) == row
+
+
+def test_the_sweep_repeats_what_failed_and_what_was_not_saved_whole(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    records: list[dict[str, Any]] = [
+        {"bench": "sweep", "case": "whole", "us": {"num_warps=None": 3.0, "num_warps=1": "no"}},
+        {"bench": "sweep", "case": "failed", "us": {"num_warps=None": "RuntimeError"}},
+        {"bench": "other", "case": "other"},
+        {"bench": "sweep", "case": "half", "us": {"num_warps=None": 3.0}},
+    ]
+    file.write_text("\n".join(map(json.dumps, records))[:-4])
+    assert measured(file) == {"whole"}
+    assert measured(tmp_path / "absent") == set()
+
+
+def test_rows_of_a_copy_without_history_do_not_say_that_it_is_clean(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MIMKIT_COMMIT", "0123abc")
+    monkeypatch.setattr(harness, "_git", lambda *_: None)
+    environment = harness.describe_environment.__wrapped__()
+    assert (environment["commit"], environment["dirty"]) == ("0123abc", None)
+
+
+def test_operators_of_a_profile_are_products_or_moves_or_neither() -> None:
+    kinds = {
+        "aten::addmm": "product", "aten::_scaled_dot_product_flash_attention": "product",
+        "aten::cudnn_convolution": "product", "mimkit::packed_depthwise_conv": "product",
+        "aten::copy_": "move", "aten::cat": "move", "aten::gather": "move", "aten::index": "move",
+        "aten::index_select": "move", "aten::_index_put_impl_": "move", "aten::fill_": "move",
+        "mimkit::gather_patches": "move", "mimkit::restore_tokens": "move",
+        "mimkit::scatter_tokens": "move", "aten::add": "", "aten::gelu": "", "aten::sum": "",
+        "mimkit::sum_tokens": "", "aten::native_layer_norm": "", "mimkit::uniform_sample": "",
+    }  # fmt: skip
+    found = {
+        name: "product" * bool(IS_MATRIX_PRODUCT.search(name)) + "move" * bool(IS_MOVE.search(name))
+        for name in kinds
+    }
+    assert found == kinds
