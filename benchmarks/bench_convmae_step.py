@@ -20,7 +20,7 @@ from benchmarks.bench_mae_step import (
 )
 from benchmarks.bench_pixel_loss import authors_loss
 from benchmarks.bench_tokens import authors_gather
-from benchmarks.harness import Bench, Variant, alternate, has_fast_bfloat16, timer
+from benchmarks.harness import STEP_BATCHES, Bench, Variant, alternate, has_fast_bfloat16, timer
 from mimkit import masking
 from mimkit.interop import from_official
 from mimkit.patches import pack_cells
@@ -187,20 +187,20 @@ def _peak_bytes(variant: Variant, device: torch.device) -> int:
     return peak
 
 
-def _case(bench: Bench, dtype: torch.dtype) -> tuple[str, ConvMAEConfig, int]:
+def _case(bench: Bench, dtype: torch.dtype, batch: int) -> tuple[str, ConvMAEConfig, int]:
     """Return name, model and batch size; a small case where a bfloat16 step would take minutes."""
     if dtype == torch.bfloat16 and not has_fast_bfloat16(bench.device):
         bench.note(["bfloat16 has no fast matrix products on this CPU: a small model is timed"])
         config = ConvMAEConfig(image_size=224, depth=(1, 1, 1), decoder_depth=1)
         return "widths of ConvMAE-B, depth 1, 1, 1 + 1, B=1", config, 1
-    batch = bench.batch(256, 8)
     return f"ConvMAE-B, B={batch}", ConvMAEConfig(image_size=224), batch
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def bench_convmae_step(bench: Bench, dtype: torch.dtype, compiled: bool) -> None:
-    case, config, batch = _case(bench, dtype)
+@pytest.mark.parametrize("batch", STEP_BATCHES)
+def bench_convmae_step(bench: Bench, dtype: torch.dtype, compiled: bool, batch: int) -> None:
+    case, config, batch = _case(bench, dtype, batch)
     model = ConvMAE(config).to(bench.device)
     authors = AuthorsConvMAE(config, plain_attention).to(bench.device)
     official = authors.state_dict()

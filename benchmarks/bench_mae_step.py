@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.bench_pixel_loss import authors_loss
 from benchmarks.bench_tokens import authors_gather, authors_restore
-from benchmarks.harness import Bench, Variant, has_fast_bfloat16, time_on_gpu
+from benchmarks.harness import STEP_BATCHES, Bench, Variant, has_fast_bfloat16, time_on_gpu
 from mimkit import masking
 from mimkit.interop import from_official
 from recipes.engine.flops import counting_flops
@@ -216,19 +216,19 @@ def note_profile(bench: Bench, case: str, dtype: torch.dtype, variant: Variant) 
     )
 
 
-def _case(bench: Bench, dtype: torch.dtype) -> tuple[str, MAEConfig, int]:
+def _case(bench: Bench, dtype: torch.dtype, batch: int) -> tuple[str, MAEConfig, int]:
     """Return name, model and batch size; a small case where a bfloat16 step would take minutes."""
     if dtype == torch.bfloat16 and not has_fast_bfloat16(bench.device):
         bench.note(["bfloat16 has no fast matrix products on this CPU: a small model is timed"])
         config = MAEConfig(image_size=224, depth=2, decoder_depth=1)
         return "width of ViT-B/16, depth 2 + 1, B=1", config, 1
-    batch = bench.batch(64, 8)
     return f"ViT-B/16, B={batch}", MAEConfig(image_size=224), batch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def bench_mae_step(bench: Bench, dtype: torch.dtype) -> None:
-    case, config, batch = _case(bench, dtype)
+@pytest.mark.parametrize("batch", STEP_BATCHES)
+def bench_mae_step(bench: Bench, dtype: torch.dtype, batch: int) -> None:
+    case, config, batch = _case(bench, dtype, batch)
     authors = AuthorsMAE(config, fused_attention).to(bench.device)
     plain = AuthorsMAE(config, plain_attention).to(bench.device)
     model = MAE(config).to(bench.device)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.bench_mae_step import note_profile
-from benchmarks.harness import Bench, Variant, has_fast_bfloat16
+from benchmarks.harness import STEP_BATCHES, Bench, Variant, has_fast_bfloat16
 from mimkit import masking
 from mimkit.interop import from_official
 from mimkit.masking import Mask
@@ -321,12 +321,14 @@ class AuthorsSimMIM(nn.Module):
         return F.l1_loss(predicted, pixels)
 
 
-def _case(bench: Bench, encoder: str, dtype: torch.dtype) -> tuple[str, SimMIMConfig, int, int]:
+def _case(
+    bench: Bench, encoder: str, dtype: torch.dtype, batch: int
+) -> tuple[str, SimMIMConfig, int, int]:
     """Return name, model, batch size and unit; small where a bfloat16 step would take minutes."""
     small = dtype == torch.bfloat16 and not has_fast_bfloat16(bench.device)
     if small:
         bench.note(["bfloat16 has no fast matrix products on this CPU: a small model is timed"])
-    batch = 1 if small else bench.batch(64, 8)
+    batch = 1 if small else batch
     if encoder == "vit":
         config = SimMIMConfig(image_size=224, depth=2 if small else 12)
         return f"ViT-B/16, 224 px, depth {config.depth}, B={batch}", config, batch, 2
@@ -343,8 +345,11 @@ def _case(bench: Bench, encoder: str, dtype: torch.dtype) -> tuple[str, SimMIMCo
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("encoder", ["vit", "swin"])
-def bench_simmim_step(bench: Bench, encoder: str, dtype: torch.dtype, compiled: bool) -> None:
-    case, config, batch, unit = _case(bench, encoder, dtype)
+@pytest.mark.parametrize("batch", STEP_BATCHES)
+def bench_simmim_step(
+    bench: Bench, encoder: str, dtype: torch.dtype, compiled: bool, batch: int
+) -> None:
+    case, config, batch, unit = _case(bench, encoder, dtype, batch)
     model = SimMIM(config).to(bench.device)
     side = config.image_size // config.patch_size
     key = masking.key(torch.arange(batch, device=bench.device), seed=0)

@@ -42,6 +42,8 @@ FLUSH_BYTES = 256 << 20  # several times the largest L2 cache of a GPU
 SPIN_CYCLES = 4_000_000  # 2 ms on an H200: longer than Python takes to launch a kernel
 # Triton's interpreter stands in for a GPU: every line runs, with tiny shapes and no meaning.
 STAND_IN = INTERPRETED
+# Of a training step. On a GPU, launches take their part of the small one.
+STEP_BATCHES = (64, 256) if torch.cuda.is_available() else (1,) if STAND_IN else (8,)
 # Fields that say what was measured, where, and of which code; the others are what came out.
 IDENTITY = (
     "bench", "kind", "case", "variant", "pass", "dtype", "ratio", "kernel", "device", "torch",
@@ -80,10 +82,10 @@ class Variant:
     is_compiled: bool = False
     upstream: Tensor | tuple[Tensor, ...] | None = None
 
-    def compiled(self) -> "Variant":
-        """Return the same variant with `torch.compile`."""
+    def compiled(self, *, fullgraph: bool = True) -> "Variant":
+        """Return the same variant with `torch.compile`, in one graph or as many as it needs."""
         backend = "aot_eager" if STAND_IN else "inductor"
-        function = torch.compile(self.function, fullgraph=True, dynamic=False, backend=backend)
+        function = torch.compile(self.function, fullgraph=fullgraph, dynamic=False, backend=backend)
         name = f"{self.name}, torch.compile"
         return replace(self, name=name, function=function, is_compiled=True)
 
