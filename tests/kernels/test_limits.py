@@ -146,6 +146,45 @@ def test_misaligned_access_is_found():
             planted.misaligned_kernel[(1,)](torch.zeros(600), 2, BLOCK=512)
 
 
+# Strides
+
+
+def strided(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a meta tensor of which no two values are neighbors in memory."""
+    return meta(*shape, 2, dtype=dtype)[..., 0]
+
+
+def tensors(name: str, argument: Any) -> list[tuple[str, Tensor]]:
+    """Return the tensors of a kernel's argument, each with its name."""
+    if isinstance(argument, tuple):
+        names = getattr(argument, "_fields", map(str, range(len(argument))))
+        parts = zip(names, argument, strict=True)
+        return [found for part, value in parts for found in tensors(part, value)]
+    return [(name, argument)] if isinstance(argument, Tensor) else []
+
+
+# Kernels read images by their strides. The others are of `linear_cross_entropy`, which makes them.
+NOT_COPIED = {"images", "logits", "losses", "hits"}
+
+
+@compiles
+@pytest.mark.parametrize("kernel", sorted({kernel for kernel, _ in all_launches()}))
+def test_kernels_that_take_no_strides_get_contiguous_tensors(kernel):
+    """One that is not would be read at wrong addresses, with no error."""
+    calls = [call for (of, _), call in all_launches().items() if of == kernel]
+    with mock.patch.object(import_module(f"tests.kernels.test_{kernel}"), "meta", strided):
+        launched = [launch for call in calls for launch in record(call)]
+    found = [
+        (launch.name, *pair)
+        for launch in launched
+        for argument in launch.arguments.items()
+        for pair in tensors(*argument)
+    ]
+    assert len(found) > len(launched)
+    for launch, name, tensor in found:
+        assert tensor.is_contiguous() or name in NOT_COPIED, (launch, name)
+
+
 # Devices and streams
 
 
