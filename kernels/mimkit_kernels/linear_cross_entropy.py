@@ -49,9 +49,9 @@ def linear_cross_entropy(
         Loss and accuracy, float32 (the loss float64 for float64 inputs); 0 if there are no rows.
     """
     dtype = linear_dtype(x, weight)
+    fused = takes_kernel("linear_cross_entropy", x, lambda: dtype_obstacle(logits=dtype))
     if settings.backend == "reference" or is_transformed():
         return linear_cross_entropy_reference(x, weight, bias, target)
-    fused = takes_kernel("linear_cross_entropy", x, lambda: dtype_obstacle(logits=dtype))
     leaves = (x, weight) if bias is None else (x, weight, bias)
     needs_gradient = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     loss, accuracy, *_ = linear_cross_entropy_op(

@@ -417,6 +417,18 @@ def _restore_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_visible, grad_fill, None, None, grad_positions, None
 
 
+def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tokens, ids, ctx.prefix = inputs
+    ctx.length, ctx.dtype = tokens.shape[1], tokens.dtype
+    ctx.save_for_backward(ids)
+
+
+def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (ids,) = ctx.saved_tensors
+    taken = grad.to(ctx.dtype).expand(*ids.shape, -1)
+    return scatter_tokens_op(taken, ids + ctx.prefix, ctx.length, 0), None, None
+
+
 gather_tokens_op = register(
     "gather_tokens(Tensor tokens, Tensor ids, SymInt prefix) -> Tensor",
     launch=_launch_gather,
@@ -447,4 +459,6 @@ sum_tokens_op = register(
     launch=_launch_sum,
     reference=_sum_reference,
     fake=_fake_sum,
+    backward=_sum_backward,
+    setup_context=_setup_sum,
 )

@@ -72,7 +72,7 @@ def halo_positions(neighbors: Tensor, cell: Sequence[int], kernel: Sequence[int]
         whole batch. One index past the end marks positions that are masked or outside.
     """
     batch, visible, window = neighbors.shape
-    side = math.isqrt(window)
+    side = _side(window)
     halo_y, halo_x = (
         torch.arange(-(k // 2), size + k // 2, device=neighbors.device) + side // 2 * size
         for k, size in zip(kernel, cell, strict=True)
@@ -85,6 +85,14 @@ def halo_positions(neighbors: Tensor, cell: Sequence[int], kernel: Sequence[int]
     places = (sample.view(-1, 1, 1) * visible + around) * positions
     places = places + y.unsqueeze(1) * cell[1] + x
     return places.masked_fill(around < 0, batch * visible * positions)
+
+
+def _side(window: int) -> int:
+    """Return the side of a square window; `torch.compile` cannot trace `math.isqrt` of a size."""
+    side = 1
+    while side * side < window:
+        side += 2
+    return side
 
 
 class _ByHalo(torch.autograd.Function):
@@ -419,7 +427,7 @@ def _describe(
     cells: Tensor, neighbors: Tensor, cell: Sequence[int], kernel: Sequence[int]
 ) -> tuple[Cells, Geometry]:
     batch, visible, positions, channels = cells.shape
-    reach = math.isqrt(neighbors.shape[2]) // 2
+    reach = _side(neighbors.shape[2]) // 2
     tile = _tile_side(cell[0]), _tile_side(cell[1])
     tiles = batch * visible * positions // (tile[0] * tile[1])
     packed = Cells(cells.contiguous(), neighbors.contiguous(), visible, tiles)
@@ -438,7 +446,13 @@ def _launch_conv(
         constants = _block(geometry.C)
         with on_device(cells):
             _conv_kernel[-(-packed.tiles // _TILES), -(-geometry.C // constants["BLOCK"])](
-                out, packed, taps, bias, G=geometry, TILES=_TILES, **constants
+                out,
+                packed,
+                taps,
+                None if bias is None else bias.contiguous(),
+                G=geometry,
+                TILES=_TILES,
+                **constants,
             )
     return out
 

@@ -104,8 +104,10 @@ def packed_depthwise_conv2d(
             f"neighbors {tuple(neighbors.shape)} and cells {tuple(cells.shape)} must have the same "
             "batch size and number of visible cells"
         )
-    reach = (math.isqrt(neighbors.shape[2]) - 1) // 2
-    if (2 * reach + 1) ** 2 != neighbors.shape[2] or reach < reach_of(radius, size):
+    reach = reach_of(radius, size)
+    while (2 * reach + 1) ** 2 < neighbors.shape[2]:  # torch.compile cannot trace `math.isqrt`
+        reach += 1
+    if (2 * reach + 1) ** 2 != neighbors.shape[2]:
         raise ValueError(
             f"a kernel of radius {radius} on cells of {size} needs neighbors with "
             f"reach={reach_of(radius, size)}; got a window of {neighbors.shape[2]} cells"

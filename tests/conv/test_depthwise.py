@@ -141,9 +141,11 @@ def test_autocast_casts_as_a_convolution_does(dtype):
 
 @pytest.mark.full
 @pytest.mark.untyped
-def test_it_compiles_into_one_graph():
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_it_compiles_into_one_graph(dynamic):
+    torch.compiler.reset()
     case = tuple(x.float() if isinstance(x, Tensor) else x for x in case_with(6))
-    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(packed, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     torch.testing.assert_close(compiled(*case), packed(*case))
     for ours, theirs in zip(gradients(compiled, case), gradients(packed, case), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -60,6 +60,88 @@ def scratch_kernel(
 
 
 @jit
+def loop_kernel(
+    out: tl.tensor,
+    buffer: tl.tensor,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BARRIER: tl.constexpr,
+) -> None:
+    """One warp overwrites what another reads one step earlier or later."""
+    i = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.int32)
+    for step in range(0, STEPS):
+        total += tl.load(buffer + (i + BLOCK // 2) % BLOCK)
+        if BARRIER:
+            tl.debug_barrier()
+        tl.store(buffer + i, total + step)
+        if BARRIER:
+            tl.debug_barrier()
+    tl.store(out + i, total)
+
+
+@jit
+def centered_kernel(
+    out: tl.tensor,
+    buffer: tl.tensor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BARRIER: tl.constexpr,
+) -> None:
+    """The barriers of a sum over two axes precede a store; another layout reads what it wrote."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    place = row[:, None] * COLUMNS + column[None, :]
+    values = tl.load(buffer + place)
+    tl.store(buffer + place, values - tl.sum(tl.sum(values, axis=1), axis=0))
+    if BARRIER:
+        tl.debug_barrier()
+    turned = column[:, None] * ROWS + row[None, :]
+    tl.store(out + turned, tl.load(buffer + ROWS * COLUMNS - 1 - turned))
+
+
+@jit
+def shifted_kernel(
+    out: tl.tensor, scratch: tl.tensor, flag: tl.tensor, BLOCK: tl.constexpr, SHIFT: tl.constexpr
+) -> None:
+    """If the flag is set, reads what the thread itself has written, or another warp."""
+    i = tl.arange(0, BLOCK)
+    tl.store(scratch + i, i)
+    if tl.load(flag) > 0:
+        tl.store(out + i, tl.load(scratch + (i + SHIFT) % BLOCK))
+
+
+@jit
+def modulo_kernel(out: tl.tensor, BLOCK: tl.constexpr, LENGTH: tl.constexpr) -> None:
+    """Programs that begin again at the start of their output after `LENGTH` values."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i % LENGTH, i * 0)
+
+
+@jit
+def atomic_kernel(out: tl.tensor, BLOCK: tl.constexpr) -> None:
+    """Adds to what other programs add to."""
+    tl.atomic_add(out + tl.arange(0, BLOCK), 1.0)
+
+
+@jit
+def pipelined_kernel(out: tl.tensor, x: tl.tensor, n: tl.tensor, BLOCK: tl.constexpr) -> None:
+    """Writes to a tensor while asynchronous copies read it, two steps ahead."""
+    i = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.range(0, n, BLOCK, num_stages=3):
+        total += tl.load(x + start + i)
+        tl.store(x + start + BLOCK - 1 - i, total)
+    tl.store(out + i, total)
+
+
+@jit
+def halves_kernel(words: tl.tensor, halves: tl.tensor, BLOCK: tl.constexpr) -> None:
+    """Writes words, and reads the upper halves of the next program's words."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(words + i, tl.load(halves + 2 * (i + BLOCK) + 1).to(tl.int32))
+
+
+@jit
 def neighbors_kernel(
     out: tl.tensor, data: tl.tensor, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ) -> None:

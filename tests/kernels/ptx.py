@@ -9,7 +9,8 @@ passed. Two accesses, one of which writes, are a race if they are
 - of different warps of a program, with no barrier between them; or
 - of two lanes of a warp in one instruction that write different values.
 
-Races in shared memory are found too. An access outside all tensors of the launch is an error.
+Races in shared memory are found too. An access outside all tensors of the launch is an error, and
+so is an instruction that none of our kernels has (atomic operations, asynchronous copies).
 
 What it does not see: lanes of one warp are taken to run in step, and it stops if they diverge at an
 access to memory; races in code that the values of a test do not reach; AMD's code, and what the
@@ -478,6 +479,8 @@ def parse_step(opcode: str, operands: list[str]) -> Step:
         return shift
     if name in ("mul", "mad") and kind.kind in "iu":
         return parse_product(modifiers[0], kind, target, sources)
+    if name not in ARITHMETIC:  # among them atomic operations and asynchronous copies
+        raise NotImplementedError(f"the instruction {opcode} is not executed")
     function = ARITHMETIC[name]
 
     def compute(p: Program, active: Lanes | None) -> None:
@@ -587,8 +590,10 @@ def as_bytes(values: Lanes) -> np.ndarray:
 
 def parse_warp(name: str, modifiers: list[str], operands: list[str]) -> Step:
     """Return an instruction by which the lanes of a warp exchange values."""
-    if name == "bar":  # bar.warp.sync: lanes run in step anyway
-        return lambda p, active: None
+    if name == "bar":
+        if modifiers != ["warp", "sync"]:
+            raise NotImplementedError("barriers of some warps are not executed")
+        return lambda p, active: None  # lanes run in step anyway
     if name == "ldmatrix":
         parts, address = split(operands[0]), operands[1]
         return lambda p, active: load_matrices(p, parts, address)
@@ -716,21 +721,11 @@ def execute(code: str, grid: Sequence[int], arguments: Sequence[Any], shared_byt
     """
     kernel = parse(code)
     sizes = (*grid, 1, 1)[:3]
-    memories: dict[int, Memory] = {}
-    values: list[Any] = []
-    for i, argument in enumerate(arguments):
-        if hasattr(argument, "untyped_storage"):
-            storage = argument.untyped_storage()
-            if storage.nbytes() and storage.data_ptr() not in memories:
-                data = memory_of(storage)
-                memories[storage.data_ptr()] = Memory(data, storage.data_ptr(), f"argument {i}")
-            values.append(argument.data_ptr())
-        else:
-            values.append(argument)
+    values = [a.data_ptr() if hasattr(a, "data_ptr") else a for a in arguments]
     values += [0] * (len(kernel.parameters) - len(values))  # scratch memory, which is not used
     named = dict(zip(kernel.parameters, values, strict=True))
     shared = Memory(np.zeros(max(shared_bytes, 1), np.uint8), 0, "shared memory")
-    inside = [memories[base] for base in sorted(memories)]
+    inside = memories_of(arguments)
     epoch = number = 0
     with np.errstate(all="ignore"):
         for z in range(sizes[2]):
@@ -744,9 +739,31 @@ def execute(code: str, grid: Sequence[int], arguments: Sequence[Any], shared_byt
                     number += 1
 
 
-def memory_of(storage: Any) -> np.ndarray:
-    """Return the bytes of a storage, without a copy."""
+def memories_of(arguments: Sequence[Any]) -> list[Memory]:
+    """Return the memory from the first to the last value of each tensor, in order of addresses.
+
+    Tensors that overlap share one memory.
+    """
+    spans = []
+    for number, argument in enumerate(arguments):
+        if hasattr(argument, "data_ptr") and argument.numel():
+            axes = zip(argument.shape, argument.stride(), strict=True)
+            values = 1 + sum((size - 1) * stride for size, stride in axes)
+            start = argument.data_ptr()
+            spans.append((start, start + values * argument.element_size(), number))
+    found: list[tuple[int, int, int]] = []
+    for start, end, number in sorted(spans):
+        if found and start < found[-1][1]:
+            first, last, other = found.pop()
+            start, end, number = first, max(last, end), min(other, number)
+        found.append((start, end, number))
+    return [
+        Memory(bytes_at(start, end), start, f"argument {number}") for start, end, number in found
+    ]
+
+
+def bytes_at(start: int, end: int) -> np.ndarray:
+    """Return the bytes between two addresses, without a copy."""
     import ctypes
 
-    buffer = (ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr())
-    return np.frombuffer(buffer, np.uint8)
+    return np.frombuffer((ctypes.c_uint8 * (end - start)).from_address(start), np.uint8)

@@ -112,6 +112,38 @@ def test_transforms_are_correct_or_raise():
         assert torch.equal(dual.tangent, take(tangent))
 
 
+NORMS, HALF = [torch.ones(3, device=DEVICE)] * 6, torch.tensor([[1], [0]], device=DEVICE)
+WORDS, IMAGES = torch.tensor([0, 4], device=DEVICE), torch.rand(2, 1, 4, 2, device=DEVICE)
+NEIGHBORS = torch.zeros(2, 4, 1, dtype=torch.int32, device=DEVICE)
+CALLS = {
+    "gather_tokens": take,
+    "restore_tokens": lambda x: kernels.restore_tokens(x[:, :1], x[0, 0], HALF, 1 - HALF, None, 0),
+    "gather_patches": lambda x: kernels.gather_patches(x.unsqueeze(1), IDS, (2, 3)),
+    "masked_pixel_loss": lambda x: kernels.masked_pixel_loss(x[:, :1, :2], IMAGES, IDS, (1, 2)),
+    "linear_cross_entropy": lambda x: kernels.linear_cross_entropy(x[:, 0], x[1], None, WORDS)[0],
+    "packed_depthwise_conv": lambda x: kernels.packed_depthwise_conv(
+        x.unsqueeze(2), x[0, :3].view(3, 1, 1, 3)[..., :1], None, NEIGHBORS, (1, 1)
+    ),
+    "regressor_inputs": lambda x: kernels.regressor_inputs(x, x, x, x, NORMS, 1e-6)[0],
+}
+
+
+@launches
+@pytest.mark.parametrize("name", CALLS)
+def test_required_kernels_never_give_way_to_the_reference(name):
+    """What a kernel does not take is an error that names it."""
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        return CALLS[name](x).sum()
+
+    with mimkit.use("triton"):
+        total(TOKENS)
+        with pytest.raises(ValueError, match=rf"kernel of {name} .* torch\.func transforms"):
+            torch.func.grad(total)(TOKENS)
+        with pytest.raises(ValueError, match=rf"kernel of {name} .*float64"):
+            total(TOKENS.double())
+
+
 def test_transforms_use_the_reference_even_on_a_gpu():
     seen = []
 

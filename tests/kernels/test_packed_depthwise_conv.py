@@ -88,8 +88,8 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None, Tensor, tuple
 @given(cases(), st.sampled_from(FLOATS), layouts)
 def test_convolution_matches_the_reference(case, dtype, layout):
     cells, weight, bias, around, cell = case
-    cells, weight = laid_out(cells.to(dtype), layout), laid_out(weight.to(dtype))
-    bias, around = None if bias is None else laid_out(bias.to(dtype)), laid_out(around)
+    cells, weight = laid_out(cells.to(dtype), layout), laid_out(weight.to(dtype), layout)
+    bias, around = None if bias is None else laid_out(bias.to(dtype), layout), laid_out(around)
     with mimkit.use("triton"), poisoned_outputs():
         result = kernels.packed_depthwise_conv(cells, weight, bias, around, cell)
     wide = (x if x is None else x.double() for x in (cells, weight, bias))

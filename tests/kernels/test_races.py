@@ -1,14 +1,16 @@
 """No two accesses to the same memory race; shown on the compiled code, and between programs."""
 
+import re
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mimkit import masking
 from mimkit.patches import neighbors
-from tests.kernels import planted
+from tests.kernels import planted, ptx
 from tests.kernels.emulated import emulated_launches
 from tests.kernels.harness import assert_near, compiles
 from tests.kernels.interpreter import run_in_interpreter
@@ -80,9 +82,89 @@ def test_reading_what_another_program_writes_is_a_race():
         planted.neighbors_kernel[(2,)](data, data, BLOCK=32, OVERLAP=1, num_warps=1)
 
 
+def test_overwriting_what_another_warp_reads_in_a_loop_is_a_race_without_barriers():
+    out, buffer = torch.zeros(512, dtype=torch.int32), torch.zeros(512, dtype=torch.int32)
+    sizes = {"STEPS": 3, "BLOCK": 512, **WARPS}
+    with pytest.raises(Race, match="read and write of argument 1 by two warps"):
+        planted.loop_kernel[(1,)](out, buffer, BARRIER=False, **sizes)
+    planted.loop_kernel[(1,)](out, buffer, BARRIER=True, **sizes)
+
+
+def test_barriers_of_a_sum_do_not_order_what_follows_it():
+    out, buffer = torch.zeros(1024), torch.zeros(1024)
+    sizes = {"ROWS": 16, "COLUMNS": 64, **WARPS}
+    with pytest.raises(Race, match="read and write of argument 1 by two warps"):
+        planted.centered_kernel[(1,)](out, buffer, BARRIER=False, **sizes)
+    planted.centered_kernel[(1,)](out, buffer, BARRIER=True, **sizes)
+
+
+def test_race_of_more_warps_or_behind_a_branch_is_found_where_it_happens():
+    out, scratch = torch.zeros(1024, dtype=torch.int32), torch.zeros(1024, dtype=torch.int32)
+    on, off = torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    # With four warps, a thread has written itself what it reads.
+    sizes = {"BLOCK": 1024, "SHIFT": 512}
+    planted.shifted_kernel[(1,)](out, scratch, on, **sizes, num_warps=4)
+    planted.shifted_kernel[(1,)](out, scratch, off, **sizes, num_warps=8)
+    with pytest.raises(Race, match="read and write of argument 1 by two warps"):
+        planted.shifted_kernel[(1,)](out, scratch, on, **sizes, num_warps=8)
+
+
+def test_programs_that_begin_again_at_the_start_are_a_race():
+    out = torch.zeros(64, dtype=torch.int32)
+    planted.modulo_kernel[(2,)](out, BLOCK=32, LENGTH=64, num_warps=1)
+    with pytest.raises(Race, match="write and write of argument 0 by two programs"):
+        planted.modulo_kernel[(3,)](out, BLOCK=32, LENGTH=64, num_warps=1)
+
+
+@pytest.mark.parametrize("shares_storage", [True, False])
+def test_tensors_that_overlap_race(shares_storage):
+    whole = torch.zeros(64 + 4)
+    parts = whole[4:], whole[:64]
+    if not shares_storage:  # each is a storage of its own
+        parts = tuple(torch.from_numpy(part.numpy()) for part in parts)
+    planted.neighbors_kernel[(2,)](*parts[::-1], BLOCK=32, OVERLAP=-4, num_warps=1)
+    with pytest.raises(Race, match="read and write of argument 0 by two programs"):
+        planted.neighbors_kernel[(2,)](*parts, BLOCK=32, OVERLAP=0, num_warps=1)
+
+
+@pytest.mark.parametrize("name", ["linear_cross_entropy", "uniform_sample"])
+def test_each_barrier_of_a_kernel_is_needed(name, monkeypatch):
+    """Without any one of them, the checker finds a race in shared memory."""
+    key = masking.key([3], seed=1)
+    calls = {
+        "linear_cross_entropy": lambda: linear_cross_entropy._launch(
+            torch.randn(1, 8192), torch.tensor([8000]), torch.zeros(1), torch.zeros(1)
+        ),
+        "uniform_sample": lambda: uniform_sample._launch(
+            key.sample_ids, key.seed_and_epoch, 0, 784, 196
+        ),
+    }
+    barrier, execute = re.compile(r"\n\s*bar\.sync\s+0;"), ptx.execute
+    found: list[int] = []
+
+    def run(code: str, *launch: Any) -> None:
+        places = list(barrier.finditer(code))
+        found.append(len(places))
+        for place in places:
+            with pytest.raises(Race, match="shared memory"):
+                execute(code[: place.start()] + code[place.end() :], *launch)
+
+    monkeypatch.setattr(ptx, "execute", run)
+    calls[name]()
+    assert found[0] > 1
+
+
 def test_access_outside_the_arguments_is_an_error():
-    with pytest.raises(IndexError, match="outside_kernel.* outside the arguments"):
-        planted.outside_kernel[(1,)](torch.zeros(100), BLOCK=128)
+    for out in (torch.zeros(100), torch.zeros(200)[:100]):
+        with pytest.raises(IndexError, match="outside_kernel.* outside the arguments"):
+            planted.outside_kernel[(1,)](out, BLOCK=128)
+
+
+def test_instructions_that_are_not_executed_are_an_error():
+    with pytest.raises(NotImplementedError, match=r"instruction atom\..* is not executed"):
+        planted.atomic_kernel[(1,)](torch.zeros(64), BLOCK=64)
+    with pytest.raises(NotImplementedError, match=r"instruction cp\.async.* is not executed"):
+        planted.pipelined_kernel[(1,)](torch.zeros(512), torch.zeros(2048), 2048, BLOCK=512)
 
 
 # The kernels, at sizes that use several warps
