@@ -1,26 +1,32 @@
 """Estimate the time of each kernel on an H200 from its compiled code: no GPU is needed.
 
     python -m benchmarks.estimate [KERNEL ...]
+    python -m benchmarks.estimate --rows FILE [KERNEL ...]      # beside what was measured
 
 A launch takes at least as long as its bytes take at the rate of a copy, and as its instructions
 take to issue. The estimate is the longer of the two. For the instructions, the last wave of
 programs counts as a full one; programs that all run at once take as long as the scheduler with the
 most warps. It leaves out latency: with few warps a kernel is slower than this.
-The first run on a GPU is there to be compared with it.
+With `--rows`, rows that were measured on a GPU stand beside the estimate of today's code, which is
+the sum of our launches in that pass. PyTorch's launches in it are not estimated.
 
 Instructions are those of sm_90. A loop counts as often as it runs, which `trips` states; what is
 jumped over counts with its probability, which `skipped` states.
 """
 
+import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from math import ceil
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 
+from benchmarks.harness import read_records
 from tests.kernels import aot
 from tests.kernels.figures import all_launches
 
@@ -274,49 +280,204 @@ def tail(code: Compiled, waves: float) -> float:
     return ceil(waves) / waves if waves < 4 else 1
 
 
-def estimate(case: Case) -> str:
-    """Return the row of a case."""
+class Estimate(NamedTuple):
+    """What the model says of a launch; see `HEADER`."""
+
+    instructions: float
+    warps: int
+    programs: int
+    per_byte: float
+    registers: int
+    occupancy: float
+    waves: float
+    copy_us: float
+    issue_us: float
+    us: float
+
+
+def estimate(case: Case) -> Estimate:
+    """Estimate a launch."""
     code = compile_case(case)
     instructions = count_instructions(code.sass, case.trips, case.skipped)
     total = instructions * code.warps * code.programs
     at_once = occupancy(code)
     waves = code.programs / (at_once * MULTIPROCESSORS)
-    copy_us = case.must / COPIED_PER_US
     bytes_us = (case.must + case.extra) / COPIED_PER_US
     issue_us = total / (SCHEDULERS * ISSUED_PER_US)
-    us = max(bytes_us, issue_us * tail(code, waves))
-    cells = (
-        case.kernel,
-        case.launch,
-        case.case,
-        _shown(case.must / 1e6),
-        _shown((case.must + case.extra) / 1e6),
-        f"{instructions:.0f} x {code.warps} x {code.programs}",
-        f"{32 * total / case.must:.2f}",
-        f"{code.registers}",
-        f"{at_once * code.warps / WARPS:.0%}",
-        f"{waves:.1f}",
-        _shown(copy_us),
-        _shown(issue_us),
-        _shown(us),
-        f"{copy_us / us:.0%}",
+    return Estimate(
+        instructions=instructions,
+        warps=code.warps,
+        programs=code.programs,
+        per_byte=32 * total / case.must,
+        registers=code.registers,
+        occupancy=at_once * code.warps / WARPS,
+        waves=waves,
+        copy_us=case.must / COPIED_PER_US,
+        issue_us=issue_us,
+        us=max(bytes_us, issue_us * tail(code, waves)),
     )
-    return "| " + " | ".join(cells) + " |"
 
 
-def _shown(number: float) -> str:
+def shown(number: float) -> str:
+    """Return a number, with a decimal if it is below 1."""
     return f"{number:.0f}" if number >= 1 else f"{number:.1f}"
 
 
+def line(*cells: str) -> str:
+    """Return a line of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def estimate_line(case: Case) -> str:
+    """Return the line of a case."""
+    made = estimate(case)
+    return line(
+        case.kernel,
+        case.launch,
+        case.case,
+        shown(case.must / 1e6),
+        shown((case.must + case.extra) / 1e6),
+        f"{made.instructions:.0f} x {made.warps} x {made.programs}",
+        f"{made.per_byte:.2f}",
+        f"{made.registers}",
+        f"{made.occupancy:.0%}",
+        f"{made.waves:.1f}",
+        shown(made.copy_us),
+        shown(made.issue_us),
+        shown(made.us),
+        f"{made.copy_us / made.us:.0%}",
+    )
+
+
 HEADER = (
-    "kernel | launch | case | MB | MB moved | instructions of a warp x warps x programs | "
-    "thread instructions a byte | registers | occupancy | waves | copy us | issue us | "
-    "estimate us | share of copy"
-)
+    "kernel", "launch", "case", "MB", "MB moved", "instructions of a warp x warps x programs",
+    "thread instructions a byte", "registers", "occupancy", "waves", "copy us", "issue us",
+    "estimate us", "share of copy",
+)  # fmt: skip
+
+
+class Measured(NamedTuple):
+    """Rows of one benchmark, and the launches in them.
+
+    Attributes:
+        bench: Name of the benchmark.
+        case: What the case's description contains.
+        pass_: The pass.
+        dtype: The dtype.
+        kernel: Name of the kernel's file.
+        launches: Case and function of each launch.
+        times: How much larger the rows' batch is.
+    """
+
+    bench: str
+    case: str
+    pass_: str
+    dtype: str
+    kernel: str
+    launches: Sequence[tuple[str, str]]
+    times: float = 1
+
+
+def measured() -> Iterator[Measured]:
+    """Return which rows the estimates predict."""
+    name, bench = "gather_patches", "bench_kernel_gather_patches"
+    for order in ("c p1 p2", "p1 p2 c"):
+        for dtype in ("bfloat16", "float32", "uint8"):
+            yield Measured(bench, order, "forward", dtype, name, [(f"{dtype}, {order}", "gather")])
+        gradient = [(f"gradient, bfloat16, {order}", "scatter")]
+        yield Measured(bench, order, "backward", "bfloat16", name, gradient)
+    for order in ("c p1 p2", "p1 p2 c"):
+        for pixels in ("float32", "uint8"):
+            for pass_ in ("forward", "backward"):
+                yield Measured(
+                    "bench_kernel_masked_pixel_loss", f"{pixels}, {order}", pass_, "bfloat16",
+                    "masked_pixel_loss",
+                    [(f"bfloat16, {pixels} images, {order}, normalized, l2", pass_)],
+                )  # fmt: skip
+    for bench, pass_, launch in (
+        ("gather", "forward", ("gather, bfloat16", "gather")),
+        ("gather", "backward", ("scatter, bfloat16", "restore")),
+        ("restore", "forward", ("restore, positions, bfloat16", "restore")),
+    ):
+        bench = f"bench_kernel_{bench}_tokens"
+        yield Measured(bench, "", pass_, "bfloat16", "move_tokens", [launch])
+    for pass_ in ("forward", "backward"):
+        name, launch = "regressor_inputs", ("width 768, bfloat16", pass_)
+        yield Measured(f"bench_kernel_{name}", "", pass_, "bfloat16", name, [launch], 256 / 64)
+    for stage in ("stage 1", "stage 2"):
+        name, conv = "packed_depthwise_conv", (f"{stage}, bfloat16", "conv")
+        # The gradient of the input is a convolution, too.
+        both = [conv, conv, (f"filter's gradient, {stage}, bfloat16", "weight_gradient")]
+        yield Measured("bench_depthwise", stage, "forward", "bfloat16", name, [conv])
+        yield Measured("bench_depthwise", stage, "both", "bfloat16", name, both)
+    for tokens in (196, 784, 4096):
+        name, launch = "uniform_sample", (f"{tokens} tokens", "sample")
+        yield Measured(f"bench_kernel_{name}", f"L={tokens} ", "forward", "int64", name, [launch])
+
+
+def find_rows(file: Path, wanted: Measured) -> list[dict[str, Any]]:
+    """Return the rows of our kernel that a sum of estimates predicts."""
+    ours = ("mimkit kernel", "mimkit, packed")
+    key = (wanted.bench, wanted.pass_, wanted.dtype)
+    return [
+        record
+        for record in read_records(file)
+        if record.get("variant") in ours
+        and (record["bench"], record["pass"], record["dtype"]) == key
+        and wanted.case in record["case"]
+    ]
+
+
+def measured_lines(file: Path, kernels: Sequence[str]) -> Iterator[str]:
+    """Return the line of each row that was measured, beside its estimate."""
+    known = {(case.kernel, case.case, case.launch): case for case in cases()}
+    us_of = cache(lambda *name: estimate(known[name]).us)
+    for wanted in measured():
+        for row in find_rows(file, wanted) if not kernels or wanted.kernel in kernels else ():
+            us = wanted.times * sum(us_of(wanted.kernel, *launch) for launch in wanted.launches)
+            took = 1e3 * row["min_ms"]
+            yield line(
+                wanted.kernel,
+                f"{row['pass']}, {row['dtype']}, {row['case']}",
+                shown(row["moved_bytes"] / 1e6),
+                shown(us),
+                shown(took),
+                f"{took / us:.1f}",
+                f"{row['share_of_copy']:.0%}",
+                f"{row['commit']}"[:7],
+            )
+
+
+MEASURED_HEADER = (
+    "kernel", "pass, dtype, case", "MB", "estimate us", "measured us", "measured / estimate",
+    "of copy", "measured commit",
+)  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    names = sorted({case.kernel for case in cases()})
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"of {', '.join(names)}")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="rows that were measured")
+    options = parser.parse_args(arguments)
+    for name in options.kernels:
+        if name not in names:
+            parser.error(f"there is no estimate of {name!r}; choose from {', '.join(names)}")
+    if options.rows is None:
+        header: Sequence[str] = HEADER
+        chosen = [case for case in cases() if case.kernel in (options.kernels or names)]
+        lines: Iterator[str] = map(estimate_line, chosen)
+    else:
+        header, lines = MEASURED_HEADER, measured_lines(options.rows, options.kernels)
+    first = next(lines, None)
+    if first is None:
+        parser.error(f"{options.rows} has no row of a kernel that is estimated")
+    print(line(*header), line(*("---" for _ in header)), first, sep="\n", flush=True)
+    for text in lines:
+        print(text, flush=True)
+    return 0
+
 
 if __name__ == "__main__":
-    print(f"| {HEADER} |")
-    print("|" + "---|" * (HEADER.count("|") + 1))
-    for case in cases():
-        if not sys.argv[1:] or case.kernel in sys.argv[1:]:
-            print(estimate(case), flush=True)
+    sys.exit(main())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import harness
+from benchmarks import estimate, harness
 from benchmarks.bench_mae_step import IS_MATRIX_PRODUCT, IS_MOVE
 from benchmarks.harness import Bench, Pass, Report, Row, Variant, read_records
 from benchmarks.sweep_launches import measured
@@ -131,3 +131,40 @@ def test_operators_of_a_profile_are_products_or_moves_or_neither() -> None:
         for name in kinds
     }
     assert found == kinds
+
+
+H200 = Path(harness.__file__).parent / "results" / "2026-11-29-nvidia-h200-torch2.11.0+cu130.jsonl"
+
+
+def test_estimates_stand_beside_the_rows_that_they_predict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = {(case.kernel, case.case, case.launch) for case in estimate.cases()}
+    for wanted in estimate.measured():
+        assert {(wanted.kernel, *launch) for launch in wanted.launches} <= known
+        assert len(estimate.find_rows(H200, wanted)) == 1
+    made = estimate.Estimate(1, 1, 1, 1, 1, 1, 1, 1, 1, us=20)
+    monkeypatch.setattr(estimate, "estimate", lambda case: made)
+    assert estimate.main(["--rows", str(H200), "packed_depthwise_conv", "regressor_inputs"]) == 0
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    # Four times the batch; one convolution; two and the filter's gradient.
+    assert [line[3] for line in lines] == ["80", "80", "20", "60", "20", "60"]
+    assert lines[2][1:] == [
+        "forward, bfloat16, stage 1: (256, 256, 56, 56), 49 of 196 cells visible",
+        "206", "20", "93", "4.6", "56%", "ae46bba |",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--rows", "absent.jsonl"], "absent.jsonl has no row of a kernel that is estimated"),
+        (["conv"], "there is no estimate of 'conv'; choose from blockwise_sample, "),
+    ],
+)
+def test_an_estimate_of_nothing_is_an_error(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        estimate.main(arguments)
+    assert sentence in capsys.readouterr().err
