@@ -292,7 +292,8 @@ class Bench:
                 backward. (Some authors' code reads values, which cannot be captured.)
 
         Raises:
-            AssertionError: If a variant differs from the reference; nothing is timed then.
+            AssertionError: If a variant differs from the reference; nothing is timed then. Or if
+                one cannot be captured; the others are timed.
             ValueError: If no variant is selected for timing.
         """
         if self.device.type == "cpu" and any(v.name == "mimkit" for v in variants):
@@ -309,7 +310,12 @@ class Bench:
             return
         checked = variants if reference in variants else [reference, *variants]
         first_call = check_variants(checked, tolerance)
-        variants = [*variants, *(graphed(v) for v in own)]
+        failures = []
+        for variant in own:
+            try:
+                variants = [*variants, graphed(variant)]
+            except RuntimeError as error:  # raised at the end: the others are timed first
+                failures.append(f"{graph_name(variant)!r} cannot be captured: {error}")
         for pass_ in passes:
             timed = {v.name: timer(v, pass_, self.device) for v in variants}
             moved_bytes = (moved or {}).get(pass_)
@@ -342,6 +348,8 @@ class Bench:
                     first_call_s=first_call.get(variant.name) if variant.is_compiled else None,
                 )
                 self.report.add(row)
+        if failures:
+            raise AssertionError("; ".join(failures))
 
     def _take_earlier(
         self, case: str, names: Iterable[str], pass_: Pass, dtype: torch.dtype

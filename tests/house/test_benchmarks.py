@@ -90,6 +90,22 @@ def test_a_line_that_a_killed_run_left_unfinished_costs_only_itself(
     assert len(keys(file)) == 4
 
 
+def test_a_graph_that_cannot_be_captured_fails_when_all_else_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(variant: Variant) -> Variant:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(harness, "STAND_IN", True)
+    monkeypatch.setattr(harness, "graphed", refuse)
+    report = Report(file=tmp_path / "rows.jsonl")
+    bench = Bench("bench_double", torch.device("cpu"), 0, report)
+    variants = [Variant(name, torch.neg, (torch.ones(4),)) for name in ("authors", "ours")]
+    with pytest.raises(AssertionError, match="'ours, CUDA graph' cannot be captured: operation"):
+        bench.compare("four", variants, dtype=torch.float32, tolerance=0, graphs=True)
+    assert keys(tmp_path / "rows.jsonl") == [("authors", "forward"), ("ours", "forward")]
+
+
 def test_a_row_is_read_as_it_was_saved() -> None:
     row = Row("bench", "case", "ours", "both", "float32", 3, 1.0, 2.0, None, peak_bytes=7)
     assert Row.of_record(json.loads(json.dumps(row.as_record()))) == row
