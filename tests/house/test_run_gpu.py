@@ -145,7 +145,7 @@ def test_a_signal_ends_the_steps_keeps_what_is_done_and_costs_no_try(
         pytest.skip("only Linux ends a process with its parent")
     started = tmp_path / "started"
     program = PROGRAM.replace("{file!r}", repr(str(started)))
-    command = [sys.executable, "-c", program, str(tmp_path / "out")]
+    command = [sys.executable, "-c", program, str(tmp_path / "out"), "--jobs", "1"]
     process = subprocess.Popen(command, cwd=run_gpu.ROOT, stdout=subprocess.PIPE, text=True)
     wait_for(lambda: started.exists() and started.read_text().endswith("\n"))
     process.send_signal(number)
