@@ -229,8 +229,8 @@ class Results:
         self.steps: dict[str, dict[str, Any]] = {}
         if self.file.exists():
             try:
-                self.steps = json.loads(self.file.read_text())
-            except ValueError:
+                self.steps = dict(json.loads(self.file.read_text()))
+            except (TypeError, ValueError):
                 kept = self.file.replace(folder / "steps.damaged.json")
                 print(f"steps.json is damaged: kept as {kept.name}; no step counts as done")
 
@@ -368,7 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
     for part, group in groupby(steps(folder, options.stand_in, options.jobs), lambda s: s.part):
         with ThreadPoolExecutor(options.jobs if part == "tests" else 1) as pool:
             left += filter(None, pool.map(attempt, group))
-        if part == "smoke" and left:
+        if part == "smoke" and left and not STOP.is_set():
             print("the smoke test has not passed, so nothing else was tried; see log.txt")
             return 1
     tried = {name: result for name, result in results.steps.items() if result["tries"]}
