@@ -294,7 +294,8 @@ class Bench:
                 backward. (Some authors' code reads values, which cannot be captured.)
 
         Raises:
-            AssertionError: If a variant differs from the reference; nothing is timed then.
+            AssertionError: If a variant differs from the reference; nothing is timed then. Or if
+                one cannot be captured; the others are timed.
             ValueError: If no variant is selected for timing.
         """
         if self.device.type == "cpu" and any(v.name == "mimkit" for v in variants):
@@ -311,7 +312,12 @@ class Bench:
             return
         checked = variants if reference in variants else [reference, *variants]
         first_call = check_variants(checked, tolerance)
-        variants = [*variants, *(graphed(v) for v in own)]
+        failures = []
+        for variant in own:
+            try:
+                variants = [*variants, graphed(variant)]
+            except RuntimeError as error:  # raised at the end: the others are timed first
+                failures.append(f"{graph_name(variant)!r} cannot be captured: {error}")
         for pass_ in passes:
             timed = {v.name: timer(v, pass_, self.device) for v in variants}
             moved_bytes = (moved or {}).get(pass_)
@@ -319,7 +325,7 @@ class Bench:
                 timed["copy"] = timer(
                     copy_variant(moved_bytes, self.device), "forward", self.device
                 )
-            times = alternate(timed, self.seconds, min_repeats)
+            times = alternate(timed, self.seconds, 1 if STAND_IN else min_repeats)
             baselines = (times[v.name] for v in variants if v.is_baseline)
             best = min(baselines, key=min, default=None)
             for variant in variants:
@@ -344,6 +350,8 @@ class Bench:
                     first_call_s=first_call.get(variant.name) if variant.is_compiled else None,
                 )
                 self.report.add(row)
+        if failures:
+            raise AssertionError("; ".join(failures))
 
     def _take_earlier(
         self, case: str, names: Iterable[str], pass_: Pass, dtype: torch.dtype

@@ -6,9 +6,10 @@ that is there is not measured again. A signal ends the call like its time. All o
 output folder: `rows.jsonl` (each row as soon as it is measured), `steps.json`, `environment.json`
 and `log.txt`, which has what each step printed at each try.
 
-    benchmarks/run_gpu.sh FOLDER [--part tests] [--minutes 8] [--jobs 8] [--stand-in]
+    benchmarks/run_gpu.sh FOLDER [--part tests] [--minutes 8] [--jobs N] [--stand-in]
 
-`--jobs` is how many tests run at once; what is timed runs alone. Wheels in the folder `wheels`
+`--jobs` is how many tests run at once (8, or one a core if there are fewer); what is timed runs
+alone. Wheels in the folder `wheels`
 are unpacked and used.
 
 With `--stand-in`, Triton's interpreter takes the place of the GPU, with tiny shapes, so that every
@@ -144,8 +145,8 @@ def steps(folder: Path, stand_in: bool, jobs: int) -> Iterator[Step]:
             # Some have a case for each kind, others have variants of both.
             command = [*bench, "-k", f"bfloat16 and not {other}", "--variants", pattern]
             yield Step("steps", f"{name}-{kind}", [*command, str(_bench(f"bench_{name}_step"))])
-    sweep = [python, "-m", "benchmarks.sweep_launches", *rows]
-    yield Step("sweep", "sweep", sweep if stand_in else [*sweep, "--jobs", str(jobs)])
+    sweep = [python, "-m", "benchmarks.sweep_launches", *rows, "--jobs", str(jobs)]
+    yield Step("sweep", "sweep", sweep)
     small = ["--images", "16", "--batch-size", "4", "--workers", "1", "--size", "64"]
     loader = [python, "-m", "benchmarks.load_images", *rows, *(small if stand_in else [])]
     yield Step("loader", "loader", loader)
@@ -188,7 +189,7 @@ def missing(parts: Iterable[str]) -> list[str]:
             try:
                 import_module(module)
             except Exception as error:  # a package that is not made for this Python, say
-                found.append(f"{name} ({', '.join(users) or 'optional'}): {error}")
+                found.append(f"{name} ({', '.join(users) or 'not needed: remove it'}): {error}")
     return found
 
 
@@ -228,8 +229,8 @@ class Results:
         self.steps: dict[str, dict[str, Any]] = {}
         if self.file.exists():
             try:
-                self.steps = json.loads(self.file.read_text())
-            except ValueError:
+                self.steps = dict(json.loads(self.file.read_text()))
+            except (TypeError, ValueError):
                 kept = self.file.replace(folder / "steps.damaged.json")
                 print(f"steps.json is damaged: kept as {kept.name}; no step counts as done")
 
@@ -286,7 +287,7 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--part", action="append", choices=PARTS, help="may be repeated")
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8))
     parser.add_argument("--stand-in", action="store_true")
     parser.add_argument("--smoke", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -367,7 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
     for part, group in groupby(steps(folder, options.stand_in, options.jobs), lambda s: s.part):
         with ThreadPoolExecutor(options.jobs if part == "tests" else 1) as pool:
             left += filter(None, pool.map(attempt, group))
-        if part == "smoke" and left:
+        if part == "smoke" and left and not STOP.is_set():
             print("the smoke test has not passed, so nothing else was tried; see log.txt")
             return 1
     tried = {name: result for name, result in results.steps.items() if result["tries"]}

@@ -3,7 +3,7 @@
 # machine needs no network: packages come from a folder `packages` (made elsewhere by `pip install
 # --target packages ...`) or from wheels in a folder `wheels`, which are only unpacked.
 #
-#   benchmarks/run_gpu.sh FOLDER [--part PART] [--minutes 8] [--jobs 8] [--stand-in]   until it says "left: nothing"
+#   benchmarks/run_gpu.sh FOLDER [--part PART] [--minutes 8] [--jobs N] [--stand-in]   until it says "left: nothing"
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=$(command -v python3 || command -v python)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks import estimate, harness
 from benchmarks.bench_mae_step import IS_MATRIX_PRODUCT, IS_MOVE
+from benchmarks.count_launches import PIECE, Launches, count_update
 from benchmarks.harness import Bench, Pass, Report, Row, Variant, read_records
 from benchmarks.sweep_launches import measured
 
@@ -87,6 +88,22 @@ def test_a_line_that_a_killed_run_left_unfinished_costs_only_itself(
     assert sorted(keys(file)) == [("ours", "forward"), ("theirs", "forward")]
     run(resume=False)
     assert len(keys(file)) == 4
+
+
+def test_a_graph_that_cannot_be_captured_fails_when_all_else_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(variant: Variant) -> Variant:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(harness, "STAND_IN", True)
+    monkeypatch.setattr(harness, "graphed", refuse)
+    report = Report(file=tmp_path / "rows.jsonl")
+    bench = Bench("bench_double", torch.device("cpu"), 0, report)
+    variants = [Variant(name, torch.neg, (torch.ones(4),)) for name in ("authors", "ours")]
+    with pytest.raises(AssertionError, match="'ours, CUDA graph' cannot be captured: operation"):
+        bench.compare("four", variants, dtype=torch.float32, tolerance=0, graphs=True)
+    assert keys(tmp_path / "rows.jsonl") == [("authors", "forward"), ("ours", "forward")]
 
 
 def test_a_row_is_read_as_it_was_saved() -> None:
@@ -168,3 +185,33 @@ def test_an_estimate_of_nothing_is_an_error(
     with pytest.raises(SystemExit, match="2"):
         estimate.main(arguments)
     assert sentence in capsys.readouterr().err
+
+
+def test_operators_that_only_make_or_view_a_tensor_launch_nothing() -> None:
+    x = torch.ones(2, 3)
+    with Launches() as launches:
+        y = x.t().reshape(3, 2).detach()[0].unsqueeze(0)
+        torch.empty_like(y)
+        assert launches.count == 0
+        (y + 1).sum()
+        y.clone()
+    assert launches.count == 3
+
+
+@pytest.mark.parametrize(
+    ("sizes", "launches"),
+    [
+        ([], 0),
+        ([1], 1),
+        ([1] * 36, 1),
+        ([1] * 37, 2),
+        ([320 * PIECE], 1),
+        ([320 * PIECE + 1], 2),
+        ([200 * PIECE] * 2, 2),
+        ([1] * 35 + [321 * PIECE] + [1] * 35, 2),  # 320 pieces, the last 36 with 35 others
+        ([1] * 35 + [321 * PIECE] + [1] * 36, 3),
+        ([320 * PIECE, 1], 2),
+    ],
+)
+def test_the_fused_optimizer_launches_what_fits_at_once(sizes: list[int], launches: int) -> None:
+    assert count_update(sizes, 320, 36) == launches

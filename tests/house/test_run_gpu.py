@@ -145,7 +145,7 @@ def test_a_signal_ends_the_steps_keeps_what_is_done_and_costs_no_try(
         pytest.skip("only Linux ends a process with its parent")
     started = tmp_path / "started"
     program = PROGRAM.replace("{file!r}", repr(str(started)))
-    command = [sys.executable, "-c", program, str(tmp_path / "out")]
+    command = [sys.executable, "-c", program, str(tmp_path / "out"), "--jobs", "1"]
     process = subprocess.Popen(command, cwd=run_gpu.ROOT, stdout=subprocess.PIPE, text=True)
     wait_for(lambda: started.exists() and started.read_text().endswith("\n"))
     process.send_signal(number)
@@ -181,11 +181,14 @@ def is_gone(pid: int) -> bool:
     return False
 
 
-def test_a_damaged_record_of_steps_is_kept_and_the_run_goes_on(call: Call, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ['{"tests/good": {"tri', "", "null"])
+def test_a_damaged_record_of_steps_is_kept_and_the_run_goes_on(
+    call: Call, tmp_path: Path, text: str
+) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "steps.json").write_text('{"tests/good": {"tri')
+    (tmp_path / "out" / "steps.json").write_text(text)
     assert call([step("good", "")]) == 0
-    assert (tmp_path / "out" / "steps.damaged.json").read_text() == '{"tests/good": {"tri'
+    assert (tmp_path / "out" / "steps.damaged.json").read_text() == text
     assert results(tmp_path)["tests/good"]["exit_code"] == 0
 
 
