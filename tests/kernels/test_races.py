@@ -210,6 +210,8 @@ def test_move_tokens_is_free_of_races(dtype):
     assert_near(restored, move_tokens.restore_tokens_reference(*arguments), torch.float32)
     taken = move_tokens._launch_gather(restored, visible_ids, 1)
     assert torch.equal(taken, move_tokens.gather_tokens_reference(restored, visible_ids, 1))
+    scattered = move_tokens._launch_scatter(taken, visible_ids, 4, 1)
+    assert torch.equal(scattered, move_tokens._scatter_reference(taken, visible_ids, 4, 1))
     total = move_tokens._launch_sum(restored, masked_ids, 1)
     assert_near(total, move_tokens._sum_reference(restored, masked_ids, 1), torch.float32)
 
