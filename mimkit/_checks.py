@@ -13,7 +13,7 @@ from torch import Tensor
 import mimkit_kernels as kernels
 from mimkit._arguments import describe
 from mimkit._grids import Grid, count_tokens, divide, per_axis
-from mimkit._settings import settings
+from mimkit._settings import can_read_values, settings
 from mimkit.masking import Mask, RaggedMask
 
 Order = Literal["p1 p2 c", "c p1 p2"]
@@ -33,8 +33,7 @@ def check_classes(name: str, target: Integer[Tensor, "..."], num_classes: int) -
         is_stored = target.dtype in (torch.uint16, torch.uint32, torch.uint64)
         only = ", in which PyTorch computes nothing" if is_stored else ""
         raise TypeError(f"{name} must be integers; got {target.dtype}{only}")
-    is_cheap = target.device.type == "cpu" and not torch.compiler.is_compiling()
-    if (is_cheap or settings.check) and target.numel():
+    if (can_read_values(target) or settings.check) and target.numel():
         low, high = int(target.min()), int(target.max())
         if low < 0 or high >= num_classes:
             raise ValueError(f"{name} must be in [0, {num_classes}); got {low} to {high}")
@@ -192,8 +191,8 @@ def check_no_nan(name: str, values: Shaped[Tensor, "..."], *, always: bool = Fal
     """
     if always and values.is_meta:
         raise ValueError(f"{name} must hold values; got a tensor on the meta device")
-    is_cheap = values.device.type == "cpu" and not torch.compiler.is_compiling()
-    if (always or is_cheap or settings.check) and bool(values.isnan().any()):
+    is_wanted = always or settings.check or can_read_values(values)
+    if is_wanted and bool(values.isnan().any()):
         raise ValueError(f"{name} must not contain NaN; got {int(values.isnan().sum())} of them")
 
 

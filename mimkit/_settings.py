@@ -3,6 +3,10 @@
 from types import TracebackType
 from typing import get_args
 
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+
 from mimkit_kernels import Backend
 from mimkit_kernels import settings as kernel_settings
 
@@ -16,6 +20,11 @@ class Settings:
 
 # An object: what PyTorch 2.11 compiles does not notice when an attribute of a class changes.
 settings = Settings()
+
+
+def can_read_values(tensor: Tensor) -> bool:
+    """Return whether values are there, and cost no synchronisation and no break of a graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(tensor)
 
 
 class use:

@@ -7,6 +7,7 @@ A worker of `pytest -n` computes with one thread, and so do the processes that i
 """
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,13 @@ settings.load_profile("ci")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    """What earlier tests compiled would count towards the limit of recompilations."""
+    if "torch._dynamo" in sys.modules:  # importing it takes a second
+        torch.compiler.reset()
 
 
 def is_long(config: pytest.Config) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from mimkit._arguments import Count, checked
 from mimkit._containers import container, static
 from mimkit._grids import Grid, as_integer, as_sizes, count_tokens, divide, per_axis
+from mimkit._settings import can_read_values
 from mimkit_kernels import split_positions
 
 
@@ -82,7 +83,7 @@ class Mask:
         flat = is_masked.flatten(1)
         if num_masked is None and flat.is_meta:
             raise ValueError("is_masked must hold values to count; got a tensor on the meta device")
-        if num_masked is None or _can_read_values(flat):
+        if num_masked is None or can_read_values(flat):
             counts = flat.sum(dim=1).tolist()
             expected = num_masked if num_masked is not None else counts[0] if counts else 0
             other = next((row for row, count in enumerate(counts) if count != expected), None)
@@ -132,7 +133,7 @@ class Mask:
             )
         if not 0 <= num_masked <= num_tokens:
             raise ValueError(f"num_masked must be in [0, {num_tokens}]; got {num_masked}")
-        if _can_read_values(noise) and bool(noise.isnan().any()):
+        if can_read_values(noise) and bool(noise.isnan().any()):
             raise ValueError("noise must not contain NaN, which cannot be sorted")
         lowest = noise.argsort(dim=1, stable=True)[:, : num_tokens - num_masked]
         is_masked = torch.ones_like(noise, dtype=torch.bool).scatter(1, lowest, False)
@@ -169,7 +170,7 @@ class Mask:
             )
         ids = ids.long()
         low, high = (
-            (int(ids.min()), int(ids.max())) if ids.numel() and _can_read_values(ids) else (0, 0)
+            (int(ids.min()), int(ids.max())) if ids.numel() and can_read_values(ids) else (0, 0)
         )
         if low < 0 or high >= num_tokens:
             raise ValueError(
@@ -179,7 +180,7 @@ class Mask:
         is_masked = is_masked.scatter(1, ids, False)
         num_masked = num_tokens - ids.shape[1]
         counts = is_masked.sum(dim=1)
-        if _can_read_values(ids) and not bool((counts == num_masked).all()):
+        if can_read_values(ids) and not bool((counts == num_masked).all()):
             row = int((counts != num_masked).nonzero()[0])
             raise ValueError(f"ids of a sample must differ; sample {row} has {ids[row].tolist()}")
         return cls._from_flat(is_masked, grid, num_masked)
@@ -225,7 +226,7 @@ class Mask:
         if num_masked is None and boxes.is_meta:
             raise ValueError("boxes must hold values to count; got a tensor on the meta device")
         start, stop = boxes[..., :axes], boxes[..., axes:]
-        if _can_read_values(boxes):
+        if can_read_values(boxes):
             limit = torch.tensor(grid, device=boxes.device)
             wrong = ((start < 0) | (stop < start) | (stop > limit)).any(dim=2)
             if bool(wrong.any()):
@@ -367,7 +368,7 @@ class Mask:
         merged = f"n {' '.join(names)} ({' '.join(f'{axis}1' for axis in names)})"
         sizes = {f"{axis}1": factor for axis, factor in zip(names, factors, strict=True)}
         cells = rearrange(self.is_masked, f"n {split} -> {merged}", **sizes)
-        if _can_read_values(cells) and not torch.equal(cells.any(-1), cells.all(-1)):
+        if can_read_values(cells) and not torch.equal(cells.any(-1), cells.all(-1)):
             row, *cell = (cells.any(-1) != cells.all(-1)).nonzero()[0].tolist()
             raise ValueError(
                 f"cell {tuple(cell)} of sample {row} is partly masked; coarsen needs whole cells"
@@ -530,11 +531,6 @@ def _check_integers(name: str, value: Tensor) -> None:
     _check_tensor(name, value)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} must be integers; got {value.dtype}")
-
-
-def _can_read_values(tensor: Tensor) -> bool:
-    """Whether values can be read without a synchronisation or a graph break."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _only_axis(size: int, axis: int, num_axes: int) -> list[int]:

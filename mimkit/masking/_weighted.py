@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mimkit._arguments import checked
 from mimkit._grids import as_sizes, count_tokens
+from mimkit._settings import can_read_values
 from mimkit.masking._counts import Rounding, resolve_count
 from mimkit.masking._key import Key
 from mimkit.masking._mask import Mask
@@ -70,7 +71,7 @@ def weighted(
             f"weights must be [{key.batch_size}, {num_tokens}] for this key and grid {grid}; "
             f"got {tuple(weights.shape)}"
         )
-    if weights.device.type == "cpu" and not torch.compiler.is_compiling():
+    if can_read_values(weights):
         _check_weights(weights)
     words = random_words(key, num_tokens, sampler=_WEIGHTED)
     exponential = -torch.log((words.double() + 0.5) / 2**32)

@@ -16,7 +16,7 @@ from torch import Tensor
 from mimkit._arguments import Count, Size, checked
 from mimkit._checks import as_floats, check_classes, check_no_nan
 from mimkit.masking import Mask
-from mimkit.targets._pixels import Pixels
+from mimkit.targets._pixels import masked_pixels
 
 _POINTS_AT_ONCE = 1 << 16
 
@@ -162,7 +162,7 @@ class ColorClusters:
             ValueError: If the images and the colors have different numbers of channels.
         """
         check_no_nan("images", images)
-        patches = Pixels(self.patch_size)(images, mask)
+        patches = masked_pixels(images, mask, self.patch_size)
         centers = self._fitted(patches.device)
         if images.shape[1] != centers.shape[1]:
             raise ValueError(
@@ -260,7 +260,7 @@ class ChannelBins:
             ValueError: If the mask does not fit the images, or (on a CPU) they contain NaN.
         """
         check_no_nan("images", images)
-        patches = Pixels(self.patch_size)(images, mask)
+        patches = masked_pixels(images, mask, self.patch_size)
         values = patches if patches.dtype == torch.float64 else patches.float()
         # Edges are rounded once. A value that is scaled instead is rounded too, maybe over an edge.
         edges = torch.linspace(

@@ -25,6 +25,24 @@ from mimkit.masking import Mask
 from mimkit.patches import gather_patches, patchify
 
 
+def masked_pixels(
+    images: Tensor,
+    mask: Mask,
+    patch_size: int | Sequence[int],
+    order: Order = "p1 p2 c",
+    *,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
+) -> Tensor:
+    """Return the pixels of the masked patches, float32: what `Pixels` computes.
+
+    A function, since PyTorch 2.11 cannot compile code that makes an object of a checked class.
+    """
+    check_even(mask)
+    patches = gather_patches(images, mask.complement(), patch_size, mean=mean, std=std, order=order)
+    return patches.float()
+
+
 @checked
 @dataclass(frozen=True)
 class Pixels:
@@ -72,15 +90,9 @@ class Pixels:
             TypeError: If the mask is a `RaggedMask`.
             ValueError: If the mask does not fit the images.
         """
-        check_even(mask)
-        return gather_patches(
-            images,
-            mask.complement(),
-            self.patch_size,
-            mean=self.mean,
-            std=self.std,
-            order=self.order,
-        ).float()
+        return masked_pixels(
+            images, mask, self.patch_size, self.order, mean=self.mean, std=self.std
+        )
 
     @checked
     def invert(
@@ -180,7 +192,9 @@ class NormalizedPixels:
             tensor([[[-0.7071,  0.7071]]])
         """
         # Statistics are computed in the order of memory; values are reordered afterwards.
-        patches = Pixels(self.patch_size, "c p1 p2", self.mean, self.std)(images, mask)
+        patches = masked_pixels(
+            images, mask, self.patch_size, "c p1 p2", mean=self.mean, std=self.std
+        )
         mean, std = patch_statistics(patches)
         normalized = (patches - mean) / std
         if self.order == "c p1 p2":
@@ -321,7 +335,7 @@ class PCATarget:
             RuntimeError: If called before `fit`.
             ValueError: If the patches have another number of values than those of `fit`.
         """
-        patches = Pixels(self.patch_size, self.order)(images, mask)
+        patches = masked_pixels(images, mask, self.patch_size, self.order)
         center, components = self._fitted(patches.device)
         if patches.shape[2] != len(center):
             raise ValueError(

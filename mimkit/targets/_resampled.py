@@ -19,7 +19,7 @@ from mimkit._checks import Order, as_floats, check_even, check_values
 from mimkit._grids import Grid, divide, per_axis
 from mimkit.masking import Mask
 from mimkit.patches import gather_masked, patchify, restore, unpatchify
-from mimkit.targets._pixels import Pixels
+from mimkit.targets._pixels import masked_pixels
 
 _NORMALIZATION_EPS = 1e-6  # inside the square root
 
@@ -94,7 +94,7 @@ class DownsampledPixels:
         """
         outer, _ = self._sizes(mask)
         factor = per_axis("factor", self.factor, len(outer))
-        pixels = Pixels(outer, "c p1 p2")(images, self.group(mask))
+        pixels = masked_pixels(images, self.group(mask), outer, "c p1 p2")
         means = pixels.view(*pixels.shape[:2], images.shape[1], *outer)
         for axis, side in enumerate(factor, 3):
             means = means.unflatten(axis, (-1, side)).mean(dim=axis + 1)
@@ -206,7 +206,7 @@ class WindowNormalizedPixels:
         """
         images = as_floats(images).float()
         mean, std = self._statistics(images)
-        return Pixels(self.patch_size, self.order)((images - mean) / std, mask)
+        return masked_pixels((images - mean) / std, mask, self.patch_size, self.order)
 
     @checked
     def invert(
@@ -238,7 +238,7 @@ class WindowNormalizedPixels:
         """
         check_values(values, images, self.patch_size)
         mean, std = (
-            Pixels(self.patch_size, self.order)(statistic, mask)
+            masked_pixels(statistic, mask, self.patch_size, self.order)
             for statistic in self._statistics(as_floats(images).float())
         )
         return values * std + mean

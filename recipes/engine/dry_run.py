@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mimkit import masking
 from mimkit.masking import Mask
@@ -206,10 +207,16 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def measure(config: RunConfig, data: DataSet, model: nn.Module) -> tuple[int, int]:
-    """Return the FLOPs of a step on one image, and the bytes of its saved activations."""
-    flops, one = _measure(config, data, model, num_images=1)
-    # What is kept once for all images, such as copies of the weights in bf16, is in both.
-    return flops, _measure(config, data, model, num_images=2)[1] - one
+    """Return the FLOPs of a step on one image, and the bytes of its saved activations.
+
+    Tensors have no values, but the device of the run: on the meta device there would be no
+    autocast, and other attention. The model's weights are replaced by such tensors.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device=config.device)
+        flops, one = count_step(config, data, model, num_images=1)
+        # What is kept once for all images, such as copies of the weights in bf16, is in both.
+        return flops, count_step(config, data, model, num_images=2)[1] - one
 
 
 def shape_of_largest(config: RunConfig, model: Any) -> Any:
@@ -225,9 +232,10 @@ def recomputed_blocks(encoder: Any) -> list[nn.Module]:
     return [block for stage in stages for block in stage.blocks]
 
 
-def _measure(
+def count_step(
     config: RunConfig, data: DataSet, model: nn.Module, *, num_images: int
 ) -> tuple[int, int]:
+    """Run a step on images; return its FLOPs, and the bytes that it keeps for the backward pass."""
     encoder: Any = model.encoder
     saved: dict[int, int] = {}
 
@@ -246,8 +254,9 @@ def _measure(
     blocks = recomputed_blocks(encoder) if getattr(encoder, "grad_checkpointing", False) else ()
     hooks = [block.register_forward_pre_hook(note_inputs) for block in blocks]
     masks = config.masking.draw(masking.key(range(num_images), seed=config.seed), encoder.grid)
-    masks = masks.to("meta") if isinstance(masks, Mask) else [mask.to("meta") for mask in masks]
-    images = torch.empty(num_images, data.in_channels, *encoder.image_size, device="meta")
+    device = config.device
+    masks = masks.to(device) if isinstance(masks, Mask) else [mask.to(device) for mask in masks]
+    images = torch.zeros(num_images, data.in_channels, *encoder.image_size, device=device)
     with (
         counting_flops() as counter,
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),

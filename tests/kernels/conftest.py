@@ -4,15 +4,9 @@ import os
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from tests.kernels.harness import CAN_LAUNCH
 from tests.kernels.ownership import checked_owners
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> None:
-    torch.compiler.reset()
 
 
 @pytest.fixture(autouse=True)

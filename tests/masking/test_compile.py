@@ -3,20 +3,14 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mimkit import masking
+from mimkit import losses, masking
 from mimkit.masking import Key, Mask
 from mimkit.patches import gather_visible
 
 pytestmark = pytest.mark.untyped
 GRID = (6, 4)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def mask_of(*ids: int, seed: int = 0) -> Mask:
@@ -143,3 +137,14 @@ def test_export_with_a_mask_as_input_and_output():
     mask = mask_of(0, 1)
     program = torch.export.export(Swap(), (mask,))
     assert program.module()(mask).equal(~mask)
+
+
+def test_tensors_without_values_are_not_read():
+    with FakeTensorMode():
+        mask = Mask.from_noise(torch.rand(2, 6), (2, 3), num_masked=4)
+        again = Mask.from_visible_ids(mask.visible_ids, (2, 3))
+        weights, key = torch.rand(2, 6), masking.key(torch.arange(2), seed=0)
+        drawn = masking.weighted(key, (2, 3), 0.5, weights=weights)
+        prediction, classes = torch.zeros(2, 4, 5), torch.zeros(2, 4, dtype=torch.int64)
+        loss = losses.masked_cross_entropy(prediction, classes, mask)
+    assert (again.num_masked, drawn.num_masked, loss.ndim) == (4, 3, 0)

@@ -4,9 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from recipes import cae, convmae, mae, simmim, tokenizer, vit_mpp
-from recipes.engine import Recipe, run
+from recipes.engine import Recipe, dry_run, run
+from recipes.engine.data.load import load_data
+from tests.recipes.command import config_for
 
 RECIPES = {recipe.RECIPE.name: recipe.RECIPE for recipe in (cae, convmae, mae, simmim, vit_mpp)}
 # MAE's first large preset; the others in the long tier.
@@ -38,6 +41,23 @@ def test_a_dry_run_prints_the_cost_of_every_preset(
 def memory(printed: str) -> float:
     line = next(line for line in printed.splitlines() if line.startswith("memory"))
     return float(line.split("about ")[1].split()[0].replace(",", ""))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "mae" else pytest.param(name, marks=pytest.mark.full) for name in RECIPES],
+)
+def test_the_memory_of_an_image_is_what_a_step_keeps(name, precision):
+    recipe, data = RECIPES[name], load_data("digits", image_size=(32, 32), seed=0)
+    more = ["--tokenizer", "patches"] if name == "cae" else []
+    config = config_for(recipe, "--data", "digits", "--precision", precision, *more).for_data(data)
+    with torch.device("meta"):
+        planned = recipe.build(config.model).train()
+    _, estimated = dry_run.measure(config, data, planned)
+    model = recipe.build(config.model).train()
+    one, two = (dry_run.count_step(config, data, model, num_images=n)[1] for n in (1, 2))
+    assert estimated == pytest.approx(two - one, rel=0.01)
 
 
 def test_gradient_accumulation_takes_less_memory(pictures, capsys):

@@ -11,7 +11,14 @@ from torch import Tensor
 from mimkit import masking
 from mimkit.masking import Mask
 from mimkit.patches import gather_masked, patchify
-from mimkit.targets import NormalizedPixels, PCATarget, Pixels
+from mimkit.targets import (
+    ChannelBins,
+    DownsampledPixels,
+    NormalizedPixels,
+    PCATarget,
+    Pixels,
+    WindowNormalizedPixels,
+)
 from tests.golden_files import golden
 from tests.strategies import masked_images, orders
 
@@ -182,3 +189,24 @@ def test_errors_repeat_what_was_passed():
         PCATarget(2, 0)
     with pytest.raises(RuntimeError, match="fit"):
         PCATarget(2, 4)(images, mask)
+
+
+COMPILED = {
+    "pixels": lambda: Pixels(4, "c p1 p2", mean=[0.5] * 3, std=[0.25] * 3),
+    "normalized": lambda: NormalizedPixels(4),
+    "downsampled": lambda: DownsampledPixels(4, 2),
+    "window": lambda: WindowNormalizedPixels(4, window=3),
+    "bins": lambda: ChannelBins(4, 2),
+}
+
+
+@pytest.mark.full
+@pytest.mark.untyped
+@pytest.mark.parametrize("name", COMPILED)
+def test_targets_compile_into_one_graph(name):
+    target, images = COMPILED[name](), torch.rand(2, 3, 8, 12)
+    mask = masking.uniform(masking.key([0, 1], seed=0), (2, 3), 0.5)
+    compiled = torch.compile(
+        lambda images, mask: target(images, mask), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(images, mask), target(images, mask))
