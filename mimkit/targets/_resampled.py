@@ -229,6 +229,7 @@ class WindowNormalizedPixels:
             ValueError: If the values do not fit the images and the patch size.
 
         Example:
+            >>> from mimkit.targets import Pixels
             >>> images = torch.rand(2, 3, 8, 8)
             >>> mask = Mask.from_visible_ids(torch.zeros(2, 1, dtype=torch.int64), (2, 2))
             >>> target = WindowNormalizedPixels(4, window=3)
