@@ -212,11 +212,20 @@ def measure(config: RunConfig, data: DataSet, model: nn.Module) -> tuple[int, in
     Tensors have no values, but the device of the run: on the meta device there would be no
     autocast, and other attention. The model's weights are replaced by such tensors.
     """
+    encoder: Any = model.encoder
+    # Samplers read values.
+    drawn = [
+        config.masking.draw(masking.key(range(number), seed=config.seed), encoder.grid)
+        for number in (1, 2)
+    ]
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device=config.device)
-        flops, one = count_step(config, data, model, num_images=1)
         # What is kept once for all images, such as copies of the weights in bf16, is in both.
-        return flops, count_step(config, data, model, num_images=2)[1] - one
+        (flops, one), (_, two) = (
+            count_step(config, data, model, masks, num_images=number)
+            for number, masks in enumerate(drawn, 1)
+        )
+    return flops, two - one
 
 
 def shape_of_largest(config: RunConfig, model: Any) -> Any:
@@ -233,7 +242,7 @@ def recomputed_blocks(encoder: Any) -> list[nn.Module]:
 
 
 def count_step(
-    config: RunConfig, data: DataSet, model: nn.Module, *, num_images: int
+    config: RunConfig, data: DataSet, model: nn.Module, masks: Any, *, num_images: int
 ) -> tuple[int, int]:
     """Run a step on images; return its FLOPs, and the bytes that it keeps for the backward pass."""
     encoder: Any = model.encoder
@@ -253,7 +262,6 @@ def count_step(
 
     blocks = recomputed_blocks(encoder) if getattr(encoder, "grad_checkpointing", False) else ()
     hooks = [block.register_forward_pre_hook(note_inputs) for block in blocks]
-    masks = config.masking.draw(masking.key(range(num_images), seed=config.seed), encoder.grid)
     device = config.device
     masks = masks.to(device) if isinstance(masks, Mask) else [mask.to(device) for mask in masks]
     images = torch.zeros(num_images, data.in_channels, *encoder.image_size, device=device)
