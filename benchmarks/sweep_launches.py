@@ -1,21 +1,23 @@
-"""Time every kernel with other numbers of warps and block sizes, and print the best of each.
+"""Time every kernel with other numbers of warps and block sizes.
 
     python -m benchmarks.sweep_launches --rows FILE [--jobs 8]
 
-With `--jobs`, that many processes compile everything first. Run by `run_gpu.sh`. The tables in
-the kernel files are set from its output by hand: mimkit makes no choice by timing at run time. In
-Triton's interpreter it runs once with tiny shapes.
+It prints the best setting of each case, and at the end a launch table: for each kernel the setting
+that is best over all its cases. With `--jobs`, that many processes compile everything first. Run by
+`run_gpu.sh`. The tables in the kernel files are set from its output by hand: mimkit makes no choice
+by timing at run time. In Triton's interpreter it runs once with tiny shapes.
 """
 
 import argparse
 import itertools
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 from unittest import mock
 
@@ -28,6 +30,7 @@ from mimkit import masking
 from mimkit.patches import neighbors
 
 WARPS = (1, 2, 4, 8)
+TODAY = "num_warps=None"
 # Constants of the launchers that choose block sizes: file, name, values to try.
 CONSTANTS = {
     "move_tokens": {"_MAX_BLOCK": (256, 512, 1024, 2048)},
@@ -148,16 +151,34 @@ def trials(kernel: str) -> Iterator[tuple[int | None, dict[str, int]]]:
             yield number, constants
 
 
-def measured(file: Path) -> set[str]:
-    """Return the cases of a file whose settings of today worked."""
+def measured(file: Path) -> dict[str, dict[str, Any]]:
+    """Return the records of a file whose settings of today worked, by case."""
     return {
-        record["case"]
+        record["case"]: record
         for record in read_records(file)
-        if record["bench"] == "sweep" and not isinstance(record["us"]["num_warps=None"], str)
+        if record["bench"] == "sweep" and not isinstance(record["us"][TODAY], str)
     }
 
 
-def compile_part(part: int, parts: int, done: set[str]) -> None:
+def launch_table(file: Path) -> Iterator[str]:
+    """Return a line for each kernel: the setting that is best over all its cases.
+
+    It has the least geometric mean of times, each over that of today's setting, among the settings
+    that worked in all cases.
+    """
+    records = sorted(measured(file).values(), key=lambda record: str(record["kernel"]))
+    for kernel, group in itertools.groupby(records, lambda record: str(record["kernel"])):
+        times = [record["us"] for record in group]
+        mean = {
+            setting: geometric_mean([us[setting] / us[TODAY] for us in times])
+            for setting in times[0]
+            if all(isinstance(us.get(setting), float) for us in times)
+        }
+        best = min(mean, key=mean.__getitem__)
+        yield f"{kernel:22} {best}: {mean[best]:.2f} of today's time, {len(times)} cases"
+
+
+def compile_part(part: int, parts: int, done: Collection[str]) -> None:
     """Call one in `parts` of all trials once, which leaves its kernels in Triton's cache."""
     number = itertools.count()
     for case in cases():
@@ -197,7 +218,8 @@ def main() -> int:
     failed = False
     if options.jobs > 1:
         with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-            pool.starmap(compile_part, [(part, options.jobs, done) for part in range(options.jobs)])
+            parts = [(part, options.jobs, list(done)) for part in range(options.jobs)]
+            pool.starmap(compile_part, parts)
     for case in cases():
         if case.name in done:
             continue
@@ -208,10 +230,12 @@ def main() -> int:
         worked = {name: us for name, us in times.items() if isinstance(us, float)}
         best = min(worked, key=worked.get, default=None)
         report.save({"bench": "sweep", "kernel": case.kernel, "case": case.name, "us": times})
-        today = times["num_warps=None"]
+        today = times[TODAY]
         failed |= isinstance(today, str)
         print(f"{case.kernel:22} {case.name}: today {today} us; best {best}: {worked.get(best)} us",
               flush=True)  # fmt: skip
+    print("\nThe launch table that this would choose, one setting for all cases of a kernel:")
+    print(*launch_table(options.rows), sep="\n")
     return int(failed)
 
 

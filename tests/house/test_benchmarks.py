@@ -13,7 +13,7 @@ from benchmarks import estimate, harness
 from benchmarks.bench_mae_step import IS_MATRIX_PRODUCT, IS_MOVE
 from benchmarks.count_launches import PIECE, Launches, count_update
 from benchmarks.harness import Bench, Pass, Report, Row, Variant, read_records
-from benchmarks.sweep_launches import measured
+from benchmarks.sweep_launches import launch_table, measured
 
 Run = Callable[..., list[str]]
 
@@ -120,8 +120,26 @@ def test_the_sweep_repeats_what_failed_and_what_was_not_saved_whole(tmp_path: Pa
         {"bench": "sweep", "case": "half", "us": {"num_warps=None": 3.0}},
     ]
     file.write_text("\n".join(map(json.dumps, records))[:-4])
-    assert measured(file) == {"whole"}
-    assert measured(tmp_path / "absent") == set()
+    assert set(measured(file)) == {"whole"}
+    assert measured(tmp_path / "absent") == {}
+
+
+def test_the_launch_table_has_what_is_best_over_all_cases_of_a_kernel(tmp_path: Path) -> None:
+    times = [
+        # Best of the first case, and far behind in the second; fails in one; best of both together.
+        {"num_warps=None": 10.0, "num_warps=1": 5.0, "num_warps=2": 1.0, "num_warps=4": 8.0},
+        {"num_warps=None": 100.0, "num_warps=1": 300.0, "num_warps=2": "no", "num_warps=4": 50.0},
+    ]
+    file = tmp_path / "rows.jsonl"
+    records = [
+        {"bench": "sweep", "kernel": "first", "case": f"case {n}", "us": us}
+        for n, us in enumerate(times)
+    ]
+    records.append({"bench": "sweep", "kernel": "other", "case": "only", "us": times[0]})
+    file.write_text("\n".join(map(json.dumps, records)))
+    first, other = (" ".join(line.split()) for line in launch_table(file))
+    assert first == "first num_warps=4: 0.63 of today's time, 2 cases"
+    assert other == "other num_warps=2: 0.10 of today's time, 1 cases"
 
 
 def test_rows_of_a_copy_without_history_do_not_say_that_it_is_clean(
