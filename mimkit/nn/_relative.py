@@ -96,7 +96,7 @@ class RelativePositionBias(nn.Module):
         # Heads first, so that the matrix of each head is contiguous.
         index = self._index(grid, codes)
         rows = table.T.contiguous().index_select(1, index.flatten())
-        return rows.view(-1, *index.shape)
+        return rows.view(len(rows), *index.shape)  # the index may be empty
 
     def _index(
         self, grid: Grid, codes: Int64[Tensor, "*batch places"]

@@ -57,6 +57,14 @@ def test_with_a_mask_it_is_the_bias_of_the_visible_tokens(class_token):
         assert torch.equal(bias(mask)[sample], expected)
 
 
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("class_token", [False, True])
+def test_where_nothing_is_visible_it_is_the_bias_of_the_class_token(class_token, batch):
+    mask = Mask.from_visible_ids(torch.zeros(batch, 0, dtype=torch.int64), (2, 3))
+    bias = made((2, 3), class_token)
+    assert bias(mask).shape == (batch, bias.table.shape[1], bias.num_prefix, bias.num_prefix)
+
+
 def test_a_large_grid_needs_no_index(monkeypatch):
     def refuse(*_args: object) -> Tensor:
         raise AssertionError("an index of all pairs of tokens")
