@@ -52,6 +52,7 @@ def main() -> None:
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=f"{name}: {key}")
         moved = sum(not torch.equal(plain.get_parameter(k), w) for k, w in before.items())
         print(f"{name}: {moved} of {len(before)} tensors moved, rank {rank} the same")
+    dist.barrier()  # both have printed
     dist.destroy_process_group()
 
 

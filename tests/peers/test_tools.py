@@ -2,11 +2,8 @@
 
 import copy
 import io
-import os
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from mimkit import masking
 from mimkit.masking import Mask
 from recipes.mae import MAE, MAEConfig
 from tests.peers.test_export import ENCODERS, build, inputs
+from tests.peers.two_processes import run_in_two_processes
 
 CONFIG: dict[str, Any] = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 1, "heads": 2}
 
@@ -165,17 +163,9 @@ def test_weights_quantised_to_eight_bits_by_torchao_give_close_tokens(name: str)
 
 
 def test_a_step_in_two_processes_under_fsdp2_is_the_plain_step_of_the_whole_batch() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(Path(__file__).with_name("sharded_step.py"))]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed = run_in_two_processes(Path(__file__).with_name("sharded_step.py"))
     for name in ENCODERS:
-        # The processes share a pipe: a line may follow another without a break.
         line = rf"(?<!conv){name}: (\d+) of \d+ tensors moved, rank [01] the same"
-        lines = re.findall(line, done.stdout)
+        lines = re.findall(line, printed)
         assert len(lines) == 2
         assert int(lines[0]) > 10

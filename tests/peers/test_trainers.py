@@ -1,14 +1,12 @@
 """The examples of docs/trainers.md run: Lightning, transformers' Trainer, accelerate."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.peers.two_processes import run_in_two_processes
 from tests.test_docs import DOCS, blocks_of, run_block
 
 PAGE = DOCS / "trainers.md"
@@ -39,16 +37,10 @@ def test_the_trainer_of_transformers_trains() -> None:
 
 
 def test_accelerate_trains_in_two_processes() -> None:
-    Path("train.py").write_text(ACCELERATE[1])
-    root = str(DOCS.parent)
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root}/kernels"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "train.py"]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    losses = [float(loss) for loss in re.findall(r"loss (\S+), 8 masks", done.stdout)]
+    script = Path("train.py")
+    script.write_text(ACCELERATE[1])
+    printed = run_in_two_processes(script)
+    losses = [float(loss) for loss in re.findall(r"loss (\S+), 8 masks", printed)]
     assert len(losses) == 2
     assert all(0 < loss < 3 for loss in losses)
 
